@@ -1,0 +1,32 @@
+"""What can go wrong for a user. One sentence each, and `hint`, the next thing to do.
+
+PixtralError
+├── ModelError      the checkpoint cannot be run as asked
+├── DeviceError     the device asked for is not there
+├── RequestError    this request cannot be answered by this model
+└── PromptError     messages, templates and pictures (pixtral_cli.prompt.errors)
+
+weights_cache stands alone and has its own tree, `weights_cache.errors.WeightsError`.
+"""
+
+from __future__ import annotations
+
+
+class PixtralError(Exception):
+    """`str(error)` is one sentence for the user; `error.hint` says what to do next, or is None."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ModelError(PixtralError):
+    """The checkpoint cannot be run as asked."""
+
+
+class DeviceError(PixtralError):
+    """The device asked for is not there, or is not understood."""
+
+
+class RequestError(PixtralError):
+    """The request does not fit the model: too long, or pictures for a text model."""
