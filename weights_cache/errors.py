@@ -1,0 +1,249 @@
+"""What can go wrong between a name and its tensors; every error carries its data. Knows no other module.
+
+WeightsError
+├── ModelNotFound        no such folder, no such repository
+├── Offline              not in the cache, and the network is switched off
+├── Gated                the repository wants a licence accepted, or a token
+├── DownloadFailed       the network or the server gave up
+├── DiskFull             the files would not fit
+├── WeightsNotFound      a folder without weights that can be read
+├── NotYetSupported      a known format that has no reader yet
+├── PickleRefused        a file that could run code when opened
+├── CheckpointCorrupt    a file that contradicts itself or is cut short
+├── TensorsMissing       the model needs tensors that the checkpoint lacks
+├── TensorsUnexpected    the checkpoint holds tensors that the model has no place for
+├── TensorShapeMismatch  a tensor of another shape than the config says
+└── UnknownArchitecture  a config of a model that is not known here
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GIB = 2**30
+NAMES_SHOWN = 3
+
+
+def listed(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
+    """`a, b, c and 4 more`: a list short enough for a sentence."""
+    head = ", ".join(names[:shown])
+    return f"{head} and {len(names) - shown} more" if len(names) > shown else head
+
+
+class WeightsError(Exception):
+    """Base of all errors here: `str()` is one sentence, `hint` the next thing to do (or None)."""
+
+    @property
+    def hint(self) -> str | None:
+        return None
+
+
+@dataclass(eq=False)
+class ModelNotFound(WeightsError):
+    """`name` is neither here nor on the Hub; `reason` ends the sentence, `advice` is the hint."""
+
+    name: str
+    reason: str
+    advice: str | None = None
+
+    def __str__(self) -> str:
+        return f"There is no model {self.name!r}: {self.reason}."
+
+    @property
+    def hint(self) -> str | None:
+        return self.advice
+
+
+@dataclass(eq=False)
+class Offline(WeightsError):
+    """`name` is not completely in the cache folder `cache`, and HF_HUB_OFFLINE forbids asking the Hub."""
+
+    name: str
+    cache: Path
+
+    def __str__(self) -> str:
+        return f"{self.name!r} is not completely in {self.cache}, and the network is switched off (HF_HUB_OFFLINE)."
+
+    @property
+    def hint(self) -> str:
+        return "Unset HF_HUB_OFFLINE once to download it, or give a local folder."
+
+
+@dataclass(eq=False)
+class Gated(WeightsError):
+    """The Hub refuses `name` to this user; `page` is where access is asked for."""
+
+    name: str
+    page: str
+    status: int | None = None
+
+    def __str__(self) -> str:
+        return f"The Hub gives {self.name!r} only to people whom its owner has let in."
+
+    @property
+    def hint(self) -> str:
+        return (
+            f"Ask for access at {self.page}, then set HF_TOKEN (or run `hf auth login`) and run this again."
+        )
+
+
+@dataclass(eq=False)
+class DownloadFailed(WeightsError):
+    """The transfer of `name` broke off for `reason`; what arrived is kept."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Downloading {self.name!r} failed: {self.reason.rstrip('.')}."
+
+    @property
+    def hint(self) -> str:
+        return "Run the same command again: it resumes where it stopped."
+
+
+@dataclass(eq=False)
+class DiskFull(WeightsError):
+    """`needed` more bytes for `name` do not fit into the `free` bytes that the disk of `folder` has."""
+
+    name: str
+    folder: Path
+    needed: int
+    free: int
+
+    def __str__(self) -> str:
+        return (
+            f"Downloading {self.name!r} needs {self.needed / GIB:.2f} GiB, "
+            f"and {self.folder} has {self.free / GIB:.2f} GiB free."
+        )
+
+    @property
+    def hint(self) -> str:
+        return "Make room, or set HF_HUB_CACHE to a folder on a larger disk."
+
+
+@dataclass(eq=False)
+class WeightsNotFound(WeightsError):
+    """`path` holds no weights that can be read; `looked_for` says what would have been."""
+
+    path: Path
+    looked_for: str
+    advice: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} has no {self.looked_for}."
+
+    @property
+    def hint(self) -> str | None:
+        return self.advice
+
+
+@dataclass(eq=False)
+class NotYetSupported(WeightsError):
+    """`path` is in a format (`what`) that is known but has no reader yet."""
+
+    path: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.what}, which cannot be read yet."
+
+    @property
+    def hint(self) -> str:
+        return "Use the model's Hugging Face form: a folder with config.json and *.safetensors."
+
+
+@dataclass(eq=False)
+class PickleRefused(WeightsError):
+    """`path` is a pickle: opening one can run any code, so it is never opened."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.path} is a pickle, which can run code when opened, so it is never opened."
+
+    @property
+    def hint(self) -> str:
+        return "Use the model's safetensors files."
+
+
+@dataclass(eq=False)
+class CheckpointCorrupt(WeightsError):
+    """`path` cannot be trusted, for `reason`."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: {self.reason}."
+
+    @property
+    def hint(self) -> str:
+        return "Fetch it again: --force-download does so for a model from the Hub."
+
+
+@dataclass(eq=False)
+class TensorsMissing(WeightsError):
+    """The model has a place for `names`, and the checkpoint `path` has none of them."""
+
+    names: Sequence[str]
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        where = f" {self.path}" if self.path else ""
+        return f"The checkpoint{where} lacks {_count(self.names)}: {listed(self.names)}."
+
+    @property
+    def hint(self) -> str:
+        return "Its config.json and its weights may be of different models, or a shard may be missing."
+
+
+@dataclass(eq=False)
+class TensorsUnexpected(WeightsError):
+    """The checkpoint `path` holds `names`, and the model that its config describes has no place for them."""
+
+    names: Sequence[str]
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        where = f" {self.path}" if self.path else ""
+        return f"The checkpoint{where} has {_count(self.names)} that its config.json has no place for: {listed(self.names)}."
+
+    @property
+    def hint(self) -> str:
+        return "Its config.json and its weights may be of different models."
+
+
+@dataclass(eq=False)
+class TensorShapeMismatch(WeightsError):
+    """Tensor `name` has shape `found` where the config makes it `expected`."""
+
+    name: str
+    expected: tuple[int, ...]
+    found: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"Tensor {self.name} has shape {list(self.found)}, and its config.json makes it {list(self.expected)}."
+
+    @property
+    def hint(self) -> str:
+        return "Its config.json and its weights may be of different models."
+
+
+@dataclass(eq=False)
+class UnknownArchitecture(WeightsError):
+    """A config names the architecture `found`; `known` are those that can be run."""
+
+    found: str
+    known: Sequence[str] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        return f"The architecture {self.found!r} is not known; known are {', '.join(self.known)}."
+
+    @property
+    def hint(self) -> str:
+        return "Use a Pixtral or Mistral checkpoint."
+
+
+def _count(names: Sequence[str]) -> str:
+    return "a tensor" if len(names) == 1 else f"{len(names)} tensors"

@@ -1,0 +1,173 @@
+"""A safetensors file in, checked headers and memory-mapped tensors out. Knows no model and no names' meaning.
+
+The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data
+(https://huggingface.co/docs/safetensors). Nothing of the header is believed before it is checked against the file.
+"""
+
+import math
+import mmap
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointCorrupt
+from .json_file import parse_json_object
+from .reader import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
+MAX_DIMENSION = 2**63 - 1
+
+BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+"""Element size in bits of each dtype that a header may name."""
+
+TORCH_DTYPES: dict[str, str] = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32",
+    "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+"""The attribute of `torch` that stands for each dtype (names only, so that reading headers needs no torch)."""
+
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has a name for it from 3.13 on
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A checked header entry: the bytes [begin, end) of the file are the tensor."""
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """One file, mapped into memory at once and read only where it is touched.
+
+    Raises CheckpointCorrupt with the reason when the header contradicts itself or the file's length.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._buffer = _map(path)
+        self._entries = _read_header(path, self._buffer)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The file's own names -> TensorInfo, in the order of the header."""
+        return {name: entry.info for name, entry in self._entries.items()}
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """The tensor `name`, sharing the file's mapping: no copy; writing to it changes this process's view only.
+
+        A tensor that does not lie at a multiple of its element size (the format allows it) is copied.
+        """
+        import torch
+
+        entry = self._entries[name]
+        info = entry.info
+        dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        if entry.begin % dtype.itemsize:
+            raw = torch.frombuffer(self._buffer, dtype=torch.uint8, count=info.nbytes, offset=entry.begin)
+            return raw.clone().view(dtype).view(info.shape)
+        count = math.prod(info.shape)
+        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=entry.begin).view(info.shape)
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The whole file as a private mapping: writable (torch wants that), yet never written back.
+
+    No swap is reserved for it, so that a file larger than the machine's memory can be mapped.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size < LENGTH_BYTES:
+            raise CheckpointCorrupt(
+                path, f"it has {size} bytes, and a safetensors file begins with a length of 8"
+            )
+        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
+    length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
+    room = len(buffer) - LENGTH_BYTES
+    if length > room:
+        raise CheckpointCorrupt(
+            path, f"its header claims {length} bytes, and {room} follow; it may be cut short"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointCorrupt(
+            path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed"
+        )
+    header = parse_json_object(path, buffer[LENGTH_BYTES : LENGTH_BYTES + length], "its header")
+    header.pop("__metadata__", None)
+    data = LENGTH_BYTES + length
+    entries = {name: _entry(path, name, described, data) for name, described in header.items()}
+    _check_layout(path, entries, data, len(buffer))
+    return entries
+
+
+def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
+    """One header entry, every field checked; `data` is where the tensors' bytes begin in the file."""
+
+    def corrupt(reason: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(path, f"tensor {name[:200]!r} {reason}")
+
+    if not isinstance(described, dict):
+        raise corrupt("is not described by an object")
+    dtype, shape, offsets = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise corrupt(f"has the unknown dtype {str(dtype)[:40]!r}")
+    if not _are_sizes(shape):
+        raise corrupt("has a shape that is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise corrupt("has offsets that are not a begin and an end")
+    begin, end = offsets
+    expected = math.prod(shape) * BITS[dtype] // 8
+    if end - begin != expected:
+        raise corrupt(
+            f"of shape {shape} and dtype {dtype} needs {expected} bytes, and its offsets span {end - begin}"
+        )
+    return Entry(TensorInfo(name, dtype, tuple(shape), expected, path), data + begin, data + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether `value` is a short list of integers that fit into 63 bits (a bool is none)."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(item) is int and 0 <= item <= MAX_DIMENSION for item in value)
+    )
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], data: int, size: int) -> None:
+    """The tensors must fill the file from `data` to `size` without a gap or an overlap, as the format demands."""
+    position, previous = data, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            fault = "overlaps" if entry.begin < position else "leaves a gap after"
+            raise CheckpointCorrupt(path, f"tensor {name[:200]!r} {fault} {previous[:200]!r}")
+        position, previous = entry.end, name
+    if position > size:
+        raise CheckpointCorrupt(
+            path, f"it has {size} bytes, and its header describes {position}; it was cut short"
+        )
+    if position < size:
+        raise CheckpointCorrupt(path, f"it has {size} bytes, and its header describes only {position}")
