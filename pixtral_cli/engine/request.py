@@ -1,0 +1,56 @@
+"""What the engine is asked and what it answers. Knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults are greedy.
+
+    `top_k` 0 and `top_p` 1 switch those filters off; `seed` None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. `pictures` are normalised pixels [3, height, width], in the order of their [IMG] tokens.
+
+    Generation ends at a token of `end_token_ids`, or after `max_new_tokens`. `logprobs` is None, or how many
+    alternatives to report beside the token that was chosen.
+    """
+
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    pictures: tuple[Tensor, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    end_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of request `request_id`; log-probabilities are natural and of the unfiltered distribution."""
+
+    request_id: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
