@@ -1,7 +1,7 @@
 """A model's folder in; its config, side files and tensors under our names out. Knows no architecture.
 
-Headers are read when tensors are first asked for, so that a folder without weights serves whoever needs only the
-tokenizer. Formats meet here: a reader per file, a table of names per format.
+Headers are read when tensors are first asked for, so that a folder without weights serves whoever needs only
+the tokenizer. Formats meet here: a reader per file, a table of names per format.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,18 @@ from .safetensors_reader import SafetensorsFile
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 
 class Stored(NamedTuple):
-    """Where a tensor of ours lies: which file, under which name."""
+    """Where a tensor of ours lies: in which file, under which name."""
 
     reader: Reader
     name: str
 
 
 class Checkpoint:
-    """An opened model folder. `config` and `generation_config` are the JSON files as they are ({} if absent)."""
+    """An opened model folder: `folder`, and `config`, which is its config.json as it is."""
 
     form: Literal["hf", "native"] = "hf"
 
@@ -41,6 +40,7 @@ class Checkpoint:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
+        """generation_config.json as it is, {} if the folder has none."""
         path = self.file(GENERATION_CONFIG)
         return read_json_object(path) if path else {}
 
@@ -51,15 +51,11 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Our names -> TensorInfo, from headers only. Raises a WeightsError when there is nothing to trust."""
-        return {
-            ours: TensorInfo(ours, info.dtype, info.shape, info.nbytes, info.file)
-            for ours, stored in self._stored.items()
-            for info in (stored.reader.tensors[stored.name],)
-        }
+        """Our names -> TensorInfo, from headers only. Raises a WeightsError for what cannot be trusted."""
+        return {ours: _renamed(ours, stored) for ours, stored in self._stored.items()}
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """The tensor that we call `name`, memory-mapped, in the shape and dtype of the file. KeyError if unknown."""
+        """The tensor that we call `name`, memory-mapped, in the file's shape and dtype. KeyError if unknown."""
         stored = self._stored[name]
         return stored.reader.tensor(stored.name)
 
@@ -70,46 +66,31 @@ class Checkpoint:
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        expected = (
-            layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder)
-        )
+        chosen = layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder)
         found: dict[str, Stored] = {}
-        for path, promised in expected.items():
+        for path, promised in chosen.items():
             reader = _open_reader(path, promised)
             for name in reader.tensors:
                 if ours := names.from_hf(name):
-                    _put(found, ours, Stored(reader, name), path)
+                    _put(found, ours, Stored(reader, name))
         return found
 
 
 def open(folder: Path, weight_paths: Sequence[Path] = ()) -> Checkpoint:
     """The checkpoint in `folder`; files or folders in `weight_paths` replace the folder's own weights.
 
-    Raises WeightsNotFound (no folder, no config.json), NotYetSupported (only native files, or a GGUF),
-    CheckpointCorrupt (config.json is no JSON object). Weights are looked at when tensors are asked for.
+    Raises WeightsNotFound (no folder, no config.json), NotYetSupported (only native files, or a GGUF), PickleRefused
+    (only pickles), CheckpointCorrupt (config.json is no JSON object). Weights are looked at when asked for.
     """
     folder = Path(folder)
     if folder.suffix in layout.NOT_YET and folder.is_file():
         raise NotYetSupported(folder, layout.NOT_YET[folder.suffix])
     if not folder.is_dir():
-        raise WeightsNotFound(
-            folder, CONFIG + ": it is not a folder", "Give the folder that holds config.json."
-        )
-    if not (folder / CONFIG).is_file():
-        raise _no_config(folder)
-    return Checkpoint(folder, read_json_object(folder / CONFIG), [Path(path) for path in weight_paths])
-
-
-def _no_config(folder: Path) -> Exception:
-    if (folder / "params.json").is_file():
-        return NotYetSupported(folder, "in Mistral's native form (params.json)")
-    if isinstance(error := layout.no_weights(folder), NotYetSupported):
-        return error
-    return WeightsNotFound(
-        folder,
-        f"{CONFIG} (looked for {folder / CONFIG})",
-        "Give the folder that holds config.json and *.safetensors.",
-    )
+        what = "is no folder, so it" if folder.exists() else "does not exist, so it"
+        raise WeightsNotFound(f"{folder} {what}", layout.CONFIG, f"Give the folder that holds {layout.CONFIG}.")
+    if not (folder / layout.CONFIG).is_file():
+        raise layout.no_config(folder, layout.file_names(folder))
+    return Checkpoint(folder, read_json_object(folder / layout.CONFIG), [Path(path) for path in weight_paths])
 
 
 def _open_reader(path: Path, promised: frozenset[str]) -> Reader:
@@ -122,8 +103,13 @@ def _open_reader(path: Path, promised: frozenset[str]) -> Reader:
     return reader
 
 
-def _put(found: dict[str, Stored], ours: str, stored: Stored, path: Path) -> None:
+def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:
     if other := found.get(ours):
-        first = other.reader.tensors[other.name].file
+        path, first = (s.reader.tensors[s.name].file for s in (stored, other))
         raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as {other.name!r} in {first}")
     found[ours] = stored
+
+
+def _renamed(ours: str, stored: Stored) -> TensorInfo:
+    info = stored.reader.tensors[stored.name]
+    return TensorInfo(ours, info.dtype, info.shape, info.nbytes, info.file)

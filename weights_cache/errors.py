@@ -56,13 +56,15 @@ class ModelNotFound(WeightsError):
 
 @dataclass(eq=False)
 class Offline(WeightsError):
-    """`name` is not completely in the cache folder `cache`, and HF_HUB_OFFLINE forbids asking the Hub."""
+    """`name` would have to be downloaded into the folder `cache`, and HF_HUB_OFFLINE forbids asking the Hub."""
 
     name: str
     cache: Path
+    forced: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name!r} is not completely in {self.cache}, and the network is switched off (HF_HUB_OFFLINE)."
+        why = "was asked for anew" if self.forced else f"is not completely in {self.cache}"
+        return f"{self.name!r} {why}, and HF_HUB_OFFLINE forbids downloading it."
 
     @property
     def hint(self) -> str:
@@ -82,24 +84,23 @@ class Gated(WeightsError):
 
     @property
     def hint(self) -> str:
-        return (
-            f"Ask for access at {self.page}, then set HF_TOKEN (or run `hf auth login`) and run this again."
-        )
+        return f"Ask for access at {self.page}, then set HF_TOKEN (or run `hf auth login`) and run this again."
 
 
 @dataclass(eq=False)
 class DownloadFailed(WeightsError):
-    """The transfer of `name` broke off for `reason`; what arrived is kept."""
+    """The transfer of `name` broke off for `reason`; the files that had arrived whole are kept."""
 
     name: str
     reason: str
+    advice: str = "Run the same command again: it resumes, and files that have arrived are kept."
 
     def __str__(self) -> str:
         return f"Downloading {self.name!r} failed: {self.reason.rstrip('.')}."
 
     @property
     def hint(self) -> str:
-        return "Run the same command again: it resumes where it stopped."
+        return self.advice
 
 
 @dataclass(eq=False)
@@ -124,9 +125,9 @@ class DiskFull(WeightsError):
 
 @dataclass(eq=False)
 class WeightsNotFound(WeightsError):
-    """`path` holds no weights that can be read; `looked_for` says what would have been."""
+    """`path` lacks what was looked for, which `looked_for` names."""
 
-    path: Path
+    path: Path | str
     looked_for: str
     advice: str | None = None
 
@@ -142,7 +143,7 @@ class WeightsNotFound(WeightsError):
 class NotYetSupported(WeightsError):
     """`path` is in a format (`what`) that is known but has no reader yet."""
 
-    path: Path
+    path: Path | str
     what: str
 
     def __str__(self) -> str:
@@ -157,7 +158,7 @@ class NotYetSupported(WeightsError):
 class PickleRefused(WeightsError):
     """`path` is a pickle: opening one can run any code, so it is never opened."""
 
-    path: Path
+    path: Path | str
 
     def __str__(self) -> str:
         return f"{self.path} is a pickle, which can run code when opened, so it is never opened."
@@ -207,7 +208,8 @@ class TensorsUnexpected(WeightsError):
 
     def __str__(self) -> str:
         where = f" {self.path}" if self.path else ""
-        return f"The checkpoint{where} has {_count(self.names)} that its config.json has no place for: {listed(self.names)}."
+        many = _count(self.names)
+        return f"The checkpoint{where} has {many} that its config.json has no place for: {listed(self.names)}."
 
     @property
     def hint(self) -> str:
@@ -223,7 +225,8 @@ class TensorShapeMismatch(WeightsError):
     found: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"Tensor {self.name} has shape {list(self.found)}, and its config.json makes it {list(self.expected)}."
+        found, expected = list(self.found), list(self.expected)
+        return f"Tensor {self.name} has shape {found}, and its config.json makes it {expected}."
 
     @property
     def hint(self) -> str:

@@ -1,15 +1,21 @@
-"""A folder or a list of paths in, the weights files that count out. Knows file names, not what is in the files
-(but for the index of shards, which is checked here)."""
+"""A folder or a list of paths in, the weights files that count out. Knows the files by name only.
+
+The rules speak of names, so that they hold for a folder and for the listing of a repository alike; the one file
+that is read is the index of shards.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound
+from .errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
 
+CONFIG = "config.json"
+NATIVE_CONFIG = "params.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAFETENSORS = ".safetensors"
 NATIVE = "consolidated"
 """Files whose name begins so are Mistral's own form."""
 
@@ -17,102 +23,119 @@ NOT_YET: Mapping[str, str] = {".gguf": "a GGUF file"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
+Expected = Mapping[Path, frozenset[str]]
+"""Weights files -> the tensors that an index promises in each (none where there is no index)."""
 
-def weight_files(folder: Path) -> dict[Path, frozenset[str]]:
-    """The safetensors files of `folder` in Hugging Face form -> the names that its index expects in each.
 
-    First `model.safetensors`, then the shards of `model.safetensors.index.json`, then whatever other safetensors
-    files lie there, Mistral's own never. Raises WeightsNotFound, NotYetSupported, PickleRefused or CheckpointCorrupt.
+def hf_weights(names: Iterable[str]) -> list[str]:
+    """Which of a folder's file names stand for its weights in Hugging Face form: the single file, else the index
+    of the shards, else all other safetensors files; Mistral's own and adapters never. Empty if there are none."""
+    names = set(names)
+    for whole in (SINGLE, INDEX):
+        if whole in names:
+            return [whole]
+    return sorted(n for n in names if n.endswith(SAFETENSORS) and not n.startswith((NATIVE, "adapter_")))
+
+
+def weight_files(folder: Path) -> Expected:
+    """The weights files of `folder`, all present.
+
+    Raises WeightsNotFound, NotYetSupported, PickleRefused, or CheckpointCorrupt with the names of missing shards.
     """
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: frozenset()}
-    if (folder / INDEX).is_file():
-        return _shards(folder / INDEX)
-    others = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith((NATIVE, "adapter_")))
-    if not others:
-        raise no_weights(folder)
-    _check_numbering(others)
-    return dict.fromkeys(others, frozenset())
+    chosen = hf_weights(file_names(folder))
+    if not chosen:
+        raise no_weights(folder, file_names(folder))
+    if chosen == [INDEX]:
+        return _indexed(folder)
+    _require(folder, [shard for name in chosen for shard in _siblings(name)])
+    return {folder / name: frozenset() for name in chosen}
 
 
-def chosen_files(paths: Sequence[Path]) -> dict[Path, frozenset[str]]:
+def chosen_files(paths: Sequence[Path]) -> Expected:
     """As weight_files, for paths that someone named: safetensors files, and folders of them."""
     found: dict[Path, frozenset[str]] = {}
     for path in paths:
         if path.is_dir():
             found |= weight_files(path)
-        elif not path.is_file():
-            raise WeightsNotFound(path.parent, f"file {path.name}", "Check the path of the weights.")
-        else:
+        elif path.is_file():
             found[_readable(path)] = frozenset()
+        else:
+            raise WeightsNotFound(path.parent, f"file named {path.name}", "Check the path of the weights.")
     return found
 
 
-def no_weights(folder: Path) -> WeightsError:
-    """The error that says best why `folder` gives no weights in Hugging Face form."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    if native := next((p for p in files if p.name.startswith(NATIVE) and p.suffix == ".safetensors"), None):
-        return NotYetSupported(native, "in Mistral's native form")
-    if known := next((p for p in files if p.suffix in NOT_YET), None):
-        return NotYetSupported(known, NOT_YET[known.suffix])
-    if pickle := next((p for p in files if p.suffix in PICKLES), None):
-        return PickleRefused(pickle)
-    return WeightsNotFound(
-        folder, "weights: looked for model.safetensors, its index and other *.safetensors files"
-    )
+def shards(index: Path) -> dict[str, set[str]]:
+    """The shards' file names that `index` gives -> the tensors that it puts into each."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointCorrupt(index, "it has no weight_map")
+    found: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise CheckpointCorrupt(index, f"it puts {tensor[:200]!r} into {str(file)[:200]!r}, not a shard's name")
+        found.setdefault(file, set()).add(tensor)
+    return found
+
+
+def file_names(folder: Path) -> list[str]:
+    """The names of the files in `folder`, sorted; folders in it are left out."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:
+    """The error that says best why the files `names` give no weights in Hugging Face form."""
+    names = sorted(names)
+    if any(n.startswith(NATIVE) and n.endswith(SAFETENSORS) for n in names):
+        return NotYetSupported(where, "in Mistral's native form")
+    for name in names:
+        if what := NOT_YET.get(Path(name).suffix):
+            return NotYetSupported(f"{where}/{name}", what)
+    for name in names:
+        if name.endswith(PICKLES):
+            return PickleRefused(f"{where}/{name}")
+    return WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
+
+
+def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
+    """The error that says best why a folder of the files `names` is no model in Hugging Face form."""
+    names = list(names)
+    if NATIVE_CONFIG in names:
+        return NotYetSupported(where, f"in Mistral's native form ({NATIVE_CONFIG})")
+    error = no_weights(where, names)
+    if isinstance(error, NotYetSupported | PickleRefused):
+        return error
+    return WeightsNotFound(where, CONFIG, f"Give a folder that holds {CONFIG} and *{SAFETENSORS}.")
 
 
 def _readable(path: Path) -> Path:
     """`path`, if it is a safetensors file by its name."""
+    if path.suffix == SAFETENSORS:
+        return path
     if path.suffix in NOT_YET:
         raise NotYetSupported(path, NOT_YET[path.suffix])
     if path.suffix in PICKLES:
         raise PickleRefused(path)
-    if path.suffix != ".safetensors":
-        raise WeightsNotFound(
-            path, "name ending in .safetensors", "Give a *.safetensors file, or a folder of them."
-        )
-    return path
+    raise WeightsNotFound(path, f"name that ends in {SAFETENSORS}", f"Give a *{SAFETENSORS} file, or their folder.")
 
 
-def _shards(index: Path) -> dict[Path, frozenset[str]]:
-    """The files that `index` names, all present -> the tensors that it says are in each."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointCorrupt(index, "it has no weight_map")
-    expected: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or "\\" in file
-            or not file.endswith(".safetensors")
-        ):
-            raise CheckpointCorrupt(
-                index, f"it puts {name[:200]!r} into {str(file)[:200]!r}, which is no shard's name"
-            )
-        expected.setdefault(index.parent / file, set()).add(name)
-    missing = sorted(path.name for path in expected if not path.is_file())
-    if missing:
+def _indexed(folder: Path) -> Expected:
+    promised = shards(folder / INDEX)
+    _require(folder, promised)
+    return {folder / name: frozenset(tensors) for name, tensors in sorted(promised.items())}
+
+
+def _siblings(name: str) -> list[str]:
+    """The numbered shards that `name` is one of; a file without such a number stands alone."""
+    match = SHARD.fullmatch(name)
+    if not match:
+        return [name]
+    total = int(match["total"])
+    return [f"{match['stem']}-{number:05d}-of-{total:05d}{SAFETENSORS}" for number in range(1, total + 1)]
+
+
+def _require(folder: Path, names: Iterable[str]) -> None:
+    present = set(file_names(folder))
+    if missing := sorted(set(names) - present):
         raise CheckpointCorrupt(
-            index.parent, f"its index names {_all_of(missing)}, and {_pronoun(missing)} not there"
+            folder, f"{'a file is' if len(missing) == 1 else 'files are'} missing: {listed(missing)}"
         )
-    return {path: frozenset(names) for path, names in sorted(expected.items())}
-
-
-def _check_numbering(files: Sequence[Path]) -> None:
-    """Shards without an index say in their names how many there should be."""
-    for match in filter(None, (SHARD.fullmatch(path.name) for path in files)):
-        total = int(match["total"])
-        for number in range(1, min(total, 9999) + 1):
-            shard = f"{match['stem']}-{number:05d}-of-{total:05d}.safetensors"
-            if not (files[0].parent / shard).is_file():
-                raise CheckpointCorrupt(files[0].parent, f"its shard {shard} is not there")
-
-
-def _all_of(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _pronoun(names: Sequence[str]) -> str:
-    return "it is" if len(names) == 1 else "they are"

@@ -1,7 +1,7 @@
 """A tensor's name in a Hugging Face file in, our name for it out. Knows no files and no shapes.
 
 Sources: transformers' `save_pretrained` writes the older style for LLaVA and bare names for a text-only model
-(run with 5.23); the newer style is how its modules are named since 4.52 and what `save_original_format=False` writes.
+(run with 5.23); the newer style is its module names since 4.52, written with `save_original_format=False`.
 A name that no row matches is kept as it is, so that whoever loads can report it in the file's own words.
 """
 

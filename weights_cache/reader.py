@@ -1,4 +1,4 @@
-"""What every file format offers: tensors by the file's own names, known from headers before a byte of data is read.
+"""What every file format offers: tensors by the file's own names, known before a byte of data is read.
 
 Knows no format. A reader stands beside safetensors_reader.py and has the shape of `Reader`; checkpoint.py
 chooses it and translates its names.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says about a tensor: `dtype` in the format's words ("BF16"), `shape`, `nbytes` in the file."""
+    """What a header says of a tensor: `dtype` in the format's words ("BF16"), `shape`, `nbytes` in the file."""
 
     name: str
     dtype: str

@@ -1,7 +1,7 @@
 """A safetensors file in, checked headers and memory-mapped tensors out. Knows no model and no names' meaning.
 
-The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data
-(https://huggingface.co/docs/safetensors). Nothing of the header is believed before it is checked against the file.
+The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the data
+(https://huggingface.co/docs/safetensors). Nothing in the header is believed before it is checked.
 """
 
 import math
@@ -39,7 +39,7 @@ TORCH_DTYPES: dict[str, str] = {
     "I32": "int32", "U32": "uint32", "F32": "float32",
     "I64": "int64", "U64": "uint64", "F64": "float64",
 }  # fmt: skip
-"""The attribute of `torch` that stands for each dtype (names only, so that reading headers needs no torch)."""
+"""The attribute of `torch` for each dtype: names only, so that reading headers needs no torch."""
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has a name for it from 3.13 on
 
@@ -70,7 +70,7 @@ class SafetensorsFile:
         return {name: entry.info for name, entry in self._entries.items()}
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """The tensor `name`, sharing the file's mapping: no copy; writing to it changes this process's view only.
+        """The tensor `name`, sharing the file's mapping: no copy; writing to it never reaches the file.
 
         A tensor that does not lie at a multiple of its element size (the format allows it) is copied.
         """
@@ -96,9 +96,7 @@ def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size < LENGTH_BYTES:
-            raise CheckpointCorrupt(
-                path, f"it has {size} bytes, and a safetensors file begins with a length of 8"
-            )
+            raise CheckpointCorrupt(path, f"it has {size} bytes, and a safetensors file begins with a length of 8")
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
@@ -109,13 +107,9 @@ def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
     room = len(buffer) - LENGTH_BYTES
     if length > room:
-        raise CheckpointCorrupt(
-            path, f"its header claims {length} bytes, and {room} follow; it may be cut short"
-        )
+        raise CheckpointCorrupt(path, f"its header claims {length} bytes, and {room} follow; it may be cut short")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointCorrupt(
-            path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed"
-        )
+        raise CheckpointCorrupt(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
     header = parse_json_object(path, buffer[LENGTH_BYTES : LENGTH_BYTES + length], "its header")
     header.pop("__metadata__", None)
     data = LENGTH_BYTES + length
@@ -142,9 +136,7 @@ def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
     begin, end = offsets
     expected = math.prod(shape) * BITS[dtype] // 8
     if end - begin != expected:
-        raise corrupt(
-            f"of shape {shape} and dtype {dtype} needs {expected} bytes, and its offsets span {end - begin}"
-        )
+        raise corrupt(f"of shape {shape} and dtype {dtype} needs {expected} bytes, and its offsets span {end - begin}")
     return Entry(TensorInfo(name, dtype, tuple(shape), expected, path), data + begin, data + end)
 
 
@@ -158,7 +150,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], data: int, size: int) -> None:
-    """The tensors must fill the file from `data` to `size` without a gap or an overlap, as the format demands."""
+    """The tensors must fill the file from `data` to `size`, no gap, no overlap: the format demands it."""
     position, previous = data, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
@@ -166,8 +158,6 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], data: int, size: int
             raise CheckpointCorrupt(path, f"tensor {name[:200]!r} {fault} {previous[:200]!r}")
         position, previous = entry.end, name
     if position > size:
-        raise CheckpointCorrupt(
-            path, f"it has {size} bytes, and its header describes {position}; it was cut short"
-        )
+        raise CheckpointCorrupt(path, f"it has {size} bytes, and its header describes {position}; it was cut short")
     if position < size:
         raise CheckpointCorrupt(path, f"it has {size} bytes, and its header describes only {position}")

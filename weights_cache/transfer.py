@@ -1,0 +1,189 @@
+"""Names of files of one repository in, the files in the Hub's cache out, and the library's errors as ours.
+
+The only module that imports huggingface_hub (>= 1.0), and it does so when the first request is due.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import store
+from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
+
+PUBLIC_ENDPOINT = "https://huggingface.co"
+LISTING_TIMEOUT = 30.0  # seconds
+
+
+class Transfer:
+    """What is fetched from `repo` at `revision`. After `listing()`, `commit` and `sizes` (bytes or None) are known."""
+
+    def __init__(self, repo: str, revision: str, *, label: str, report: Callable[[str, int, int | None], None] | None):
+        self.repo, self.revision, self.label = repo, revision, label
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
+        self.commit = ""
+        self.sizes: dict[str, int | None] = {}
+        self._report = report
+
+    def listing(self) -> dict[str, int | None]:
+        """One request: the repository's file names -> sizes in bytes."""
+        from huggingface_hub import HfApi
+
+        with self._our_errors():
+            api = HfApi(endpoint=self.endpoint)
+            info = api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=LISTING_TIMEOUT)
+        if not info.sha:
+            raise DownloadFailed(self.label, f"{self.endpoint} did not say which commit {self.revision!r} is")
+        self.commit = info.sha
+        self.sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        return self.sizes
+
+    def get(self, names: Iterable[str], *, force: bool = False) -> None:
+        """Fetches `names` one after the other, in this order. What the snapshot has already is fetched anew;
+        what the cache has from another revision is linked, unless `force`."""
+        names = list(names)
+        sizes = [self.sizes.get(name) for name in names]
+        meter = _Meter(self.label, None if None in sizes else sum(sizes), self._report)
+        for name, size in zip(names, sizes, strict=True):
+            with self._our_errors():
+                self._get_one(name, meter, force)
+            meter.finish_file(size)
+
+    def _get_one(self, name: str, meter: "_Meter", force: bool) -> None:
+        from huggingface_hub import hf_hub_download
+
+        options: dict[str, Any] = {"tqdm_class": meter.bar_class()}
+        if "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
+            options = {}
+        hf_hub_download(
+            self.repo,
+            name,
+            revision=self.commit,
+            endpoint=self.endpoint,
+            cache_dir=store.cache_folder(),
+            force_download=force or (store.snapshot(self.repo, self.commit) / name).exists(),
+            **options,
+        )
+
+    @contextmanager
+    def _our_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except WeightsError:
+            raise
+        except Exception as error:
+            ours = self._translated(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+    def _translated(self, error: Exception) -> WeightsError | None:
+        """Our error for one of the library's, or None for what is no failure of the network."""
+        from huggingface_hub import errors as theirs
+
+        chain = list(_causes(error))
+        for cause in chain:
+            if isinstance(cause, theirs.GatedRepoError):
+                return self._gated(cause)
+            if isinstance(cause, theirs.RepositoryNotFoundError):
+                return self._unknown_repository()
+            if isinstance(cause, theirs.RevisionNotFoundError):
+                return ModelNotFound(self.label, f"the repository has no revision {self.revision!r}")
+            if isinstance(cause, theirs.OfflineModeIsEnabled):
+                return Offline(self.label, store.cache_folder())
+            if isinstance(cause, theirs.HfHubHTTPError):
+                return self._refused(cause)
+        network = [c for c in chain if isinstance(c, OSError) or type(c).__module__.startswith(("httpx", "httpcore"))]
+        return DownloadFailed(self.label, self._network_reason(network[-1])) if network else None
+
+    def _gated(self, error: Exception) -> Gated:
+        return Gated(self.label, f"{self.endpoint}/{self.repo}", _status(error))
+
+    def _unknown_repository(self) -> ModelNotFound:
+        advice = "Check the spelling; if it is private or gated, set HF_TOKEN."
+        if not os.environ.get("HF_TOKEN"):
+            advice += " A path to a folder works as well."
+        return ModelNotFound(self.label, f"no folder here has that name, and {self.endpoint} has no such model", advice)
+
+    def _refused(self, error: Exception) -> WeightsError:
+        """The server answered, with a status that says no."""
+        status = _status(error)
+        if status == 401:
+            return DownloadFailed(self.label, "the Hub does not accept the token", "Correct or unset HF_TOKEN.")
+        if status == 403:
+            return self._gated(error)
+        if status == 429:
+            return DownloadFailed(self.label, f"{self.endpoint} asks to slow down (429)", "Wait, then run it again.")
+        return DownloadFailed(self.label, f"{self.endpoint} answered {status}")
+
+    def _network_reason(self, error: BaseException) -> str:
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        if "Timeout" in kind or isinstance(error, TimeoutError):
+            return f"{self.endpoint} did not answer in time"
+        return f"{text[:200] or kind} ({self.endpoint})"
+
+
+class _Meter:
+    """Sums the bytes of one file after the other and reports them."""
+
+    def __init__(self, label: str, total: int | None, report: Callable[[str, int, int | None], None] | None):
+        self.label, self.total, self.report = label, total, report
+        self.finished = 0
+        self.current = 0
+
+    def add(self, nbytes: float) -> None:
+        self.current += int(nbytes)
+        self._tell()
+
+    def finish_file(self, size: int | None) -> None:
+        """The file has arrived: what it counted is replaced by its true size."""
+        self.finished += self.current if size is None else size
+        self.current = 0
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.report:
+            self.report(self.label, self.finished + self.current, self.total)
+
+    def bar_class(self) -> type:
+        """A class that the library takes for a progress bar: it draws nothing and counts into this meter."""
+        meter = self
+
+        class Bar:
+            n = 0
+
+            def __init__(self, *args: Any, total: int | None = None, initial: int = 0, **options: Any):
+                self.total = total
+                meter.add(initial)
+
+            def update(self, nbytes: float | None = 1) -> None:
+                meter.add(nbytes or 0)
+
+            def update_transfer(self, nbytes: float | None = 1) -> None:
+                """Bytes on the wire, which differ from bytes of the file when chunks are shared: not shown."""
+
+            def quiet(self, *args: Any, **options: Any) -> None:
+                """Whatever else a bar can do."""
+
+            close = refresh = reset = set_description = set_description_str = quiet
+            set_postfix = set_postfix_str = set_transfer_postfix_str = quiet
+
+            def __enter__(self) -> "Bar":
+                return self
+
+            def __exit__(self, *exception: object) -> None:
+                pass
+
+        return Bar
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
