@@ -16,17 +16,24 @@ from pixtral_cli.model.llava import Llava
 
 
 class Engine:
-    """Runs up to `max_batch_size` requests at once; more wait. Each gets the tokens that it would get alone."""
+    """Runs up to `max_batch_size` requests at once; more wait. Each gets the tokens that it would get alone.
 
-    def __init__(self, model: Llava, max_batch_size: int = 1, max_ce_batch_size: int = 32) -> None:
+    `max_length` bounds the tokens of one prompt and its answer; default the model's own.
+    """
+
+    def __init__(
+        self, model: Llava, max_length: int | None = None, max_batch_size: int = 1, max_ce_batch_size: int = 32
+    ) -> None:
         self.model = model
+        self.max_length = max_length or model.config.text.max_length
         self.runner = Runner(model)
         self.scheduler = Scheduler(max_batch_size, max_ce_batch_size)
         self._ids = count()
 
     def submit(self, request: Request) -> int:
         """Queue a request -> the id that its events carry."""
-        assert request.token_ids and request.max_new_tokens > 0, request
+        tokens = len(request.token_ids), request.max_new_tokens
+        assert min(tokens) > 0 and sum(tokens) <= self.max_length, (tokens, self.max_length)
         cache = KVCache(self.model.config.text, self.model.dtype, self.model.device)
         sequence = Sequence(next(self._ids), request, cache)
         self.scheduler.add(sequence)

@@ -1,0 +1,37 @@
+"""Run Mistral's vision-language models on your own machine.
+
+>>> from pixtral_cli import Pixtral
+>>> model = Pixtral.load("tiny")
+>>> model.chat([{"role": "user", "content": "What can you do?"}]).text  # doctest: +SKIP
+
+Nothing heavy is imported until a name is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Pixtral": "pixtral_cli.api",
+    "GenerationOptions": "pixtral_cli.generate",
+    "Reply": "pixtral_cli.generate",
+    "TextEvent": "pixtral_cli.generate",
+    "TokenLogprob": "pixtral_cli.generate",
+    "Usage": "pixtral_cli.generate",
+    "Timings": "pixtral_cli.generate",
+    "PixtralError": "pixtral_cli.errors",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

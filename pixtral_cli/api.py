@@ -1,0 +1,145 @@
+"""A model's name in, an object that answers out: the public API, which the commands use as well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+
+from pixtral_cli import devices as device_names
+from pixtral_cli import generate
+from pixtral_cli.encodings import find
+from pixtral_cli.engine.engine import Engine
+from pixtral_cli.errors import ModelError
+from pixtral_cli.generate import Answering, GenerationOptions, Reply, TextEvent
+from pixtral_cli.model.load import default_encoding, load
+from pixtral_cli.model.plan import check_weights
+from pixtral_cli.prompt.processor import Processor, Prompt
+from pixtral_cli.source import DEFAULT_MODEL, Progress, Source
+
+
+class Pixtral:
+    """A loaded model. One request at a time per object, or a batch of them; not for several threads at once."""
+
+    def __init__(self, source: Source, encoding: str, engine: Engine, load_seconds: float) -> None:
+        self.source = source
+        self.encoding = encoding
+        self.engine = engine
+        self.load_seconds = load_seconds
+
+    @classmethod
+    def load(
+        cls,
+        model_path: str | PathLike[str] = DEFAULT_MODEL,
+        *,
+        weight_paths: Sequence[str | PathLike[str]] = (),
+        quantization_encoding: str | None = None,
+        devices: str | None = None,
+        max_length: int | None = None,
+        max_batch_size: int = 1,
+        max_ce_batch_size: int = 32,
+        image_preprocessing: str | None = None,
+        force_download: bool = False,
+        progress: Progress | None = None,
+    ) -> Pixtral:
+        """Load a model by Hub name, folder, or "tiny", the built-in one.
+
+        The arguments mean what the command line's flags of the same name mean; `progress(label, done, total)` is
+        told of bytes downloaded and loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a
+        sentence and a `hint`.
+        """
+        begun = time.perf_counter()
+        wanted = find(quantization_encoding) if quantization_encoding else None
+        device = torch.device(_device(devices))
+        source = Source.open(
+            model_path,
+            weight_paths,
+            image_preprocessing=image_preprocessing,
+            force_download=force_download,
+            progress=progress,
+        )
+        context = _context(source.config.text.max_length, max_length)
+        tensors = source.checkpoint.tensors.values()
+        encoding = wanted or default_encoding(tensors)
+        check_weights(tensors, encoding, device)
+        model = load(source.checkpoint, source.config, encoding, device, progress)
+        engine = Engine(model, context, max_batch_size, max_ce_batch_size)
+        _ = source.processor  # a tokenizer that cannot be read fails here, not at the first question
+        return cls(source, encoding.name, engine, time.perf_counter() - begun)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def processor(self) -> Processor:
+        return self.source.processor
+
+    @property
+    def device(self) -> str:
+        return str(self.engine.model.device)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.engine.max_length
+
+    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
+        """Answer OpenAI-style messages; `options` are the fields of GenerationOptions."""
+        return _last(self.stream(messages, **options))
+
+    def complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Reply:
+        """Continue plain text after the pictures, without a chat template."""
+        return _last(self.stream_complete(prompt, images, **options))
+
+    def chat_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> list[Reply]:
+        """Answer several conversations, up to `max_batch_size` at once; replies in their order."""
+        prompts = [self.source.chat(messages) for messages in conversations]
+        events = self._run(prompts, GenerationOptions(**options))
+        replies = {place: event.reply for place, event in events if event.reply is not None}
+        return [replies[place] for place in range(len(prompts))]
+
+    def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> Iterator[TextEvent]:
+        """As `chat`, token by token; the last event carries the whole Reply."""
+        return self._stream_one(self.source.chat(messages), GenerationOptions(**options))
+
+    def stream_complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Iterator[TextEvent]:
+        """As `complete`, token by token."""
+        return self._stream_one(self.source.complete(prompt, images), GenerationOptions(**options))
+
+    def _stream_one(self, prompt: Prompt, options: GenerationOptions) -> Iterator[TextEvent]:
+        for _, event in self._run([prompt], options):
+            yield event
+
+    def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Iterator[tuple[int, TextEvent]]:
+        ends = self.processor.end_token_ids
+        jobs = []
+        for prompt in prompts:
+            answering = Answering(self.name, prompt, options, self.processor, self.load_seconds)
+            jobs.append((generate.engine_request(prompt, options, ends, self.engine), answering))
+        return generate.run(self.engine, jobs)
+
+
+def _device(text: str | None) -> str:
+    gpus = torch.cuda.device_count()
+    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus)
+
+
+def _context(model: int, wanted: int | None) -> int:
+    if wanted is not None and wanted > model:
+        raise ModelError(
+            f"The model's context is {model} tokens, and --max-length asks for {wanted}.",
+            hint=f"Give at most {model}, or leave --max-length out.",
+        )
+    return wanted or model
+
+
+def _last(events: Iterator[TextEvent]) -> Reply:
+    reply = None
+    for event in events:
+        reply = event.reply
+    assert reply is not None, "the engine ended a request without its last event"
+    return reply

@@ -1,0 +1,80 @@
+"""A model's name in, what can be known before its weights out: config, tokenizer, prompts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from pixtral_cli.errors import RequestError
+from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.prompt.messages import Picture, parse
+from pixtral_cli.prompt.processor import Processor, Prompt
+from weights_cache import checkpoint, hub
+from weights_cache.checkpoint import Checkpoint
+
+DEFAULT_MODEL = "mistral-community/pixtral-12b"
+BUILT_IN = "tiny"
+Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model. `image_preprocessing` is a recipe's name, or None for the checkpoint's own."""
+
+    name: str
+    checkpoint: Checkpoint
+    image_preprocessing: str | None = None
+
+    @classmethod
+    def open(
+        cls,
+        model_path: str | PathLike[str],
+        weight_paths: Sequence[str | PathLike[str]] = (),
+        *,
+        weights: bool = True,
+        image_preprocessing: str | None = None,
+        force_download: bool = False,
+        progress: Progress | None = None,
+    ) -> Source:
+        """Find the model, fetching it from the Hub if need be; without `weights`, its small files only.
+
+        Raises weights_cache.errors.WeightsError.
+        """
+        name, paths = fspath(model_path), [Path(path) for path in weight_paths]
+        if name == BUILT_IN:
+            from pixtral_cli.tiny import FOLDER as folder
+        else:
+            folder = hub.fetch(name, weights=weights and not paths, force=force_download, progress=progress)
+        return cls(name, checkpoint.open(folder, paths), image_preprocessing)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.checkpoint.config)
+
+    @cached_property
+    def processor(self) -> Processor:
+        vision = self.config.vision
+        sizes = {} if vision is None else {"patch_size": vision.patch_size, "image_size": vision.image_size}
+        return Processor.from_checkpoint(self.checkpoint, image_preprocessing=self.image_preprocessing, **sizes)
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> Prompt:
+        """The prompt for OpenAI-style messages. Raises PromptError or RequestError."""
+        conversation = parse(messages)
+        self._check_pictures(len(conversation.pictures))
+        return self.processor.chat(conversation)
+
+    def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
+        """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""
+        self._check_pictures(len(images))
+        return self.processor.complete(prompt, [Picture(image) for image in images])
+
+    def _check_pictures(self, pictures: int) -> None:
+        if pictures and self.config.vision is None:
+            raise RequestError(
+                f"{self.name} is a text model and cannot look at pictures.",
+                hint="Leave the picture out, or choose a Pixtral model.",
+            )
