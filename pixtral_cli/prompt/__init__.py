@@ -1,0 +1,1 @@
+"""Messages and pictures in, token ids and pixels out; knows no torch.nn, no engine, no terminal."""

@@ -1,0 +1,102 @@
+"""What can be wrong with a request's messages, pictures or template; each error is one sentence and a next step."""
+
+from __future__ import annotations
+
+from pixtral_cli.errors import PixtralError
+
+
+class PromptError(PixtralError):
+    """Base of every failure to turn messages and pictures into a prompt."""
+
+
+class InvalidMessages(PromptError):
+    """An entry of the messages is not what it should be; `.where` is e.g. ``messages[2].content[1]``."""
+
+    def __init__(self, where: str, reason: str, hint: str | None = None):
+        super().__init__(f"{where}: {reason}", hint=hint)
+        self.where, self.reason = where, reason
+
+
+class PictureError(PromptError):
+    """Base of what can be wrong with one picture; `.name` is what the user called it."""
+
+    default_hint: str | None = None
+
+    def __init__(self, name: str, sentence: str, hint: str | None = None):
+        super().__init__(sentence, hint=hint or self.default_hint)
+        self.name = name
+
+
+class PictureNotFound(PictureError):
+    """No file has that name."""
+
+    default_hint = "Check the path; a relative path starts at the current folder."
+
+    def __init__(self, name: str):
+        super().__init__(name, f"No picture at {name}.")
+
+
+class PictureUnreadable(PictureError):
+    """The bytes are no picture of a known format, or a damaged one."""
+
+    default_hint = "Give a JPEG, PNG, WebP, GIF, TIFF or BMP file."
+
+    def __init__(self, name: str, reason: str, hint: str | None = None):
+        super().__init__(name, f"Cannot read the picture {name}: {reason}.", hint)
+        self.reason = reason
+
+
+class PictureTooLarge(PictureError):
+    """The header states more pixels, or the download has more bytes, than the limit."""
+
+    def __init__(self, name: str, sentence: str):
+        super().__init__(name, sentence, "Scale the picture down; the model sees at most about a megapixel of it.")
+
+
+class PictureFetchFailed(PictureError):
+    """An address did not deliver: unreachable, an HTTP status, too slow."""
+
+    default_hint = "Open the address in a browser to check it, or download the picture and give its path."
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, f"Cannot fetch {name}: {reason}.")
+        self.reason = reason
+
+
+class TokenizerUnreadable(PromptError):
+    """The checkpoint has no tokenizer that can be read here."""
+
+
+class TemplateFailed(PromptError):
+    """The checkpoint's chat template refused the messages or is broken."""
+
+
+class NoChatTemplate(PromptError):
+    """The model has neither a chat template nor the control tokens of one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This model has no chat template.",
+            hint="Use --raw (in Python: complete) to continue plain text.",
+        )
+
+
+class PicturesMisplaced(PromptError):
+    """The prompt's picture marks and the pictures given do not match."""
+
+    def __init__(self, marks: int, pictures: int):
+        super().__init__(
+            f"The prompt has {marks} [IMG] but {pictures} pictures were given.",
+            hint="Write one [IMG] for each picture, or none: then the pictures come first.",
+        )
+        self.marks, self.pictures = marks, pictures
+
+
+class PicturesUnsupported(PromptError):
+    """The model's tokenizer has no tokens for pictures."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This model reads text only, and a picture was given.",
+            hint="Leave the picture out, or choose a model that sees, such as mistral-community/pixtral-12b.",
+        )

@@ -1,0 +1,106 @@
+"""An http(s) address in, its bytes out, within limits; knows no pictures beyond the word in its errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+from urllib.parse import quote
+
+from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
+
+USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
+CONNECT_SECONDS = 10.0
+TOTAL_SECONDS = 30.0
+MAX_BYTES = 32 * 2**20
+PIECE = 64 * 1024
+SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"BM")
+"""How JPEG, PNG, WebP, GIF, TIFF and BMP files begin."""
+URL_CHARACTERS = ":/?#[]@!$&'()*+,;=%-._~"
+
+
+def fetch(
+    url: str, *, connect: float = CONNECT_SECONDS, total: float = TOTAL_SECONDS, max_bytes: int = MAX_BYTES
+) -> bytes:
+    """Download `url`.
+
+    Args:
+        connect: seconds to wait for a connection, and for each piece of data.
+        total: seconds for everything, name look-up and redirections included.
+        max_bytes: more than this is refused.
+
+    Raises:
+        PictureFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
+        PictureTooLarge: more than `max_bytes`.
+    """
+    outcome: list[bytes | BaseException] = []
+    worker = threading.Thread(target=_into, args=(outcome, url, connect, total, max_bytes), daemon=True)
+    worker.start()
+    worker.join(total)
+    if not outcome:
+        raise PictureFetchFailed(url, f"it took more than {total:g} seconds")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _into(outcome: list[bytes | BaseException], url: str, connect: float, total: float, max_bytes: int) -> None:
+    try:
+        outcome.append(_download(url, connect, time.monotonic() + total, max_bytes))
+    except (PictureFetchFailed, PictureTooLarge) as error:
+        outcome.append(error)
+    except Exception as error:  # urllib and http.client raise a dozen kinds
+        outcome.append(PictureFetchFailed(url, _reason(error, connect)))
+
+
+def _download(url: str, connect: float, deadline: float, max_bytes: int) -> bytes:
+    from urllib.request import Request
+
+    request = Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*"})
+    data = bytearray()
+    with _opener().open(request, timeout=connect) as response:
+        while piece := response.read1(PIECE):
+            if not data:
+                _refuse_page(url, response.headers.get_content_type(), piece)
+            data += piece
+            if len(data) > max_bytes:
+                limit = f"{max_bytes / 2**20:g} MiB"
+                raise PictureTooLarge(url, f"The picture {url} is larger than {limit}.")
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    return bytes(data)
+
+
+def _refuse_page(url: str, content_type: str, start: bytes) -> None:
+    """A page, said to be one and not a picture under a wrong name, need not be downloaded."""
+    if not content_type.startswith("image/") and not start.startswith(SIGNATURES):
+        raise PictureFetchFailed(url, f"the server sent {content_type}, not a picture")
+
+
+def _opener() -> Any:
+    """http and https only, redirections too: never a file, never ftp."""
+    from urllib import request
+
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPDefaultErrorHandler,
+        request.HTTPErrorProcessor,
+        request.HTTPRedirectHandler,
+        request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _reason(error: Exception, connect: float) -> str:
+    from urllib.error import HTTPError, URLError
+
+    if isinstance(error, HTTPError):
+        return f"the server answered {error.code} {error.reason}".rstrip()
+    cause = error.reason if isinstance(error, URLError) else error
+    if isinstance(cause, TimeoutError):
+        return f"no answer within {connect:g} seconds"
+    return str(getattr(cause, "strerror", None) or cause).rstrip(".") or type(cause).__name__

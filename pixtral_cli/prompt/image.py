@@ -1,0 +1,198 @@
+"""An RGB picture in, its grid of patches and (on demand) its pixels out; knows no files, tokens or templates.
+
+Two recipes exist in the world and give different pixels: `hf` (transformers, `image_processing_pixtral.py`) and
+`native` (mistral-common, `tokens/tokenizers/image.py`). Both divide the picture by the longest side allowed,
+then round its sides up to whole patches. H, W: height and width in pixels, multiples of the patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Recipe = Literal["hf", "native"]
+RECIPES: tuple[Recipe, ...] = ("hf", "native")
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+NATIVE_SHARPNESS = -0.75
+"""The `a` of OpenCV's INTER_CUBIC."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a model wants its pictures; the defaults are Pixtral's. Lengths are in pixels."""
+
+    patch_size: int = 16
+    longest_side: int = 1024
+    spatial_merge: int = 1
+    """Patches that become one token, along each side."""
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    rescale_factor: float = 1 / 255
+
+    @property
+    def cell(self) -> int:
+        """Pixels that one token covers, along each side."""
+        return self.patch_size * self.spatial_merge
+
+    def with_preprocessor(self, config: dict[str, Any]) -> ImageSpec:
+        """This, changed by a preprocessor_config.json.
+
+        `do_resize: false` is not followed: without it a picture would not be a whole number of patches.
+        """
+        size = config.get("size") or {}
+        longest = size.get("longest_edge") or size.get("height") if isinstance(size, dict) else size
+        do_normalize = config.get("do_normalize", True)
+        rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+        return replace(
+            self,
+            longest_side=longest or self.longest_side,
+            mean=tuple(config.get("image_mean") or self.mean) if do_normalize else (0.0,) * 3,
+            std=tuple(config.get("image_std") or self.std) if do_normalize else (1.0,) * 3,
+            rescale_factor=rescale,
+        )
+
+
+def plan_size(width: int, height: int, recipe: Recipe, spec: ImageSpec) -> tuple[int, int]:
+    """The (width, height) that a picture is resized to: multiples of `spec.cell`.
+
+    A side longer than `spec.longest_side` shrinks to it, the other in proportion: `hf` rounds down and `native` to
+    the nearest even. A side that would vanish keeps one pixel, and so one patch, where transformers fails.
+
+    >>> plan_size(3015, 332, "hf", ImageSpec()), plan_size(3015, 332, "native", ImageSpec())
+    ((1024, 112), (1024, 128))
+    """
+    ratio = max(width / spec.longest_side, height / spec.longest_side)
+    if ratio > 1:
+        shorten = math.floor if recipe == "hf" else round
+        width, height = max(1, shorten(width / ratio)), max(1, shorten(height / ratio))
+    return _whole_cells(width, spec.cell), _whole_cells(height, spec.cell)
+
+
+def _whole_cells(length: int, cell: int) -> int:
+    return ((length - 1) // cell + 1) * cell
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """A picture with its place in the prompt decided; pixels are computed when asked for."""
+
+    picture: Image.Image
+    """RGB."""
+    recipe: Recipe
+    spec: ImageSpec
+    width: int
+    height: int
+    """Pixels after resizing."""
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(width, height) of the picture before resizing, after turning it upright."""
+        return self.picture.size
+
+    @property
+    def rows(self) -> int:
+        return self.height // self.spec.cell
+
+    @property
+    def columns(self) -> int:
+        return self.width // self.spec.cell
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens: a row is its columns and a break (or, at last, the end)."""
+        return self.rows * (self.columns + 1)
+
+    def pixels(self) -> torch.Tensor:
+        """Normalised float32 [3, H, W] on the CPU."""
+        import torch
+
+        resize = _resize_hf if self.recipe == "hf" else _resize_native
+        image = resize(_bytes_of(self.picture), self.width, self.height)
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.spec.mean, self.spec.std))
+        return ((image.float() * self.spec.rescale_factor - mean) / std).contiguous()
+
+
+def prepare(picture: Image.Image, recipe: Recipe, spec: ImageSpec) -> PreparedImage:
+    """Decide the size of an RGB picture."""
+    width, height = plan_size(*picture.size, recipe, spec)
+    return PreparedImage(picture, recipe, spec, width, height)
+
+
+def token_ids(rows: int, columns: int, image: int, end_of_row: int, end: int) -> list[int]:
+    """The prompt tokens of one picture.
+
+    >>> token_ids(2, 3, 10, 12, 13)
+    [10, 10, 10, 12, 10, 10, 10, 13]
+    """
+    ids = ([image] * columns + [end_of_row]) * rows
+    ids[-1] = end
+    return ids
+
+
+def _bytes_of(picture: Image.Image) -> torch.Tensor:
+    """uint8 [height, width, 3]."""
+    import torch
+
+    width, height = picture.size
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+
+
+def _resize_hf(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """uint8 [h, w, 3] -> uint8 [3, H, W]: antialiased bicubic on bytes, as PIL and torchvision do it."""
+    from torch.nn.functional import interpolate
+
+    batch = image.permute(2, 0, 1).unsqueeze(0)  # stays channels-last in memory: the fast path
+    return interpolate(batch, (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def _resize_native(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """uint8 [h, w, 3] -> float32 [3, H, W]: OpenCV's bicubic on floats, neither antialiased nor clamped.
+
+    Each output pixel sees 4 x 4 input pixels, so only those are converted to float: a huge picture stays bytes.
+    """
+    image = image.permute(2, 0, 1)
+    taps, weights = _cubic_taps(image.shape[1], height)  # [H, 4]
+    rows = image[:, taps.flatten()].unflatten(1, taps.shape)  # [3, H, 4, w]
+    image = _weighted(rows, weights.view(1, height, 4, 1), 2)  # [3, H, w]
+    taps, weights = _cubic_taps(image.shape[2], width)  # [W, 4]
+    columns = image[:, :, taps.flatten()].unflatten(2, taps.shape)  # [3, H, W, 4]
+    return _weighted(columns, weights.view(1, 1, width, 4), 3)
+
+
+def _weighted(taps: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over `dim`, one tap after the other, so that no float copy of all four is made."""
+    pairs = zip(taps.unbind(dim), weights.unbind(dim), strict=True)
+    return sum(tap.float() * weight for tap, weight in pairs)  # type: ignore[return-value]
+
+
+def _cubic_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of `target` places, 4 indices into `source` (edges repeat) and their weights: both [target, 4]."""
+    import torch
+
+    centre = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).float()
+    left = centre.floor()
+    distance = (centre - left).unsqueeze(1) + torch.tensor([1.0, 0.0, -1.0, -2.0])
+    index = left.long().unsqueeze(1) + torch.tensor([-1, 0, 1, 2])
+    return index.clamp(0, source - 1), _cubic(distance.abs(), NATIVE_SHARPNESS)
+
+
+def _cubic(x: torch.Tensor, a: float) -> torch.Tensor:
+    """Keys' convolution kernel at distances 0 <= x <= 2."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return near.where(x <= 1, far)
+
+
+def spec_from(patch_size: int, longest_side: int, spatial_merge: int, overrides: Sequence[dict[str, Any]]) -> ImageSpec:
+    """Pixtral's spec with a model's sizes, changed by each preprocessor configuration in turn."""
+    spec = ImageSpec(patch_size, longest_side, spatial_merge)
+    for override in overrides:
+        spec = spec.with_preprocessor(override)
+    return spec

@@ -1,0 +1,202 @@
+"""What a user calls a picture in, an upright RGB PIL image out; knows no sizes, patches or tokens.
+
+Only the formats listed are tried, and the header's size is checked before a pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from base64 import b64decode
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from pixtral_cli.prompt.errors import PictureNotFound, PictureTooLarge, PictureUnreadable
+from pixtral_cli.prompt.fetch import fetch as fetch_url
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 178_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+STDIN = "-"
+ORIENTATION = 0x0112
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""EXIF orientation -> the PIL transposition that undoes it."""
+SIXTEEN_TO_EIGHT = 1 / 257
+Fetch = Callable[[str], bytes]
+_opening = threading.Lock()
+
+
+def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:
+    """The picture as people see it: first frame, upright, transparency on white, 8-bit RGB.
+
+    Args:
+        source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
+            the bytes of a file, or a PIL.Image.
+        max_pixels: width times height that the header may state.
+        fetch: gets an http(s) address; raises PictureFetchFailed.
+
+    Raises:
+        PictureError: PictureNotFound, PictureUnreadable, PictureTooLarge or PictureFetchFailed, naming the picture.
+    """
+    name = name_of(source)
+    if hasattr(source, "convert") and hasattr(source, "size"):
+        return _guarded(name, lambda: _normalised(source, name, max_pixels))
+    file = _file(source, name, fetch)
+    return _guarded(name, lambda: _normalised(_open(file, name, max_pixels), name, max_pixels))
+
+
+def name_of(source: Any) -> str:
+    """What to call a picture in a sentence."""
+    if source == STDIN:
+        return "from standard input"
+    if isinstance(source, (bytes, bytearray)):
+        return f"of {len(source)} bytes"
+    if not isinstance(source, str):
+        return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
+    return source if len(source) <= 120 else f"{source[:40]}…"
+
+
+def _file(source: Any, name: str, fetch: Fetch) -> Path | BinaryIO:
+    if isinstance(source, (bytes, bytearray)):
+        return BytesIO(source)
+    if source == STDIN:
+        return BytesIO(sys.stdin.buffer.read())
+    scheme = source[:8].partition(":")[0].lower() if isinstance(source, str) else ""
+    if scheme in ("http", "https"):
+        return BytesIO(fetch(source))
+    if scheme == "data":
+        return BytesIO(_data_uri(source, name))
+    if scheme == "file":
+        source = unquote(urlsplit(source).path)
+    return _path(Path(source), name)
+
+
+def _path(path: Path, name: str) -> Path:
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            raise PictureUnreadable(name, "it is a folder")
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError):  # a name too long, no home folder, a NUL
+        pass
+    raise PictureNotFound(name)
+
+
+def _data_uri(uri: str, name: str) -> bytes:
+    head, comma, body = uri.partition(",")
+    if not comma:
+        raise PictureUnreadable(name, "a data: URI needs a comma before its data")
+    data = unquote_to_bytes(body)
+    if not head.lower().endswith(";base64"):
+        return data
+    try:
+        return b64decode(b"".join(data.split()) + b"==", altchars=b"-_" if b"-" in data or b"_" in data else None)
+    except ValueError as error:
+        raise PictureUnreadable(name, f"its base64 is damaged ({error})") from error
+
+
+def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
+    """Decoders of damaged files raise nearly anything; all of it means that the picture cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work()
+    except (PictureUnreadable, PictureTooLarge):
+        raise
+    except UnidentifiedImageError as error:
+        raise PictureUnreadable(name, "it is not a picture of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise PictureTooLarge(name, f"The picture {name} is larger than it says.") from error
+    except PermissionError as error:
+        raise PictureUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
+    except Exception as error:
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise PictureUnreadable(name, f"it is damaged or cut short ({reason})") from error
+
+
+def _open(file: Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """Read the header. PIL's own size check is off meanwhile: ours states both numbers."""
+    from PIL import Image
+
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    _check_size(image, name, max_pixels)
+    return image
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        sentence = f"The picture {name} has {width}x{height} = {width * height:,} pixels, more than {max_pixels:,}."
+        raise PictureTooLarge(name, sentence)
+    if not width or not height:
+        raise PictureUnreadable(name, f"it has no pixels ({width}x{height})")
+
+
+def _normalised(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_size(image, name, max_pixels)
+    image.load()
+    return _upright(_rgb(_eight_bit(image)), _orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; a damaged EXIF block does not spoil the picture."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    from PIL import Image
+
+    turn = TURNS.get(orientation)
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Sixteen-bit, integer and float greys scaled to 8 bits, where PIL's own conversion would clip them."""
+    if not (image.mode == "F" or image.mode.startswith("I")):
+        return image
+    grey = image.convert("F")
+    low, high = grey.getextrema()
+    if image.mode == "F":
+        scale = 255.0 if 0 <= low and high <= 1 else 1.0
+    else:
+        scale = SIXTEEN_TO_EIGHT if high <= 0xFFFF else 255 / 0x7FFFFFFF
+    return grey.point(lambda value: value * scale + 0.5).convert("L")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB, what is transparent composited on white the way mistral-common does it."""
+    from PIL import Image
+
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode[:-1] + "A")
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    white.paste(image, (0, 0), image)
+    return white.convert("RGB")

@@ -1,0 +1,198 @@
+"""Conversations or raw text in, a Prompt (token ids and prepared pictures) out, as one checkpoint wants it.
+
+Knows the checkpoint's side files and nothing of its tensors; imports torch only when pixels are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pixtral_cli.prompt import media
+from pixtral_cli.prompt.errors import (
+    NoChatTemplate,
+    PicturesMisplaced,
+    PicturesUnsupported,
+    PromptError,
+    TemplateFailed,
+)
+from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
+from pixtral_cli.prompt.messages import Conversation
+from pixtral_cli.prompt.native import NativeRules, can_chat
+from pixtral_cli.prompt.template import ChatTemplate, find_template
+from pixtral_cli.prompt.tokenizer import Tokenizer, read_json
+
+IMAGE_MARK = "[IMG]"
+LoadPicture = Callable[[Any], Any]
+"""A picture's source -> an RGB PIL.Image: `media.load`, or one that guards a server."""
+
+
+class CheckpointFiles(Protocol):
+    """What is needed of a checkpoint."""
+
+    form: Literal["hf", "native"]
+
+    def file(self, name: str) -> Path | None: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads: every image token of `token_ids`, in order, is one patch group of `images`."""
+
+    token_ids: list[int]
+    images: list[PreparedImage]
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that the pictures take, row breaks included."""
+        return sum(image.tokens for image in self.images)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The control ids of a picture's patches, row ends and end; None for a text model."""
+
+    patch: int
+    row_end: int
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, config: dict[str, Any]) -> ImageTokens | None:
+        """Their names are Pixtral's unless processor_config.json has others."""
+        names = (
+            _token_text(config.get("image_token"), "[IMG]"),
+            _token_text(config.get("image_break_token"), "[IMG_BREAK]"),
+            _token_text(config.get("image_end_token"), "[IMG_END]"),
+        )
+        if any(name not in tokenizer.controls for name in names):
+            return None
+        return cls(*map(tokenizer.control, names))
+
+
+@dataclass
+class Processor:
+    """Builds prompts for one checkpoint."""
+
+    tokenizer: Tokenizer
+    dialect: ChatTemplate | NativeRules | None
+    """None: the model completes text and has no chat."""
+    image_tokens: ImageTokens | None
+    recipe: Recipe
+    spec: ImageSpec
+    load_picture: LoadPicture = media.load
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: CheckpointFiles,
+        *,
+        image_preprocessing: Recipe | None = None,
+        patch_size: int = 16,
+        image_size: int = 1024,
+        spatial_merge: int = 1,
+        load_picture: LoadPicture = media.load,
+    ) -> Processor:
+        """Read the tokenizer, template and picture settings of a checkpoint.
+
+        Args:
+            image_preprocessing: "hf" or "native"; by default the checkpoint's form.
+            patch_size, image_size: of the vision tower, in pixels; the preprocessor's own longest side wins.
+            spatial_merge: patches that become one token, along each side.
+            load_picture: makes a picture's source an RGB PIL.Image.
+
+        Raises:
+            TokenizerUnreadable: no tokenizer, or a damaged one.
+            PromptError: an unknown `image_preprocessing`.
+        """
+        recipe = image_preprocessing or checkpoint.form
+        if recipe not in RECIPES:
+            raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
+        tokenizer = Tokenizer.load(checkpoint.file)
+        processor_config = read_json(checkpoint.file("processor_config.json"))
+        spec = ImageSpec(patch_size, tokenizer.image.get("max_image_size", image_size), spatial_merge)
+        if checkpoint.form == "hf":
+            spec = spec.with_preprocessor(processor_config.get("image_processor") or {})
+            spec = spec.with_preprocessor(read_json(checkpoint.file("preprocessor_config.json")))
+        return cls(
+            tokenizer,
+            _dialect(checkpoint, tokenizer),
+            ImageTokens.of(tokenizer, processor_config),
+            recipe,
+            spec,
+            load_picture,
+        )
+
+    def chat(self, conversation: Conversation) -> Prompt:
+        """The prompt that asks for the next answer.
+
+        Raises:
+            NoChatTemplate, TemplateFailed, PicturesUnsupported, PictureError.
+        """
+        if self.dialect is None:
+            raise NoChatTemplate
+        images = self._prepare(picture.source for picture in conversation.pictures)
+        return self._filled(self.dialect.encode(conversation), images)
+
+    def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
+        """The prompt that continues `text`: BOS first, no template, control strings in it are text.
+
+        The pictures come first when the text holds no ``[IMG]``, and else take the place of each.
+
+        Raises:
+            PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
+        """
+        pieces = text.split(IMAGE_MARK) if pictures else [text]
+        if len(pieces) == 1:
+            pieces = [""] * len(pictures) + pieces
+        if len(pieces) != len(pictures) + 1:
+            raise PicturesMisplaced(len(pieces) - 1, len(pictures))
+        images = self._prepare(pictures)
+        ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        for index, piece in enumerate(pieces):
+            ids += self._picture_ids(images[index - 1]) if index else []
+            ids += self.tokenizer.encode(piece, at_start=index == 0) if piece else []
+        return Prompt(ids, images)
+
+    def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
+        sources = list(sources)
+        if sources and self.image_tokens is None:
+            raise PicturesUnsupported
+        return [prepare(self.load_picture(source), self.recipe, self.spec) for source in sources]
+
+    def _filled(self, ids: list[int], images: list[PreparedImage]) -> Prompt:
+        """`ids` with each picture's tokens in place of its mark."""
+        if self.image_tokens is None:
+            return Prompt(ids, [])
+        marks = ids.count(self.image_tokens.patch)
+        if marks != len(images):
+            raise TemplateFailed(
+                f"The model's chat template has places for {marks} pictures where {len(images)} were given.",
+                "Use --raw (in Python: complete) with one [IMG] for each picture.",
+            )
+        left = iter(images)
+        return Prompt([id for mark in ids for id in self._expanded(mark, left)], images)
+
+    def _expanded(self, mark: int, images: Iterator[PreparedImage]) -> list[int]:
+        return self._picture_ids(next(images)) if mark == self.image_tokens.patch else [mark]
+
+    def _picture_ids(self, image: PreparedImage) -> list[int]:
+        tokens = self.image_tokens
+        return token_ids(image.rows, image.columns, tokens.patch, tokens.row_end, tokens.end)
+
+
+def _dialect(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatTemplate | NativeRules | None:
+    """A template that comes with an HF checkpoint is data; without one Mistral's rules, if the tokens are there."""
+    source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
+    if source is not None:
+        is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
+        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor)
+    return NativeRules(tokenizer) if can_chat(tokenizer) else None
+
+
+def _token_text(value: Any, default: str) -> str:
+    """A token in a configuration file: its text, or an object that holds it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else default

@@ -1,0 +1,204 @@
+"""A conversation and a checkpoint's own Jinja template in, token ids with one mark per picture out.
+
+The template is data from a stranger: it runs in a sandbox and sees plain strings, lists and dictionaries.
+Its own control strings become control ids; the same strings in a user's text stay text (see `Shield`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NoReturn
+
+from pixtral_cli.prompt.errors import TemplateFailed
+from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text
+from pixtral_cli.prompt.tokenizer import Files, Tokenizer, read_json
+
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
+
+
+def find_template(file: Files) -> str | None:
+    """The checkpoint's chat template: chat_template.jinja, or `chat_template` in one of its JSON files."""
+    if path := file("chat_template.jinja"):
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = read_json(file(name)).get("chat_template")
+        if isinstance(template, list):  # named templates
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+class Shield:
+    """Keeps control strings in a user's text apart from a template's own.
+
+    A character that occurs nowhere else is put after the first letter of every control string in the text, and of
+    every beginning of one at its end, which the next text could complete. The template can still trim, split and
+    compare the text. `lift` takes the character out again, after the template's control strings have been found.
+    """
+
+    def __init__(self, controls: Iterable[str], texts: Iterable[str]):
+        controls = sorted(controls, key=len, reverse=True)
+        whole = "|".join(map(re.escape, controls))
+        begun = "|".join(sorted({re.escape(control[:n]) for control in controls for n in range(1, len(control))}))
+        self._pattern = re.compile(rf"(?=(?:{whole})|(?:{begun})\s*\Z)(.)", re.DOTALL) if controls else None
+        used = set().union(*texts)
+        self._mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in used)
+
+    def raise_over(self, text: str) -> str:
+        return self._pattern.sub(rf"\1{self._mark}", text) if self._pattern else text
+
+    def lift(self, text: str) -> str:
+        return text.replace(self._mark, "")
+
+
+@dataclass
+class ChatTemplate:
+    """A checkpoint's template with its tokenizer."""
+
+    source: str
+    tokenizer: Tokenizer
+    starts_with_bos: bool = False
+    """Whether a BOS that the template leaves out is added, as transformers' processors do and its tokenizers do not."""
+
+    def encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids up to where the answer begins; every picture is one image token.
+
+        Consecutive messages of one role are put together first. If the template refuses the rest, a system message
+        in the middle moves to the front and an empty user turn precedes an answer that has none.
+
+        Raises:
+            TemplateFailed: with what the template itself says.
+        """
+        conversation = conversation.merged()
+        try:
+            return self._encode(conversation, tools)
+        except TemplateFailed:
+            if (tidied := conversation.system_first()) == conversation:
+                raise
+            return self._encode(tidied, tools)
+
+    def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
+        texts = [chunk.text for message in conversation.messages for chunk in message.chunks if isinstance(chunk, Text)]
+        shield = Shield(self.tokenizer.controls, [self.source, *texts])
+        rendered = self._render([self._entry(message, shield) for message in conversation.messages], tools)
+        ids = self._forgotten_bos(rendered)
+        for part in self.tokenizer.split_controls(rendered):
+            if isinstance(part, int):
+                ids.append(part)
+            elif text := shield.lift(part):
+                ids += self.tokenizer.encode(text, at_start=not ids)
+        return ids
+
+    def _forgotten_bos(self, rendered: str) -> list[int]:
+        bos = self.tokenizer.bos
+        needed = self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos)
+        return [self.tokenizer.control(bos)] if needed else []
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._compiled.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=True,
+                bos_token=self.tokenizer.bos or "",
+                eos_token=self.tokenizer.eos or "",
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+            reason = str(error).strip().rstrip(".") or type(error).__name__
+            raise TemplateFailed(
+                f"The model's chat template refused the messages: {reason}.",
+                "Change the messages, or use --raw (in Python: complete) to write the prompt yourself.",
+            ) from error
+
+    def _entry(self, message: Message, shield: Shield) -> dict[str, Any]:
+        """The message as the template knows it: content as a list of chunks or as a string."""
+        if self._knows_chunks and not (self._knows_strings and _is_plain(message)):
+            content: Any = [_chunk(chunk, shield) for chunk in message.chunks]
+        else:
+            content = shield.raise_over(message.text)
+        return {"role": message.role, "content": content}
+
+    @cached_property
+    def _knows_chunks(self) -> bool:
+        return re.search(r"""['"]type['"]|\.type\b""", self.source) is not None
+
+    @cached_property
+    def _knows_strings(self) -> bool:
+        return re.search(r"\bis\s+(not\s+)?string\b", self.source) is not None
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return _environment().from_string(self.source)
+        except TemplateError as error:
+            raise TemplateFailed(
+                f"The model's chat template is broken: {error}.",
+                "Fetch the model again with --force-download, or use --raw.",
+            ) from error
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether the content is given as a string: always for who can have no pictures."""
+    return message.is_string or message.role != "user"
+
+
+def _chunk(chunk: Text | Picture, shield: Shield) -> dict[str, str]:
+    """Published templates read a text chunk's "text" or its "content"."""
+    if isinstance(chunk, Picture):
+        return {"type": "image"}
+    text = shield.raise_over(chunk.text)
+    return {"type": "text", "text": text, "content": text}
+
+
+def _environment() -> Any:
+    """Jinja as chat templates are written for: what transformers gives them, without more."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return environment
+
+
+def _generation_tag() -> type:
+    """``{% generation %}…{% endgeneration %}``, which some templates put around answers, shows its body."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+_strftime_now: Callable[[str], str] = lambda form: datetime.now().strftime(form)  # noqa: E731
