@@ -1,0 +1,54 @@
+"""config.json is read field by field; what cannot be run says which field and why."""
+
+import pytest
+
+from pixtral_cli.errors import ModelError
+from pixtral_cli.model.config import ModelConfig
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "num_hidden_layers": 6, "sliding_window": None}
+LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {}, "vision_config": {}}
+
+
+def text(**fields):
+    return ModelConfig.from_dict({**MISTRAL, **fields}).text
+
+
+def test_rope_theta_is_read_from_old_and_new_places():
+    assert text(rope_theta=1e8).rope_theta == 1e8
+    assert text(rope_parameters={"rope_theta": 1e9, "rope_type": "default"}).rope_theta == 1e9
+
+
+def test_sliding_windows_come_as_a_number_a_pattern_or_layer_types():
+    assert text(sliding_window=5).sliding_windows == (5,) * 6
+    assert text(sliding_window=[None, 5, 5, 5]).sliding_windows == (None, 5, 5, 5, None, 5)
+    kinds = ["full_attention", "sliding_attention"] * 3
+    assert text(sliding_window=5, layer_types=kinds).sliding_windows == (None, 5) * 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({}, "not stated"),
+        ({**LLAVA, "vision_config": {"model_type": "clip_vision_model"}}, "clip_vision_model"),
+        ({**LLAVA, "text_config": {"model_type": "llama"}}, "llama"),
+        ({**LLAVA, "vision_feature_select_strategy": "default"}, "vision_feature_select_strategy"),
+        ({**LLAVA, "vision_feature_layer": 99}, "vision_feature_layer"),
+        ({"architectures": ["LlavaForConditionalGeneration"]}, "vision_config"),
+        ({**MISTRAL, "hidden_size": "wide"}, "hidden_size"),
+        ({**MISTRAL, "num_key_value_heads": 5}, "num_key_value_heads"),
+        ({**MISTRAL, "rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({**MISTRAL, "sliding_window": "wide"}, "sliding_window"),
+        ({**MISTRAL, "layer_types": ["full_attention"]}, "layer_types"),
+        ({**MISTRAL, "hidden_act": "relu"}, "hidden_act"),
+    ],
+)
+def test_what_cannot_be_run_is_named(raw, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        ModelConfig.from_dict(raw)
+
+
+def test_an_unknown_architecture_lists_the_known():
+    with pytest.raises(ModelError) as failure:
+        ModelConfig.from_dict({"architectures": ["GPT2LMHeadModel"]})
+    assert "LlavaForConditionalGeneration" in failure.value.hint and "MistralForCausalLM" in failure.value.hint

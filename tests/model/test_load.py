@@ -1,0 +1,128 @@
+"""Loading: what fits is memory-mapped, what does not fit is named before anything large is read."""
+
+import builders
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pixtral_cli.encodings import find
+from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.model import plan
+from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.load import default_encoding, load
+from weights_cache import checkpoint
+from weights_cache.errors import TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    builders.mistral(tmp_path)
+    return tmp_path
+
+
+def open_model(folder, encoding="float32"):
+    opened = checkpoint.open(folder)
+    return load(opened, ModelConfig.from_dict(opened.config), find(encoding), CPU)
+
+
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_missing_tensor_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(TensorsMissing, match=r"layers\.1\.mlp\.up_proj"):
+        open_model(folder)
+
+
+def test_a_left_over_tensor_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.7.mlp.up_proj.weight": torch.zeros(2, 2)}))
+    with pytest.raises(TensorsUnexpected, match=r"layers\.7\.mlp\.up_proj"):
+        open_model(folder)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)}))
+    with pytest.raises(TensorShapeMismatch, match=r"norm\.weight.*65.*64"):
+        open_model(folder)
+
+
+def test_an_untied_model_without_its_head_is_refused(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(TensorsMissing, match="lm_head"):
+        open_model(folder)
+
+
+def test_a_tied_head_shares_the_embedding(tmp_path):
+    builders.mistral(tmp_path, tie_word_embeddings=True)
+    model = open_model(tmp_path)
+    assert model.lm_head.weight.data_ptr() == model.language_model.embed_tokens.weight.data_ptr()
+
+
+def test_weights_of_the_files_dtype_are_mapped_and_not_copied(folder):
+    path = str((folder / "model.safetensors").resolve())
+    model = open_model(folder)
+    pointer = model.language_model.layers[0].mlp.up_proj.weight.data_ptr()
+    with open("/proc/self/maps") as maps:
+        mapped = [line.split()[0] for line in maps if line.rstrip().endswith(path)]
+    spans = [tuple(int(end, 16) for end in span.split("-")) for span in mapped]
+    assert any(low <= pointer < high for low, high in spans)
+
+
+def test_default_encoding_follows_the_checkpoint(folder):
+    assert default_encoding(checkpoint.open(folder).tensors.values()).name == "float32"
+    edit_tensors(folder, lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items()}))
+    assert default_encoding(checkpoint.open(folder).tensors.values()).name == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q6_k", "nf4"])
+def test_known_encodings_say_not_yet(name):
+    with pytest.raises(ModelError, match="not work yet"):
+        find(name)
+
+
+def test_an_unknown_encoding_lists_the_known():
+    with pytest.raises(ModelError) as failure:
+        find("int3")
+    assert "bfloat16" in failure.value.hint and "q4_k" in failure.value.hint
+
+
+def test_weights_need_their_true_bytes(folder):
+    tensors = checkpoint.open(folder).tensors.values()
+    assert plan.weight_bytes(tensors, find("float32")) == sum(p.nbytes for p in open_model(folder).parameters())
+    half = sum(p.nbytes for p in open_model(folder, "bfloat16").parameters())
+    assert plan.weight_bytes(tensors, find("bfloat16")) == half
+
+
+def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fit(folder, monkeypatch):
+    tensors = checkpoint.open(folder).tensors.values()
+    between = (plan.weight_bytes(tensors, find("float32")) + plan.weight_bytes(tensors, find("bfloat16"))) // 2
+    monkeypatch.setattr(plan, "WORKSPACE", 0)
+    monkeypatch.setattr(plan, "GIB", 2**10)  # so that the figures of a small model show
+    monkeypatch.setattr(plan, "free_bytes", lambda device: between)
+    with pytest.raises(ModelError) as failure:
+        plan.check_weights(tensors, find("float32"), CPU)
+    need = plan.weight_bytes(tensors, find("float32"))
+    assert f"{need / 1024:.1f} GiB" in str(failure.value) and f"{between / 1024:.1f} GiB" in str(failure.value)
+    assert "--quantization-encoding bfloat16" in failure.value.hint
+
+
+def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
+    config = ModelConfig.from_dict(checkpoint.open(folder).config).text
+    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 99, torch.float32))
+    plan.check_prompt(config, 99, torch.float32, CPU)
+    with pytest.raises(RequestError, match="100 tokens"):
+        plan.check_prompt(config, 100, torch.float32, CPU)
+
+
+def test_a_containers_limit_counts(tmp_path):
+    for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\nfile 200"}.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert plan._container_free(tmp_path) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan._container_free(tmp_path) is None
