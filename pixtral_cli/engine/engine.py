@@ -43,8 +43,13 @@ class Engine:
         """Drop a request and its memory; unknown and finished ones are passed over."""
         self.scheduler.remove(request_id)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request runs or waits."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
     def step(self) -> list[TokenEvent]:
-        """Compute one step of all running requests -> at most one new token each; [] with nothing to do."""
+        """Compute one step of all running requests -> at most one new token each; none while prompts are computed."""
         pieces = self.scheduler.schedule()
         if not pieces:
             return []
