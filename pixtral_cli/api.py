@@ -115,7 +115,7 @@ class Pixtral:
             yield event
 
     def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Iterator[tuple[int, TextEvent]]:
-        ends = self.processor.end_token_ids
+        ends = self.source.end_token_ids
         jobs = []
         for prompt in prompts:
             answering = Answering(self.name, prompt, options, self.processor, self.load_seconds)

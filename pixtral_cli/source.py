@@ -9,9 +9,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.errors import RequestError
+from pixtral_cli.errors import ModelError, RequestError
 from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.prompt.messages import Picture, parse
+from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from weights_cache import checkpoint, hub
 from weights_cache.checkpoint import Checkpoint
@@ -57,9 +57,35 @@ class Source:
 
     @cached_property
     def processor(self) -> Processor:
-        vision = self.config.vision
-        sizes = {} if vision is None else {"patch_size": vision.patch_size, "image_size": vision.image_size}
-        return Processor.from_checkpoint(self.checkpoint, image_preprocessing=self.image_preprocessing, **sizes)
+        vision, recipe = self.config.vision, self.image_preprocessing
+        if vision is None:
+            return Processor.from_checkpoint(self.checkpoint, image_preprocessing=recipe)
+        processor = Processor.from_checkpoint(
+            self.checkpoint,
+            image_preprocessing=recipe,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
+        )
+        tokens = processor.image_tokens
+        if tokens is None or tokens.patch != self.config.image_token_id:
+            raise ModelError(
+                f"config.json says that pictures are token {self.config.image_token_id}, "
+                f"and the tokenizer says {tokens.patch if tokens else 'nothing of pictures'}.",
+                hint="The model's config.json and tokenizer files may be of different models.",
+            )
+        return processor
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """What ends an answer: by generation_config.json, else config.json, else the tokenizer."""
+        checkpoint = self.checkpoint
+        sections = checkpoint.generation_config, checkpoint.config, checkpoint.config.get("text_config", {})
+        for section in sections:
+            ends = section.get("eos_token_id")
+            if ends is not None:
+                return frozenset(ends if isinstance(ends, list) else [ends])
+        eos = self.processor.tokenizer.eos_id
+        return frozenset() if eos is None else frozenset([eos])
 
     def chat(self, messages: Sequence[dict[str, Any]]) -> Prompt:
         """The prompt for OpenAI-style messages. Raises PromptError or RequestError."""
@@ -70,7 +96,7 @@ class Source:
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""
         self._check_pictures(len(images))
-        return self.processor.complete(prompt, [Picture(image) for image in images])
+        return self.processor.complete(prompt, images)
 
     def _check_pictures(self, pictures: int) -> None:
         if pictures and self.config.vision is None:
