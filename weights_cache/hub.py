@@ -7,16 +7,13 @@ network is needed. One format is fetched, never two, and never a file that no on
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import layout, store
 from .errors import DiskFull, DownloadFailed, ModelNotFound, Offline
-from .transfer import Transfer
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with (label, bytes done, bytes total or None); done and total run over all files of the model."""
+from .transfer import Progress, Transfer
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 TRUE = {"1", "ON", "YES", "TRUE"}
@@ -72,7 +69,10 @@ def is_offline() -> bool:
 
 
 def _download(repo: Repo, *, weights: bool, force: bool, progress: Progress | None) -> Path:
-    """Small files first, config.json the last of them, then the weights; only then does the revision point here."""
+    """Small files first, config.json the last of them, then the weights; then only does the revision point here.
+
+    An index comes before all: it says which weights there are, and so how many bytes.
+    """
     transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
     sizes = transfer.listing()
     if layout.CONFIG not in sizes:
@@ -81,21 +81,23 @@ def _download(repo: Repo, *, weights: bool, force: bool, progress: Progress | No
     if weights and not chosen:
         raise layout.no_weights(str(repo), sizes)
 
-    folder = store.snapshot(repo.name, transfer.commit)
-    _get(transfer, [n for n in chosen if n == layout.INDEX] + store.wanted_side_files(sizes), force)
-    _get(transfer, _weight_names(folder, chosen, sizes, repo), force)
+    wanted = store.wanted_side_files(sizes) + _weight_names(transfer, chosen, force)
+    _get(transfer, wanted, force)
     store.write_ref(repo.name, repo.revision, transfer.commit)
-    return folder
+    return store.snapshot(repo.name, transfer.commit)
 
 
-def _weight_names(folder: Path, chosen: list[str], sizes: Mapping[str, int | None], repo: Repo) -> list[str]:
-    """The safetensors files to fetch; with an index that has just arrived, the shards that it names."""
+def _weight_names(transfer: Transfer, chosen: list[str], force: bool) -> list[str]:
+    """The safetensors files to fetch; with an index, which is fetched at once, the shards that it names."""
     if chosen != [layout.INDEX]:
         return chosen
-    names = sorted(layout.shards(folder / layout.INDEX))
-    if absent := [name for name in names if name not in sizes]:
-        advice = "Tell the model's owner, or try another revision with owner/name@revision."
-        raise DownloadFailed(str(repo), f"its index names {absent[0]}, which the repository lacks", advice)
+    index = store.snapshot(transfer.repo, transfer.commit) / layout.INDEX
+    if force or not index.is_file():
+        transfer.get([layout.INDEX], force=force, quietly=True)
+    names = sorted(layout.shards(index))
+    if absent := [name for name in names if name not in transfer.sizes]:
+        advice = "Tell the model's owner, or try another revision: owner/name@revision."
+        raise DownloadFailed(transfer.label, f"its index names {absent[0]}, which the repository lacks", advice)
     return names
 
 

@@ -4,7 +4,7 @@
     <cache>/models--owner--name/snapshots/<commit>/<file>    links to blobs
     <cache>/models--owner--name/trees/<commit>.json          what the repository holds (huggingface_hub >= 2)
 
-Reading this needs no import of huggingface_hub (0.3 s), so a cached model starts at once and offline.
+Reading this needs no import of huggingface_hub (0.1 s), so a cached model starts at once and offline.
 """
 
 import os

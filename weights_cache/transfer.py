@@ -3,7 +3,9 @@
 The only module that imports huggingface_hub (>= 1.0), and it does so when the first request is due.
 """
 
+import errno
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,14 +14,18 @@ from typing import Any
 from . import store
 from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
 
+Progress = Callable[[str, int, int | None], None]
+"""Called with (label, bytes done, bytes total or None); done and total run over all files that are fetched."""
+
 PUBLIC_ENDPOINT = "https://huggingface.co"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 LISTING_TIMEOUT = 30.0  # seconds
 
 
 class Transfer:
     """What is fetched from `repo` at `revision`. After `listing()`, `commit` and `sizes` (bytes or None) are known."""
 
-    def __init__(self, repo: str, revision: str, *, label: str, report: Callable[[str, int, int | None], None] | None):
+    def __init__(self, repo: str, revision: str, *, label: str, report: Progress | None):
         self.repo, self.revision, self.label = repo, revision, label
         self.endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
         self.commit = ""
@@ -39,12 +45,12 @@ class Transfer:
         self.sizes = {file.rfilename: file.size for file in info.siblings or ()}
         return self.sizes
 
-    def get(self, names: Iterable[str], *, force: bool = False) -> None:
+    def get(self, names: Iterable[str], *, force: bool = False, quietly: bool = False) -> None:
         """Fetches `names` one after the other, in this order. What the snapshot has already is fetched anew;
         what the cache has from another revision is linked, unless `force`."""
         names = list(names)
         sizes = [self.sizes.get(name) for name in names]
-        meter = _Meter(self.label, None if None in sizes else sum(sizes), self._report)
+        meter = _Meter(self.label, None if None in sizes else sum(sizes), None if quietly else self._report)
         for name, size in zip(names, sizes, strict=True):
             with self._our_errors():
                 self._get_one(name, meter, force)
@@ -68,6 +74,10 @@ class Transfer:
 
     @contextmanager
     def _our_errors(self) -> Iterator[None]:
+        """Inside, the library's errors become ours, and its warnings (of each retry, say) are not printed."""
+        logger = logging.getLogger("huggingface_hub")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
             yield
         except WeightsError:
@@ -77,6 +87,8 @@ class Transfer:
             if ours is None:
                 raise
             raise ours from error
+        finally:
+            logger.setLevel(level)
 
     def _translated(self, error: Exception) -> WeightsError | None:
         """Our error for one of the library's, or None for what is no failure of the network."""
@@ -89,21 +101,19 @@ class Transfer:
             if isinstance(cause, theirs.RepositoryNotFoundError):
                 return self._unknown_repository()
             if isinstance(cause, theirs.RevisionNotFoundError):
-                return ModelNotFound(self.label, f"the repository has no revision {self.revision!r}")
+                advice = f"The part after @ must be a branch, tag or commit of {self.endpoint}/{self.repo}."
+                return ModelNotFound(self.label, f"the repository has no revision {self.revision!r}", advice)
             if isinstance(cause, theirs.OfflineModeIsEnabled):
                 return Offline(self.label, store.cache_folder())
             if isinstance(cause, theirs.HfHubHTTPError):
                 return self._refused(cause)
-        network = [c for c in chain if isinstance(c, OSError) or type(c).__module__.startswith(("httpx", "httpcore"))]
-        return DownloadFailed(self.label, self._network_reason(network[-1])) if network else None
+        return self._broken(chain)
 
     def _gated(self, error: Exception) -> Gated:
         return Gated(self.label, f"{self.endpoint}/{self.repo}", _status(error))
 
     def _unknown_repository(self) -> ModelNotFound:
-        advice = "Check the spelling; if it is private or gated, set HF_TOKEN."
-        if not os.environ.get("HF_TOKEN"):
-            advice += " A path to a folder works as well."
+        advice = "Check the spelling; if the model is private, set HF_TOKEN to a token that may read it."
         return ModelNotFound(self.label, f"no folder here has that name, and {self.endpoint} has no such model", advice)
 
     def _refused(self, error: Exception) -> WeightsError:
@@ -117,17 +127,30 @@ class Transfer:
             return DownloadFailed(self.label, f"{self.endpoint} asks to slow down (429)", "Wait, then run it again.")
         return DownloadFailed(self.label, f"{self.endpoint} answered {status}")
 
-    def _network_reason(self, error: BaseException) -> str:
-        kind, text = type(error).__name__, " ".join(str(error).split())
-        if "Timeout" in kind or isinstance(error, TimeoutError):
-            return f"{self.endpoint} did not answer in time"
-        return f"{text[:200] or kind} ({self.endpoint})"
+    def _broken(self, chain: list[BaseException]) -> DownloadFailed | None:
+        """No answer came, or this machine's disk refused it; None if the error is of neither kind."""
+        for cause in chain:
+            if isinstance(cause, OSError) and (cause.filename or cause.errno in NO_ROOM):
+                advice = "Make room there, or set HF_HUB_CACHE to a folder that can be written."
+                return DownloadFailed(
+                    self.label, f"{store.cache_folder()} cannot be written ({cause.strerror})", advice
+                )
+        network = [c for c in chain if isinstance(c, OSError) or type(c).__module__.startswith(("httpx", "httpcore"))]
+        if not network:
+            return None
+        kinds = " ".join(type(cause).__name__ for cause in network)
+        text = " ".join(str(network[-1]).split())[:200]
+        if "Timeout" in kinds:
+            return DownloadFailed(self.label, f"{self.endpoint} did not answer in time")
+        if "ConnectError" in kinds or "ConnectionRefused" in kinds:
+            return DownloadFailed(self.label, f"{self.endpoint} cannot be reached ({text})")
+        return DownloadFailed(self.label, f"the connection to {self.endpoint} broke ({text})")
 
 
 class _Meter:
     """Sums the bytes of one file after the other and reports them."""
 
-    def __init__(self, label: str, total: int | None, report: Callable[[str, int, int | None], None] | None):
+    def __init__(self, label: str, total: int | None, report: Progress | None):
         self.label, self.total, self.report = label, total, report
         self.finished = 0
         self.current = 0

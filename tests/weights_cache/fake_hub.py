@@ -1,0 +1,121 @@
+"""A Hub on localhost for tests: speaks what huggingface_hub (2.4) really asks, and misbehaves on demand.
+
+GET  /api/models/{repo}/revision/{revision}?blobs=True   the listing with sizes
+HEAD /{repo}/resolve/{commit}/{file}                     length, ETag, X-Repo-Commit
+GET  the same                                            the bytes, from an offset if a Range asks so
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)")
+FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<commit>[^/]+)/(?P<file>.+)")
+
+
+@dataclass
+class Fault:
+    """What goes wrong: a status instead of an answer, a body that stops after `cut` bytes,
+    or an answer that begins after `wait` seconds."""
+
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    wait: float = 0.0
+
+
+@dataclass
+class FakeHub:
+    """`repos`: name -> file -> bytes; `fault` decides by (method, path) whether an answer goes wrong."""
+
+    url: str = ""
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    fault: Callable[[str, str], Fault | None] = lambda method, path: None
+    requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+
+    def commit(self, repo: str) -> str:
+        digest = hashlib.sha1()
+        for name, content in sorted(self.repos[repo].items()):
+            digest.update(name.encode() + content)
+        return digest.hexdigest()
+
+    def fetched(self) -> list[str]:
+        """The files whose bytes were asked for, in order."""
+        return [m["file"] for method, path, _ in self.requests if method == "GET" and (m := FILE.fullmatch(path))]
+
+
+@contextmanager
+def serving(hub: FakeHub):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_HEAD(self) -> None:
+            self._serve()
+
+        def do_GET(self) -> None:
+            self._serve()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def _serve(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path, {k.lower(): v for k, v in self.headers.items()}))
+            fault = hub.fault(self.command, path) or Fault()
+            threading.Event().wait(fault.wait)  # not time.sleep, which tests replace
+            if fault.status:
+                return self._answer(fault.status, fault.headers)
+            if match := API.fullmatch(path):
+                return self._listing(match["repo"], match["revision"])
+            match = FILE.fullmatch(path)
+            content = hub.repos.get(match["repo"], {}).get(match["file"]) if match else None
+            if content is None:
+                return self._answer(404, {"X-Error-Code": "EntryNotFound"})
+            return self._file(match["repo"], content, fault)
+
+        def _listing(self, repo: str, revision: str) -> None:
+            if repo not in hub.repos:
+                return self._answer(401, {"X-Error-Code": "RepoNotFound"})
+            if revision not in ("main", "v1", hub.commit(repo)):
+                return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
+            siblings = [{"rfilename": n, "size": len(c), "blobId": "0" * 40} for n, c in hub.repos[repo].items()]
+            body = json.dumps({"id": repo, "sha": hub.commit(repo), "siblings": siblings}).encode()
+            return self._answer(200, {"Content-Type": "application/json"}, body)
+
+        def _file(self, repo: str, content: bytes, fault: Fault) -> None:
+            headers = {"X-Repo-Commit": hub.commit(repo), "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            if asked := self.headers.get("Range"):
+                start = int(re.fullmatch(r"bytes=(\d+)-\d*", asked)[1])
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                return self._answer(206, headers, content[start:], fault.cut)
+            return self._answer(200, headers, content, fault.cut)
+
+        def _answer(self, status: int, headers: dict[str, str], body: bytes = b"", cut: int | None = None) -> None:
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body if cut is None else body[:cut])
+            if cut is not None and self.command == "GET":
+                self.close_connection = True
+                self.connection.shutdown(1)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
