@@ -47,13 +47,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     if window is not None and length > n + window - 1:  # keys that no query of ours can see
         k, v = k[:, -(n + window - 1) :], v[:, -(n + window - 1) :]
         length = k.shape[1]
-    group = q.shape[1] // k.shape[0]
-    k, v = (x.repeat_interleave(group, dim=0)[None] for x in (k, v))  # [1, H, L, D]
-    q = q.transpose(0, 1)[None]  # [1, H, N, D]
-    if n == length and (window is None or length <= window):
-        return scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
-    mask = causal_mask(n, length, window, q.device)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+    q, k, v = q.transpose(0, 1)[None], k[None], v[None]  # [1, H, N, D], [1, K, L, D]
+    whole = n == length and (window is None or length <= window)
+    mask = None if whole else causal_mask(n, length, window, q.device)
+    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
+    return mixed[0].transpose(0, 1)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
