@@ -1,0 +1,156 @@
+"""Arguments in, exit code out: registers the commands and is the one place where an error becomes a sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from pixtral_cli import __version__, console
+from pixtral_cli.commands import run as run_command
+from pixtral_cli.commands import tokenize as tokenize_command
+from pixtral_cli.errors import PixtralError
+from pixtral_cli.flags import UsageError, with_flags
+from pixtral_cli.help import Command, Group
+
+DEBUG = "PIXTRAL_DEBUG"
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+OUT_OF_MEMORY = "There is not enough memory for this."
+LESS_MEMORY = "Try a smaller --max-length, a smaller --max-batch-size, or a smaller picture."
+
+# Typer keeps its own copy of click, so the base of its errors is taken from Typer, never from click.
+_TyperError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="pixtral",
+    help="Run Pixtral and other Mistral models on your own machine: they look at pictures and answer.",
+    epilog='Try: pixtral run --model-path tiny -i picture.png -p "What shape is it?"',
+    cls=Group,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+for module, command in ((run_command, run_command.run), (tokenize_command, tokenize_command.tokenize)):
+    app.command(command.__name__, cls=Command, epilog=module.EXAMPLES)(with_flags(command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pixtral {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run_program(arguments: list[str]) -> int:
+    """Run one command line and give back its exit code: 0, 1 failure, 2 usage, 130 interrupted.
+
+    Typer only reads the arguments: it gives back the command ready to run, or the exit code of what it did
+    itself (help, version, completion).
+    """
+    if not (sys.warnoptions or os.environ.get(DEBUG)):
+        warnings.simplefilter("ignore")  # libraries' notes to programmers; ours to users are sentences
+    try:
+        command = app(arguments, prog_name="pixtral", standalone_mode=False)
+    except _TyperError as error:
+        return _refuse(error)
+    except SystemExit as error:  # Typer leaves like this when the reader of its help has gone
+        return _exit_code(error)
+    code = _run(command) if callable(command) else int(command or 0)
+    console.flush_stdout()
+    return code
+
+
+def _refuse(error: Any) -> int:
+    """Tell of arguments that Typer did not accept, and where help is."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return USAGE
+    where = getattr(getattr(error, "ctx", None), "command_path", "pixtral")
+    console.tell_error(_sentence(error.format_message()), f"See: {where} --help")
+    return error.exit_code
+
+
+def _run(command: Callable[[], None]) -> int:
+    """The error boundary: run the command, and turn whatever ends it into a sentence and an exit code."""
+    interrupts = _Interrupts()
+    try:
+        command()
+    except console.OutputClosed:
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if interrupts.seen:  # torn out of an import or a callback, an interrupt can wear any name
+            return INTERRUPTED
+        if os.environ.get(DEBUG):
+            console.tell_traceback()
+        console.tell_error(*_explained(error))
+        return USAGE if isinstance(error, UsageError) else FAILED
+    return 0
+
+
+def _explained(error: Exception) -> tuple[str, str | None]:
+    """The sentence for the user, and the next thing to do."""
+    from weights_cache.errors import WeightsError
+
+    if isinstance(error, PixtralError | WeightsError | UsageError):
+        return str(error), error.hint
+    if _is_out_of_memory(error):
+        return OUT_OF_MEMORY, LESS_MEMORY
+    first_line = str(error).partition("\n")[0]
+    return (
+        f"Something unexpected went wrong: {type(error).__name__}: {first_line}",
+        f"This is a bug. {DEBUG}=1 shows the traceback for a report.",
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own, torch's on a GPU, and torch's on the cpu, which is told only by its text."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, RuntimeError)
+        and "can't allocate memory" in str(error)
+    )
+
+
+class _Interrupts:
+    """From now on the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._first)
+
+    def _first(self, signum: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, self._second)
+        raise KeyboardInterrupt
+
+    def _second(self, signum: int, frame: Any) -> None:
+        console.restore_terminal()
+        os._exit(INTERRUPTED)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def _exit_code(leaving: SystemExit) -> int:
+    """0 for an exit because of a closed pipe, which is how Typer and rich leave then; else the code as it is."""
+    console.flush_stdout()
+    return 0 if leaving.code == 1 else int(leaving.code or 0)

@@ -1,0 +1,90 @@
+"""`pixtral tokenize`: a request in, its token ids and what its pictures cost out. Loads no weights, no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pixtral_cli.commands.request import PendingRequest, Request
+from pixtral_cli.commands.run import NO_REMOTE_CODE, SILENT_PIPE
+from pixtral_cli.console import Console
+from pixtral_cli.options import OutputFlags, RequestFlags, SourceFlags
+
+EXAMPLES = """\
+Examples:
+
+\b
+  pixtral tokenize --model-path tiny -p "How many tokens is this?"
+  pixtral tokenize --model-path tiny -i picture.png -p "What is this?" --json
+"""
+
+
+def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) -> None:
+    """Show the tokens of a request and what each picture costs."""
+    console = Console(json=output.json, quiet=output.quiet)
+    if source.trust_remote_code:
+        console.notice(NO_REMOTE_CODE)
+    pending = PendingRequest(request)
+    model = open_source(source, console)
+    asked = pending.finish()
+    if pending.silent_writer:
+        console.notice(SILENT_PIPE)
+    prompt = encode(model, asked)
+    if console.json:
+        console.object(as_object(source.model_path, prompt))
+    else:
+        console.write(as_text(prompt))
+
+
+def open_source(source: SourceFlags, console: Console) -> Any:
+    """The Source that the flags name; only its small files are fetched."""
+    with console.progress(f"loading {source.model_path}") as progress:
+        from pixtral_cli.source import Source
+
+        return Source.open(
+            source.model_path,
+            weights=False,
+            image_preprocessing=source.image_preprocessing,
+            force_download=source.force_download,
+            progress=progress,
+        )
+
+
+def encode(model: Any, request: Request) -> Any:
+    """The Prompt of a request: token ids, and prepared pictures whose pixels nobody asks for."""
+    if request.messages is None:
+        return model.complete(request.prompt, request.pictures)
+    return model.chat(request.messages)
+
+
+def as_object(model: str, prompt: Any) -> dict[str, Any]:
+    """The object that `--json` prints. Sizes are in pixels, rows and columns in patches."""
+    return {
+        "model": model,
+        "token_ids": list(prompt.token_ids),
+        "tokens": len(prompt.token_ids),
+        "images": [
+            {
+                "original_width": image.original_size[0],
+                "original_height": image.original_size[1],
+                "width": image.width,
+                "height": image.height,
+                "rows": image.rows,
+                "columns": image.columns,
+                "tokens": image.tokens,
+            }
+            for image in prompt.images
+        ],
+    }
+
+
+def as_text(prompt: Any) -> str:
+    """The ids on one line, then a line for each picture, then the sum."""
+    lines = [" ".join(str(token) for token in prompt.token_ids)]
+    for number, image in enumerate(prompt.images, start=1):
+        width, height = image.original_size
+        lines.append(
+            f"picture {number}: {width}x{height} px, resized to {image.width}x{image.height} px, "
+            f"{image.rows} rows of {image.columns} patches, {image.tokens} tokens"
+        )
+    lines.append(f"{len(prompt.token_ids)} tokens")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,186 @@
+"""The one place that prints: the answer on standard output, all else on standard error. Knows no model.
+
+Standard output takes the answer, streamed, or one JSON object. Progress bars show only where standard error is
+a terminal. A terminal never sees a control character that came out of a model or a file name: those could
+move its cursor, rename its window or fake a prompt, so they are shown as visible signs instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pixtral_cli.errors import PixtralError
+
+if TYPE_CHECKING:
+    from pixtral_cli.progress import Bars
+
+SHOW_CURSOR = "\x1b[?25h"
+_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+_CONTROL |= {0x0D: "", 0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
+class OutputClosed(Exception):
+    """Whoever read standard output has gone: no more work is worth doing, and nothing is wrong."""
+
+
+def printable(text: str) -> str:
+    """`text` with every control character but newline and tab made visible."""
+    return text.translate(_CONTROL)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sees what is written to `stream`."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+class Console:
+    """Prints one command's results. With `json` the answer is one object; with `quiet` only errors are told."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json, self.quiet = json, quiet
+        self._on_terminal = is_terminal(sys.stdout)
+        self._shows_progress = is_terminal(sys.stderr) and not quiet
+        self._at_line_start = True
+        if isinstance(sys.stdout, TextIOWrapper):
+            encoding = None if self._on_terminal else "utf-8"
+            sys.stdout.reconfigure(encoding=encoding, errors="replace")
+
+    def write(self, text: str) -> None:
+        """Put `text` on standard output at once. Raises OutputClosed, or PixtralError (a full disk)."""
+        if not text or sys.stdout is None:
+            return
+        self._at_line_start = text.endswith("\n")
+        try:
+            sys.stdout.write(printable(text) if self._on_terminal else text)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            _abandon_stdout()
+            raise OutputClosed from error
+        except OSError as error:
+            _abandon_stdout()
+            raise PixtralError(f"The answer cannot be written: {error.strerror}.") from error
+
+    def end_line(self) -> None:
+        """Finish the line that the answer ends in, if it is not finished."""
+        if not self._at_line_start:
+            self.write("\n")
+
+    def object(self, value: dict[str, Any]) -> None:
+        """Print one JSON object on one line (indented for a person at a terminal)."""
+        self.write(json.dumps(_finite(value), ensure_ascii=False, indent=2 if self._on_terminal else None) + "\n")
+
+    def notice(self, text: str) -> None:
+        """Tell something by the way, on standard error."""
+        if not self.quiet:
+            _to_stderr(f"pixtral: {text}")
+
+    def detail(self, text: str) -> None:
+        """Tell what was asked for beside the answer, on standard error."""
+        if not self.quiet:
+            _to_stderr(text)
+
+    def progress(self, first_label: str) -> AbstractContextManager[Bars | None]:
+        """Bars on standard error while something loads; the value is to be called with each step, or None."""
+        if not self._shows_progress:
+            return nullcontext()
+        from pixtral_cli.progress import bars
+
+        return bars(first_label)
+
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[Any]:
+        """A moving sign on standard error until the block ends or calls the value it gets."""
+        if not self._shows_progress:
+            yield lambda: None
+            return
+        from pixtral_cli.progress import status
+
+        with status(label) as stop:
+            yield stop
+
+    def stream(self, events: Generator[Any, None, None]) -> Any:
+        """Print each event's text as it comes (with `json`, nothing) and give back the last event's reply.
+
+        Whatever ends it early, the events' source is closed, so that no work goes on, and what was printed
+        stays, its line finished.
+        """
+        reply = None
+        try:
+            with self.waiting("reading the prompt") as stop_waiting:
+                for event in events:
+                    stop_waiting()
+                    if not self.json:
+                        self.write(event.text)
+                    reply = getattr(event, "reply", None) or reply
+        finally:
+            events.close()
+            with suppress(OutputClosed):
+                self.end_line()
+        return reply
+
+
+def tell_error(sentence: str, hint: str | None = None) -> None:
+    """Print an error, and the next thing to do, on standard error."""
+    prefix = "pixtral: error:"
+    if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
+        prefix = f"\x1b[1;31m{prefix}\x1b[0m"
+    _to_stderr(sentence, prefix + " ")
+    if hint:
+        _to_stderr(hint)
+
+
+def tell_traceback() -> None:
+    """Print the traceback of the exception being handled."""
+    import traceback
+
+    _to_stderr(traceback.format_exc().rstrip("\n"))
+
+
+def restore_terminal() -> None:
+    """Show the cursor again, which a progress bar may have hidden."""
+    if is_terminal(sys.stderr):
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), SHOW_CURSOR.encode())
+
+
+def flush_stdout() -> None:
+    """Put out what is left; a reader who has gone is no error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _abandon_stdout()
+
+
+def _to_stderr(text: str, prefix: str = "") -> None:
+    if sys.stderr is None:
+        return
+    with suppress(OSError, ValueError):
+        sys.stderr.write(prefix + (printable(text) if is_terminal(sys.stderr) else text) + "\n")
+        sys.stderr.flush()
+
+
+def _abandon_stdout() -> None:
+    """Point standard output nowhere, so that the interpreter's last flush cannot fail as well."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with infinities and not-a-numbers, which JSON does not have, as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,112 @@
+"""What flags are made of: checks that name the flag at fault, and the bridge from flag records to Typer.
+
+A command is written as `def run(source: SourceFlags, request: RequestFlags, ...)` over the records of
+`options`; `with_flags` shows Typer one option for every field of them. Knows no single flag and no terminal.
+"""
+
+import functools
+import inspect
+import math
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import typer
+
+from pixtral_cli import devices
+from pixtral_cli.errors import DeviceError
+
+
+class UsageError(Exception):
+    """Flags that do not go together: exit code 2. `hint` says what to write instead, or is None."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def one_of(names: tuple[str, ...]) -> dict[str, Any]:
+    """Typer settings for a flag that takes one of `names`: checked, listed in the error, completed by Tab."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"{value!r} is not known; known are {', '.join(names)}.")
+        return value
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return {"callback": check, "autocompletion": complete}
+
+
+def within(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], Any]:
+    """A check that a number is finite and from `low` (or, with `above`, above it) up to `high`."""
+
+    def check(value: float | None) -> float | None:
+        if value is None or (low < value if above else low <= value) and value <= high and math.isfinite(value):
+            return value
+        least = f"above {low:g}" if above else f"at least {low:g}"
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise typer.BadParameter(f"{value} is not {least}{most}.")
+
+    return check
+
+
+def device_text(value: str | None) -> str | None:
+    """A check that `devices.parse` reads the text."""
+    try:
+        if value is not None:
+            devices.parse(value)
+    except DeviceError as error:
+        raise typer.BadParameter(f"{error} {error.hint}") from error
+    return value
+
+
+def token_limit(value: int) -> int:
+    """A check for a number of tokens, or -1."""
+    if value == -1 or value > 0:
+        return value
+    raise typer.BadParameter(f"{value} is not a number of tokens; -1 means until the end of the context.")
+
+
+def whole_text(value: str | None) -> str | None:
+    """An argument as real text: Python smuggles bytes that the locale cannot read as lone surrogates."""
+    return None if value is None else os.fsencode(value).decode("utf-8", "replace")
+
+
+def stop_texts(values: list[str] | None) -> list[str]:
+    """A check that none of the stop strings is empty."""
+    if any(not value for value in values or ()):
+        raise typer.BadParameter("An empty string would stop every answer before it begins.")
+    return [whole_text(value) or "" for value in values or ()]
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """What Typer registers for `command`, whose parameters are flag records.
+
+    Called with every flag's value, it fills the records and gives back the command ready to run, so that the
+    program runs it outside Typer, inside its own error boundary.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    records = {name: parameter.annotation for name, parameter in parameters.items()}
+
+    def parsed(**values: Any) -> Callable[[], None]:
+        filled = {
+            name: record(**{field.name: values[field.name] for field in fields(record)})
+            for name, record in records.items()
+        }
+        return functools.partial(command, **filled)
+
+    parsed.__name__, parsed.__doc__ = command.__name__, command.__doc__
+    parsed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+            )
+            for record in records.values()
+            for field in fields(record)
+        ]
+    )
+    parsed.__annotations__ = {field.name: field.type for record in records.values() for field in fields(record)}
+    return parsed

@@ -1,0 +1,284 @@
+"""The flags that commands share: Typer's parameters in, small frozen records out. Knows no model and no terminal.
+
+Their types stay real objects (no `from __future__ import annotations` here), because Typer reads them.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pixtral_cli.encodings import ENCODINGS, READY
+from pixtral_cli.flags import device_text, one_of, stop_texts, token_limit, whole_text, within
+
+DEFAULT_MODEL = "mistral-community/pixtral-12b"
+RECIPES = ("hf", "native")
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    return [name for name in ("tiny", DEFAULT_MODEL) if name.startswith(incomplete)]
+
+
+def _complete_device(incomplete: str) -> list[str]:
+    return [name for name in ("cpu", "gpu", "gpu-0", "gpu:all") if name.startswith(incomplete)]
+
+
+_request, _model, _answer, _output, _machine = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Request", "Model", "Answer", "Output", "Speed and memory")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags:
+    """Which model, and how its pictures are prepared."""
+
+    model_path: Annotated[
+        str,
+        _model(
+            "--model-path",
+            metavar="NAME",
+            envvar="PIXTRAL_MODEL_PATH",
+            autocompletion=_complete_model,
+            help="A Hugging Face name, a local folder, or tiny, the built-in demonstration model.",
+        ),
+    ] = DEFAULT_MODEL
+    image_preprocessing: Annotated[
+        str | None,
+        _model(
+            "--image-preprocessing",
+            metavar="hf|native",
+            help="How pictures become pixels: as transformers does or as mistral-common does. "
+            "Default: by the checkpoint's form.",
+            **one_of(RECIPES),
+        ),
+    ] = None
+    force_download: Annotated[
+        bool, _model("--force-download", help="Download again, even if it is cached.")
+    ] = False
+    trust_remote_code: Annotated[
+        bool,
+        _model(
+            "--trust-remote-code",
+            help="Accepted for compatibility: code from a repository is never run.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFlags:
+    """Where the weights come from, how they are kept, and where they run."""
+
+    weight_path: Annotated[
+        list[Path] | None,
+        _model(
+            "--weight-path",
+            metavar="PATH",
+            help="Take the weights from this file or folder instead. Repeatable.",
+        ),
+    ] = None
+    quantization_encoding: Annotated[
+        str | None,
+        _model(
+            "--quantization-encoding",
+            metavar="NAME",
+            help=f"How the weights are kept: {' or '.join(READY)}. Default: bfloat16 where the checkpoint has it.",
+            **one_of(tuple(ENCODINGS)),
+        ),
+    ] = None
+    devices: Annotated[
+        str | None,
+        _machine(
+            "--devices",
+            metavar="NAMES",
+            callback=device_text,
+            autocompletion=_complete_device,
+            help="cpu, gpu or gpu-N. Default: the first GPU, else cpu.",
+        ),
+    ] = None
+    max_length: Annotated[
+        int | None,
+        _machine(
+            "--max-length",
+            metavar="TOKENS",
+            callback=within(1),
+            help="Room for prompt and answer together. Default: the model's own.",
+        ),
+    ] = None
+    max_batch_size: Annotated[
+        int,
+        _machine(
+            "--max-batch-size",
+            metavar="N",
+            callback=within(1),
+            help="Requests that are decoded together.",
+        ),
+    ] = 1
+    max_ce_batch_size: Annotated[
+        int,
+        _machine(
+            "--max-ce-batch-size",
+            metavar="N",
+            callback=within(1),
+            help="Requests whose prompts are read together.",
+        ),
+    ] = 32
+    save_to_serialized_model_path: Annotated[
+        Path | None,
+        _model(
+            "--save-to-serialized-model-path",
+            metavar="FILE",
+            help="Does not work yet.",
+        ),
+    ] = None
+    serialized_model_path: Annotated[
+        Path | None,
+        _model("--serialized-model-path", metavar="FILE", help="Does not work yet."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFlags:
+    """What is asked."""
+
+    prompt: Annotated[
+        str | None,
+        _request("--prompt", "-p", metavar="TEXT", callback=whole_text, help="The question."),
+    ] = None
+    image: Annotated[
+        list[str] | None,
+        _request(
+            "--image",
+            "-i",
+            metavar="PICTURE",
+            help="A file, an http(s) URL, a data: URI, or - for standard input. Repeatable, order kept.",
+        ),
+    ] = None
+    system: Annotated[
+        str | None,
+        _request("--system", metavar="TEXT", callback=whole_text, help="How to answer."),
+    ] = None
+    messages: Annotated[
+        str | None,
+        _request(
+            "--messages",
+            metavar="FILE|-",
+            help="A whole conversation: an OpenAI-style list of messages as JSON.",
+        ),
+    ] = None
+    raw: Annotated[
+        bool,
+        _request("--raw", help="Continue the text as it stands, without a chat template."),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How each token is chosen and when the answer ends."""
+
+    max_new_tokens: Annotated[
+        int,
+        _answer(
+            "--max-new-tokens",
+            metavar="N",
+            callback=token_limit,
+            help="The longest answer. -1: until the end of the context.",
+        ),
+    ] = -1
+    top_k: Annotated[
+        int | None,
+        _answer(
+            "--top-k",
+            metavar="N",
+            callback=within(0),
+            help="Choose among the N likeliest tokens; 0 is off. "
+            "Default: 1, the likeliest, or off once --temperature is above 0.",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        _answer(
+            "--temperature",
+            metavar="T",
+            callback=within(0),
+            help="0 always takes the likeliest token, 1 follows the model, higher is wilder.",
+        ),
+    ] = None
+    top_p: Annotated[
+        float,
+        _answer(
+            "--top-p",
+            metavar="P",
+            callback=within(0, 1, above=True),
+            help="Choose among the likeliest tokens that together have this probability.",
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        _answer(
+            "--min-p",
+            metavar="P",
+            callback=within(0, 1),
+            help="Leave out tokens less likely than this share of the likeliest.",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        _answer(
+            "--repetition-penalty",
+            metavar="X",
+            callback=within(0, above=True),
+            help="Above 1 makes tokens that were there already less likely.",
+        ),
+    ] = 1.0
+    seed: Annotated[
+        int | None,
+        _answer(
+            "--seed",
+            metavar="N",
+            callback=within(0, 2**63 - 1),
+            help="The same seed, the same choices.",
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        _answer(
+            "--stop",
+            metavar="TEXT",
+            callback=stop_texts,
+            help="End the answer before this text. Repeatable.",
+        ),
+    ] = None
+    ignore_eos: Annotated[
+        bool, _answer("--ignore-eos", help="Go on after the model's end-of-answer token.")
+    ] = False
+
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `Pixtral.chat`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
+            "stop": tuple(self.stop or ())
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """In which form the result is printed."""
+
+    json: Annotated[bool, _output("--json", help="Print one JSON object.")] = False
+    quiet: Annotated[bool, _output("--quiet", help="On standard error, print nothing but errors.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """What is told beside the answer."""
+
+    stats: Annotated[bool, _output("--stats", help="Tokens and speeds, on standard error.")] = False
+    logprobs: Annotated[
+        bool,
+        _output(
+            "--logprobs",
+            help="Each token's log-probability: in the JSON object, else on standard error.",
+        ),
+    ] = False

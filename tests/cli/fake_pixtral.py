@@ -1,0 +1,100 @@
+"""`pixtral` with a model that answers as the prompt orders: for tests of streams, signals and exit codes.
+
+Run as a script in place of the command. The answer is the request as the model would get it, word by word,
+unless the prompt begins with one of ORDERS. FAKE_LOAD_S is how long loading takes, in seconds.
+"""
+
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import pixtral_cli
+
+
+def _plain(content):
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else "[picture]" for part in content)
+
+
+def _slowly(_):
+    for number in range(10_000):
+        time.sleep(0.02)
+        yield f"word{number} "
+
+
+def _failing(error):
+    def order(_):
+        yield "begun"
+        raise error
+
+    return order
+
+
+ORDERS = {
+    "slowly": _slowly,
+    "bug": _failing(ZeroDivisionError("division by zero")),
+    "memory": _failing(MemoryError()),
+    "escape": lambda _: iter(["\x1b]0;owned\x07", "red\x1b[31m", "\x9b2J", "plain\n"]),
+    "newline": lambda _: iter(["ends with one\n"]),
+    "infinite": lambda _: iter(["x"]),
+}
+
+
+class FakePixtral:
+    """The Pixtral of the Python API, as far as the commands use it."""
+
+    @classmethod
+    def load(cls, model_path, **arguments):
+        time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+        model = cls()
+        model.name, model.arguments = model_path, arguments
+        if arguments["progress"]:
+            for done in range(0, 101, 20):
+                arguments["progress"]("weights [1/1]", done, 100)
+        return model
+
+    def stream(self, messages, **options):
+        seen = "".join(f"<{entry['role']}>{_plain(entry['content'])}" for entry in messages)
+        return self._events(_plain(messages[-1]["content"]), seen, options)
+
+    def stream_complete(self, prompt, images, **options):
+        return self._events(prompt, "[picture]" * len(images) + prompt, options)
+
+    def _events(self, prompt, seen, options):
+        words = ORDERS.get(prompt, lambda text: iter([text]))(seen)
+        said = []
+        for word in words:
+            said.append(word)
+            yield SimpleNamespace(text=word, reply=None)
+        if prompt == "options":
+            said = [json.dumps(options | self.arguments, default=str)]
+            yield SimpleNamespace(text=said[0], reply=None)
+        yield SimpleNamespace(text="", reply=self._reply("".join(said), options, prompt == "infinite"))
+
+    def _reply(self, text, options, infinite):
+        logprob = SimpleNamespace(token_id=7, token="x", logprob=-0.5, top=())
+        return SimpleNamespace(
+            model=self.name,
+            text=text,
+            token_ids=[7, 2],
+            prompt_token_ids=[1, 3, 4],
+            finish_reason="stop",
+            usage=SimpleNamespace(prompt_tokens=3, completion_tokens=2, image_tokens=0),
+            timings=SimpleNamespace(
+                load_s=0.1,
+                first_token_s=0.2,
+                prefill_tokens_per_s=float("inf") if infinite else 15.0,
+                decode_tokens_per_s=20.0,
+                total_s=0.3,
+            ),
+            logprobs=[logprob] if options["logprobs"] else None,
+        )
+
+
+if __name__ == "__main__":
+    pixtral_cli.Pixtral = FakePixtral
+    from pixtral_cli.__main__ import main
+
+    main()

@@ -1,0 +1,164 @@
+"""What goes to which stream, and the exit code that a script sees."""
+
+import json
+import subprocess
+
+import pytest
+
+KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings"]
+USAGE = ["prompt_tokens", "completion_tokens", "image_tokens"]
+TIMINGS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "total_s"]
+
+
+def test_standard_output_is_the_answer_and_standard_error_is_empty(fake):
+    done = fake("run", "-p", "hi")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"<user>hi\n", b"")
+
+
+def test_an_answer_that_ends_its_line_gets_no_second_newline(fake):
+    assert fake("run", "-p", "newline").stdout == b"ends with one\n"
+
+
+def test_a_pipe_gets_the_answers_bytes_as_they_are(fake):
+    done = fake("run", "-p", "escape")
+    assert done.stdout == "\x1b]0;owned\x07red\x1b[31m\x9b2Jplain\n".encode()
+
+
+def test_the_answer_is_utf_8_whatever_the_locale(fake):
+    done = fake("run", "-p", "h\u00e9 \u2603", env={"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"})
+    assert done.stdout.decode() == "<user>h\u00e9 \u2603\n"
+
+
+def test_the_answer_streams_word_by_word(start_fake):
+    process = start_fake("run", "-p", "slowly", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout.read1(6) == b"word0 " and process.poll() is None
+
+
+def test_json_is_one_object_with_exactly_the_promised_keys(fake):
+    done = fake("run", "-p", "\u2603", "--json")
+    value = json.loads(done.stdout)
+    assert list(value) == KEYS and list(value["usage"]) == USAGE and list(value["timings"]) == TIMINGS
+    assert value["text"] == "<user>\u2603" and "\u2603".encode() in done.stdout and done.stderr == b""
+
+
+def test_json_has_log_probabilities_only_when_asked(fake):
+    value = json.loads(fake("run", "-p", "hi", "--json", "--logprobs").stdout)
+    assert list(value) == [*KEYS, "logprobs"]
+    assert value["logprobs"] == [{"token_id": 7, "token": "x", "logprob": -0.5}]
+
+
+def test_json_stays_json_where_a_rate_is_infinite(fake):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    done = fake("run", "-p", "infinite", "--json")
+    assert json.loads(done.stdout, parse_constant=refuse)["timings"]["prefill_tokens_per_s"] is None
+
+
+def test_statistics_and_log_probabilities_go_to_standard_error(fake):
+    done = fake("run", "-p", "hi", "--stats", "--logprobs")
+    assert done.stdout == b"<user>hi\n"
+    table, line = done.stderr.decode().splitlines()
+    assert table.split() == ["-0.5000", "7", "'x'"]
+    assert "prompt 3 tokens" in line and "answer 2 tokens" in line and "20.0/s" in line
+
+
+def test_remote_code_gets_a_notice_and_quiet_silences_it(fake):
+    loud = fake("run", "-p", "hi", "--trust-remote-code")
+    quiet = fake("run", "-p", "hi", "--trust-remote-code", "--quiet", "--stats")
+    assert loud.stdout == quiet.stdout == b"<user>hi\n"
+    assert b"never run" in loud.stderr and quiet.stderr == b""
+
+
+def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
+    flags = "--max-length 99 --max-new-tokens 5 --top-k 3 --temperature 0.5 --top-p 0.9 --min-p 0.1 --seed 4".split()
+    flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--repetition-penalty", "1.2", "--devices", "cpu"]
+    flags += ["--weight-path", "w", "--max-batch-size", "2", "--max-ce-batch-size", "3", "--force-download"]
+    flags += ["--image-preprocessing", "native", "--quantization-encoding", "float32", "--model-path", "some/name"]
+    done = fake("run", "-p", "options", "--json", *flags)
+    answer = json.loads(done.stdout)
+    assert answer["model"] == "some/name"
+    assert json.loads(answer["text"]) == {
+        "max_new_tokens": 5,
+        "top_k": 3,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "seed": 4,
+        "stop": ["a", "b"],
+        "ignore_eos": True,
+        "logprobs": False,
+        "weight_paths": ["w"],
+        "quantization_encoding": "float32",
+        "devices": "cpu",
+        "max_length": 99,
+        "max_batch_size": 2,
+        "max_ce_batch_size": 3,
+        "image_preprocessing": "native",
+        "force_download": True,
+        "progress": None,
+    }
+
+
+def test_the_model_can_be_named_by_the_environment(fake):
+    done = fake("run", "-p", "hi", "--json", env={"PIXTRAL_MODEL_PATH": "from/environment"})
+    assert json.loads(done.stdout)["model"] == "from/environment"
+
+
+def test_a_reader_who_leaves_ends_the_run_quietly(start_fake):
+    process = start_fake(
+        "run", "-p", "slowly", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read1(6)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("arguments", ["--help", "run --help", "--version"])
+def test_help_into_a_closed_pipe_is_quiet(arguments):
+    import sys
+
+    command = f"{sys.executable} -m pixtral_cli {arguments} 2>&1 >&3 | cat"
+    done = subprocess.run(["bash", "-c", f"exec 3> >(true); sleep 0.2; {command}"], capture_output=True, timeout=60)
+    assert done.stdout == b"" and done.stderr == b""
+
+
+def test_a_full_disk_is_an_error_and_not_a_traceback(start_fake):
+    with open("/dev/full", "wb") as full:
+        process = start_fake("run", "-p", "hi", stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE)
+        error = process.stderr.read().decode()
+    assert process.wait() == 1 and error.startswith("pixtral: error: ") and "No space left" in error
+    assert "Traceback" not in error and "Exception ignored" not in error
+
+
+def test_closed_streams_are_no_error(fake):
+    import sys
+
+    from processes import FAKE
+
+    for closing in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        line = f"exec {FAKE[0]} {FAKE[1]} run -p hi {closing}"
+        assert subprocess.run(["bash", "-c", line], capture_output=True, timeout=60).returncode == 0, closing
+    assert sys.executable
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("bug", "ZeroDivisionError: division by zero"), ("memory", "not enough memory")]
+)
+def test_an_unexpected_error_is_a_sentence_and_what_was_said_stays(fake, prompt, said):
+    done = fake("run", "-p", prompt)
+    error = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (1, b"begun\n")
+    assert error.startswith("pixtral: error: ") and said in error and len(error.splitlines()) == 2
+
+
+def test_debugging_shows_the_traceback(fake):
+    done = fake("run", "-p", "bug", env={"PIXTRAL_DEBUG": "1"})
+    assert done.returncode == 1 and b"Traceback (most recent call last)" in done.stderr
+    assert b"pixtral: error: " in done.stderr
+
+
+def test_an_error_leaves_json_output_empty(fake):
+    done = fake("run", "-p", "bug", "--json")
+    assert (done.returncode, done.stdout) == (1, b"")

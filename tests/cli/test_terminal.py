@@ -1,0 +1,150 @@
+"""At a terminal: a pseudo-terminal stands in for it."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+from processes import FAKE, clean_environment
+
+
+class Terminal:
+    """`pixtral` with the fake model, with some of its streams on a terminal. What it shows collects in `shown`."""
+
+    def __init__(self, *arguments, streams=(0, 1, 2), env=None):
+        self.ours, theirs = pty.openpty()
+        names = ("stdin", "stdout", "stderr")
+        chosen = {name: theirs if number in streams else subprocess.PIPE for number, name in enumerate(names)}
+        environment = clean_environment(TERM="xterm", **(env or {}))
+        self.process = subprocess.Popen([*FAKE, *arguments], env=environment, start_new_session=True, **chosen)
+        os.close(theirs)
+        self.shown = b""
+
+    def read_until(self, wanted=None, seconds=20):
+        """Collect until `wanted` shows, or, without it, until the terminal closes."""
+        end = time.monotonic() + seconds
+        while wanted is None or wanted not in self.shown:
+            assert time.monotonic() < end, self.shown
+            if select.select([self.ours], [], [], 0.2)[0]:
+                try:
+                    self.shown += os.read(self.ours, 4096)
+                except OSError:  # the other side has closed
+                    break
+        return self.shown
+
+    def finish(self):
+        self.read_until()
+        return self.process.wait(timeout=20)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+
+
+@pytest.fixture
+def terminal():
+    opened = []
+
+    def start(*arguments, **settings):
+        opened.append(Terminal(*arguments, **settings))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def test_a_terminal_as_standard_input_is_never_read(terminal):
+    shown = terminal("run", "-p", "hi")
+    assert shown.finish() == 0 and b"<user>hi" in shown.shown
+
+
+def test_nothing_asked_at_a_terminal_is_a_usage_error(terminal):
+    shown = terminal("run")
+    assert shown.finish() == 2 and b"There is no prompt" in shown.shown
+
+
+def test_a_model_cannot_drive_the_terminal(terminal):
+    shown = terminal("run", "-p", "escape", streams=(0, 1))
+    assert shown.finish() == 0
+    assert shown.shown.decode() == "\u241b]0;owned\u2407red\u241b[31m\ufffd2Jplain\r\n"
+
+
+def test_a_file_name_cannot_drive_the_terminal(terminal):
+    shown = terminal("run", "-p", "hi", "-i", "\x1b[2J.png", streams=(0, 1, 2), env={"NO_COLOR": "1"})
+    assert shown.finish() == 1 and b"\x1b[2J" not in shown.shown and "\u241b[2J.png" in shown.shown.decode()
+
+
+def test_progress_shows_on_a_terminal_and_leaves_no_trace_in_the_answer(terminal):
+    shown = terminal("run", "-p", "hi", streams=(2,), env={"FAKE_LOAD_S": "0.3"})
+    shown.process.stdin.close()
+    assert shown.finish() == 0
+    assert b"weights [1/1]" in shown.shown and shown.process.stdout.read() == b"<user>hi\n"
+    assert shown.shown.rfind(b"\x1b[?25h") >= shown.shown.rfind(b"\x1b[?25l")  # the cursor is back
+
+
+def test_quiet_shows_no_progress(terminal):
+    shown = terminal("run", "-p", "hi", "--quiet", streams=(2,))
+    shown.process.stdin.close()
+    assert shown.finish() == 0 and shown.shown == b""
+
+
+def test_errors_are_coloured_only_where_colour_is_welcome(terminal):
+    plain, coloured = terminal("run", env={"NO_COLOR": "1"}), terminal("run")
+    assert (plain.finish(), coloured.finish()) == (2, 2)
+    assert b"\x1b[" not in plain.shown and b"\x1b[1;31m" in coloured.shown
+
+
+@pytest.mark.parametrize("streams", [(0, 1, 2), (0, 2)])
+def test_an_interrupt_keeps_the_answer_so_far_and_leaves_with_130(terminal, streams):
+    shown = terminal("run", "-p", "slowly", streams=streams)
+    if 1 in streams:
+        shown.read_until(b"word1 ")
+    else:
+        assert shown.process.stdout.read1(6)
+    shown.process.send_signal(signal.SIGINT)
+    assert shown.finish() == 130 and b"Traceback" not in shown.shown
+    if 1 in streams:
+        assert shown.shown.endswith(b" \r\n")
+
+
+def test_an_interrupt_while_loading_leaves_with_130_and_the_cursor(terminal):
+    shown = terminal("run", "-p", "hi", env={"FAKE_LOAD_S": "20"})
+    shown.read_until(b"loading")
+    time.sleep(0.2)
+    shown.process.send_signal(signal.SIGINT)
+    assert shown.finish() == 130 and b"Traceback" not in shown.shown and b"error" not in shown.shown
+    assert shown.shown.rfind(b"\x1b[?25h") > shown.shown.rfind(b"\x1b[?25l")
+
+
+def test_an_interrupt_while_waiting_for_input_leaves_with_130(start_fake):
+    process = start_fake("run", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130 and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("delay", [0.06, 0.1, 0.15, 0.2])
+def test_an_interrupt_at_any_early_moment_gives_no_traceback(start_fake, delay):
+    process = start_fake("run", "-p", "slowly", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    if b"__main__" not in error and b"site.py" not in error:  # else: the interpreter itself was still starting
+        assert process.wait(timeout=20) == 130 and error == b""
+
+
+def test_a_process_started_with_interrupts_ignored_keeps_ignoring_them():
+    line = f"trap '' INT; {' '.join(FAKE)} run -p hi & pid=$!; sleep 0.4; kill -INT $pid; wait $pid"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        env=clean_environment(FAKE_LOAD_S="1"),
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, b"<user>hi\n")
