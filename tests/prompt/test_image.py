@@ -1,0 +1,128 @@
+"""Sizes and pixels are those of transformers and mistral-common."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.chunk import ImageChunk
+from mistral_common.tokens.tokenizers.image import ImageConfig, ImageEncoder, SpecialImageIDs
+from PIL import Image
+from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare, token_ids
+from transformers.models.pixtral.image_processing_pil_pixtral import (
+    PixtralImageProcessorPil,
+    get_resize_output_image_size,
+)
+
+SIZES = [(1, 1), (1, 2), (16, 16), (17, 15), (300, 200), (90, 700), (3000, 400), (1025, 1023), (1024, 1024), (2000, 9)]
+THIN = [(1, 3000), (3000, 1)]
+LEVEL = 1 / 255
+sides = st.integers(1, 6000)
+
+
+def picture(width: int, height: int, kind: str = "noise") -> Image.Image:
+    if kind == "noise":
+        data = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    else:
+        row, column = np.mgrid[0:height, 0:width]
+        data = np.stack([row % 256, column % 256, (row + column) // 3 % 256], -1).astype(np.uint8)
+    return Image.fromarray(data)
+
+
+def difference(ours: torch.Tensor, theirs: np.ndarray) -> torch.Tensor:
+    """Per pixel, as a part of the range from black to white."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == torch.float32
+    return (ours - torch.tensor(theirs)).abs() * torch.tensor(STD).view(3, 1, 1)
+
+
+def transformers_pixels(image: Image.Image, **options) -> np.ndarray:
+    return PixtralImageProcessorPil(**options)(image, return_tensors="np")["pixel_values"][0]
+
+
+def mistral_pixels(image: Image.Image, **config) -> np.ndarray:
+    encoder = ImageEncoder(ImageConfig(16, 1024, **config), SpecialImageIDs(10, 12, 13))
+    return np.ascontiguousarray(encoder(ImageChunk(image=image)).image)
+
+
+@pytest.mark.parametrize("kind", ["noise", "ramp"])
+@pytest.mark.parametrize("size", SIZES)
+def test_hf_pixels_are_those_of_transformers(size, kind):
+    image = picture(*size, kind)
+    off = difference(prepare(image, "hf", ImageSpec()).pixels(), transformers_pixels(image))
+    assert off.max() <= 2 * LEVEL
+    assert off.mean() <= 0.5 * LEVEL
+
+
+@pytest.mark.parametrize("kind", ["noise", "ramp"])
+@pytest.mark.parametrize("size", SIZES + THIN)
+def test_native_pixels_are_those_of_mistral_common(size, kind):
+    image = picture(*size, kind)
+    off = difference(prepare(image, "native", ImageSpec()).pixels(), mistral_pixels(image))
+    assert off.max() <= 0.5 * LEVEL
+
+
+def test_native_pixels_with_merged_patches_are_those_of_mistral_common():
+    image = picture(100, 70)
+    prepared = prepare(image, "native", ImageSpec(spatial_merge=2))
+    assert difference(prepared.pixels(), mistral_pixels(image, spatial_merge_size=2)).max() <= 0.5 * LEVEL
+
+
+@pytest.mark.parametrize("size", THIN)
+def test_a_side_that_would_vanish_keeps_one_patch(size):
+    prepared = prepare(picture(*size), "hf", ImageSpec())
+    assert sorted((prepared.rows, prepared.columns)) == [1, 64]
+    assert prepared.pixels().isfinite().all()
+
+
+@given(sides, sides)
+def test_hf_sizes_are_those_of_transformers(width, height):
+    shape = SimpleNamespace(shape=(3, height, width))
+    if min(width, height) * 1024 < max(width, height):
+        return  # transformers rounds a side to nothing
+    array = np.broadcast_to(np.zeros((), np.uint8), shape.shape)
+    theirs = get_resize_output_image_size(array, 1024, 16, input_data_format="channels_first")
+    assert plan_size(width, height, "hf", ImageSpec()) == theirs[::-1]
+
+
+@given(sides, sides)
+def test_native_sizes_are_those_of_mistral_common(width, height):
+    encoder = ImageEncoder(ImageConfig(16, 1024), SpecialImageIDs(10, 12, 13))
+    columns, rows = encoder._image_to_num_tokens(SimpleNamespace(size=(width, height)))
+    assert plan_size(width, height, "native", ImageSpec()) == (columns * 16, rows * 16)
+
+
+@given(sides, sides, st.sampled_from(["hf", "native"]))
+def test_no_picture_takes_more_than_4160_tokens(width, height, recipe):
+    columns, rows = (side // 16 for side in plan_size(width, height, recipe, ImageSpec()))
+    assert 1 <= rows <= 64
+    assert 1 <= columns <= 64
+    assert len(token_ids(rows, columns, 10, 12, 13)) == rows * (columns + 1) <= 4160
+
+
+def test_a_preprocessor_config_changes_the_recipe():
+    config = {"size": {"longest_edge": 64}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    image = picture(100, 90)
+    prepared = prepare(image, "hf", ImageSpec(patch_size=8).with_preprocessor(config))
+    theirs = transformers_pixels(image, patch_size={"height": 8, "width": 8}, **config)
+    assert (prepared.pixels() - torch.tensor(theirs)).abs().max() <= 2 * LEVEL / 0.5
+
+
+@pytest.mark.parametrize("switch", ["do_rescale", "do_normalize"])
+def test_a_step_switched_off_is_left_out(switch):
+    image = picture(33, 20)
+    ours = prepare(image, "hf", ImageSpec().with_preprocessor({switch: False})).pixels()
+    theirs = transformers_pixels(image, **{switch: False})
+    assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_the_original_size_is_remembered():
+    prepared = prepare(picture(2000, 100), "hf", ImageSpec())
+    assert prepared.original_size == (2000, 100)
+    assert (prepared.width, prepared.height) == (1024, 16 * math.ceil(51 / 16))
+    assert prepared.tokens == prepared.rows * (prepared.columns + 1)

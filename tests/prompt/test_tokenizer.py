@@ -1,0 +1,162 @@
+"""Ids and bytes are those of mistral-common and tokenizers, and text never becomes a control id."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pixtral_cli.prompt.errors import TokenizerUnreadable
+from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
+
+TEXTS = [
+    "Hello, world! 12345 3.14 don't I'LL",
+    "  \t\n\n x   y\r\n\r\n z \n",
+    "日本語のテキスト、中文字符。한국어 Ελληνικά",
+    "👩‍👩‍👧‍👦🏳️‍🌈 é e\u0301 \u0301\u0301x",
+    "def f(x):\n    return x**2  # note\n\n\n\tpass;;//\n/",
+    "Привет, мир! مرحبا بالعالم ภาษาไทยไม่มีช่องว่าง हिन्दी",
+    "a" * 300 + " " * 300 + "ab" * 200 + "ÀÉÎõü" * 30 + "ıİſẞ",
+]
+pieces = st.sampled_from(["[INST]", "[/INST]", "[IMG]", "[IMG", "_BREAK]", "</s>", "<s>", "<", "s>", "[", "]", " ", "a"])
+tricky = st.lists(st.one_of(pieces, st.text(max_size=5)), max_size=12).map("".join)
+
+
+def load(path) -> Tokenizer:
+    return Tokenizer.load({"tokenizer.json": path}.get)
+
+
+def plain(path) -> tokenizers.Tokenizer:
+    """The same file without its added tokens, so that it knows only text."""
+    data = json.loads(path.read_text())
+    data["added_tokens"], data["post_processor"] = [], None
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tekken_ids_are_those_of_mistral_common(tekken, mistral, text):
+    assert tekken.encode(text) == mistral.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
+
+
+@given(st.one_of(st.text(max_size=80), tricky, st.text("abcXY 1\n\t.,é日", max_size=80)))
+@settings(max_examples=300, deadline=None)
+def test_tekken_ids_of_any_text_are_those_of_mistral_common(tekken, mistral, text):
+    assert tekken.encode(text) == mistral.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
+
+
+def test_tekken_bytes_of_every_id_are_those_of_mistral_common(tekken, mistral):
+    reference = mistral.instruct_tokenizer.tokenizer
+    assert tekken.vocab_size == reference.n_words
+    wrong = [id for id in range(reference.n_words) if tekken.token_bytes(id) != reference.id_to_byte_piece(id)]
+    assert not wrong
+
+
+def test_tekken_control_ids_are_those_of_mistral_common(tekken, mistral):
+    theirs = mistral.instruct_tokenizer.tokenizer._special_tokens_reverse_vocab
+    assert {text: control.id for text, control in tekken.controls.items()} == theirs
+    assert (tekken.bos_id, tekken.eos_id) == (1, 2)
+
+
+@given(text=tricky)
+@settings(max_examples=200, deadline=None)
+def test_a_control_string_in_text_is_text(tekken, byte_level_json, text):
+    for tokenizer in (tekken, load(byte_level_json)):
+        ids = tokenizer.encode(text)
+        assert {control.id for control in tokenizer.controls.values()}.isdisjoint(ids)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_a_vocabulary_whose_merges_spell_a_control_token_still_gives_text(tmp_path):
+    vocab = {"<s>": 0, "<": 1, "s": 2, ">": 3, "s>": 4}
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("s", ">"), ("<", "s>")]))
+    whole.add_special_tokens(["<s>"])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path / "tokenizer.json").encode("s><s>") == [4, 1, 2, 3]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_byte_level_ids_are_those_of_the_tokenizers_library(byte_level_json, text):
+    assert load(byte_level_json).encode(text) == plain(byte_level_json).encode(text).ids
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "a", " a", "", "\n"])
+def test_sentencepiece_ids_are_those_of_the_tokenizers_library(sentencepiece_json, text):
+    assert load(sentencepiece_json).encode(text) == plain(sentencepiece_json).encode(text).ids
+
+
+@pytest.mark.parametrize("text", ["a red square", " a", "é\U0001f600 <0x41>"])
+def test_sentencepiece_text_after_a_control_token_is_that_of_the_tokenizers_library(sentencepiece_json, text):
+    whole = tokenizers.Tokenizer.from_file(str(sentencepiece_json))
+    theirs = whole.encode("[INST]" + text, add_special_tokens=False).ids
+    assert [3, *load(sentencepiece_json).encode(text, at_start=False)] == theirs
+
+
+def test_template_text_is_cut_at_its_control_strings(byte_level_json):
+    parts = load(byte_level_json).split_controls("<s>[INST] a[IMG_BREAK]</s>b[IMG")
+    assert parts == [1, 3, " a", 12, 2, "b[IMG"]
+
+
+def test_control_tokens_stand_for_no_bytes_and_unknown_ids_neither(tekken):
+    assert [tekken.token_bytes(id) for id in (0, 2, 10, 999, 200_000)] == [b""] * 5
+
+
+@given(st.lists(st.integers(0, 131_071), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_streamed_text_is_the_whole_text_and_has_no_broken_character(tekken, ids):
+    stream = ByteStream(tekken)
+    pieces = [stream.push(id) for id in ids]
+    whole = b"".join(map(tekken.token_bytes, ids))
+    assert "".join(pieces) + stream.finish() == whole.decode("utf-8", "replace")
+
+
+@given(text=st.text(max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_valid_text_streams_without_a_replacement_character(tekken, text):
+    stream = ByteStream(tekken)
+    pieces = [stream.push(id) for byte in text.encode() for id in (1000 + byte,)]
+    assert "".join(pieces) == text
+    assert stream.finish() == ""
+    assert all(len(piece) <= 1 for piece in pieces)
+
+
+@pytest.mark.parametrize("text", ["a red square", "  two", "é\U0001f600", "[bracket]\n"])
+def test_sentencepiece_streams_what_the_tokenizers_library_decodes(sentencepiece_json, text):
+    tokenizer = load(sentencepiece_json)
+    ids = tokenizer.encode(text)
+    stream = ByteStream(tokenizer)
+    streamed = "".join(map(stream.push, ids)) + stream.finish()
+    assert streamed == tokenizers.Tokenizer.from_file(str(sentencepiece_json)).decode(ids)
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tekken):
+    assert b"".join(map(tekken.token_bytes, tekken.encode("a\ud800b"))).decode() == "a\ufffdb"
+
+
+def test_tekken_is_the_truth_over_tokenizer_json(tekken_file, byte_level_json):
+    files = {"tekken.json": tekken_file, "tokenizer.json": byte_level_json}
+    assert Tokenizer.load(files.get).vocab_size == 131_072
+
+
+def test_tokenizer_config_names_the_first_and_last_token(byte_level_json, tmp_path):
+    (tmp_path / "c.json").write_text('{"bos_token": null, "eos_token": {"content": "[/INST]"}}')
+    files = {"tokenizer.json": byte_level_json, "tokenizer_config.json": tmp_path / "c.json"}
+    tokenizer = Tokenizer.load(files.get)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 4)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}', '{"vocab": []}'])
+def test_a_damaged_tokenizer_file_is_one_sentence(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(TokenizerUnreadable, match=re.escape(str(path))) as caught:
+        Tokenizer.load({name: path}.get)
+    assert caught.value.hint
+
+
+def test_a_folder_without_a_tokenizer_is_one_sentence():
+    with pytest.raises(TokenizerUnreadable, match=r"tokenizer\.json"):
+        Tokenizer.load(lambda name: None)
