@@ -93,7 +93,7 @@ class DownloadFailed(WeightsError):
 
     name: str
     reason: str
-    advice: str = "Run the same command again: it resumes, and files that have arrived are kept."
+    advice: str = "Run the same command again: it goes on with the files that have not arrived."
 
     def __str__(self) -> str:
         return f"Downloading {self.name!r} failed: {self.reason.rstrip('.')}."

@@ -40,9 +40,9 @@ def fetch(name: str, *, weights: bool = True, force: bool = False, progress: Pro
     Raises ModelNotFound, Offline (HF_HUB_OFFLINE), Gated, DownloadFailed, DiskFull, and the errors of layout for a
     repository that has no weights in Hugging Face form.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    path = os.path.expanduser(name)
+    if os.path.exists(path):  # unlike Path.exists, False for what can be no path at all
+        return Path(path)
     repo = parse(name)
     if not force and (folder := store.find(repo.name, repo.revision, weights=weights)):
         return folder

@@ -61,7 +61,10 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._buffer = _map(path)
+        try:
+            self._buffer = _map(path)
+        except OSError as error:
+            raise CheckpointCorrupt(path, f"it cannot be read ({error.strerror})") from error
         self._entries = _read_header(path, self._buffer)
 
     @cached_property

@@ -217,19 +217,16 @@ def test_native_tensors_in_a_renamed_file_are_known_by_their_names(folder: Path)
     assert isinstance(failure(folder), NotYetSupported)
 
 
-def test_a_missing_shard_is_named(folder: Path):
-    shard(folder)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    error = failure(folder)
-    assert isinstance(error, CheckpointCorrupt) and "model-00002-of-00002.safetensors" in str(error)
-
-
-def test_a_missing_shard_is_named_without_an_index_too(folder: Path):
-    shard(folder).unlink()
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("missing", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_missing_shard_is_named_with_an_index_and_without(folder: Path, missing: str, indexed: bool):
+    index = shard(folder)
+    if not indexed:
+        index.unlink()
     assert_holds(checkpoint.open(folder), OURS)
-    (folder / "model-00001-of-00002.safetensors").unlink()
+    (folder / missing).unlink()
     error = failure(folder)
-    assert isinstance(error, CheckpointCorrupt) and "model-00001-of-00002.safetensors" in str(error)
+    assert isinstance(error, CheckpointCorrupt) and missing in str(error)
 
 
 def test_a_tensor_that_the_index_promises_and_the_shard_lacks_is_named(folder: Path):

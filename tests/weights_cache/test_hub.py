@@ -243,16 +243,22 @@ def test_progress_rises_to_the_bytes_of_all_files(hub):
     assert {event[2] for event in seen} == {total}
 
 
-def test_nothing_is_printed_not_even_by_the_library_when_it_retries(hub, capfd: pytest.CaptureFixture):
+def test_nothing_is_printed_not_even_by_the_library_when_it_retries(
+    hub, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
     failing(hub, body_of(FIRST), times=1, cut=50_000)
     fetch(REPO)
     assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.name.startswith("huggingface_hub")] == []
 
 
 # --- what goes wrong
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing", "a/b/c", "nothing", "a b/c", "a/..b"])
+@pytest.mark.parametrize(
+    "name",
+    ["/no/such/folder", "./nothing", "~/nothing", "a/b/c", "nothing", "a b/c", "a/..b", "~nobody/x", "x" * 999, "a\0b"],
+)
 def test_what_is_no_folder_and_no_hub_name_is_not_asked_for(hub, name: str):
     assert repr(name) in str(failure(ModelNotFound, name))
     assert hub.requests == []
@@ -345,6 +351,7 @@ def test_small_files_that_broke_off_are_never_taken_for_whole(hub, broken: str):
     failing(hub, body_of(broken), status=500)
     failure(DownloadFailed)
     assert store.find(REPO, "main", weights=False) is None
+    assert store.find(REPO, hub.commit(REPO), weights=False) is None
     hub.fault = lambda method, path: None
     assert names(fetch(REPO)) == WHOLE
 

@@ -20,8 +20,9 @@ DTYPES = [
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """The bytes of a file with this header; `length` is what it claims, if not the truth."""
+    """The bytes of a file with this header, padded to 8; `length` is what it claims, if not the truth."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
@@ -130,6 +131,7 @@ def test_a_tensor_off_its_alignment_is_still_read_right(written):
     header = {"odd": entry("U8", [1], [0, 1]), "a": entry("F32", [2], [1, 9])}
     file = SafetensorsFile(written(raw(header, b"\x07" + values.numpy().tobytes())))
     assert file.tensor("a").equal(values) and file.tensor("odd").item() == 7
+    assert file.tensor("a").data_ptr() % 4 == 0
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,11 @@ def test_a_header_that_cannot_be_trusted_is_refused_with_its_file_and_reason(wri
         SafetensorsFile(path)
     assert reason in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value) and caught.value.hint
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointCorrupt, match="cannot be read"):
+        SafetensorsFile(tmp_path / "absent.safetensors")
 
 
 def test_a_file_cut_anywhere_is_refused(written):
