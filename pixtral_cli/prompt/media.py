@@ -55,8 +55,8 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
     name = name_of(source)
     if hasattr(source, "convert") and hasattr(source, "size"):
         return _guarded(name, lambda: _normalised(source, name, max_pixels))
-    file = _file(source, name, fetch)
-    return _guarded(name, lambda: _normalised(_open(file, name, max_pixels), name, max_pixels))
+    with _file(source, name, fetch) as file:
+        return _guarded(name, lambda: _normalised(_open(file, name, max_pixels), name, max_pixels))
 
 
 def name_of(source: Any) -> str:
@@ -70,7 +70,7 @@ def name_of(source: Any) -> str:
     return source if len(source) <= 120 else f"{source[:40]}…"
 
 
-def _file(source: Any, name: str, fetch: Fetch) -> Path | BinaryIO:
+def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
     if isinstance(source, (bytes, bytearray)):
         return BytesIO(source)
     if source == STDIN:
@@ -85,16 +85,15 @@ def _file(source: Any, name: str, fetch: Fetch) -> Path | BinaryIO:
     return _path(Path(source), name)
 
 
-def _path(path: Path, name: str) -> Path:
+def _path(path: Path, name: str) -> BinaryIO:
     try:
-        path = path.expanduser()
-        if path.is_dir():
-            raise PictureUnreadable(name, "it is a folder")
-        if path.exists():
-            return path
-    except (OSError, RuntimeError, ValueError):  # a name too long, no home folder, a NUL
-        pass
-    raise PictureNotFound(name)
+        return path.expanduser().open("rb")
+    except IsADirectoryError as error:
+        raise PictureUnreadable(name, "it is a folder") from error
+    except PermissionError as error:
+        raise PictureUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # missing, a name too long, no home folder, a NUL
+        raise PictureNotFound(name) from error
 
 
 def _data_uri(uri: str, name: str) -> bytes:
@@ -114,24 +113,21 @@ def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
     """Decoders of damaged files raise nearly anything; all of it means that the picture cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # odd metadata: nothing that the user can do anything about
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return work()
+        return work()
     except (PictureUnreadable, PictureTooLarge):
         raise
     except UnidentifiedImageError as error:
         raise PictureUnreadable(name, "it is not a picture of a known format") from error
     except Image.DecompressionBombError as error:
         raise PictureTooLarge(name, f"The picture {name} is larger than it says.") from error
-    except PermissionError as error:
-        raise PictureUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
     except Exception as error:
         reason = str(error).strip().rstrip(".") or type(error).__name__
         raise PictureUnreadable(name, f"it is damaged or cut short ({reason})") from error
 
 
-def _open(file: Path | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     """Read the header. PIL's own size check is off meanwhile: ours states both numbers."""
     from PIL import Image
 
@@ -195,7 +191,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode[:-1] + "A")
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.paste(image, (0, 0), image)

@@ -10,8 +10,9 @@ import mistral_common
 import pytest
 import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from pixtral_cli.prompt.tokenizer import Tokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from pixtral_cli.prompt.tokenizer import Tokenizer
 
 CONTROLS = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
@@ -62,7 +63,9 @@ def sentencepiece_json(request: pytest.FixtureRequest, tmp_path_factory: pytest.
     whole.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    whole.train_from_iterator([" ".join(WORDS)] * 4, _trainer(vocab_size=700, more=[f"<0x{n:02X}>" for n in range(256)]))
+    whole.train_from_iterator(
+        [" ".join(WORDS)] * 4, _trainer(vocab_size=700, more=[f"<0x{n:02X}>" for n in range(256)])
+    )
     return _saved(_with_byte_entries(whole), tmp_path_factory)
 
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.chunk import ImageChunk
 from mistral_common.tokens.tokenizers.image import ImageConfig, ImageEncoder, SpecialImageIDs
 from PIL import Image
-from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare, token_ids
 from transformers.models.pixtral.image_processing_pil_pixtral import (
     PixtralImageProcessorPil,
     get_resize_output_image_size,
 )
+
+from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare, token_ids
 
 SIZES = [(1, 1), (1, 2), (16, 16), (17, 15), (300, 200), (90, 700), (3000, 400), (1025, 1023), (1024, 1024), (2000, 9)]
 THIN = [(1, 3000), (3000, 1)]

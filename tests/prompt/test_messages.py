@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from PIL import Image
+
 from pixtral_cli.prompt.errors import InvalidMessages
 from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text, parse
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pixtral_cli.prompt.stops import StopMatcher
 
 texts = st.text("abc", max_size=20)

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pixtral_cli.prompt.errors import TokenizerUnreadable
 from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
 
@@ -21,7 +22,9 @@ TEXTS = [
     "Привет, мир! مرحبا بالعالم ภาษาไทยไม่มีช่องว่าง हिन्दी",
     "a" * 300 + " " * 300 + "ab" * 200 + "ÀÉÎõü" * 30 + "ıİſẞ",
 ]
-pieces = st.sampled_from(["[INST]", "[/INST]", "[IMG]", "[IMG", "_BREAK]", "</s>", "<s>", "<", "s>", "[", "]", " ", "a"])
+pieces = st.sampled_from(
+    ["[INST]", "[/INST]", "[IMG]", "[IMG", "_BREAK]", "</s>", "<s>", "<", "s>", "[", "]", " ", "a"]
+)
 tricky = st.lists(st.one_of(pieces, st.text(max_size=5)), max_size=12).map("".join)
 
 

@@ -1,0 +1,164 @@
+"""A checkpoint's side files become a Processor; raw prompts; nothing imports torch before pixels are asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pixtral_cli.prompt.errors import (
+    NoChatTemplate,
+    PictureNotFound,
+    PicturesMisplaced,
+    PicturesUnsupported,
+    PromptError,
+    TokenizerUnreadable,
+)
+from pixtral_cli.prompt.messages import parse
+from pixtral_cli.prompt.native import NativeRules
+from pixtral_cli.prompt.processor import Processor
+
+SMALL = Image.new("RGB", (20, 40), "red")
+SMALL_IDS = [10, 10, 12, 10, 10, 12, 10, 10, 13]
+HELLO = parse([{"role": "user", "content": "a"}])
+SEEING = parse([{"role": "user", "content": [{"type": "image", "image": SMALL}]}])
+
+
+@pytest.fixture
+def raw(checkpoint, byte_level_json) -> Processor:
+    return Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json))
+
+
+def test_raw_text_follows_bos_and_nothing_else(raw):
+    assert raw.complete("a red").token_ids == [1, *raw.tokenizer.encode("a red")]
+
+
+def test_raw_pictures_come_first(raw):
+    prompt = raw.complete(" square", [SMALL, SMALL])
+    assert prompt.token_ids == [1, *SMALL_IDS, *SMALL_IDS, *raw.tokenizer.encode(" square")]
+    assert prompt.image_tokens == 2 * len(SMALL_IDS)
+
+
+def test_raw_pictures_take_the_places_of_their_marks(raw):
+    prompt = raw.complete("a[IMG] b[IMG]", [SMALL, SMALL])
+    a, b = raw.tokenizer.encode("a"), raw.tokenizer.encode(" b")
+    assert prompt.token_ids == [1, *a, *SMALL_IDS, *b, *SMALL_IDS]
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_marks_and_pictures_that_do_not_match_are_one_sentence(raw, pictures):
+    with pytest.raises(PicturesMisplaced, match=f"2 .*{pictures}"):
+        raw.complete("[IMG][IMG]", [SMALL] * pictures)
+
+
+def test_raw_control_strings_are_text(raw):
+    ids = raw.complete("[INST][IMG]</s>").token_ids
+    assert b"".join(map(raw.tokenizer.token_bytes, ids[1:])) == b"[INST][IMG]</s>"
+
+
+def test_an_hf_folder_without_a_template_follows_mistrals_rules(raw):
+    assert isinstance(raw.dialect, NativeRules)
+    assert raw.chat(HELLO).token_ids == [1, 3, *raw.tokenizer.encode("a"), 4]
+
+
+def test_a_model_without_template_and_control_tokens_has_no_chat(checkpoint, tmp_path):
+    (tmp_path / "t.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=tmp_path / "t.json"))
+    assert made.complete("a").token_ids == [0]
+    with pytest.raises(NoChatTemplate) as caught:
+        made.chat(HELLO)
+    assert "--raw" in caught.value.hint
+
+
+def test_a_model_without_picture_tokens_refuses_pictures(checkpoint, byte_level_json):
+    made = Processor.from_checkpoint(
+        checkpoint(tokenizer_json=byte_level_json, processor_config_json='{"image_token": "[NONE]"}')
+    )
+    for ask in (lambda: made.chat(SEEING), lambda: made.complete("", [SMALL])):
+        with pytest.raises(PicturesUnsupported):
+            ask()
+
+
+def test_picture_token_names_come_from_the_processor_config(checkpoint, byte_level_json):
+    names = '{"image_token": {"content": "[PIC]"}, "image_break_token": "<pad>", "image_end_token": "[TOOL_CALLS]"}'
+    names = names.replace("[PIC]", "[TOOL_RESULTS]")
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, processor_config_json=names))
+    assert made.complete("", [SMALL]).token_ids == [1, 7, 7, 11, 7, 7, 11, 7, 7, 9]
+
+
+def test_the_recipe_follows_the_form_unless_chosen(checkpoint, byte_level_json):
+    made = [
+        Processor.from_checkpoint(checkpoint(form, tokenizer_json=byte_level_json), image_preprocessing=choice).recipe
+        for form, choice in (("hf", None), ("native", None), ("hf", "native"), ("native", "hf"))
+    ]
+    assert made == ["hf", "native", "native", "hf"]
+
+
+def test_an_unknown_recipe_is_one_sentence(checkpoint, byte_level_json):
+    with pytest.raises(PromptError, match="'best'"):
+        Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), image_preprocessing="best")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"preprocessor_config_json": '{"size": {"longest_edge": 320}}'},
+        {"processor_config_json": '{"image_processor": {"size": {"longest_edge": 320}}}'},
+    ],
+)
+def test_the_longest_side_comes_from_the_preprocessor(checkpoint, byte_level_json, files):
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **files))
+    (image,) = made.complete("", [Image.new("RGB", (1000, 500))]).images
+    assert (image.width, image.height) == (320, 160)
+
+
+def test_merged_patches_make_fewer_tokens(checkpoint, byte_level_json):
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), patch_size=14, spatial_merge=2)
+    (image,) = made.complete("", [Image.new("RGB", (100, 50))]).images
+    assert (image.width, image.height, image.rows, image.columns) == (112, 56, 2, 4)
+
+
+def test_a_picture_that_fails_is_named(raw):
+    with pytest.raises(PictureNotFound, match=r"missing\.png"):
+        raw.complete("a", ["missing.png"])
+
+
+def test_pictures_are_loaded_by_the_function_given(checkpoint, byte_level_json):
+    seen = []
+    made = Processor.from_checkpoint(
+        checkpoint(tokenizer_json=byte_level_json), load_picture=lambda source: seen.append(source) or SMALL
+    )
+    made.complete("", ["somewhere"])
+    assert seen == ["somewhere"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config_json", "processor_config_json", "preprocessor_config_json"])
+def test_a_damaged_side_file_is_one_sentence(checkpoint, byte_level_json, name):
+    with pytest.raises(TokenizerUnreadable, match="Cannot read"):
+        Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{name: "{"}))
+
+
+def test_prompts_and_their_sizes_need_no_torch(byte_level_json, tmp_path):
+    SMALL.save(tmp_path / "a.png")
+    code = f"""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from pixtral_cli.prompt.messages import parse
+from pixtral_cli.prompt.processor import Processor
+files = {{"tokenizer.json": Path({str(byte_level_json)!r})}}
+made = Processor.from_checkpoint(SimpleNamespace(form="hf", file=files.get))
+picture = {{"type": "image", "url": {str(tmp_path / "a.png")!r}}}
+prompt = made.chat(parse([{{"role": "user", "content": [picture, "a"]}}]))
+assert prompt.images[0].tokens == {len(SMALL_IDS)}
+heavy = {{"torch", "transformers", "numpy"}} & sys.modules.keys()
+assert not heavy, heavy
+prompt.images[0].pixels()
+assert "torch" in sys.modules
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
