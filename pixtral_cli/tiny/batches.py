@@ -1,0 +1,268 @@
+"""A seed and a number in, one training batch out: token ids with labels, pictures, and what each patch holds.
+
+Several questions share one picture in a sequence: `[picture][Q1 A1][Q2 A2]…`. Tokens carry a `group`: 0 is seen by all
+later tokens, a question's own number only by itself, and its positions start again after the picture. That is single-turn
+chat, at a fraction of the price. Knows no model. Letters: B sequences, T tokens, S answers, P patches of a picture.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from .questions import KINDS, PAIR_KIND, Asked, ask, ask_pair
+from .scenes import BACKGROUNDS, COLOURS, DIGITS, FULL, LETTERS, SHAPES, Scene, Style, draw, random_scene, scene_rng
+from .smalltalk import ABOUT, off_topic
+from .tokenizer import BOS, END_INST, EOS, IMG, IMG_BREAK, IMG_END, INST, PAD
+
+PATCH = 16
+OTHER = "other"
+ALL_KINDS = (*KINDS, PAIR_KIND, OTHER)
+CHARACTERS = LETTERS + DIGITS
+IGNORE = -100
+Grid = tuple[int, int]  # rows, columns
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What the batches of one stage are made of; weights are shares of batches."""
+
+    style: Style = FULL
+    single: float = 0.6  # one picture, many separate questions
+    pair: float = 0.18  # two pictures, many separate questions
+    talk: float = 0.17  # one or two pictures, several turns, text or picture first
+    plain: float = 0.05  # no picture
+    kinds: tuple[str, ...] = tuple(KINDS)
+    questions: int = 9
+    tokens: int = 7000  # per batch, about
+
+
+@dataclass
+class Sequence_:
+    """One sequence being written."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], group: int, start: int, answer: int = -1) -> None:
+        """Append tokens at positions from `start`; those of an answer are learned."""
+        self.ids += ids
+        self.positions += range(start, start + len(ids))
+        self.groups += [group] * len(ids)
+        self.labels += ids if answer >= 0 else [IGNORE] * len(ids)
+        self.answers += [answer] * len(ids)
+
+
+@dataclass
+class Batch:
+    """ids, positions, groups, labels, answers: int64 [B, T]; `labels` is IGNORE outside answers, `answers` the number of
+    the answer a token belongs to; `kinds` [S] its kind. Per picture slot: pixels uint8 [B, H, W, 3] and patch facts
+    int64 [B, P, 7]."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    groups: np.ndarray
+    labels: np.ndarray
+    answers: np.ndarray
+    kinds: np.ndarray
+    pixels: list[np.ndarray]
+    facts: list[np.ndarray]
+
+
+class Batches:
+    """Batches by number, for a DataLoader: the same seed and number give the same batch."""
+
+    def __init__(self, tokenizer_file: Path, seed: int, mix: Mix) -> None:
+        self.tokenizer_file, self.seed, self.mix = str(tokenizer_file), seed, mix
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(self.tokenizer_file)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def __getitem__(self, number: int) -> Batch:
+        rng, mix = scene_rng(self.seed, number, "batch"), self.mix
+        ways = {self._single: mix.single, self._pair: mix.pair, self._talk: mix.talk, self._plain: mix.plain}
+        (make,) = rng.choices(list(ways), list(ways.values()))
+        return make(rng)
+
+    def _single(self, rng: Random) -> Batch:
+        grid = _grid(rng, self.mix.style)
+        per_sequence = grid[0] * (grid[1] + 1) + 13 * self.mix.questions
+        scenes = [[_scene_for(rng, self.mix.style, grid)] for _ in range(self._count(per_sequence))]
+        kinds: list[int] = []
+        rows = [self._shared(scene, self._questions(rng, scene[0]), kinds) for scene in scenes]
+        return _collate(rows, kinds, scenes, [grid])
+
+    def _pair(self, rng: Random) -> Batch:
+        grids = [_grid(rng, self.mix.style) for _ in range(2)]
+        per_sequence = sum(r * (c + 1) for r, c in grids) + 13 * self.mix.questions
+        scenes = [_two_scenes(rng, self.mix.style, grids) for _ in range(self._count(per_sequence))]
+        kinds: list[int] = []
+        rows = [
+            self._shared(two, [ask_pair(rng, *two) for _ in range(self.mix.questions)], kinds) for two in scenes
+        ]
+        return _collate(rows, kinds, scenes, grids)
+
+    def _talk(self, rng: Random) -> Batch:
+        pictures = 1 if rng.random() < 0.65 else 2
+        grids = [_grid(rng, self.mix.style) for _ in range(pictures)]
+        per_sequence = sum(r * (c + 1) for r, c in grids) + 55
+        kinds: list[int] = []
+        rows, scenes = [], []
+        for _ in range(self._count(per_sequence)):
+            shown = _two_scenes(rng, self.mix.style, grids) if pictures == 2 else [
+                _scene_for(rng, self.mix.style, grids[0])
+            ]
+            rows.append(self._turns(rng, shown, kinds))
+            scenes.append(shown)
+        return _collate(rows, kinds, scenes, grids)
+
+    def _plain(self, rng: Random) -> Batch:
+        kinds: list[int] = []
+        rows = []
+        for _ in range(self._count(450)):
+            asked = [self._other(rng, with_picture=False) for _ in range(10)]
+            rows.append(self._shared([], asked, kinds))
+        return _collate(rows, kinds, [[] for _ in rows], [])
+
+    def _count(self, tokens: int) -> int:
+        return max(8, round(self.mix.tokens / tokens))
+
+    def _questions(self, rng: Random, scene: Scene) -> list[Asked]:
+        kinds = list(self.mix.kinds) + ["text"] * (scene.text is not None)
+        chosen = [*kinds, *rng.choices(kinds, k=max(0, self.mix.questions - len(kinds)))]
+        asked = [question for kind in chosen if (question := ask(rng, scene, kind))]
+        return asked + [self._other(rng, with_picture=True)] * (rng.random() < 0.15)
+
+    def _other(self, rng: Random, with_picture: bool) -> Asked:
+        if with_picture or rng.random() < 0.6:
+            return Asked(OTHER, off_topic(rng), ABOUT)
+        scene = random_scene(rng)
+        asked = ask_pair(rng, scene, scene) if rng.random() < 0.3 else ask(rng, scene, rng.choice(list(KINDS)))
+        return Asked(OTHER, asked.question if asked else "What is this?", ABOUT)
+
+    def _shared(self, scenes: list[Scene], asked: list[Asked], kinds: list[int]) -> Sequence_:
+        row = Sequence_()
+        row.add([BOS, INST, *(token for scene in scenes for token in picture_ids(scene_grid(scene)))], 0, 0)
+        start = len(row.ids)
+        for group, question in enumerate(asked, 1):
+            ids = [*self.encode(question.question), END_INST]
+            row.add(ids, group, start)
+            self._answer(row, question, group, start + len(ids), kinds)
+        return row
+
+    def _answer(self, row: Sequence_, asked: Asked, group: int, start: int, kinds: list[int]) -> None:
+        row.add([*self.encode(asked.answer), EOS], group, start, len(kinds))
+        kinds.append(ALL_KINDS.index(asked.kind))
+
+    def _turns(self, rng: Random, scenes: list[Scene], kinds: list[int]) -> Sequence_:
+        """A conversation; the pictures stand in its first turn, before or after the text."""
+        row = Sequence_()
+        row.add([BOS], 0, 0)
+        pictures = [token for scene in scenes for token in picture_ids(scene_grid(scene))]
+        turns = 1 if (picture_last := rng.random() < 0.5) and rng.random() < 0.5 else rng.randint(2, 4)
+        for turn in range(turns):
+            asked = self._turn(rng, scenes)
+            text, shown = self.encode(asked.question), pictures if turn == 0 else []
+            row.add([INST, *([*text, *shown] if picture_last else [*shown, *text]), END_INST], 0, len(row.ids))
+            self._answer(row, asked, 0, len(row.ids), kinds)
+        return row
+
+    def _turn(self, rng: Random, scenes: list[Scene]) -> Asked:
+        if rng.random() < 0.04:
+            return self._other(rng, with_picture=True)
+        if len(scenes) == 2:
+            return ask_pair(rng, *scenes)
+        while not (asked := ask(rng, scenes[0], rng.choice(self.mix.kinds))):
+            pass
+        return asked
+
+
+def picture_ids(grid: Grid) -> list[int]:
+    """The tokens of one picture: rows of [IMG] with [IMG_BREAK] between and [IMG_END] last."""
+    rows, columns = grid
+    return ([IMG] * columns + [IMG_BREAK]) * (rows - 1) + [IMG] * columns + [IMG_END]
+
+
+def scene_grid(scene: Scene) -> Grid:
+    return math.ceil(scene.height / PATCH), math.ceil(scene.width / PATCH)
+
+
+def _grid(rng: Random, style: Style) -> Grid:
+    return scene_grid(random_scene(rng, replace(style, text_share=0, shapes=(0, 0))))
+
+
+def _scene_for(rng: Random, style: Style, grid: Grid) -> Scene:
+    """A scene whose natural size gives `grid`: up to 15 px short of it on each side, as real pictures are."""
+    low = style.sides[0]
+    height, width = (max(low, side * PATCH - rng.randint(0, PATCH - 1) * (rng.random() < 0.7)) for side in grid)
+    return random_scene(rng, replace(style, size=(width, height)))
+
+
+def _two_scenes(rng: Random, style: Style, grids: list[Grid]) -> list[Scene]:
+    """Two scenes; often with the same background and as many shapes, so that these answers are not rare."""
+    first, second = (_scene_for(rng, style, grid) for grid in grids)
+    if rng.random() < 0.4:
+        second = replace(second, background=first.background, background_rgb=first.background_rgb)
+    return [first, second]
+
+
+def _collate(rows: list[Sequence_], kinds: list[int], scenes: list[list[Scene]], grids: list[Grid]) -> Batch:
+    length = max(len(row.ids) for row in rows)
+
+    def stack(lists: list[list[int]], fill: int) -> np.ndarray:
+        return np.array([items + [fill] * (length - len(items)) for items in lists], dtype=np.int64)
+
+    slots = [[shown[slot] for shown in scenes] for slot in range(len(grids))]
+    return Batch(
+        ids=stack([row.ids for row in rows], PAD),
+        positions=stack([row.positions for row in rows], 0),
+        groups=stack([row.groups for row in rows], -1),
+        labels=stack([row.labels for row in rows], IGNORE),
+        answers=stack([row.answers for row in rows], -1),
+        kinds=np.array(kinds, dtype=np.int64),
+        pixels=[np.stack([_pixels(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
+        facts=[np.stack([_facts(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
+    )
+
+
+def _pixels(scene: Scene, grid: Grid) -> np.ndarray:
+    size = grid[1] * PATCH, grid[0] * PATCH
+    picture = draw(scene)
+    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def _facts(scene: Scene, grid: Grid) -> np.ndarray:
+    """int64 [P, 7]: shape, colour, character and its index where the patch holds the centre; the background; and the
+    shape and character that the patch is near to or a part of. 0 is none, but for the background."""
+    rows, columns = grid
+    facts = np.zeros((rows, columns, 7), dtype=np.int64)
+    facts[..., 4] = list(BACKGROUNDS).index(scene.background)
+    down, right = rows / scene.height, columns / scene.width  # patches per pixel
+    y, x = np.ogrid[0.5:rows, 0.5:columns]
+    for shape in scene.shapes:
+        at = int(shape.y * down), int(shape.x * right)
+        kind = SHAPES.index(shape.name) + 1
+        facts[at][:2] = kind, list(COLOURS).index(shape.colour) + 1
+        near = (y - shape.y * down) ** 2 + (x - shape.x * right) ** 2 <= ((shape.radius + 6) / PATCH) ** 2
+        facts[..., 5][near] = kind
+    if scene.text:
+        reach_down, reach_right = (scene.text.size * 0.4 + 5) / PATCH, max(8.5, scene.text.size * 0.4) / PATCH
+        for index, (character, centre) in enumerate(zip(scene.text.string, scene.text.centres, strict=True)):
+            kind = CHARACTERS.index(character) + 1
+            facts[int(centre[1] * down), int(centre[0] * right)][2:4] = kind, index + 1
+            near = (abs(y - centre[1] * down) <= reach_down) & (abs(x - centre[0] * right) <= reach_right)
+            facts[..., 6][near] = kind
+    return facts.reshape(rows * columns, 7)
