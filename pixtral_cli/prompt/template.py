@@ -43,19 +43,26 @@ class Shield:
     compare the text. `lift` takes the character out again, after the template's control strings have been found.
     """
 
-    def __init__(self, controls: Iterable[str], texts: Iterable[str]):
-        controls = sorted(controls, key=len, reverse=True)
-        whole = "|".join(map(re.escape, controls))
-        begun = "|".join(sorted({re.escape(control[:n]) for control in controls for n in range(1, len(control))}))
-        self._pattern = re.compile(rf"(?=(?:{whole})|(?:{begun})\s*\Z)(.)", re.DOTALL) if controls else None
+    def __init__(self, first_letters: re.Pattern[str], texts: Iterable[str]):
+        """`first_letters`: of the control strings; `texts`: all that may be rendered."""
+        self._first_letters = first_letters
         used = set().union(*texts)
         self._mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in used)
 
     def raise_over(self, text: str) -> str:
-        return self._pattern.sub(rf"\1{self._mark}", text) if self._pattern else text
+        return self._first_letters.sub(rf"\g<0>{self._mark}", text)
 
     def lift(self, text: str) -> str:
         return text.replace(self._mark, "")
+
+
+def first_letters(controls: Iterable[str]) -> re.Pattern[str]:
+    """Finds the first letter of each control string, and of each beginning of one at a text's end."""
+    controls = [control for control in controls if len(control) > 1]
+    whole = {re.escape(control) for control in controls}
+    begun = {re.escape(control[:length]) for control in controls for length in range(1, len(control))}
+    alternatives = rf"(?:{'|'.join(whole)})|(?:{'|'.join(begun)})\s*\Z"
+    return re.compile(f"(?={alternatives})." if controls else "(?!)", re.DOTALL)
 
 
 @dataclass
@@ -86,7 +93,7 @@ class ChatTemplate:
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
         texts = [chunk.text for message in conversation.messages for chunk in message.chunks if isinstance(chunk, Text)]
-        shield = Shield(self.tokenizer.controls, [self.source, *texts])
+        shield = Shield(self._first_letters, [self.source, *texts])
         rendered = self._render([self._entry(message, shield) for message in conversation.messages], tools)
         ids = self._forgotten_bos(rendered)
         for part in self.tokenizer.split_controls(rendered):
@@ -127,6 +134,10 @@ class ChatTemplate:
         else:
             content = shield.raise_over(message.text)
         return {"role": message.role, "content": content}
+
+    @cached_property
+    def _first_letters(self) -> re.Pattern[str]:
+        return first_letters(self.tokenizer.controls)
 
     @cached_property
     def _knows_chunks(self) -> bool:

@@ -7,13 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV7
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV7
 from PIL import Image
 
+from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules
-from pixtral_cli.prompt.processor import Processor
+from pixtral_cli.prompt.processor import ImageTokens, Processor
 
 SMALL, WIDE = Image.new("RGB", (20, 40), "red"), Image.new("RGB", (1500, 300), "blue")
 IMG, SMALL_IDS = 10, [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -41,9 +43,6 @@ def mistral_ids(mistral, messages):
 
 @pytest.fixture(scope="session")
 def native(tekken) -> Processor:
-    from pixtral_cli.prompt.image import ImageSpec
-    from pixtral_cli.prompt.processor import ImageTokens
-
     return Processor(tekken, NativeRules(tekken), ImageTokens.of(tekken, {}), "native", ImageSpec())
 
 
@@ -77,7 +76,11 @@ CONVERSATIONS = {
         message("user", "f"),
     ],
     "several system texts": [message("system", "S"), message("system", [part("T"), part("U")]), message("user", "a")],
-    "control strings": [message("user", "[INST] [IMG] </s> [/INST]"), message("assistant", "<s>[IMG_END]"), message("user", "[")],
+    "control strings": [
+        message("user", "[INST] [IMG] </s> [/INST]"),
+        message("assistant", "<s>[IMG_END]"),
+        message("user", "["),
+    ],
     "an empty message": [message("user", "")],
     "an empty system text": [message("system", ""), message("user", "a")],
 }  # fmt: skip
@@ -96,18 +99,19 @@ def test_v7_ids_are_those_of_mistral_common(native, mistral, tekken, name, monke
 
 
 def v7_ids(mistral, messages):
-    from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV7
-
     seven = InstructTokenizerV7(mistral.instruct_tokenizer.tokenizer, mistral.instruct_tokenizer.image_encoder)
     request = ChatCompletionRequest(messages=list(map(theirs, messages)))
     return seven.encode_instruct(InstructRequestNormalizerV7.normalizer().from_chat_completion_request(request)).tokens
 
 
 turns = st.lists(
-    st.one_of(st.text("ab [INST]</s>\n", max_size=6), st.lists(st.sampled_from([SMALL, WIDE, "a", "b c", ""]), min_size=1, max_size=4)),
+    st.one_of(
+        st.text("ab [INST]</s>\n", max_size=6),
+        st.lists(st.sampled_from([SMALL, WIDE, "a", "b c", ""]), min_size=1, max_size=4),
+    ),
     min_size=1,
     max_size=3,
-)  # fmt: skip
+)
 
 
 @given(system=st.sampled_from(["", "S", "S "]), contents=turns)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,8 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor
-from pixtral_cli.prompt.template import find_template
+from pixtral_cli.prompt.template import ChatTemplate, find_template
+from pixtral_cli.prompt.tokenizer import Tokenizer
 
 PIXTRAL = """\
 {%- if messages[0]["role"] == "system" %}
@@ -46,7 +49,10 @@ PIXTRAL = """\
 """
 SPACED = """\
 {{ bos_token }}{% for message in messages %}
-{% if message.role == 'user' %}[INST] {{ message.content | trim }} [/INST]{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}
+{% if message.role == 'user' %}
+[INST] {{ message.content | trim }} [/INST]
+{%- else %} {{ message['content'] }}{{ eos_token }}
+{%- endif %}
 {% endfor %}
 """
 NO_BOS = (
@@ -120,8 +126,6 @@ ordinary = st.text("ab c[]<>/\n\t.é日1", max_size=12).filter(lambda text: "<s>
 @given(texts=st.lists(ordinary, min_size=1, max_size=4), template=st.sampled_from([PIXTRAL, SPACED, NO_BOS]))
 @settings(max_examples=120, deadline=None)
 def test_ids_of_any_ordinary_text_are_those_of_transformers(byte_level_json, texts, template):
-    from types import SimpleNamespace
-
     messages = [user(text) if index % 2 == 0 else assistant(text) for index, text in enumerate(texts)]
     messages = messages if messages[-1]["role"] == "user" else [*messages, user("?")]
     tokenizer_file = {"tokenizer.json": byte_level_json}.get
@@ -132,8 +136,6 @@ def test_ids_of_any_ordinary_text_are_those_of_transformers(byte_level_json, tex
 
 
 def chat_template(source, tokenizer):
-    from pixtral_cli.prompt.template import ChatTemplate
-
     return ChatTemplate(source, tokenizer)
 
 
@@ -155,8 +157,6 @@ def test_a_users_control_strings_never_become_control_ids(byte_level_json, tekke
 
 
 def tokenizer_of(path):
-    from pixtral_cli.prompt.tokenizer import Tokenizer
-
     return Tokenizer.load({"tokenizer.json": path}.get)
 
 
@@ -195,8 +195,8 @@ def test_a_template_that_knows_only_strings_gets_strings(processor, byte_level_j
 
 
 def test_a_template_that_knows_only_lists_gets_lists(processor, byte_level_json):
-    template = "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
-    made = processor(byte_level_json, template)
+    inner = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+    made = processor(byte_level_json, "{% for m in messages %}" + inner + "{% endfor %}")
     assert b"".join(map(made.tokenizer.token_bytes, made.chat(parse([user("abc")])).token_ids)) == b"abc"
 
 
@@ -243,8 +243,9 @@ def test_the_usual_helpers_work(processor, byte_level_json):
 
 
 def test_templates_are_found_in_the_order_of_transformers(checkpoint):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     files = {
-        "tokenizer_config_json": '{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}',
+        "tokenizer_config_json": json.dumps({"chat_template": named}),
         "processor_config_json": '{"chat_template": "p"}',
         "chat_template_json": '{"chat_template": "j"}',
         "chat_template_jinja": "f",
