@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text
 from pixtral_cli.prompt.tokenizer import Files, Tokenizer, read_json
 
+Protect = Callable[[str], str]
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
@@ -40,29 +41,31 @@ class Shield:
 
     A character that occurs nowhere else is put after the first letter of every control string in the text, and of
     every beginning of one at its end, which the next text could complete. The template can still trim, split and
-    compare the text. `lift` takes the character out again, after the template's control strings have been found.
+    compare the text. Once the template's own control strings have been found, the character is taken out again.
     """
 
-    def __init__(self, first_letters: re.Pattern[str], texts: Iterable[str]):
-        """`first_letters`: of the control strings; `texts`: all that may be rendered."""
-        self._first_letters = first_letters
+    def __init__(self, controls: Iterable[str]):
+        controls = [control for control in controls if len(control) > 1]
+        rests = {letter: [c[1:] for c in controls if c[0] == letter] for letter in {c[0] for c in controls}}
+        patterns = [rf"{re.escape(letter)}(?={'|'.join(map(re.escape, rest))})" for letter, rest in rests.items()]
+        self._first_letters = re.compile("|".join(patterns) or "(?!)")
+        self._beginnings = {control[:length] for control in controls for length in range(1, len(control))}
+        self._longest = max(map(len, controls), default=1) - 1
+
+    def mark_for(self, texts: Iterable[str]) -> str:
+        """A private-use character that none of `texts` holds."""
         used = set().union(*texts)
-        self._mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        return next(chr(code) for code in PRIVATE_USE if chr(code) not in used)
 
-    def raise_over(self, text: str) -> str:
-        return self._first_letters.sub(rf"\g<0>{self._mark}", text)
+    def raise_over(self, text: str, mark: str) -> str:
+        return self._first_letters.sub(rf"\g<0>{mark}", self._broken_end(text, mark))
 
-    def lift(self, text: str) -> str:
-        return text.replace(self._mark, "")
-
-
-def first_letters(controls: Iterable[str]) -> re.Pattern[str]:
-    """Finds the first letter of each control string, and of each beginning of one at a text's end."""
-    controls = [control for control in controls if len(control) > 1]
-    whole = {re.escape(control) for control in controls}
-    begun = {re.escape(control[:length]) for control in controls for length in range(1, len(control))}
-    alternatives = rf"(?:{'|'.join(whole)})|(?:{'|'.join(begun)})\s*\Z"
-    return re.compile(f"(?={alternatives})." if controls else "(?!)", re.DOTALL)
+    def _broken_end(self, text: str, mark: str) -> str:
+        """The mark after each letter that begins a control string which the end of `text`, trimmed, breaks off."""
+        end = len(text.rstrip())
+        tail = max(0, end - self._longest)
+        marked = (text[at] + mark * (text[at:end] in self._beginnings) for at in range(tail, end))
+        return text[:tail] + "".join(marked) + text[end:]
 
 
 @dataclass
@@ -93,13 +96,14 @@ class ChatTemplate:
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
         texts = [chunk.text for message in conversation.messages for chunk in message.chunks if isinstance(chunk, Text)]
-        shield = Shield(self._first_letters, [self.source, *texts])
-        rendered = self._render([self._entry(message, shield) for message in conversation.messages], tools)
+        mark = self._shield.mark_for([self.source, *texts])
+        protect = partial(self._shield.raise_over, mark=mark)
+        rendered = self._render([self._entry(message, protect) for message in conversation.messages], tools)
         ids = self._forgotten_bos(rendered)
         for part in self.tokenizer.split_controls(rendered):
             if isinstance(part, int):
                 ids.append(part)
-            elif text := shield.lift(part):
+            elif text := part.replace(mark, ""):
                 ids += self.tokenizer.encode(text, at_start=not ids)
         return ids
 
@@ -127,17 +131,17 @@ class ChatTemplate:
                 "Change the messages, or use --raw (in Python: complete) to write the prompt yourself.",
             ) from error
 
-    def _entry(self, message: Message, shield: Shield) -> dict[str, Any]:
+    def _entry(self, message: Message, protect: Protect) -> dict[str, Any]:
         """The message as the template knows it: content as a list of chunks or as a string."""
         if self._knows_chunks and not (self._knows_strings and _is_plain(message)):
-            content: Any = [_chunk(chunk, shield) for chunk in message.chunks]
+            content: Any = [_chunk(chunk, protect) for chunk in message.chunks]
         else:
-            content = shield.raise_over(message.text)
+            content = protect(message.text)
         return {"role": message.role, "content": content}
 
     @cached_property
-    def _first_letters(self) -> re.Pattern[str]:
-        return first_letters(self.tokenizer.controls)
+    def _shield(self) -> Shield:
+        return Shield(self.tokenizer.controls)
 
     @cached_property
     def _knows_chunks(self) -> bool:
@@ -165,11 +169,11 @@ def _is_plain(message: Message) -> bool:
     return message.is_string or message.role != "user"
 
 
-def _chunk(chunk: Text | Picture, shield: Shield) -> dict[str, str]:
+def _chunk(chunk: Text | Picture, protect: Protect) -> dict[str, str]:
     """Published templates read a text chunk's "text" or its "content"."""
     if isinstance(chunk, Picture):
         return {"type": "image"}
-    text = shield.raise_over(chunk.text)
+    text = protect(chunk.text)
     return {"type": "text", "text": text, "content": text}
 
 

@@ -139,25 +139,27 @@ def chat_template(source, tokenizer):
     return ChatTemplate(source, tokenizer)
 
 
+@pytest.fixture(scope="session")
+def pixtral_templates(byte_level_json, tekken):
+    small = Tokenizer.load({"tokenizer.json": byte_level_json}.get)
+    return [ChatTemplate(PIXTRAL, tokenizer) for tokenizer in (small, tekken)]
+
+
 tokens = st.sampled_from(["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IM", "G]", "[", "<s>", "</s>", "<", " ", "a"])
 hostile = st.lists(tokens, max_size=6).map("".join)
 
 
 @given(parts=st.lists(hostile, min_size=1, max_size=4), system=hostile, answer=hostile)
 @settings(max_examples=150, deadline=None)
-def test_a_users_control_strings_never_become_control_ids(byte_level_json, tekken, parts, system, answer):
+def test_a_users_control_strings_never_become_control_ids(pixtral_templates, parts, system, answer):
     """The control ids are the template's own, and every text survives to the letter."""
     messages = [{"role": "system", "content": system}, user("x"), assistant(answer), user(*parts, SMALL, *parts)]
-    for tokenizer in (tekken, tokenizer_of(byte_level_json)):
-        ids = chat_template(PIXTRAL, tokenizer).encode(parse(messages))
+    for template in pixtral_templates:
+        tokenizer, ids = template.tokenizer, template.encode(parse(messages))
         special = {control.id for control in tokenizer.controls.values()}
         assert [id for id in ids if id in special] == [1, 3, 4, 2, 3, 10, 4]
         said = b"".join(map(tokenizer.token_bytes, ids)).decode()
         assert said == "x" + answer + system + "\n\n" + "".join(parts) * 2
-
-
-def tokenizer_of(path):
-    return Tokenizer.load({"tokenizer.json": path}.get)
 
 
 def test_private_characters_of_the_user_survive(processor, byte_level_json):
