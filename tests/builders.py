@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -14,7 +15,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PixtralVisionConfig,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 TEXT = {
     "vocab_size": 320,
@@ -84,3 +87,55 @@ def edit_config(folder: Path, edit) -> None:
     config = json.loads(path.read_text())
     edit(config)
     path.write_text(json.dumps(config))
+
+
+CONTROLS = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END]"
+).split()
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST]
+{%- if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
+{%- if part.type == 'text' %}{{ part.text }}{% else %}[IMG]{% endif %}{% endfor %}{% endif %}[/INST]
+{%- else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+
+
+class HfProcessor:
+    """transformers' tokenizer and PIL image processor, put together as `processing_pixtral.py` does.
+
+    transformers' own PixtralProcessor cannot be imported without torchvision, which has no build for the CPU.
+    """
+
+    def __init__(self, tokenizer, image_processor):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+
+    def __call__(self, text, pictures):
+        """Inputs for `generate`: each [IMG] of `text` takes the next picture."""
+        inputs = self.image_processor(pictures, return_tensors="pt") if pictures else {}
+        for height, width in inputs["image_sizes"] if pictures else ():
+            rows, columns = int(height) // 16, int(width) // 16
+            marks = ("<patches>" * columns + "[IMG_BREAK]") * rows
+            text = text.replace("[IMG]", marks.removesuffix("[IMG_BREAK]") + "[IMG_END]", 1)
+        ids = self.tokenizer(text.replace("<patches>", "[IMG]"), add_special_tokens=False)["input_ids"]
+        return {"input_ids": torch.tensor([ids]), **inputs}
+
+
+def add_processor(folder: Path) -> HfProcessor:
+    """Give the checkpoint a byte-level tokenizer of TEXT's vocabulary, a chat template and a picture recipe."""
+    whole = Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEXT["vocab_size"],
+        special_tokens=CONTROLS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    whole.train_from_iterator(["what is in the picture? where is the other one? what are these two?"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    pictures = PixtralImageProcessorPil(size={"longest_edge": 1024}, patch_size={"height": 16, "width": 16})
+    pictures.save_pretrained(folder)
+    return HfProcessor(tokenizer, pictures)
