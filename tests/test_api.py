@@ -135,7 +135,7 @@ def test_an_end_token_ends_the_answer_and_shows_nothing(oracle, ours):
     before = path.read_text()
     end = plain.token_ids[6]
     try:
-        path.write_text('{"eos_token_id": [%d, 319]}' % end)
+        path.write_text(f'{{"eos_token_id": [{end}, 319]}}')
         reply = Pixtral.load(folder, devices="cpu").chat(CONVERSATIONS["text"], max_new_tokens=24)
     finally:
         path.write_text(before)
@@ -200,12 +200,19 @@ def test_what_cannot_be_loaded_as_asked_is_one_sentence(oracle, arguments, sente
         Pixtral.load(oracle[0], **arguments)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"max_new_tokens": 0},
-     {"repetition_penalty": 0}, {"stop": [""]}],
-    ids=str,
-)  # fmt: skip
+OUT_OF_RANGE = [
+    {"temperature": -1},
+    {"temperature": float("nan")},
+    {"top_p": 0},
+    {"top_k": -1},
+    {"min_p": 2},
+    {"max_new_tokens": 0},
+    {"repetition_penalty": 0},
+    {"stop": [""]},
+]
+
+
+@pytest.mark.parametrize("options", OUT_OF_RANGE, ids=str)
 def test_an_option_out_of_range_is_named(ours, options):
     with pytest.raises(RequestError, match=next(iter(options))):
         ours.chat(CONVERSATIONS["text"], **options)
