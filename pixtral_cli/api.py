@@ -39,7 +39,7 @@ class Pixtral:
         quantization_encoding: str | None = None,
         devices: str | None = None,
         max_length: int | None = None,
-        max_batch_size: int = 1,
+        max_batch_size: int = 32,
         max_ce_batch_size: int = 32,
         image_preprocessing: str | None = None,
         force_download: bool = False,
@@ -47,8 +47,9 @@ class Pixtral:
     ) -> Pixtral:
         """Load a model by Hub name, folder, or "tiny", the built-in one.
 
-        The arguments mean what the command line's flags of the same name mean; `progress(label, done, total)` is
-        told of bytes downloaded and loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a
+        The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
+        32 requests at once unless told otherwise; `progress(label, done, total)` is told of bytes downloaded and
+        loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a
         sentence and a `hint`.
         """
         begun = time.perf_counter()
