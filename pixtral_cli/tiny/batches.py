@@ -34,10 +34,10 @@ class Mix:
     """What the batches of one stage are made of; weights are shares of batches."""
 
     style: Style = FULL
-    single: float = 0.6  # one picture, many separate questions
-    pair: float = 0.18  # two pictures, many separate questions
-    talk: float = 0.17  # one or two pictures, several turns, text or picture first
-    plain: float = 0.05  # no picture
+    single: float = 0.63  # one picture, many separate questions
+    pair: float = 0.22  # two pictures, many separate questions
+    talk: float = 0.12  # one or two pictures, several turns, text or picture first
+    plain: float = 0.03  # no picture
     kinds: tuple[str, ...] = tuple(KINDS)
     questions: int = 9
     tokens: int = 7000  # per batch, about

@@ -156,10 +156,11 @@ def _count(rng: Random, scene: Scene) -> list[Candidate]:
     names = Counter(shape.name for shape in scene.shapes)
     colours = Counter(shape.colour for shape in scene.shapes)
     name, colour = rng.choice([*names, rng.choice(SHAPES)]), rng.choice([*colours, rng.choice(tuple(COLOURS))])
-    asked = (("shapes", len(scene.shapes)), (PLURALS[name], names[name]), (f"{colour} shapes", colours[colour]))
+    whole = rng.choice(["shapes", "shapes", "shapes", "objects"])
+    asked = ((whole, len(scene.shapes)), (PLURALS[name], names[name]), (f"{colour} shapes", colours[colour]))
     return [
         (_pick(rng, "How many {w} are there?", "How many {w} do you see?", "How many {w} are in the picture?",
-               "Count the {w}.", w=what), str(count))
+               "How many {w} can you see?", "Count the {w}.", w=what), str(count))
         for what, count in asked
     ]
 
@@ -172,11 +173,13 @@ def _background(rng: Random, scene: Scene) -> list[Candidate]:
 
 def _text(rng: Random, scene: Scene) -> list[Candidate]:
     """What is printed; a scene without text is asked now and then, so that "no text" is an answer too."""
-    if scene.text is None:
-        form = _pick(rng, "What does it say?", "What is written here?", "Read the text.", "What text is printed?")
-        return [(form, NO_TEXT)] if rng.random() < 0.15 else []
+    if rng.random() < 0.06:
+        return [(_pick(rng, "Is there any text?", "Is there text in the picture?"), "yes" if scene.text else "no")]
     forms = ["What does it say?", "What is written here?", "Read the text.", "What text is printed?",
-             "What is written in the picture?", "Which text do you see?"]
+             "What is written in the picture?", "Which text do you see?", "What does the text say?", "What is the text?",
+             "What does the picture say?", "What does the sign say?", "Can you read this?"]
+    if scene.text is None:
+        return [(rng.choice(forms), NO_TEXT)] if rng.random() < 0.15 else []
     if scene.text.string[0].isdigit():
         forms += ["What number is printed?", "Which number do you see?", "What number is this?"]
     else:
@@ -185,9 +188,12 @@ def _text(rng: Random, scene: Scene) -> list[Candidate]:
 
 
 def _describe(rng: Random, scene: Scene) -> list[Candidate]:
-    form = _pick(rng, "What is in this picture?", "Describe the picture.", "What do you see?", "Describe this image.",
-                 "What is in this image?", "What does the picture show?", "What is this?")
-    return [(form, describe(scene))]
+    forms = ["What is in this picture?", "Describe the picture.", "What do you see?", "Describe this image.",
+             "What is in this image?", "What does the picture show?", "What is this?", "Describe this picture.",
+             "What is in the picture?", "What can you see?", "What is on the picture?"]
+    if scene.shapes:
+        forms += ["What shapes are in the picture?", "Which shapes do you see?", "What shapes are there?"]
+    return [(rng.choice(forms), describe(scene))]
 
 
 def describe(scene: Scene) -> str:

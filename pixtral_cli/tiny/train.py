@@ -29,9 +29,12 @@ SEED = 1
 assert SEED in TRAINING_SEEDS
 
 
+LEADING = ("shape", "colour", "place", "count")  # their answers decide when a stage is learned
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A part of the curriculum: ends after `steps`, or earlier when every kind of question is right to `until`."""
+    """A part of the curriculum: ends after `steps`, or earlier when LEADING questions are right to `until`."""
 
     name: str
     mix: Mix
@@ -45,8 +48,8 @@ SMALL = Style(sides=(64, 112), shapes=(1, 3), text_share=0.5)
 MEDIUM = Style(sides=(64, 160), shapes=(1, 5), text_share=0.45)
 STAGES = (
     Stage("look", Mix(GLIMPSE, single=1, pair=0, talk=0, plain=0, questions=1, tokens=2000), 1500, see_only=True),
-    Stage("few", Mix(SMALL, single=0.85, pair=0, talk=0.1, plain=0.05), 1200, until=0.9),
-    Stage("several", Mix(MEDIUM, single=0.6, pair=0.22, talk=0.14, plain=0.04), 2000, until=0.93),
+    Stage("few", Mix(SMALL, single=0.78, pair=0.12, talk=0.06, plain=0.04, tokens=5000), 600, until=0.85),
+    Stage("several", Mix(MEDIUM, single=0.64, pair=0.22, talk=0.11, plain=0.03, tokens=5500), 1000, until=0.95),
     Stage("all", Mix(), 10**9),
 )
 
@@ -216,7 +219,7 @@ def run_stage(trainer: Trainer, stage: Stage, loader: Iterable[Batch], options: 
 
 
 def stage_is_over(progress: Progress, stage: Stage, options: Options) -> bool:
-    learned = bool(progress.right) and min(progress.right.values()) >= stage.until
+    learned = min(progress.right.get(kind, 0.0) for kind in LEADING) >= stage.until
     return progress.stage_step >= stage.steps or learned or progress.seconds >= options.minutes * 60
 
 
@@ -274,7 +277,8 @@ def main() -> None:
     options = Options(**vars(parser.parse_args()))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "meeting").unlink(missing_ok=True)
-    build().save(str(options.out / "tokenizer.json"))
+    if not (options.out / "tokenizer.json").exists():
+        build().save(str(options.out / "tokenizer.json"))
     if options.processes == 1:
         return run(0, options)
     torch.multiprocessing.spawn(run, (options,), nprocs=options.processes)
