@@ -56,7 +56,7 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
     if hasattr(source, "convert") and hasattr(source, "size"):
         return _guarded(name, lambda: _normalised(source, name, max_pixels))
     with _file(source, name, fetch) as file:
-        return _guarded(name, lambda: _normalised(_open(file, name, max_pixels), name, max_pixels))
+        return _guarded(name, lambda: _normalised(_open(file), name, max_pixels))
 
 
 def name_of(source: Any) -> str:
@@ -127,18 +127,16 @@ def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
         raise PictureUnreadable(name, f"it is damaged or cut short ({reason})") from error
 
 
-def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Read the header. PIL's own size check is off meanwhile: ours states both numbers."""
     from PIL import Image
 
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(file, formats=FORMATS)
+            return Image.open(file, formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-    _check_size(image, name, max_pixels)
-    return image
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
