@@ -6,7 +6,6 @@ Writes docs/terminal.svg, which README.md shows. Run it again whenever the built
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from io import StringIO
@@ -18,8 +17,9 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     'pixtral run --model-path tiny -i examples/shapes.png -p "What colour is the triangle?"',
-    'pixtral run --model-path tiny -i examples/sign.png -p "What does the text say?"',
-    "pixtral tokenize --model-path tiny -i examples/sign.png -p hi --json | jq -c .images",
+    'pixtral run --model-path tiny -i examples/sign.png -p "What does the sign say?"',
+    'pixtral run --model-path tiny -i examples/first.png -i examples/second.png -p "Which picture has more shapes?"',
+    'echo "Where is the star?" | pixtral run --model-path tiny -i examples/shapes.png --json | jq -c .text,.usage',
 )
 
 
@@ -40,10 +40,11 @@ def output(command: str) -> str:
 
 
 def main() -> None:
-    screen = Console(record=True, width=92, file=StringIO(), force_terminal=True)
+    screen = Console(record=True, width=116, file=StringIO(), force_terminal=True)
     for command in COMMANDS:
-        program, *words = shlex.split(command)
-        screen.print(Text.assemble(("$ ", "dim"), (program, "bold cyan"), command[len(program) :]))
+        line = Text.assemble(("$ ", "dim"), command)
+        line.highlight_words(["pixtral"], "bold cyan")
+        screen.print(line)
         screen.print(Text(output(command)))
     screen.save_svg(str(ROOT / "docs" / "terminal.svg"), title="pixtral")
 
