@@ -18,7 +18,8 @@ def clean_environment(**extra):
         for name, value in os.environ.items()
         if not name.startswith(("PIXTRAL_", "FAKE_", "_TYPER", "NO_COLOR", "FORCE_COLOR"))
     }
-    return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | extra
+    one_thread = {"OMP_NUM_THREADS": "1"}  # small models are quicker so, above all on a busy machine
+    return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | one_thread | extra
 
 
 def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout=60):

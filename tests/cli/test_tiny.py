@@ -25,9 +25,14 @@ def picture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
+    import torch
+
     from pixtral_cli import Pixtral
 
-    return Pixtral.load("tiny", devices="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that it is compared with
+    yield Pixtral.load("tiny", devices="cpu")
+    torch.set_num_threads(threads)
 
 
 def test_run_gives_the_same_tokens_as_the_python_api(program, model, picture):
