@@ -1,10 +1,13 @@
 """What is trained on is what is asked later, and training goes on where it stopped."""
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.source import Source
@@ -12,7 +15,7 @@ from pixtral_cli.tiny import FOLDER
 from pixtral_cli.tiny.batches import IGNORE, Batches, Mix
 from pixtral_cli.tiny.network import losses
 from pixtral_cli.tiny.scenes import Style
-from pixtral_cli.tiny.tokenizer import EOS
+from pixtral_cli.tiny.tokenizer import END_INST, EOS, IMG, INST, PAD
 from pixtral_cli.tiny.train import SEED, Options, Trainer, learning_rate
 
 SMALL = Style(sides=(64, 80), shapes=(1, 3))
@@ -48,8 +51,6 @@ def sequences(batch):
 
 @pytest.mark.parametrize("way", ["single", "pair", "plain"])
 def test_prompts_in_training_are_those_of_the_chat_template(way):
-    from PIL import Image
-
     processor = Source.open("tiny").processor
     batch = batch_of(way)
     pictures = [{"type": "image", "image": Image.fromarray(pixels[0])} for pixels in batch.pixels]
@@ -63,30 +64,31 @@ def test_prompts_in_training_are_those_of_the_chat_template(way):
 
 def test_conversations_in_training_are_those_of_the_chat_template():
     processor = Source.open("tiny").processor
-    batch = batch_of("talk", 1)
-    from PIL import Image
-
+    batch = next(batch for batch in map(partial(batch_of, "talk"), range(9)) if (batch.ids[0] == EOS).sum() > 1)
     ids, labels = batch.ids[0].tolist(), batch.labels[0]
     messages, text = [], processor.tokenizer
     pictures = [{"type": "image", "image": Image.fromarray(pixels[0])} for pixels in batch.pixels]
-    for turn in _split(ids, batch.positions[0]):
-        question, answer = turn
+    for question, answer in turns_of(ids):
         said = [{"type": "text", "text": b"".join(text.token_bytes(i) for i in question).decode()}]
-        before = 10 in question and question.index(10) == 0
-        messages.append({"role": "user", "content": [*pictures, *said] if before else [*said, *pictures]})
+        messages.append({"role": "user", "content": [*pictures, *said] if question[0] == IMG else [*said, *pictures]})
         messages.append({"role": "assistant", "content": b"".join(text.token_bytes(i) for i in answer).decode()})
         pictures = []
+    assert len(messages) > 2
     last = processor.chat(parse(messages[:-1])).token_ids
-    assert ids[: len(last)] == last and labels[len(last)] != IGNORE
+    assert ids[: len(last)] == last and labels[len(last)] != IGNORE and labels[len(last) - 1] == IGNORE
 
 
-def _split(ids, positions):
+def turns_of(ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
     """[BOS] ([INST] question [/INST] answer [EOS])… -> (question, answer) pairs."""
-    length = int(positions.argmax()) + 1
-    for turn in " ".join(map(str, ids[1:length])).split(" 2"):
-        if "3 " in turn:
-            question, answer = turn.strip().removeprefix("3 ").split(" 4 ", 1)
-            yield [int(i) for i in question.split()], [int(i) for i in answer.split()]
+    part: list[int] = []
+    for token in ids[1:]:
+        if token == END_INST:
+            question, part = part, []
+        elif token == EOS:
+            yield question, part
+            part = []
+        elif token not in (INST, PAD):
+            part.append(token)
 
 
 def test_questions_that_share_a_picture_do_not_see_each_other():

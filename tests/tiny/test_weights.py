@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+from builders import HfProcessor
 from PIL import Image
 from safetensors import safe_open
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from pixtral_cli.tiny import FOLDER
 from pixtral_cli.tiny.scenes import Style, draw, random_scene, scene_rng
+from pixtral_cli.tiny.tokenizer import EOS
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +43,9 @@ def test_it_takes_pictures_of_1024_px_and_a_context_of_16384():
 
 
 @pytest.fixture(scope="module")
-def oracle():
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(FOLDER)
+def processor() -> HfProcessor:
+    """transformers' own reading of the folder's tokenizer, template and picture recipe."""
+    return HfProcessor(AutoTokenizer.from_pretrained(FOLDER), PixtralImageProcessorPil.from_pretrained(FOLDER))
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +64,22 @@ def pictures(count: int) -> list[Image.Image]:
     [(1, "What is in this picture?"), (2, "Which picture has more shapes?"), (0, "Hello")],
     ids=["one picture", "two pictures", "no picture"],
 )
-def test_transformers_loads_the_folder_and_answers_the_same(oracle, model, shown, text):
-    theirs, processor = oracle
+def test_transformers_loads_the_folder_and_answers_the_same(processor, model, shown, text):
+    theirs = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
     images = pictures(shown)
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor(processor.tokenizer.apply_chat_template(messages, tokenize=False), images)
     with torch.no_grad():
         output = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)
     prompt = inputs["input_ids"][0].tolist()
     reply = model.chat(messages, max_new_tokens=40)
-    assert reply.prompt_token_ids == prompt
-    expected = [i for i in output[0, len(prompt) :].tolist() if i != 2]
-    assert [i for i in reply.token_ids if i != 2] == expected
+    assert list(reply.prompt_token_ids) == prompt
+    expected = [i for i in output[0, len(prompt) :].tolist() if i != EOS]
+    assert [i for i in reply.token_ids if i != EOS] == expected
 
 
-def test_a_system_prompt_several_turns_and_tools_render_by_the_v3_rules(oracle):
-    _, processor = oracle
+def test_a_system_prompt_several_turns_and_tools_render_by_the_v3_rules(processor):
     tools = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}]
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -86,16 +87,14 @@ def test_a_system_prompt_several_turns_and_tools_render_by_the_v3_rules(oracle):
         {"role": "assistant", "content": "Hi. "},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
     ]
-    plain = processor.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=processor.chat_template)
+    plain = processor.tokenizer.apply_chat_template(messages, tokenize=False)
     assert plain == "<s>[INST]Hello[/INST]Hi.</s>[INST]Be brief.\n\n[IMG]What is this?[/INST]"
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
     messages += [
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "a star"},
     ]
-    rendered = processor.tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, chat_template=processor.chat_template
-    )
+    rendered = processor.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     assert "Hi.</s>[AVAILABLE_TOOLS][{" in rendered and '"name": "look"' in rendered
     assert rendered.endswith(
         '[TOOL_CALLS][{"name": "look", "arguments": {"at": 1}, "id": "abcdefghi"}]</s>'
