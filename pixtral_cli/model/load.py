@@ -15,9 +15,10 @@ from pixtral_cli.encodings import Encoding, find
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.llava import Llava
 from weights_cache.checkpoint import Checkpoint, TensorInfo
-from weights_cache.errors import TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATS = ("F64", "F32", "F16", "BF16")
 TIED = "lm_head.weight"
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
@@ -67,3 +68,5 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)
+        if tensors[name].dtype not in FLOATS:
+            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of numbers")
