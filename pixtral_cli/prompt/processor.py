@@ -21,8 +21,9 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
 from pixtral_cli.prompt.messages import Conversation
 from pixtral_cli.prompt.native import NativeRules, can_chat
+from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template
-from pixtral_cli.prompt.tokenizer import Tokenizer, read_json
+from pixtral_cli.prompt.tokenizer import Tokenizer
 
 IMAGE_MARK = "[IMG]"
 LoadPicture = Callable[[Any], Any]
@@ -59,12 +60,12 @@ class ImageTokens:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, config: dict[str, Any]) -> ImageTokens | None:
+    def of(cls, tokenizer: Tokenizer, config: Settings) -> ImageTokens | None:
         """Their names are Pixtral's unless processor_config.json has others."""
         names = (
-            _token_text(config.get("image_token"), "[IMG]"),
-            _token_text(config.get("image_break_token"), "[IMG_BREAK]"),
-            _token_text(config.get("image_end_token"), "[IMG_END]"),
+            config.token("image_token", None) or "[IMG]",
+            config.token("image_break_token", None) or "[IMG_BREAK]",
+            config.token("image_end_token", None) or "[IMG_END]",
         )
         if any(name not in tokenizer.controls for name in names):
             return None
@@ -104,17 +105,18 @@ class Processor:
 
         Raises:
             TokenizerUnreadable: no tokenizer, or a damaged one.
+            SettingsUnreadable: a damaged file of settings.
             PromptError: an unknown `image_preprocessing`.
         """
         recipe = image_preprocessing or checkpoint.form
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
         tokenizer = Tokenizer.load(checkpoint.file)
-        processor_config = read_json(checkpoint.file("processor_config.json"))
-        spec = ImageSpec(patch_size, tokenizer.image.get("max_image_size", image_size), spatial_merge)
+        processor_config = Settings.read(checkpoint.file("processor_config.json"))
+        spec = ImageSpec(patch_size, tokenizer.image.length("max_image_size", image_size), spatial_merge)
         if checkpoint.form == "hf":
-            spec = spec.with_preprocessor(processor_config.get("image_processor") or {})
-            spec = spec.with_preprocessor(read_json(checkpoint.file("preprocessor_config.json")))
+            spec = spec.with_preprocessor(processor_config.section("image_processor"))
+            spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
             _dialect(checkpoint, tokenizer),
@@ -189,10 +191,3 @@ def _dialect(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatTemplate 
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
         return ChatTemplate(source, tokenizer, starts_with_bos=is_processor)
     return NativeRules(tokenizer) if can_chat(tokenizer) else None
-
-
-def _token_text(value: Any, default: str) -> str:
-    """A token in a configuration file: its text, or an object that holds it."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else default

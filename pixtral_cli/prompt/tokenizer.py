@@ -19,6 +19,7 @@ import tokenizers
 
 from pixtral_cli.prompt import tekken
 from pixtral_cli.prompt.errors import TokenizerUnreadable
+from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.token_bytes import speller
 
 Files = Callable[[str], Path | None]
@@ -56,8 +57,8 @@ class Tokenizer:
     """Whether the tokenizer by itself puts `bos` first."""
     version: int | None = None
     """Of Mistral's chat rules, where the file says it (tekken.json)."""
-    image: dict[str, int] = field(default_factory=dict)
-    """tekken.json's ``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; {} where it has none."""
+    image: Settings = field(default_factory=Settings)
+    """tekken.json's ``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; nothing where it has none."""
 
     @classmethod
     def load(cls, file: Files) -> Tokenizer:
@@ -65,6 +66,7 @@ class Tokenizer:
 
         Raises:
             TokenizerUnreadable: neither is there, or the one that is cannot be read.
+            SettingsUnreadable: tokenizer_config.json is damaged.
         """
         if path := file("tekken.json"):
             text_model, controls, more = _from_tekken(path)
@@ -75,8 +77,8 @@ class Tokenizer:
                 "The model's folder has neither a tokenizer.json nor a tekken.json.",
                 "Fetch the model again with --force-download, or add its tokenizer file.",
             )
-        config = read_json(file("tokenizer_config.json"))
-        bos, eos = (_named(config, key, default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
+        config = Settings.read(file("tokenizer_config.json"))
+        bos, eos = config.token("bos_token", "<s>"), config.token("eos_token", "</s>")
         return cls(text_model, controls, *(name if name in controls else None for name in (bos, eos)), **more)
 
     @property
@@ -199,17 +201,6 @@ class ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
-def read_json(path: Path | None) -> dict[str, Any]:
-    """A JSON object from a side file; {} without one. Raises TokenizerUnreadable for anything else."""
-    if path is None:
-        return {}
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TokenizerUnreadable(f"Cannot read {path}: {error}.", "Fetch it again with --force-download.") from error
-    return data if isinstance(data, dict) else {}
-
-
 _EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
 
 
@@ -223,7 +214,7 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], di
     try:
         whole = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
-        raise TokenizerUnreadable(f"Cannot read {path}: {error}.", "Fetch it again with --force-download.") from error
+        raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
     text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (value := getattr(whole, part)) is not None:
@@ -234,11 +225,6 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], di
 
 def _controls(added: Iterable[tuple[int, tokenizers.AddedToken]]) -> dict[str, Control]:
     return {t.content: Control(t.content, id, t.special, t.lstrip, t.rstrip) for id, t in added}
-
-
-def _named(config: dict[str, Any], key: str, default: str) -> str | None:
-    value = config.get(key, default)
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def _without_surrogates(text: str) -> str:

@@ -160,6 +160,13 @@ def test_a_damaged_tokenizer_file_is_one_sentence(tmp_path, name, content):
     assert caught.value.hint
 
 
+def test_a_tekken_pattern_that_is_none_is_one_sentence(tmp_path):
+    config = {"pattern": "(", "default_num_special_tokens": 1, "default_vocab_size": 1, "version": "v3"}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": []}))
+    with pytest.raises(TokenizerUnreadable, match=r"tekken\.json"):
+        Tokenizer.load({"tekken.json": tmp_path / "tekken.json"}.get)
+
+
 def test_a_folder_without_a_tokenizer_is_one_sentence():
     with pytest.raises(TokenizerUnreadable, match=r"tokenizer\.json"):
         Tokenizer.load(lambda name: None)
