@@ -99,8 +99,9 @@ class PicturesMisplaced(PromptError):
     """The prompt's picture marks and the pictures given do not match."""
 
     def __init__(self, marks: int, pictures: int):
+        given = "1 picture was" if pictures == 1 else f"{pictures} pictures were"
         super().__init__(
-            f"The prompt has {marks} [IMG] but {pictures} pictures were given.",
+            f"The prompt has {marks} [IMG] but {given} given.",
             hint="Write one [IMG] for each picture, or none: then the pictures come first.",
         )
         self.marks, self.pictures = marks, pictures

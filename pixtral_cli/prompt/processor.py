@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,8 @@ from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template
 from pixtral_cli.prompt.tokenizer import Tokenizer
 
+GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
+GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
 LoadPicture = Callable[[Any], Any]
 """A picture's source -> an RGB PIL.Image: `media.load`, or one that guards a server."""
@@ -44,6 +47,8 @@ class Prompt:
 
     token_ids: list[int]
     images: list[PreparedImage]
+    answer_starts_text: bool = True
+    """Whether the answer is a text of its own, as in a chat, and not the middle of one: `ByteStream` asks for it."""
 
     @property
     def image_tokens(self) -> int:
@@ -144,7 +149,11 @@ class Processor:
 
         Raises:
             PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
+            PromptError: `text` is no text, or `pictures` no list of pictures.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"The text to continue should be a string, not {type(text).__name__}.", GIVE_TEXT)
+        pictures = _listed(pictures)
         pieces = text.split(IMAGE_MARK) if pictures else [text]
         if len(pieces) == 1:
             pieces = [""] * len(pictures) + pieces
@@ -155,7 +164,7 @@ class Processor:
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
             ids += self.tokenizer.encode(piece, at_start=index == 0) if piece else []
-        return Prompt(ids, images)
+        return Prompt(ids, images, answer_starts_text=not (text or images))
 
     def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
         sources = list(sources)
@@ -170,7 +179,7 @@ class Processor:
         marks = ids.count(self.image_tokens.patch)
         if marks != len(images):
             raise TemplateFailed(
-                f"The model's chat template has places for {marks} pictures where {len(images)} were given.",
+                f"The model's chat template writes {marks} [IMG] for {len(images)} picture{'s' * (len(images) != 1)}.",
                 "Use --raw (in Python: complete) with one [IMG] for each picture.",
             )
         left = iter(images)
@@ -182,6 +191,15 @@ class Processor:
     def _picture_ids(self, image: PreparedImage) -> list[int]:
         tokens = self.image_tokens
         return token_ids(image.rows, image.columns, tokens.patch, tokens.row_end, tokens.end)
+
+
+def _listed(pictures: Any) -> list[Any]:
+    """The pictures in a list; a single one is meant so."""
+    if isinstance(pictures, (str, bytes, PathLike)) or hasattr(pictures, "convert"):
+        return [pictures]
+    if not isinstance(pictures, Iterable):
+        raise PromptError(f"The pictures should be a list, not {type(pictures).__name__}.", GIVE_PICTURES)
+    return list(pictures)
 
 
 def _dialect(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatTemplate | NativeRules | None:

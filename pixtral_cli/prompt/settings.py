@@ -98,7 +98,8 @@ def reason_of(error: Exception) -> str:
     """What an exception says, on one line and without a full stop."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    visible = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(visible.split()).rstrip(".") or type(error).__name__
 
 
 def _is_number(value: Any) -> bool:

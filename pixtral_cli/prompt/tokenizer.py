@@ -183,10 +183,11 @@ class ByteStream:
     the model really produced bytes that are no UTF-8.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, at_start: bool = True):
+        """`at_start`: whether a text begins here. SentencePiece then means nothing by the first space."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.drops_first_space
+        self._drop_space = at_start and tokenizer.drops_first_space
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""

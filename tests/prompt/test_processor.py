@@ -34,6 +34,24 @@ def raw(checkpoint, byte_level_json) -> Processor:
     return Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json))
 
 
+def test_a_single_picture_need_not_be_in_a_list(raw, tmp_path):
+    SMALL.save(tmp_path / "a.png")
+    for one in (SMALL, str(tmp_path / "a.png"), tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+        assert raw.complete("a", one).token_ids == raw.complete("a", [SMALL]).token_ids
+
+
+@pytest.mark.parametrize("arguments", [(None,), (5,), (b"a",), ("a", 5), ("a", None), ("a", [None]), ("a", [5])])
+def test_what_cannot_be_completed_is_one_sentence(raw, arguments):
+    with pytest.raises(PromptError) as caught:
+        raw.complete(*arguments)
+    assert caught.value.hint
+
+
+def test_an_answer_starts_a_text_in_a_chat_and_continues_one_without(raw):
+    assert raw.chat(HELLO).answer_starts_text and raw.complete("").answer_starts_text
+    assert not raw.complete("a").answer_starts_text and not raw.complete("", [SMALL]).answer_starts_text
+
+
 def test_raw_text_follows_bos_and_nothing_else(raw):
     assert raw.complete("a red").token_ids == [1, *raw.tokenizer.encode("a red")]
 

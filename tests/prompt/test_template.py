@@ -267,7 +267,7 @@ def test_a_template_that_is_no_utf_8_is_one_sentence(checkpoint, byte_level_json
 
 
 def test_a_template_without_room_for_a_picture_is_one_sentence(processor, byte_level_json):
-    with pytest.raises(TemplateFailed, match="0 pictures where 1"):
+    with pytest.raises(TemplateFailed, match=r"0 \[IMG\] for 1 picture\."):
         processor(byte_level_json, SPACED).chat(parse([user("a", SMALL)]))
 
 

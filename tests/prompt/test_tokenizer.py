@@ -134,6 +134,14 @@ def test_sentencepiece_streams_what_the_tokenizers_library_decodes(sentencepiece
     assert streamed == tokenizers.Tokenizer.from_file(str(sentencepiece_json)).decode(ids)
 
 
+def test_sentencepiece_keeps_the_first_space_of_a_continuation(sentencepiece_json):
+    tokenizer = load(sentencepiece_json)
+    stream = ByteStream(tokenizer, at_start=False)
+    ids = tokenizer.encode(" red square", at_start=False)
+    whole = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert whole.startswith(" ") and "".join(map(stream.push, ids)) + stream.finish() == whole
+
+
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tekken):
     assert b"".join(map(tekken.token_bytes, tekken.encode("a\ud800b"))).decode() == "a\ufffdb"
 
