@@ -85,8 +85,18 @@ def _refuse(error: Any, arguments: list[str]) -> int:
     commands = [command.name for command in app.registered_commands]
     named = f"pixtral {arguments[0]}" if arguments and arguments[0] in commands else "pixtral"
     where = getattr(getattr(error, "ctx", None), "command_path", named)
-    console.tell_error(_sentence(error.format_message()), f"See: {where} --help")
+    console.tell_error(_sentence(error.format_message() + _value(error, arguments)), f"See: {where} --help")
     return error.exit_code
+
+
+def _value(error: Any, arguments: list[str]) -> str:
+    """The value that a flag could not take, where Typer's sentence about a number leaves it out."""
+    flags = getattr(getattr(error, "param", None), "opts", ())
+    given = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag in flags]
+    given += [flag.partition("=")[2] for flag in arguments if flag.partition("=")[0] in flags and "=" in flag]
+    if not given or "Input should be" not in str(error):
+        return ""
+    return f": {given[-1]!r}"
 
 
 def _run(command: Callable[[], None]) -> int:

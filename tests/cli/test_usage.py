@@ -147,6 +147,11 @@ def test_a_flag_without_its_value_points_to_the_help_of_its_command(call, comman
     assert code == 2 and err.endswith(f"See: pixtral {command} --help\n")
 
 
+@pytest.mark.parametrize("arguments", [["--top-k", "abc"], ["--top-k=abc"]])
+def test_a_number_that_is_none_is_shown(call, arguments):
+    assert "'abc'" in call("run", "-p", "hi", *arguments)[2].splitlines()[0]
+
+
 def test_whole_numbers_in_errors_are_whole(call):
     assert "at most 9223372036854775807." in call("run", "-p", "hi", "--seed", str(2**63))[2]
 
