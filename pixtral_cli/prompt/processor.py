@@ -182,6 +182,8 @@ class Processor:
                 f"The model's chat template writes {marks} [IMG] for {len(images)} picture{'s' * (len(images) != 1)}.",
                 "Use --raw (in Python: complete) with one [IMG] for each picture.",
             )
+        if not images:
+            return Prompt(ids, [])
         left = iter(images)
         return Prompt([id for mark in ids for id in self._expanded(mark, left)], images)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,8 @@ from pixtral_cli.prompt.token_bytes import speller
 
 Files = Callable[[str], Path | None]
 """A side file's name -> its path, or None: `Checkpoint.file`."""
+BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
+PIECE = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ class Tokenizer:
         Args:
             at_start: whether nothing stands before `text`: SentencePiece vocabularies may then add a space.
         """
-        model = self.text_model if at_start else self._inner_model
         text = _without_surrogates(text)
+        pieces = _pieces(text) if self._words_stand_alone else [text]
+        return [id for index, piece in enumerate(pieces) for id in self._encode(piece, at_start and not index)]
+
+    def _encode(self, text: str, at_start: bool) -> list[int]:
+        model = self.text_model if at_start else self._inner_model
         encoding = model.encode(text, add_special_tokens=False)
         if self._special_ids.isdisjoint(encoding.ids):
             return encoding.ids
@@ -163,6 +169,12 @@ class Tokenizer:
         return speller(self.text_model)
 
     @cached_property
+    def _words_stand_alone(self) -> bool:
+        """Whether a text can be cut before the space between two words, as in every byte-level vocabulary."""
+        before = self.text_model.pre_tokenizer
+        return before is not None and [piece for piece, _ in before.pre_tokenize_str("a b")] == ["a", "\u0120b"]
+
+    @cached_property
     def _inner_model(self) -> tokenizers.Tokenizer:
         """The text model for what stands after something else: without a space at the text's start."""
         state = self.text_model.pre_tokenizer and json.loads(self.text_model.pre_tokenizer.__getstate__())
@@ -226,6 +238,15 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], di
 
 def _controls(added: Iterable[tuple[int, tokenizers.AddedToken]]) -> dict[str, Control]:
     return {t.content: Control(t.content, id, t.special, t.lstrip, t.rstrip) for id, t in added}
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` cut between words: the time that `tokenizers` takes grows faster than the text."""
+    start = 0
+    while len(text) - start > PIECE and (cut := BETWEEN_WORDS.search(text, start + PIECE)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def _without_surrogates(text: str) -> str:
