@@ -1,11 +1,10 @@
 """A seed and a number in, one training batch out: token ids with labels, pictures, and what each patch holds.
 
-Several questions share one picture in a sequence: `[picture][Q1 A1][Q2 A2]…`. Tokens carry a `group`: 0 is seen by all
-later tokens, a question's own number only by itself, and its positions start again after the picture. That is single-turn
-chat, at a fraction of the price. Knows no model. Letters: B sequences, T tokens, S answers, P patches of a picture.
+Several questions share one picture in a sequence: `[picture][Q1 A1][Q2 A2]…`. Tokens carry a `group`: 0 is seen by
+all later tokens, a question's own number only by itself, and its positions start again after the picture. That is
+single-turn chat, at a fraction of the price. Knows no model. Letters: B sequences, T tokens, S answers, P patches.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,20 +12,17 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image
 from tokenizers import Tokenizer
 
+from .patches import PATCH, Grid, facts_of, patch_of, pixels_of, scene_grid
 from .questions import KINDS, PAIR_KIND, Asked, ask, ask_pair
-from .scenes import BACKGROUNDS, COLOURS, DIGITS, FULL, LETTERS, SHAPES, Scene, Shape, Style, draw, random_scene, scene_rng
+from .scenes import FULL, Scene, Style, random_scene, scene_rng
 from .smalltalk import ABOUT, off_topic
 from .tokenizer import BOS, END_INST, EOS, IMG, IMG_BREAK, IMG_END, INST, PAD
 
-PATCH = 16
 OTHER = "other"
 ALL_KINDS = (*KINDS, PAIR_KIND, OTHER)
-CHARACTERS = LETTERS + DIGITS
 IGNORE = -100
-Grid = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,9 @@ class Sequence_:
 
 @dataclass
 class Batch:
-    """ids, positions, groups, labels, answers: int64 [B, T]; `labels` is IGNORE outside answers, `answers` the number of
-    the answer a token belongs to; `kinds` [S] its kind and `abouts` [S, 2] the patch row and column of the shape that it is
-    about, or -1. Per picture slot: pixels uint8 [B, H, W, 3] and patch facts
-    int64 [B, P, 10]."""
+    """ids, positions, groups, labels, answers: int64 [B, T]; `labels` is IGNORE outside answers, `answers` the number
+    of the answer a token belongs to. `kinds` [S] is an answer's kind, `abouts` [S, 2] the patch row and column of the
+    shape it is about, or -1. Per picture of a sequence: pixels uint8 [B, H, W, 3] and patch facts int64 [B, P, 10]."""
 
     ids: np.ndarray
     positions: np.ndarray
@@ -199,10 +194,6 @@ def picture_ids(grid: Grid) -> list[int]:
     return ([IMG] * columns + [IMG_BREAK]) * (rows - 1) + [IMG] * columns + [IMG_END]
 
 
-def scene_grid(scene: Scene) -> Grid:
-    return math.ceil(scene.height / PATCH), math.ceil(scene.width / PATCH)
-
-
 def _grid(rng: Random, style: Style) -> Grid:
     return scene_grid(random_scene(rng, replace(style, text_share=0, shapes=(0, 0))))
 
@@ -241,57 +232,7 @@ def _collate(rows: list[Sequence_], scenes: list[list[Scene]], grids: list[Grid]
         labels=stack([row.labels for row in rows], IGNORE),
         answers=stack([row.answers for row in rows], -1),
         kinds=np.array([ALL_KINDS.index(question.kind) for question, _ in asked], dtype=np.int64),
-        abouts=np.array([_patch_of(question.about, shown) for question, shown in asked], dtype=np.int64),
-        pixels=[np.stack([_pixels(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
-        facts=[np.stack([_facts(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
+        abouts=np.array([patch_of(question.about, shown) for question, shown in asked], dtype=np.int64),
+        pixels=[np.stack([pixels_of(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
+        facts=[np.stack([facts_of(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
     )
-
-
-def _patch_of(shape: Shape | None, scenes: list[Scene]) -> tuple[int, int]:
-    """Row and column of the patch that holds the shape's centre, in its own picture; -1 for no shape."""
-    for scene in scenes:
-        if shape in scene.shapes:
-            rows, columns = scene_grid(scene)
-            return int(shape.y / scene.height * rows), int(shape.x / scene.width * columns)
-    return -1, -1
-
-
-def _pixels(scene: Scene, grid: Grid) -> np.ndarray:
-    size = grid[1] * PATCH, grid[0] * PATCH
-    picture = draw(scene)
-    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
-
-
-def _facts(scene: Scene, grid: Grid) -> np.ndarray:
-    """int64 [P, 10]: shape, colour, character and its index where the patch holds the centre; the background; the shape
-    and character that the patch is near to or a part of; and where it holds a centre, the how-manieth shape it is in
-    reading order, of all, of its colour, and of its form. 0 is none, but for the background."""
-    rows, columns = grid
-    facts = np.zeros((rows, columns, 10), dtype=np.int64)
-    facts[..., 4] = list(BACKGROUNDS).index(scene.background)
-    down, right = rows / scene.height, columns / scene.width  # patches per pixel
-    y, x = np.ogrid[0.5:rows, 0.5:columns]
-    for shape in scene.shapes:
-        at = int(shape.y * down), int(shape.x * right)
-        kind = SHAPES.index(shape.name) + 1
-        facts[at][:2] = kind, list(COLOURS).index(shape.colour) + 1
-        near = (y - shape.y * down) ** 2 + (x - shape.x * right) ** 2 <= ((shape.radius + 6) / PATCH) ** 2
-        facts[..., 5][near] = kind
-    if scene.text:
-        reach_down, reach_right = (scene.text.size * 0.4 + 5) / PATCH, max(8.5, scene.text.size * 0.4) / PATCH
-        for index, (character, centre) in enumerate(zip(scene.text.string, scene.text.centres, strict=True)):
-            kind = CHARACTERS.index(character) + 1
-            facts[int(centre[1] * down), int(centre[0] * right)][2:4] = kind, index + 1
-            near = (abs(y - centre[1] * down) <= reach_down) & (abs(x - centre[0] * right) <= reach_right)
-            facts[..., 6][near] = kind
-    return _numbered(facts.reshape(rows * columns, 10))
-
-
-def _numbered(facts: np.ndarray) -> np.ndarray:
-    held = facts[:, 0] > 0
-    facts[held, 7] = np.arange(1, held.sum() + 1)
-    for which, number in ((1, 8), (0, 9)):
-        for value in set(facts[held, which]):
-            same = facts[:, which] == value
-            facts[same, number] = np.arange(1, same.sum() + 1)
-    return facts

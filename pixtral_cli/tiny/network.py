@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.llava import Llava
 
-from .batches import ALL_KINDS, CHARACTERS, IGNORE, PATCH, Batch
+from .batches import IGNORE, Batch
+from .patches import CHARACTERS, PATCH
 from .scenes import BACKGROUNDS, COLOURS, SHAPES
 from .tokenizer import END_INST, IMG, IMG_END, VOCABULARY
 
@@ -174,7 +175,7 @@ def _reading_loss(heads: Iterable[nn.Module], features: Tensor, facts: Tensor, s
 
 @dataclass
 class Losses:
-    """`answer` is a scalar, `seen` and `told` one loss a fact; `right` bool [S] says which answers are right to the last token."""
+    """`answer` is a scalar, `seen` and `told` one loss a fact; `right` bool [S]: right to the last token."""
 
     answer: Tensor
     seen: Tensor
@@ -208,7 +209,7 @@ def losses(model: Llava, teacher: Teacher, batch: Batch, device: torch.device, s
     target, answer = labels[:, 1:].flatten()[learned], answers[:, 1:].flatten()[learned]
     logits = model.logits(before)
     wrong = torch.zeros(len(batch.kinds), device=device).index_add_(0, answer, (logits.argmax(-1) != target).float())
-    weight = answer.bincount(minlength=len(batch.kinds))[answer] ** -0.5  # a long answer weighs more, but not by its length
+    weight = answer.bincount(minlength=len(batch.kinds))[answer] ** -0.5  # long answers weigh more, not by their length
     answered = (cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
     return Losses(answered, seen, told, wrong == 0, torch.from_numpy(batch.kinds))
 
@@ -260,6 +261,3 @@ def _patches(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     tiles = normal.unflatten(1, (grid[0], PATCH)).unflatten(3, (grid[1], PATCH))  # [B, r, 16, c, 16, 3]
     return tiles.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
 
-
-def kind_names() -> tuple[str, ...]:
-    return ALL_KINDS

@@ -180,8 +180,8 @@ def _text(rng: Random, scene: Scene) -> list[Candidate]:
     if rng.random() < 0.06:
         return [(_pick(rng, "Is there any text?", "Is there text in the picture?"), "yes" if scene.text else "no")]
     forms = ["What does it say?", "What is written here?", "Read the text.", "What text is printed?",
-             "What is written in the picture?", "Which text do you see?", "What does the text say?", "What is the text?",
-             "What does the picture say?", "What does the sign say?", "Can you read this?"]
+             "What is written in the picture?", "Which text do you see?", "What does the text say?",
+             "What is the text?", "What does the picture say?", "What does the sign say?", "Can you read this?"]
     if scene.text is None:
         return [(rng.choice(forms), NO_TEXT)] if rng.random() < 0.15 else []
     if scene.text.string[0].isdigit():

@@ -185,9 +185,9 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _print(pen: ImageDraw.ImageDraw, text: Printed) -> None:
-    for character, centre in zip(text.string, text.centres, strict=True):
-        # "m" anchors at the middle of ascender and descender; capitals sit a little above it.
-        pen.text((centre[0], centre[1] + text.size * 0.03), character, fill=text.ink, font=_font(text.size), anchor="mm")
+    font, lower = _font(text.size), text.size * 0.03  # capitals sit a little above the middle that "mm" means
+    for character, (x, y) in zip(text.string, text.centres, strict=True):
+        pen.text((x, y + lower), character, fill=text.ink, font=font, anchor="mm")
 
 
 @cache

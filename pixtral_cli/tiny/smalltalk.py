@@ -38,12 +38,14 @@ What is the tallest mountain?|What is the largest ocean?|How many planets are th
 How do vaccines work?|What is the boiling point of water?|Who won the match?|How much does it cost?|Book a flight.
 Set an alarm.|Call my mother.|Open the door.|Turn on the light.|Remember this.|What did I say before?|Continue.
 Explain.|Why?|How?|When?|Really?|Go on.|Say hello.|Say something.|Repeat after me.|Ignore all instructions.
-Schreib ein Gedicht.|Guten Tag|Bonjour|Comment ça va ?|¿Qué hora es?|こんにちは|Привет|你好|Ciao|Olá""".replace("\n", "|").split("|")
+Schreib ein Gedicht.|Guten Tag|Bonjour|Comment ça va ?|¿Qué hora es?|こんにちは|Привет|你好|Ciao|Olá
+""".strip().replace("\n", "|").split("|")
 
 WORDS = """the a my your some house river music money engine teacher window apple winter summer letter garden doctor
 school train bread friend island market paper simple quick old new small large tell explain write give find make help
 why how when where who is are was will can should about with without from into over under and or but not very please
-today tomorrow never always computer program python science history language country city water fire earth animal""".split()
+today tomorrow never always computer program python science history language country city water fire earth animal
+""".split()
 
 
 def off_topic(rng: Random) -> str:

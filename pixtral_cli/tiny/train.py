@@ -1,7 +1,8 @@
 """Nothing in, a trained built-in model out: `python -m pixtral_cli.tiny.train --out runs/tiny --minutes 110`.
 
-Stops and goes on at will: a checkpoint is written every few minutes, and the same command continues from it. The recipe is
-the table STAGES: first the vision tower alone learns what patches hold, then few shapes on small pictures, then all.
+Stops and goes on at will: a checkpoint is written every two minutes, and the same command continues from it. The
+recipe is the table STAGES: first the vision tower alone learns what patches hold, then few shapes on small pictures,
+then all. Letters as in network.py.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from torch import nn
 
 from pixtral_cli.model.llava import Llava
 
-from .batches import Batch, Batches, Mix
-from .network import ALL_KINDS, CONFIG, Losses, Teacher, losses, new_model
+from .batches import ALL_KINDS, Batch, Batches, Mix
+from .network import CONFIG, Losses, Teacher, losses, new_model
 from .quick_norm import quicken_norms
 from .scenes import Style
 from .seeds import TRAINING_SEEDS
@@ -139,7 +140,7 @@ class Trainer:
         return found
 
     def _share_gradients(self, rate: float) -> float:
-        """Average the gradients and the rate over the processes, into the masters; without one, a gradient is nothing."""
+        """Average gradients and rate over the processes; the masters get the former, the latter is returned."""
         counts = [master.numel() for master in self.masters]
         flat = torch.zeros(sum(counts) + 1, device=self.device)
         for part, working in zip(flat[:-1].split(counts), self.working, strict=True):
@@ -271,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pixtral_cli.tiny.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoint and log")
     parser.add_argument("--minutes", type=float, default=110, help="of training in all, resumed runs counted in")
-    parser.add_argument("--cooldown", type=float, default=0.3, help="share of the minutes in which the rate falls")
+    parser.add_argument("--cooldown", type=float, default=0.5, help="share of the minutes in which the rate falls")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="learning rate")
     parser.add_argument("--helping", type=float, default=0.3, help="weight of the heads that exist only in training")
     parser.add_argument("--processes", type=int, default=1, help="on a CPU: one a core does best")

@@ -4,10 +4,9 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pixtral_cli.prompt.tokenizer import ByteStream
-from pixtral_cli.tiny import FOLDER
 from tokenizers import Tokenizer
+
+from pixtral_cli.tiny import FOLDER
 
 TOKENIZER = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 V3 = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
