@@ -21,10 +21,12 @@ from torch import nn
 from pixtral_cli.model.llava import Llava
 
 from .batches import ALL_KINDS, Batch, Batches, Mix
-from .network import CONFIG, Losses, Teacher, losses, new_model
+from .losses import Losses, looking_losses, losses
+from .network import CONFIG, new_model
 from .quick_norm import quicken_norms
 from .scenes import Style
 from .seeds import TRAINING_SEEDS
+from .teacher import Teacher
 from .tokenizer import build
 
 SEED = 1
@@ -126,7 +128,7 @@ class Trainer:
 
     def step(self, batch: Batch, rate: float, see_only: bool, helping: float) -> Losses:
         """One step of training at `rate` times the peak learning rate; `helping` weighs the heads of training."""
-        found = losses(self.model, self.teacher, batch, self.device, see_only)
+        found = (looking_losses if see_only else losses)(self.model, self.teacher, batch, self.device)
         total = found.answer + helping * (found.seen.sum() + 0.5 * found.told.sum())
         total.backward()
         rate = self._share_gradients(rate)
@@ -208,7 +210,7 @@ def run_stage(trainer: Trainer, stage: Stage, loader: Iterable[Batch], options: 
     progress, last_saved, last = trainer.progress, time.monotonic(), time.monotonic()
     for batch in loader:
         rate = learning_rate(progress.step, progress.seconds, options)
-        helping = 1.0 if stage.see_only else options.helping * min(1.0, max(0.1, rate))
+        helping = 1.0 if stage.see_only else options.helping * max(0.3, rate)
         found = trainer.step(batch, rate, stage.see_only, helping)
         now = time.monotonic()
         progress.count(batch, found, now - last)

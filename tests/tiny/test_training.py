@@ -13,7 +13,7 @@ from pixtral_cli.prompt.messages import parse
 from pixtral_cli.source import Source
 from pixtral_cli.tiny import FOLDER
 from pixtral_cli.tiny.batches import IGNORE, Batches, Mix
-from pixtral_cli.tiny.network import losses
+from pixtral_cli.tiny.losses import losses
 from pixtral_cli.tiny.scenes import Style
 from pixtral_cli.tiny.tokenizer import END_INST, EOS, IMG, INST, PAD
 from pixtral_cli.tiny.train import SEED, Options, Trainer, learning_rate
