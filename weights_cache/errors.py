@@ -13,6 +13,9 @@ WeightsError
 ├── TensorsMissing       the model needs tensors that the checkpoint lacks
 ├── TensorsUnexpected    the checkpoint holds tensors that the model has no place for
 ├── TensorShapeMismatch  a tensor of another shape than the config says
+├── SerializedTooNew     a serialized model that a newer version wrote
+├── WriteFailed          a file could not be written
+├── ModelUnsupported     a model of a known kind with a feature that is not known here
 └── UnknownArchitecture  a config of a model that is not known here
 """
 
@@ -234,6 +237,39 @@ class TensorShapeMismatch(WeightsError):
 
 
 @dataclass(eq=False)
+class SerializedTooNew(WeightsError):
+    """`path` says that it is of format version `found`; `known` is the newest that can be read."""
+
+    path: Path
+    found: object
+    known: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is a serialized model of version {self.found}, and this program reads version {self.known}."
+        )
+
+    @property
+    def hint(self) -> str:
+        return "Upgrade pixtral-cli, or export the model again."
+
+
+@dataclass(eq=False)
+class WriteFailed(WeightsError):
+    """`path` could not be written, for `reason`; nothing of it was left behind."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be written: {self.reason}."
+
+    @property
+    def hint(self) -> str:
+        return "Choose another place, or make room there."
+
+
+@dataclass(eq=False)
 class UnknownArchitecture(WeightsError):
     """A config names the architecture `found`; `known` are those that can be run."""
 
@@ -242,6 +278,21 @@ class UnknownArchitecture(WeightsError):
 
     def __str__(self) -> str:
         return f"The architecture {self.found!r} is not known; known are {', '.join(self.known)}."
+
+    @property
+    def hint(self) -> str:
+        return "Use a Pixtral or Mistral checkpoint."
+
+
+@dataclass(eq=False)
+class ModelUnsupported(WeightsError):
+    """`path` describes a model with `what`, which is not known here; running it without would give wrong answers."""
+
+    path: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path} is a model with {self.what}, which is not known here."
 
     @property
     def hint(self) -> str:

@@ -7,6 +7,7 @@ that is read is the index of shards.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from .errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
@@ -19,8 +20,16 @@ SAFETENSORS = ".safetensors"
 NATIVE = "consolidated"
 """Files whose name begins so are Mistral's own form."""
 
+NATIVE_SINGLE = "consolidated.safetensors"
+NATIVE_INDEX = "consolidated.safetensors.index.json"
+GGUF = ".gguf"
+PICTURE_PART = "mmproj"
+"""In the name of a GGUF file that holds a model's vision tower and projector."""
+
 NOT_YET: Mapping[str, str] = {".gguf": "a GGUF file"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+Form = Literal["hf", "native", "gguf"]
+FORMS: tuple[Form, ...] = get_args(Form)
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 Expected = Mapping[Path, frozenset[str]]
@@ -37,26 +46,60 @@ def hf_weights(names: Iterable[str]) -> list[str]:
     return sorted(n for n in names if n.endswith(SAFETENSORS) and not n.startswith((NATIVE, "adapter_")))
 
 
-def weight_files(folder: Path) -> Expected:
-    """The weights files of `folder`, all present.
+def native_weights(names: Iterable[str]) -> list[str]:
+    """As hf_weights, in Mistral's own form."""
+    names = set(names)
+    for whole in (NATIVE_SINGLE, NATIVE_INDEX):
+        if whole in names:
+            return [whole]
+    return sorted(n for n in names if n.startswith(f"{NATIVE}-") and n.endswith(SAFETENSORS))
+
+
+def text_ggufs(names: Iterable[str]) -> list[str]:
+    """The GGUF files among `names` that are models rather than the picture parts of some."""
+    return sorted(n for n in names if n.endswith(GGUF) and PICTURE_PART not in n.lower())
+
+
+def picture_parts(folder: Path) -> list[Path]:
+    """The GGUF files in `folder` that are by their names the picture parts of models."""
+    return [folder / n for n in file_names(folder) if n.endswith(GGUF) and PICTURE_PART in n.lower()]
+
+
+def forms(names: Iterable[str]) -> list[Form]:
+    """The forms in which a folder of the files `names` holds a whole model, the preferred first."""
+    names = set(names)
+    whole = {
+        "hf": CONFIG in names and hf_weights(names),
+        "native": NATIVE_CONFIG in names and native_weights(names),
+        "gguf": text_ggufs(names),
+    }
+    return [form for form in FORMS if whole[form]]
+
+
+def weight_files(folder: Path, form: Form | None = "hf") -> Expected:
+    """The weights files of `folder` in that form (None: the one that is there), all present.
 
     Raises WeightsNotFound, NotYetSupported, PickleRefused, or CheckpointCorrupt with the names of missing shards.
     """
-    chosen = hf_weights(file_names(folder))
+    names = file_names(folder)
+    found: dict[str, list[str]] = {"hf": hf_weights(names), "native": native_weights(names), "gguf": text_ggufs(names)}
+    if form is None:
+        form = next((each for each in FORMS if found[each]), "hf")
+    chosen = found[form]
     if not chosen:
-        raise no_weights(folder, file_names(folder))
-    if chosen == [INDEX]:
-        return _indexed(folder)
+        raise no_weights(folder, names)
+    if chosen in ([INDEX], [NATIVE_INDEX]):
+        return _indexed(folder, chosen[0])
     _require(folder, [shard for name in chosen for shard in _siblings(name)])
     return {folder / name: frozenset() for name in chosen}
 
 
 def chosen_files(paths: Sequence[Path]) -> Expected:
-    """As weight_files, for paths that someone named: safetensors files, and folders of them."""
+    """As weight_files, for paths that someone named: safetensors and GGUF files, and folders of them."""
     found: dict[Path, frozenset[str]] = {}
     for path in paths:
         if path.is_dir():
-            found |= weight_files(path)
+            found |= weight_files(path, None)
         elif path.is_file():
             found[_readable(path)] = frozenset()
         else:
@@ -108,18 +151,17 @@ def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
 
 
 def _readable(path: Path) -> Path:
-    """`path`, if it is a safetensors file by its name."""
-    if path.suffix == SAFETENSORS:
+    """`path`, if it is a safetensors or GGUF file by its name."""
+    if path.suffix in (SAFETENSORS, GGUF):
         return path
-    if path.suffix in NOT_YET:
-        raise NotYetSupported(path, NOT_YET[path.suffix])
     if path.suffix in PICKLES:
         raise PickleRefused(path)
-    raise WeightsNotFound(path, f"name that ends in {SAFETENSORS}", f"Give a *{SAFETENSORS} file, or their folder.")
+    what = f"name that ends in {SAFETENSORS} or {GGUF}"
+    raise WeightsNotFound(path, what, f"Give a *{SAFETENSORS} or *{GGUF} file, or their folder.")
 
 
-def _indexed(folder: Path) -> Expected:
-    promised = shards(folder / INDEX)
+def _indexed(folder: Path, index: str) -> Expected:
+    promised = shards(folder / index)
     _require(folder, promised)
     return {folder / name: frozenset(tensors) for name, tensors in sorted(promised.items())}
 
