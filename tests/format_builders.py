@@ -123,7 +123,9 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
 Choose = Callable[[str], QUANTS]
 
 
-def gguf_text(source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32, edit=lambda writer: None) -> None:
+def gguf_text(
+    source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32, edit=lambda writer: None, without: str = ""
+) -> None:
     """Write the text part of `source` as a GGUF of architecture `llama`; `choose(name)` gives a matrix's type."""
     settings = config(source)
     text = settings.get("text_config", settings)
@@ -147,7 +149,8 @@ def gguf_text(source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32
     for name, weight in tensors(source).items():
         if "vision" not in name and "projector" not in name:
             theirs = names.get_name(name.replace("language_model.", ""), (".weight",))
-            _add(writer, theirs, _reordered(name, weight, settings), choose)
+            if theirs != without:
+                _add(writer, theirs, _reordered(name, weight, settings), choose)
     _write(writer)
 
 
@@ -185,6 +188,11 @@ def _add(writer: GGUFWriter, name: str, weight: Tensor, choose: Choose) -> None:
     kind = choose(name) if weight.ndim > 1 else QUANTS.F32
     data = np.ascontiguousarray(weight.float().numpy())
     writer.add_tensor(name, quants.quantize(data, kind), raw_dtype=kind)
+
+
+def add_tensors(writer: GGUFWriter, more: Mapping[str, Tensor]) -> None:
+    for name, tensor in more.items():
+        writer.add_tensor(name, tensor.numpy())
 
 
 def _write(writer: GGUFWriter) -> None:
