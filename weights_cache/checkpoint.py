@@ -175,7 +175,7 @@ def _advice(whole: Sequence[Form]) -> str | None:
 
 def _only_gguf(paths: Sequence[Path]) -> Path:
     """The one GGUF among `paths` that is no picture part by its name."""
-    models = [path for path in paths if layout.text_ggufs([path.name])]
+    models = sorted({path.with_name(name) for path in paths for name in layout.text_ggufs([path.name])})
     if len(models) == 1:
         return models[0]
     where = paths[0].parent if paths else Path.cwd()
@@ -191,8 +191,10 @@ def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None
         if path.suffix in layout.PICKLES:
             raise PickleRefused(path)
         raise WeightsNotFound(path, f"folder's {layout.CONFIG} or GGUF metadata", "Give a folder, or a .gguf file.")
+    path = path.with_name(layout.first_shard(path.name))
     given = [path, *(each for each in weight_paths if each != path)]
-    files = [GgufFile(each) for each in given if each.suffix == layout.GGUF and each.is_file()]
+    others = [each for each in given[1:] if each.suffix == layout.GGUF and each.is_file()]
+    files = [GgufFile(each) for each in (path, *others)]
     pictures = next((file for file in files if gguf_config.is_picture_part(file)), None)
     text = next((file for file in files if not gguf_config.is_picture_part(file)), None)
     if text is None:

@@ -175,7 +175,7 @@ class _List:
         self.kind = cursor.number(U32)
         if self.kind not in SCALARS and self.kind != STRING:
             raise cursor.corrupt(f"its metadata has a list of the unknown type {self.kind}")
-        self.path, self.buffer = cursor.path, cursor.buffer
+        self.buffer = cursor.buffer
         form = SCALARS.get(self.kind)
         least = struct.calcsize(f"<{form}") if form else U64.size
         self.count = cursor.many(cursor.number(U64), least, "items in a list")
@@ -199,9 +199,12 @@ class _List:
     def items(self) -> list[Any]:
         if form := SCALARS.get(self.kind):
             return list(struct.unpack_from(f"<{self.count}{form}", self.buffer, self.begin))
-        cursor = _Cursor(self.path, self.buffer)
-        cursor.at = self.begin
-        return [cursor.text() for _ in range(self.count)]
+        found, at = [], self.begin
+        for _ in range(self.count):
+            begin = at + U64.size
+            at = begin + U64.unpack_from(self.buffer, at)[0]
+            found.append(self.buffer[begin:at].decode("utf-8", "replace"))
+        return found
 
 
 def _counts(cursor: _Cursor) -> tuple[int, int]:

@@ -30,7 +30,7 @@ NOT_YET: Mapping[str, str] = {".gguf": "a GGUF file"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 Form = Literal["hf", "native", "gguf"]
 FORMS: tuple[Form, ...] = get_args(Form)
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.safetensors|\.gguf)")
 
 Expected = Mapping[Path, frozenset[str]]
 """Weights files -> the tensors that an index promises in each (none where there is no index)."""
@@ -56,8 +56,9 @@ def native_weights(names: Iterable[str]) -> list[str]:
 
 
 def text_ggufs(names: Iterable[str]) -> list[str]:
-    """The GGUF files among `names` that are models rather than the picture parts of some."""
-    return sorted(n for n in names if n.endswith(GGUF) and PICTURE_PART not in n.lower())
+    """The GGUF files among `names` that are models rather than the picture parts of some; of a model in several
+    files, the first."""
+    return sorted({first_shard(n) for n in names if n.endswith(GGUF) and PICTURE_PART not in n.lower()})
 
 
 def picture_parts(folder: Path) -> list[Path]:
@@ -152,8 +153,10 @@ def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
 
 def _readable(path: Path) -> Path:
     """`path`, if it is a safetensors or GGUF file by its name."""
-    if path.suffix in (SAFETENSORS, GGUF):
+    if path.suffix == SAFETENSORS:
         return path
+    if path.suffix == GGUF:
+        return path.with_name(first_shard(path.name))
     if path.suffix in PICKLES:
         raise PickleRefused(path)
     what = f"name that ends in {SAFETENSORS} or {GGUF}"
@@ -172,7 +175,20 @@ def _siblings(name: str) -> list[str]:
     if not match:
         return [name]
     total = int(match["total"])
-    return [f"{match['stem']}-{number:05d}-of-{total:05d}{SAFETENSORS}" for number in range(1, total + 1)]
+    return [f"{match['stem']}-{number:05d}-of-{total:05d}{match['suffix']}" for number in range(1, total + 1)]
+
+
+def first_shard(name: str) -> str:
+    """The first of the numbered files that `name` is one of, or `name` itself."""
+    return next(iter(_siblings(name)), name)
+
+
+def gguf_shards(path: Path) -> list[Path]:
+    """The files of the GGUF that begins at `path`, all present. Raises CheckpointCorrupt with those that are not."""
+    names = _siblings(path.name) or [path.name]
+    if len(names) > 1:
+        _require(path.parent, names)
+    return [path.parent / name for name in names]
 
 
 def _require(folder: Path, names: Iterable[str]) -> None:

@@ -152,7 +152,7 @@ def test_other_alignments_are_read(tmp_path, alignment):
 
 def test_a_file_cut_short_anywhere_is_refused(path):
     data = path.read_bytes()
-    whole = max(entry.begin + entry.info.nbytes for entry in GgufFile(path)._header.entries.values())
+    whole = max(entry.begin + entry.info.nbytes for entry in GgufFile(path)._parts[0].entries.values())
     for length in [*range(0, 400), *range(400, whole, 37), whole - 1]:
         assert isinstance(damaged(path, data[:length]), CheckpointCorrupt)
     path.write_bytes(data[:whole])  # the padding after the last tensor may be missing
@@ -247,3 +247,59 @@ def test_lists_of_lists_and_unknown_types_are_refused(path):
 
 def test_a_name_that_is_no_text_is_refused(path):
     assert "UTF-8" in str(damaged(path, replaced(path, b"a.weight", b"a.\xff\xfeight")))
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Five tensors in three files, split by gguf-py; their folder and what they hold."""
+    tensors = {f"blk.{n}.ffn_up.weight": np.full((2, 8), n, np.float32) for n in range(5)}
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    for key in ("context_length", "embedding_length", "block_count", "feed_forward_length", "head_count"):
+        getattr(writer, f"add_{key}")(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file(tmp_path / "m.gguf")
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert len(list(tmp_path.iterdir())) == 3
+    return tmp_path, tensors
+
+
+@pytest.mark.parametrize("given", ["folder", "first", "last", "all by weight path"])
+def test_a_gguf_in_several_files_is_one_model(split, given):
+    folder, tensors = split
+    files = sorted(folder.iterdir())
+    if given == "all by weight path":
+        opened = checkpoint.open(None, files)
+    else:
+        opened = checkpoint.open({"folder": folder, "first": files[0], "last": files[2]}[given])
+    assert opened.config["num_hidden_layers"] == 4 and len(opened.tensors) == 5
+    for n, data in enumerate(tensors.values()):
+        assert opened.tensor(f"language_model.layers.{n}.mlp.up_proj.weight").equal(torch.from_numpy(data))
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_missing_file_of_several_is_named(split, missing):
+    files = sorted(split[0].iterdir())
+    files[missing].unlink()
+    with pytest.raises(CheckpointCorrupt, match=files[missing].name):
+        checkpoint.open(split[0])
+
+
+def test_a_file_of_several_under_another_name_is_not_taken_for_the_whole(split):
+    first = sorted(split[0].iterdir())[0]
+    first.rename(split[0] / "renamed.gguf")
+    with pytest.raises(CheckpointCorrupt, match="one of 3 files"):
+        checkpoint.open(split[0] / "renamed.gguf")
+
+
+def test_files_of_another_split_are_not_mixed_in(split):
+    files = sorted(split[0].iterdir())
+    files[1].write_bytes(files[2].read_bytes())
+    with pytest.raises(CheckpointCorrupt, match=r"blk\.4\.ffn_up"):
+        checkpoint.open(split[0])
+    write(files[1], {"other.weight": np.zeros(4, np.float32)})
+    with pytest.raises(CheckpointCorrupt, match="promises 5 tensors"):
+        checkpoint.open(split[0])

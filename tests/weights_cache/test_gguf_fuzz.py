@@ -49,6 +49,8 @@ def mutated(data: bytes, header: int, chance: random.Random) -> bytes:
     """`data` with one to four changes in its first `header` bytes: bits, numbers, pieces doubled or dropped, an end."""
     changed = bytearray(data)
     for _ in range(chance.randint(1, 4)):
+        if len(changed) < 32:
+            break
         at = chance.randrange(min(header, len(changed) - 8))
         match chance.randrange(6):
             case 0:
