@@ -14,7 +14,7 @@ from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from weights_cache import checkpoint, hub
-from weights_cache.checkpoint import Checkpoint
+from weights_cache.checkpoint import Checkpoint, Form
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
 BUILT_IN = "tiny"
@@ -32,24 +32,28 @@ class Source:
     @classmethod
     def open(
         cls,
-        model_path: str | PathLike[str],
+        model_path: str | PathLike[str] | None,
         weight_paths: Sequence[str | PathLike[str]] = (),
         *,
         weights: bool = True,
+        weights_format: Form | None = None,
         image_preprocessing: str | None = None,
         force_download: bool = False,
         progress: Progress | None = None,
     ) -> Source:
         """Find the model, fetching it from the Hub if need be; without `weights`, its small files only.
 
-        Raises weights_cache.errors.WeightsError.
+        Without `model_path`, a GGUF file among `weight_paths` brings its own config and tokenizer. `weights_format`
+        chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
-        name, paths = fspath(model_path), [Path(path) for path in weight_paths]
+        name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
+        folder: Path | None = None
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
-        else:
+        elif name is not None:
             folder = hub.fetch(name, weights=weights and not paths, force=force_download, progress=progress)
-        return cls(name, checkpoint.open(folder, paths), image_preprocessing)
+        opened = checkpoint.open(folder, paths, weights_format)
+        return cls(name or opened.folder.name, opened, image_preprocessing)
 
     @cached_property
     def config(self) -> ModelConfig:

@@ -186,8 +186,16 @@ def gguf_pictures(source: Path, path: Path, choose: Choose = lambda name: QUANTS
 
 def _add(writer: GGUFWriter, name: str, weight: Tensor, choose: Choose) -> None:
     kind = choose(name) if weight.ndim > 1 else QUANTS.F32
-    data = np.ascontiguousarray(weight.float().numpy())
-    writer.add_tensor(name, quants.quantize(data, kind), raw_dtype=kind)
+    writer.add_tensor(name, packed(weight, kind), raw_dtype=kind)
+
+
+def packed(weight: Tensor, kind: QUANTS) -> np.ndarray:
+    """By gguf-py, which cannot write the k-quants: those by our own encoders, whose every output is a valid block."""
+    if kind in (QUANTS.Q4_K, QUANTS.Q6_K):
+        from weights_cache import codecs
+
+        return codecs.get(kind.name.lower()).encode(weight.float()).numpy()
+    return quants.quantize(np.ascontiguousarray(weight.float().numpy()), kind)
 
 
 def add_tensors(writer: GGUFWriter, more: Mapping[str, Tensor]) -> None:
@@ -257,5 +265,5 @@ def write_tekken(source: Path, folder: Path) -> None:
 
 
 def quantized(weight: Tensor, kind: QUANTS) -> Tensor:
-    """What remains of `weight` after gguf-py has packed and unpacked it."""
-    return torch.from_numpy(quants.dequantize(quants.quantize(weight.float().numpy(), kind), kind))
+    """What remains of `weight` when it has been packed, as gguf-py unpacks it."""
+    return torch.from_numpy(quants.dequantize(packed(weight, kind), kind))

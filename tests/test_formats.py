@@ -4,6 +4,7 @@ Oracles: transformers for the model, gguf-py for what a packed weight is. That t
 Mistral's own code wants them is proved by running attention with rotated neighbours on what it wrote.
 """
 
+import json
 import shutil
 
 import builders
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pixtral_cli import Pixtral
+from pixtral_cli.source import Source
 from weights_cache import checkpoint
 from weights_cache.errors import ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
 
@@ -173,6 +175,31 @@ def test_a_packed_gguf_has_exactly_the_decoded_weights_and_runs(models, tmp_path
     assert len(reply.token_ids) == 16
 
 
+def k_quant(name):
+    kinds = forms.QUANTS
+    return {"attn_q": kinds.Q8_0, "ffn_down": kinds.Q6_K, "output": kinds.Q6_K}.get(name.split(".")[-2], kinds.Q4_K)
+
+
+def test_a_k_quant_gguf_answers_as_the_exactly_decoded_weights_do(tmp_path):
+    """The oracle is a Hugging Face folder of the weights as gguf-py decodes them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
+    builders.mistral(tmp_path / "hf", **sizes)
+    builders.add_processor(tmp_path / "hf")
+    forms.gguf_text(tmp_path / "hf", tmp_path / "model.gguf", k_quant)
+    opened = checkpoint.open(tmp_path / "model.gguf")
+    decoded = {}
+    for name, weight in forms.tensors(tmp_path / "hf").items():
+        info = opened.tensors[name.replace("model.", "language_model.")]
+        decoded[name] = forms.quantized(weight, forms.QUANTS[info.dtype]) if weight.ndim > 1 else weight
+    assert {info.encoding for info in opened.tensors.values()} == {"q4_k", "q6_k", "q8_0", "float32"}
+    forms.save_file(decoded, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    expected = load(tmp_path / "hf").chat(CONVERSATIONS["text"], logprobs=5, **OPTIONS)
+    reply = load(tmp_path / "model.gguf").chat(CONVERSATIONS["text"], logprobs=5, **OPTIONS)
+    assert reply.token_ids == expected.token_ids
+    ours, theirs = ([top.logprob for entry in r.logprobs for top in entry.top] for r in (reply, expected))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
 def test_ggufs_by_weight_path_take_config_and_tokenizer_from_the_folder(models, tmp_path):
     folder, _, _ = models
     for file in (folder / "hf").iterdir():
@@ -196,6 +223,28 @@ def test_a_gguf_and_its_picture_part_given_in_any_order_are_a_model(models, tmp_
     opened = checkpoint.open(None, [text, pictures][::order])
     assert opened.folder == text and "vision_config" in opened.config
     assert opened.tensors.keys() == checkpoint.open(folder / "hf").tensors.keys()
+    ours = load(None, weight_paths=[text, pictures][::order])
+    assert ours.name == "a.gguf"
+    expected = load(folder / "hf").chat(CONVERSATIONS["picture"], **OPTIONS)
+    assert ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_side_files_are_all_that_a_model_needs_beside_its_weights(models, tmp_path, form):
+    opened = checkpoint.open(models[0] / form)
+    for name, data in opened.side_files().items():
+        (tmp_path / name).write_bytes(data)
+    written = tmp_path / "gguf_tokenizer.json"
+    again = checkpoint.Checkpoint(
+        tmp_path,
+        json.loads((tmp_path / "config.json").read_text()),
+        form=form,
+        written_tokenizer=json.loads(written.read_text()) if written.exists() else None,
+    )
+    assert again.config == opened.config
+    ours, theirs = (Source("", each, "hf") for each in (again, opened))
+    assert ours.chat(CONVERSATIONS["picture"]).token_ids == theirs.chat(CONVERSATIONS["picture"]).token_ids
+    assert ours.end_token_ids == theirs.end_token_ids
 
 
 def test_of_two_forms_in_a_folder_one_is_chosen_and_said_and_the_other_can_be_asked_for(models, tmp_path):

@@ -4,13 +4,14 @@ Headers are read when tensors are first asked for, so that a folder without weig
 the tokenizer. Formats meet here: a reader per file, a table of names and the order of rotary rows per format.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import gguf_config, hf_config, layout, names, native
+from . import gguf_config, hf_config, layout, names, native, store
 from .errors import CheckpointCorrupt, PickleRefused, WeightsNotFound, listed
 from .gguf_reader import GgufFile
 from .json_file import read_json_object
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 GENERATION_CONFIG = "generation_config.json"
+WRITTEN_TOKENIZER = "gguf_tokenizer.json"
+"""`written_tokenizer` as a file."""
 FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
 
 
@@ -77,6 +80,15 @@ class Checkpoint:
         """The path of the side file `name` ("tokenizer.json", …), or None when the folder has none."""
         path = self.folder / name
         return path if path.is_file() else None
+
+    def side_files(self) -> dict[str, bytes]:
+        """All that is needed beside the weights, by file name: config.json as it is in `config`, what there is of
+        tokenizer, template and picture recipe, and a written tokenizer as WRITTEN_TOKENIZER."""
+        paths = {name: self.file(name) for name in store.SIDE_FILES}
+        found = {name: path.read_bytes() for name, path in paths.items() if path}
+        if self.written_tokenizer is not None:
+            found[WRITTEN_TOKENIZER] = json.dumps(self.written_tokenizer).encode()
+        return found | {layout.CONFIG: json.dumps(self.config).encode()}
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
