@@ -202,7 +202,8 @@ def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None
     if path.suffix != layout.GGUF:
         if path.suffix in layout.PICKLES:
             raise PickleRefused(path)
-        raise WeightsNotFound(path, f"folder's {layout.CONFIG} or GGUF metadata", "Give a folder, or a .gguf file.")
+        advice = "Give the model's folder, or a .gguf file; weights for a folder's config go to --weight-path."
+        raise WeightsNotFound(path, "config of its own", advice)
     path = path.with_name(layout.first_shard(path.name))
     given = [path, *(each for each in weight_paths if each != path)]
     others = [each for each in given[1:] if each.suffix == layout.GGUF and each.is_file()]

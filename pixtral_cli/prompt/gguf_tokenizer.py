@@ -33,11 +33,17 @@ LLAMA3 = (
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS: Mapping[str, tuple[str, bool]] = {
     "tekken": (TEKKEN, True),
+    "pixtral": (TEKKEN, True),
     "llama-bpe": (LLAMA3, True),
     "llama3": (LLAMA3, True),
+    "llama-v3": (LLAMA3, True),
     "gpt-2": (GPT2, False),
 }
-"""`tokenizer.ggml.pre` -> (the pattern of a piece of text, whether a piece that is an entry is taken whole)."""
+"""`tokenizer.ggml.pre` -> (the pattern of a piece of text, whether a piece that is an entry is taken whole).
+
+GGUFs made from mistral-community/pixtral-12b say "pixtral". llama.cpp splits these like Llama 3, after the pattern in
+that repository's tokenizer.json; Pixtral was trained with the one in Mistral's tekken.json, which is taken here.
+"""
 
 
 def load(written: Mapping[str, Any]) -> Tokenizer:
