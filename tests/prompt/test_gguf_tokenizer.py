@@ -118,6 +118,24 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_the_file_it_was_made_from(se
     assert ours.adds_bos and ours.drops_first_space
 
 
+@pytest.mark.parametrize("file", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+def test_mistrals_own_sentencepiece_models_give_the_ids_of_sentencepiece(tekken_file, file):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    theirs = sentencepiece.SentencePieceProcessor(str(tekken_file.with_name(file)))
+    ids = range(theirs.vocab_size())
+    checks = {UNKNOWN: theirs.IsUnknown, CONTROL: theirs.IsControl, UNUSED: theirs.IsUnused, BYTE: theirs.IsByte}
+    ours = gguf_tokenizer.load(
+        {
+            "model": "llama",
+            "tokens": [theirs.IdToPiece(id) for id in ids],
+            "scores": [theirs.GetScore(id) for id in ids],
+            "token_type": [next((kind for kind, check in checks.items() if check(id)), NORMAL) for id in ids],
+        }
+    )
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text), text
+
+
 def test_a_sentencepiece_text_comes_back_as_it_was(sentencepiece_json):
     data = written(sentencepiece_json, "llama")
     data["scores"] = [-float(id) for id in range(len(data["tokens"]))]
