@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from weights_cache import checkpoint
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported, WeightsError
-from weights_cache.gguf_header import NOT_READ, TYPES
 from weights_cache.gguf_reader import GgufFile
+from weights_cache.gguf_types import NOT_READ, TYPES
 
 VALUES = {
     "add_uint8": 200, "add_int8": -100, "add_uint16": 65000, "add_int16": -30000, "add_uint32": 2**32 - 1,
