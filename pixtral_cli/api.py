@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from os import PathLike
 from typing import Any
 
@@ -13,7 +14,7 @@ from pixtral_cli import devices as device_names
 from pixtral_cli import generate
 from pixtral_cli.encodings import find
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.errors import ModelError
+from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, TextEvent
 from pixtral_cli.model.load import default_encoding, load
 from pixtral_cli.model.plan import check_weights
@@ -22,7 +23,7 @@ from pixtral_cli.source import DEFAULT_MODEL, Progress, Source
 
 
 class Pixtral:
-    """A loaded model. One request at a time per object, or a batch of them; not for several threads at once."""
+    """A loaded model. Streams and threads may be open at once: their requests share the engine."""
 
     def __init__(self, source: Source, encoding: str, engine: Engine, load_seconds: float) -> None:
         self.source = source
@@ -39,7 +40,7 @@ class Pixtral:
         quantization_encoding: str | None = None,
         devices: str | None = None,
         max_length: int | None = None,
-        max_batch_size: int = 1,
+        max_batch_size: int = 32,
         max_ce_batch_size: int = 32,
         image_preprocessing: str | None = None,
         force_download: bool = False,
@@ -47,11 +48,13 @@ class Pixtral:
     ) -> Pixtral:
         """Load a model by Hub name, folder, or "tiny", the built-in one.
 
-        The arguments mean what the command line's flags of the same name mean; `progress(label, done, total)` is
-        told of bytes downloaded and loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a
+        The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
+        32 requests at once unless told otherwise; `progress(label, done, total)` is told of bytes downloaded and
+        loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a
         sentence and a `hint`.
         """
         begun = time.perf_counter()
+        _positive(max_length=max_length, max_batch_size=max_batch_size, max_ce_batch_size=max_ce_batch_size)
         wanted = find(quantization_encoding) if quantization_encoding else None
         device = torch.device(_device(devices))
         source = Source.open(
@@ -62,12 +65,12 @@ class Pixtral:
             progress=progress,
         )
         context = _context(source.config.text.max_length, max_length)
+        _ = source.processor, source.end_token_ids  # what cannot be read fails now, not at the first question
         tensors = source.checkpoint.tensors.values()
         encoding = wanted or default_encoding(tensors)
         check_weights(tensors, encoding, device)
         model = load(source.checkpoint, source.config, encoding, device, progress)
         engine = Engine(model, context, max_batch_size, max_ce_batch_size)
-        _ = source.processor  # a tokenizer that cannot be read fails here, not at the first question
         return cls(source, encoding.name, engine, time.perf_counter() - begun)
 
     @property
@@ -88,39 +91,63 @@ class Pixtral:
         return self.engine.max_length
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
-        """Answer OpenAI-style messages; `options` are the fields of GenerationOptions."""
+        """Answer OpenAI-style messages; `options` are the fields of GenerationOptions.
+
+        Raises PromptError (messages, pictures, template) and RequestError (options, length, memory), both PixtralError.
+        """
         return _last(self.stream(messages, **options))
 
     def complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Reply:
-        """Continue plain text after the pictures, without a chat template."""
+        """Continue plain text after the pictures, without a chat template. Raises as `chat`."""
         return _last(self.stream_complete(prompt, images, **options))
 
     def chat_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> list[Reply]:
-        """Answer several conversations, up to `max_batch_size` at once; replies in their order."""
-        prompts = [self.source.chat(messages) for messages in conversations]
-        events = self._run(prompts, GenerationOptions(**options))
+        """Answer several conversations, up to `max_batch_size` at once; replies in their order. Raises as `chat`."""
+        prompts = [self._numbered(place, messages) for place, messages in enumerate(conversations)]
+        events = self._run(prompts, GenerationOptions.of(options))
         replies = {place: event.reply for place, event in events if event.reply is not None}
         return [replies[place] for place in range(len(prompts))]
 
-    def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> Iterator[TextEvent]:
-        """As `chat`, token by token; the last event carries the whole Reply."""
-        return self._stream_one(self.source.chat(messages), GenerationOptions(**options))
+    def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> Generator[TextEvent]:
+        """As `chat`, token by token; the last event carries the whole Reply. Closing it frees what it holds.
 
-    def stream_complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Iterator[TextEvent]:
-        """As `complete`, token by token."""
-        return self._stream_one(self.source.complete(prompt, images), GenerationOptions(**options))
+        Raises at once, as `chat`.
+        """
+        return _only(self._run([self.source.chat(messages)], GenerationOptions.of(options)))
 
-    def _stream_one(self, prompt: Prompt, options: GenerationOptions) -> Iterator[TextEvent]:
-        for _, event in self._run([prompt], options):
+    def stream_complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Generator[TextEvent]:
+        """As `complete`, token by token. Raises at once, as `chat`."""
+        return _only(self._run([self.source.complete(prompt, images)], GenerationOptions.of(options)))
+
+    def _numbered(self, place: int, messages: Sequence[dict[str, Any]]) -> Prompt:
+        try:
+            return self.source.chat(messages)
+        except PixtralError as error:
+            error.add_note(f"In conversation {place}, counted from 0.")
+            raise
+
+    def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Generator[tuple[int, TextEvent]]:
+        ends, tokenizer = self.source.end_token_ids, self.processor.tokenizer
+        jobs = [
+            (
+                generate.engine_request(prompt, options, ends),
+                Answering(self.name, prompt, options, tokenizer, self.load_seconds),
+            )
+            for prompt in prompts
+        ]
+        return generate.run(self.engine, jobs)
+
+
+def _only(events: Generator[tuple[int, TextEvent]]) -> Generator[TextEvent]:
+    with closing(events):
+        for _, event in events:
             yield event
 
-    def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Iterator[tuple[int, TextEvent]]:
-        ends = self.source.end_token_ids
-        jobs = []
-        for prompt in prompts:
-            answering = Answering(self.name, prompt, options, self.processor, self.load_seconds)
-            jobs.append((generate.engine_request(prompt, options, ends, self.engine), answering))
-        return generate.run(self.engine, jobs)
+
+def _positive(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ModelError(f"{name} should be a whole number above 0, not {value!r}.")
 
 
 def _device(text: str | None) -> str:

@@ -85,14 +85,22 @@ def _refuse(error: Any) -> int:
 
 
 def _run(command: Callable[[], None]) -> int:
-    """The error boundary: run the command, and turn whatever ends it into a sentence and an exit code."""
+    """Run the command to its end or to an interrupt, whatever of it is under way then."""
     interrupts = _Interrupts()
+    try:
+        return _attempt(command, interrupts)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        interrupts.leave_at_once()
+
+
+def _attempt(command: Callable[[], None], interrupts: _Interrupts) -> int:
+    """The error boundary: turn whatever ends the command into a sentence and an exit code."""
     try:
         command()
     except console.OutputClosed:
         return 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except Exception as error:
         if interrupts.seen:  # torn out of an import or a callback, an interrupt can wear any name
             return INTERRUPTED
@@ -129,19 +137,36 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 class _Interrupts:
-    """From now on the first Ctrl-C raises KeyboardInterrupt, and a second one ends the process at once."""
+    """From now on the first Ctrl-C raises KeyboardInterrupt; a second one ends the process at once.
+
+    So does TIDYING seconds' time after the first: code that catches everything, as imports of large libraries
+    do, can swallow a KeyboardInterrupt.
+    """
+
+    TIDYING = 2.0
 
     def __init__(self) -> None:
         self.seen = False
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._first)
+        self._wanted = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        self._on_interrupt(self._first)
+
+    def leave_at_once(self) -> None:
+        """There is nothing left to tidy up: from now on the first Ctrl-C ends the process."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._on_interrupt(self._leave)
+
+    def _on_interrupt(self, handler: Callable[[int, Any], None]) -> None:
+        if self._wanted:
+            signal.signal(signal.SIGINT, handler)
 
     def _first(self, signum: int, frame: Any) -> None:
         self.seen = True
-        signal.signal(signal.SIGINT, self._second)
+        self._on_interrupt(self._leave)
+        signal.signal(signal.SIGALRM, self._leave)
+        signal.setitimer(signal.ITIMER_REAL, self.TIDYING)
         raise KeyboardInterrupt
 
-    def _second(self, signum: int, frame: Any) -> None:
+    def _leave(self, signum: int, frame: Any) -> None:
         console.restore_terminal()
         os._exit(INTERRUPTED)
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.engine.request import FinishReason, Request, Sampling, TokenEvent
 from pixtral_cli.errors import RequestError
-from pixtral_cli.model.plan import check_prompt
 from pixtral_cli.prompt.stops import StopMatcher
 from pixtral_cli.prompt.tokenizer import ByteStream
 
 if TYPE_CHECKING:
     from pixtral_cli.engine.engine import Engine
-    from pixtral_cli.prompt.processor import Processor, Prompt
+    from pixtral_cli.prompt.processor import Prompt
+    from pixtral_cli.prompt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,37 @@ class GenerationOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     ignore_eos: bool = False
     logprobs: bool | int = False
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens == -1 or self.max_new_tokens > 0, "max_new_tokens", "-1 or above 0")
-        _check(self.top_k is None or self.top_k >= 0, "top_k", "0 or above")
-        _check(self.temperature is None or 0 <= self.temperature < math.inf, "temperature", "0 or above")
-        _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        _check(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
-        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0")
-        _check(all(self.stops), "stop", "text, not an empty string")
+        _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, "-1 or a whole number above 0")
+        _check("top_k", self.top_k, int, lambda k: k >= 0, "a whole number, 0 or above", optional=True)
+        _check("temperature", self.temperature, float, lambda t: 0 <= t < math.inf, "0 or above", optional=True)
+        _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
+        _check("repetition_penalty", self.repetition_penalty, float, lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000")
+        _check("seed", self.seed, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1", optional=True)
+        if not isinstance(self.logprobs, bool):
+            _check("logprobs", self.logprobs, int, lambda n: n >= 0, "True, False or a number of alternatives")
+        if not isinstance(self.stop, str | list | tuple | None):
+            raise RequestError(f"stop should be a text or a list of texts, not {self.stop!r}.")
+        for stop in self.stops:
+            _check("stop", stop, str, bool, "texts, none of them empty")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
+        """Options by name. Raises RequestError, also for a name that is none."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise RequestError(f"There is no option {name!r}.", hint=f"Options are {', '.join(known)}.")
+        return cls(**options)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def sampling(self) -> Sampling:
@@ -130,33 +145,29 @@ class TextEvent:
     reply: Reply | None = None  # on the last event
 
 
-@dataclass
 class Answering:
-    """One request on its way from tokens to text."""
+    """One request on its way from tokens to text. Keeps what the reply tells of the prompt, and not its pictures."""
 
-    model: str
-    prompt: Prompt
-    options: GenerationOptions
-    processor: Processor
-    load_s: float
-    started: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self.bytes = ByteStream(self.processor.tokenizer)
-        self.stops = StopMatcher(self.options.stops)
+    def __init__(
+        self, model: str, prompt: Prompt, options: GenerationOptions, tokenizer: Tokenizer, load_s: float
+    ) -> None:
+        self.model, self.tokenizer, self.load_s = model, tokenizer, load_s
+        self.prompt_token_ids, self.image_tokens = prompt.token_ids, prompt.image_tokens
+        self.utf8 = ByteStream(tokenizer)
+        self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.first_token = self.started
+        self.logprobs: list[TokenLogprob] | None = None if options.alternatives is None else []
+        self.started = self.first_token = time.perf_counter()
 
     def push(self, event: TokenEvent) -> TextEvent:
         """Take the engine's next token; a stop string ends the answer before the engine would."""
         if not self.token_ids:
             self.first_token = time.perf_counter()
         self.token_ids.append(event.token_id)
-        text, stopped = self.stops.push(self.bytes.push(event.token_id))
+        text, stopped = self.stops.push(self.utf8.push(event.token_id))
         if event.finish_reason and not stopped:
-            rest, stopped = self.stops.push(self.bytes.finish())
+            rest, stopped = self.stops.push(self.utf8.finish())
             text += rest if stopped else rest + self.stops.flush()
         self.text.append(text)
         logprob = self._logprob(event)
@@ -164,28 +175,22 @@ class Answering:
         return TextEvent(text, event.token_id, logprob, finish, self._reply(finish) if finish else None)
 
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
-        if event.logprob is None:
+        if self.logprobs is None:
             return None
+        assert event.logprob is not None, event
         top = tuple(self._named(*pair) for pair in event.alternatives)
         self.logprobs.append(self._named(event.token_id, event.logprob, top))
         return self.logprobs[-1]
 
     def _named(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        token = self.processor.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        token = self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         return TokenLogprob(token_id, token, logprob, top)
 
     def _reply(self, finish: FinishReason) -> Reply:
-        prompt = self.prompt
-        usage = Usage(len(prompt.token_ids), len(self.token_ids), sum(image.tokens for image in prompt.images))
+        usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens)
+        text = "".join(self.text)
         return Reply(
-            self.model,
-            "".join(self.text),
-            self.token_ids,
-            prompt.token_ids,
-            finish,
-            usage,
-            self._timings(),
-            self.logprobs if self.options.alternatives is not None else None,
+            self.model, text, self.token_ids, self.prompt_token_ids, finish, usage, self._timings(), self.logprobs
         )
 
     def _timings(self) -> Timings:
@@ -195,56 +200,59 @@ class Answering:
         return Timings(
             load_s=self.load_s,
             first_token_s=prefill,
-            prefill_tokens_per_s=len(self.prompt.token_ids) / max(prefill, 1e-9),
+            prefill_tokens_per_s=len(self.prompt_token_ids) / max(prefill, 1e-9),
             decode_tokens_per_s=decoded / max(decode, 1e-9) if decoded else 0.0,
             total_s=now - self.started,
         )
 
 
-def engine_request(prompt: Prompt, options: GenerationOptions, ends: frozenset[int], engine: Engine) -> Request:
-    """The engine's form of a prompt. Raises RequestError when it does not fit the context, or the memory."""
-    length, context = len(prompt.token_ids), engine.max_length
-    if length >= context:
-        raise RequestError(
-            f"The prompt has {length} tokens, and the context has room for {context}, the answer included.",
-            hint="Shorten it, send fewer or smaller pictures, or raise --max-length where the model allows it.",
-        )
-    check_prompt(engine.model.config.text, length, engine.model.dtype, engine.model.device)
-    room = context - length
+def engine_request(prompt: Prompt, options: GenerationOptions, ends: frozenset[int]) -> Request:
+    """The engine's form of a prompt; pictures become pixels only when the engine gets to them."""
     return Request(
         token_ids=tuple(prompt.token_ids),
-        max_new_tokens=room if options.max_new_tokens == -1 else min(options.max_new_tokens, room),
-        pictures=tuple(image.pixels() for image in prompt.images),
+        max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
+        pictures=tuple(image.pixels for image in prompt.images),
         sampling=options.sampling,
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
     )
 
 
-def run(engine: Engine, requests: Sequence[tuple[Request, Answering]]) -> Iterator[tuple[int, TextEvent]]:
-    """Run the requests together -> (place in `requests`, event) as they come, until all have ended.
+def run(engine: Engine, jobs: Sequence[tuple[Request, Answering]]) -> Generator[tuple[int, TextEvent]]:
+    """Run the requests together -> (place in `jobs`, event) as they come, until all have ended.
 
-    Whoever stops listening early frees the engine: what still runs is cancelled.
+    Raises RequestError at once when one cannot be run. Whoever stops listening early frees the engine: what still
+    runs is cancelled.
     """
-    open_requests = {
-        engine.submit(request): (place, answering) for place, (request, answering) in enumerate(requests)
-    }
+    engine.check(*(request for request, _ in jobs))
+    return _events(engine, list(jobs))
+
+
+def _events(engine: Engine, jobs: list[tuple[Request, Answering]]) -> Generator[tuple[int, TextEvent]]:
+    answers: dict[int, tuple[int, Answering]] = {}
     try:
-        while open_requests:
-            for token in engine.step():
-                if token.request_id not in open_requests:
-                    continue
-                place, answering = open_requests[token.request_id]
+        for place, (request, answering) in enumerate(jobs):
+            answers[engine.submit(request)] = place, answering
+        jobs.clear()  # the engine lets go of the pictures once they are computed, and so must we
+        while answers:
+            for token in engine.take(answers):
+                place, answering = answers[token.request_id]
                 event = answering.push(token)
                 if event.finish_reason:
-                    del open_requests[token.request_id]
+                    del answers[token.request_id]
                     engine.cancel(token.request_id)
                 yield place, event
     finally:
-        for request_id in open_requests:
+        for request_id in answers:
             engine.cancel(request_id)
 
 
-def _check(holds: bool, name: str, wanted: str) -> None:
-    if not holds:
-        raise RequestError(f"{name} should be {wanted}.")
+def _check(
+    name: str, value: Any, kind: type, holds: Callable[[Any], bool], wanted: str, optional: bool = False
+) -> None:
+    """Raise RequestError unless `value` is of `kind` (a whole number passes for a float) and `holds`."""
+    if optional and value is None:
+        return
+    kinds = (int, float) if kind is float else kind
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+        raise RequestError(f"{name} should be {wanted}, not {value!r}.", hint=f"Change {name}, or leave it out.")

@@ -85,9 +85,9 @@ class Source:
         checkpoint = self.checkpoint
         sections = checkpoint.generation_config, checkpoint.config, checkpoint.config.get("text_config", {})
         for section in sections:
-            ends = section.get("eos_token_id")
+            ends = section.get("eos_token_id") if isinstance(section, dict) else None
             if ends is not None:
-                return frozenset(ends if isinstance(ends, list) else [ends])
+                return self._checked_ends(ends if isinstance(ends, list) else [ends])
         eos = self.processor.tokenizer.eos_id
         return frozenset() if eos is None else frozenset([eos])
 
@@ -108,3 +108,13 @@ class Source:
                 f"{self.name} is a text model and cannot look at pictures.",
                 hint="Leave the picture out, or choose a Pixtral model.",
             )
+
+    def _checked_ends(self, ends: list[Any]) -> frozenset[int]:
+        vocab_size = self.config.text.vocab_size
+        for end in ends:
+            if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab_size:
+                raise ModelError(
+                    f"The model's configuration says eos_token_id = {end!r}, which is none of its {vocab_size} tokens.",
+                    hint="Fetch the model again with --force-download, or mend its generation_config.json.",
+                )
+        return frozenset(ends)

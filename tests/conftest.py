@@ -1,8 +1,9 @@
-"""What every test shares: no network, quiet oracles, GPU tests only where there is one."""
+"""What every test shares: no network, quiet oracles, one thread, GPU tests only where there is one."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are tiny: more threads only wait for each other
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

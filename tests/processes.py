@@ -1,5 +1,6 @@
 """The command line as a process, for tests: the real program, and the same program with a fake model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 FAKE = [sys.executable, str(Path(__file__).parent / "cli" / "fake_pixtral.py")]
 PROGRAM = [sys.executable, "-m", "pixtral_cli"]
+HEAVY = """torch torch._dynamo transformers bitsandbytes huggingface_hub PIL jinja2 tokenizers numpy rich
+safetensors""".split()
 
 
 def clean_environment(**extra):
@@ -15,7 +18,8 @@ def clean_environment(**extra):
         for name, value in os.environ.items()
         if not name.startswith(("PIXTRAL_", "FAKE_", "_TYPER", "NO_COLOR", "FORCE_COLOR"))
     }
-    return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | extra
+    one_thread = {"OMP_NUM_THREADS": "1"}  # small models are quicker so, above all on a busy machine
+    return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | one_thread | extra
 
 
 def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout=60):
@@ -27,3 +31,17 @@ def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout
         timeout=timeout,
         **streams,
     )
+
+
+def imported_by(*arguments, **environment):
+    """The heavy modules that a run of the program has imported when it ends."""
+    program = (
+        "import atexit, json, sys\n"
+        f"atexit.register(lambda: print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr))\n"
+        f"sys.argv = {['pixtral', *arguments]!r}\n"
+        "from pixtral_cli.__main__ import main\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=clean_environment(**environment), timeout=60
+    )
+    return json.loads(done.stderr.splitlines()[-1])

@@ -1,5 +1,7 @@
 """`Pixtral` from end to end: messages and pictures in, the very tokens of transformers out."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import builders
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from pixtral_cli import Pixtral, PixtralError
 from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.prompt.image import PreparedImage
 
 OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
 
@@ -128,6 +131,46 @@ def test_leaving_a_stream_early_frees_the_engine(ours):
     assert not ours.engine.busy
 
 
+def test_streams_open_at_once_each_get_what_they_get_alone(ours):
+    alone = [ours.chat(CONVERSATIONS[name], **OPTIONS).token_ids for name in ("text", "picture")]
+    first, second = (ours.stream(CONVERSATIONS[name], **OPTIONS) for name in ("text", "picture"))
+    pairs = [(a.token_id, b.token_id) for a, b in zip(first, second, strict=True)]
+    assert [list(tokens) for tokens in zip(*pairs, strict=True)] == alone
+
+
+def test_a_question_within_a_stream_is_answered_and_the_stream_goes_on(ours):
+    alone = ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids
+    got = []
+    for event in ours.stream(CONVERSATIONS["picture"], **OPTIONS):
+        ours.chat(CONVERSATIONS["text"], max_new_tokens=2)
+        got.append(event.token_id)
+    assert got == alone
+
+
+def test_threads_may_ask_at_once(ours):
+    names = list(CONVERSATIONS)
+    alone = [ours.chat(CONVERSATIONS[name], **OPTIONS).token_ids for name in names]
+    with ThreadPoolExecutor(len(names)) as pool:
+        replies = list(pool.map(lambda name: ours.chat(CONVERSATIONS[name], **OPTIONS), names))
+    assert [reply.token_ids for reply in replies] == alone
+
+
+def test_a_stream_that_cannot_begin_says_so_when_it_is_asked_for(oracle):
+    short = Pixtral.load(oracle[0], devices="cpu", max_length=40)
+    with pytest.raises(RequestError, match="context"):
+        short.stream(CONVERSATIONS["pictures"])
+
+
+def test_pictures_become_pixels_only_when_their_turn_comes(ours, monkeypatch):
+    made = []
+    original = PreparedImage.pixels
+    monkeypatch.setattr(PreparedImage, "pixels", lambda image: made.append(image) or original(image))
+    stream = ours.stream(CONVERSATIONS["pictures"], **OPTIONS)
+    assert made == []
+    list(stream)
+    assert len(made) == 2
+
+
 def test_an_end_token_ends_the_answer_and_shows_nothing(oracle, ours):
     plain = ours.chat(CONVERSATIONS["text"], **OPTIONS)
     folder = oracle[0]
@@ -177,6 +220,27 @@ def test_a_text_model_refuses_pictures(tmp_path):
         ours.chat(CONVERSATIONS["picture"])
 
 
+def test_a_token_that_the_model_does_not_know_is_told(tmp_path):
+    builders.mistral(tmp_path, vocab_size=100)
+    builders.add_processor(tmp_path)
+    with pytest.raises(RequestError, match="100"):
+        Pixtral.load(tmp_path, devices="cpu").chat(CONVERSATIONS["text"])
+
+
+@pytest.mark.parametrize("ends", ['"x"', "{}", "[null]", "1000000000", "[[1]]"])
+def test_end_tokens_that_are_none_are_told_while_loading(tmp_path, ends):
+    builders.mistral(tmp_path)
+    builders.add_processor(tmp_path)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    with pytest.raises(ModelError, match="eos_token_id"):
+        Pixtral.load(tmp_path, devices="cpu")
+
+
+def test_a_temperature_next_to_nothing_is_greedy(ours):
+    greedy = ours.chat(CONVERSATIONS["text"], **OPTIONS).token_ids
+    assert ours.chat(CONVERSATIONS["text"], temperature=1e-38, seed=1, **OPTIONS).token_ids == greedy
+
+
 def test_a_tokenizer_of_another_model_is_told_before_a_question(oracle, tmp_path):
     builders.pixtral(tmp_path)
     builders.add_processor(tmp_path)
@@ -191,6 +255,9 @@ def test_a_tokenizer_of_another_model_is_told_before_a_question(oracle, tmp_path
         ({"quantization_encoding": "q4_k"}, "not work yet"),
         ({"quantization_encoding": "int7"}, "int7"),
         ({"max_length": 999999}, "999999"),
+        ({"max_length": -5}, "max_length"),
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_ce_batch_size": 0}, "max_ce_batch_size"),
         ({"devices": "tpu"}, "tpu"),
         ({"devices": "gpu-63"}, "GPU|gpu-63"),
     ],
@@ -209,6 +276,16 @@ OUT_OF_RANGE = [
     {"max_new_tokens": 0},
     {"repetition_penalty": 0},
     {"stop": [""]},
+    {"temperature": "0.7"},
+    {"top_k": 2.5},
+    {"max_new_tokens": 1.5},
+    {"stop": [5]},
+    {"stop": 5},
+    {"seed": 2**65},
+    {"logprobs": -1},
+    {"logprobs": "x"},
+    {"top_p": None},
+    {"nosuch": 1},
 ]
 
 

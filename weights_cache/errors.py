@@ -74,7 +74,7 @@ class Offline(WeightsError):
 
     @property
     def hint(self) -> str:
-        return "Unset HF_HUB_OFFLINE once to download it, or give a local folder."
+        return "There is no folder of that name either. Unset HF_HUB_OFFLINE once to download it, or check the path."
 
 
 @dataclass(eq=False)
@@ -99,7 +99,10 @@ class DownloadFailed(WeightsError):
 
     name: str
     reason: str
-    advice: str = "Run the same command again: it goes on with the files that have not arrived."
+    advice: str = (
+        "Run the same command again: files that have arrived are kept. If a folder was meant, check its path: "
+        "there is none of that name."
+    )
 
     def __str__(self) -> str:
         return f"Downloading {self.name!r} failed: {self.reason.rstrip('.')}."

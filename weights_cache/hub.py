@@ -15,7 +15,7 @@ from . import layout, store
 from .errors import DiskFull, DownloadFailed, ModelNotFound, Offline
 from .transfer import Progress, Transfer
 
-NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and its division would overflow
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,21 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `pictures` are normalised pixels [3, height, width], in the order of their [IMG] tokens.
+    """One prompt. Each of `pictures` gives, when its turn comes, normalised pixels [3, height, width]; they are in
+    the order of their [IMG] tokens.
 
-    Generation ends at a token of `end_token_ids`, or after `max_new_tokens`. `logprobs` is None, or how many
-    alternatives to report beside the token that was chosen.
+    Generation ends at a token of `end_token_ids`, after `max_new_tokens`, or with the context (None). `logprobs` is
+    None, or how many alternatives to report beside the token that was chosen.
     """
 
     token_ids: tuple[int, ...]
-    max_new_tokens: int
-    pictures: tuple[Tensor, ...] = ()
+    max_new_tokens: int | None = None
+    pictures: tuple[Callable[[], Tensor], ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     end_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,10 @@ class Runner:
         """Compute the pieces -> float32 logits [pieces that complete their sequence, vocab_size], in order."""
         x = torch.cat([self._embed(piece) for piece in pieces])
         positions = torch.cat([self._positions(piece) for piece in pieces])
-        ends = torch.tensor([piece.tokens for piece in pieces]).cumsum(0) - 1
-        rows = [int(end) for end, piece in zip(ends, pieces, strict=True) if piece.completes]
+        ends = accumulate(piece.tokens for piece in pieces)
+        rows = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes]
+        for piece in pieces:
+            piece.sequence.cache.reserve(piece.sequence.pending)  # a prompt's room at once, however it is cut
         attend = AttendCached(self.model.config.text, [(p.sequence.cache, p.tokens) for p in pieces])
         with attend:
             hidden = self.model(x, positions, attend)
@@ -33,20 +37,21 @@ class Runner:
 
     def _embed(self, piece: Piece) -> Tensor:
         sequence, start = piece.sequence, piece.sequence.cache.length
-        ids = torch.tensor(sequence.token_ids[start : start + piece.tokens], device=self.model.device)
-        if not (sequence.prefilling and sequence.request.pictures):
-            return self.model.embed(ids)
-        features = self._features(sequence)
+        ids = sequence.token_ids[start : start + piece.tokens]
+        tensor = torch.tensor(ids, device=self.model.device)
+        if not (sequence.prefilling and (sequence.pictures or sequence.features is not None)):
+            return self.model.embed(tensor)
         image_token = self.model.config.image_token_id
-        before = sequence.token_ids[:start].count(image_token)
-        here = int((ids == image_token).sum())
-        if piece.completes:
-            sequence.features = None
-        return self.model.embed(ids, features[before : before + here])
+        before, here = sequence.token_ids[:start].count(image_token), ids.count(image_token)
+        return self.model.embed(tensor, self._features(sequence, before + here)[before:])
 
-    def _features(self, sequence: Sequence) -> Tensor:
-        """Features of all the sequence's pictures, computed picture by picture at its first piece."""
-        if sequence.features is None:
-            pictures = [self.model.encode_picture(pixels) for pixels in sequence.request.pictures]
-            sequence.features = torch.cat(pictures)
-        return sequence.features
+    def _features(self, sequence: Sequence, count: int) -> Tensor:
+        """Features of the sequence's first `count` image tokens; a picture is encoded when the prompt gets to it."""
+        features = sequence.features
+        while sequence.pictures and (features is None or len(features) < count):
+            more = self.model.encode_picture(sequence.pictures[0]())
+            features = more if features is None else torch.cat([features, more])
+            sequence.features = features
+            sequence.pictures.popleft()
+        assert features is not None, "a prompt with pictures has image tokens"
+        return features[:count]

@@ -6,7 +6,7 @@ top-p, min-p. V is the vocabulary's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch import Tensor
 from pixtral_cli.engine.request import Sampling
 
 
-def choose(logits: Tensor, sampling: Sampling, history: Iterable[int], random: torch.Generator) -> int:
-    """The next token for float32 logits [V] after the tokens of `history`."""
-    logits = penalise_repetition(logits, history, sampling.repetition_penalty)
+def choose(logits: Tensor, sampling: Sampling, seen: Collection[int], random: torch.Generator) -> int:
+    """The next token for float32 logits [V]; `seen` are the different tokens that came before."""
+    logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.greedy:
         return int(logits.argmax())
     logits = (logits / sampling.temperature).cpu()
@@ -26,13 +26,13 @@ def choose(logits: Tensor, sampling: Sampling, history: Iterable[int], random: t
     return int(torch.multinomial(logits.softmax(-1), 1, generator=random))
 
 
-def penalise_repetition(logits: Tensor, history: Iterable[int], penalty: float) -> Tensor:
+def penalise_repetition(logits: Tensor, seen: Collection[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of tokens already there (Keskar et al. 2019, section 4.1)."""
     if penalty == 1:
         return logits
-    seen = torch.tensor(sorted(set(history)), device=logits.device)
-    scores = logits[seen]
-    return logits.index_copy(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+    places = torch.tensor(list(seen), device=logits.device)
+    scores = logits[places]
+    return logits.index_copy(0, places, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -5,11 +5,14 @@ Letters: N new tokens, L tokens to attend to, H query heads, K key-value heads, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
 
 class Attend(Protocol):
@@ -36,10 +39,11 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
     """The last N of L tokens look back: q [N, H, D], k and v [K, L, D] -> [N, H, D].
 
-    `window` counts the tokens that one token sees, itself included; None is all of them.
+    `window` counts the tokens that one token sees, itself included; None is all of them. `mask_of` is `causal_mask`,
+    or remembers what it made.
     """
     if q.shape[0] == 1:
         return _one_query(q, k, v, window)
@@ -49,7 +53,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
         length = k.shape[1]
     q, k, v = q.transpose(0, 1)[None], k[None], v[None]  # [1, H, N, D], [1, K, L, D]
     whole = n == length and (window is None or length <= window)
-    mask = None if whole else causal_mask(n, length, window, q.device)
+    mask = None if whole else mask_of(n, length, window, q.device)
     mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
     return mixed[0].transpose(0, 1)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pixtral_cli.errors import ModelError
 
@@ -22,6 +23,7 @@ MISTRAL_DEFAULTS: Mapping[str, Any] = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
     "sliding_window": 4096,
 }
 # The tower's sizes in Pixtral-12B; its config.json leaves most of them out.
@@ -33,6 +35,7 @@ PIXTRAL_VISION_DEFAULTS: Mapping[str, Any] = {
     "num_channels": 3,
     "image_size": 1024,
     "patch_size": 16,
+    "rope_theta": 10000.0,
 }
 
 
@@ -55,35 +58,34 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
-        def field(key: str) -> Any:
-            return raw.get(key, MISTRAL_DEFAULTS[key])
-
-        _only(raw, "hidden_act", "silu")
-        heads, layers = field("num_attention_heads"), field("num_hidden_layers")
+        fields = Fields(raw, MISTRAL_DEFAULTS)
+        fields.only("hidden_act", "silu")
+        heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+        layers = fields.size("num_hidden_layers")
         return cls(
-            vocab_size=_positive("vocab_size", field("vocab_size")),
-            hidden_size=_positive("hidden_size", field("hidden_size")),
-            intermediate_size=_positive("intermediate_size", field("intermediate_size")),
-            num_layers=_positive("num_hidden_layers", layers),
-            num_heads=_positive("num_attention_heads", heads),
-            num_kv_heads=_divisor("num_key_value_heads", field("num_key_value_heads") or heads, heads),
-            head_dim=_even("head_dim", raw.get("head_dim") or field("hidden_size") // heads),
-            norm_eps=float(field("rms_norm_eps")),
-            rope_theta=_rope_theta(raw),
-            max_length=_positive("max_position_embeddings", field("max_position_embeddings")),
-            sliding_windows=_sliding_windows(raw, field("sliding_window"), layers),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.size("intermediate_size"),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=fields.divisor("num_key_value_heads", heads, absent=heads),
+            head_dim=fields.even("head_dim", absent=hidden // heads),
+            norm_eps=fields.positive("rms_norm_eps"),
+            rope_theta=fields.rope_theta(),
+            max_length=fields.size("max_position_embeddings"),
+            sliding_windows=_sliding_windows(fields, layers),
+            tied_embeddings=fields.flag("tie_word_embeddings", False),
         )
 
     @property
-    def kv_bytes_per_token(self) -> int:
+    def kv_numbers_per_token(self) -> int:
         """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the Pixtral tower; lengths of pictures and patches in pixels."""
+    """Sizes of the Pixtral tower; lengths of pictures and patches in pixels. `feature_layer` counts layers to run."""
 
     hidden_size: int
     intermediate_size: int
@@ -97,34 +99,29 @@ class VisionConfig:
     norm_eps: float = 1e-5
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], feature_layer: int = -1) -> VisionConfig:
-        def field(key: str) -> int:
-            return _positive(f"vision_config.{key}", raw.get(key, PIXTRAL_VISION_DEFAULTS[key]))
-
+    def from_dict(cls, raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
+        fields = Fields(raw, PIXTRAL_VISION_DEFAULTS, "vision_config.")
         # Published configs say "gelu" or nothing; the weights were trained with SiLU. Both mean SiLU here.
-        if raw.get("hidden_act", "silu") not in ("silu", "gelu"):
-            raise ModelError(f"vision_config.hidden_act is {raw['hidden_act']!r}, and Pixtral's tower has SiLU.")
-        layers = field("num_hidden_layers")
+        fields.only("hidden_act", "silu", "gelu")
+        hidden, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+        heads = fields.divisor("num_attention_heads", hidden)
+        if hidden // heads % 4:
+            fields.wrong("num_attention_heads", f"should give heads of a multiple of 4, not {hidden // heads}")
         return cls(
-            hidden_size=field("hidden_size"),
-            intermediate_size=field("intermediate_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.size("intermediate_size"),
             num_layers=layers,
-            num_heads=_divisor("vision_config.num_attention_heads", field("num_attention_heads"), field("hidden_size")),
-            num_channels=field("num_channels"),
-            image_size=field("image_size"),
-            patch_size=field("patch_size"),
-            rope_theta=_rope_theta(raw),
+            num_heads=heads,
+            num_channels=fields.size("num_channels"),
+            image_size=fields.size("image_size"),
+            patch_size=fields.size("patch_size"),
+            rope_theta=fields.rope_theta(),
             feature_layer=_feature_layer(feature_layer, layers),
         )
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-    @property
-    def patch_features(self) -> int:
-        """Numbers in one patch: channels x patch_size x patch_size."""
-        return self.num_channels * self.patch_size**2
 
 
 @dataclass(frozen=True)
@@ -141,37 +138,107 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face config.json.
 
-        Raises ModelError when the architecture is not one of ours or a field contradicts it.
+        Raises ModelError when the architecture is not one of ours, or a field is not what it should be.
         """
         architecture = _architecture(raw)
         if architecture in TEXT_ARCHITECTURES:
             return cls(architecture, TextConfig.from_dict(raw))
-        vision = _section(raw, "vision_config")
-        if vision.get("model_type", "pixtral") != "pixtral":
-            raise ModelError(
-                f"The picture part of this model is {vision['model_type']!r}, and only 'pixtral' is known.",
-                hint="LLaVA models with a CLIP or SigLIP tower cannot run here.",
-            )
-        text = _section(raw, "text_config")
-        if text.get("model_type", "mistral") not in ("mistral", "ministral"):
-            raise ModelError(f"The text part of this model is {text['model_type']!r}; only 'mistral' is known.")
-        _only(raw, "projector_hidden_act", "gelu")
-        _only(raw, "vision_feature_select_strategy", "full")
-        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        fields = Fields(raw, {"image_token_index": raw.get("image_token_id", 10)})
+        vision, text = fields.object("vision_config"), fields.object("text_config")
+        Fields(vision, {}, "vision_config.").only("model_type", "pixtral")
+        Fields(text, {}, "text_config.").only("model_type", "mistral", "ministral")
+        fields.only("projector_hidden_act", "gelu")
+        fields.only("vision_feature_select_strategy", "full")
+        tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         return cls(
             architecture,
             TextConfig.from_dict({**text, "tie_word_embeddings": tied}),
             VisionConfig.from_dict(vision, raw.get("vision_feature_layer", -1)),
-            image_token_id=int(raw.get("image_token_index", raw.get("image_token_id", 10))),
-            projector_bias=bool(raw.get("multimodal_projector_bias", True)),
+            image_token_id=fields.size("image_token_index"),
+            projector_bias=fields.flag("multimodal_projector_bias", True),
         )
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Typed access to a JSON object, with `defaults` for what it leaves out; `prefix` names it in errors."""
+
+    raw: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    prefix: str = ""
+
+    def get(self, key: str, absent: Any = None) -> Any:
+        return self.raw.get(key, self.defaults.get(key, absent))
+
+    def wrong(self, key: str, should: str) -> NoReturn:
+        """Raise ModelError: the field `should` be something else."""
+        raise ModelError(
+            f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {should}.",
+            hint="Fetch the model again with --force-download, or mend its config.json.",
+        )
+
+    def size(self, key: str, absent: int | None = None) -> int:
+        """A positive whole number below 2^31."""
+        value = self.get(key, absent)
+        value = absent if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            self.wrong(key, "should be a positive whole number")
+        return value
+
+    def divisor(self, key: str, whole: int, absent: int | None = None) -> int:
+        """A size that divides `whole`."""
+        if whole % self.size(key, absent):
+            self.wrong(key, f"should divide {whole}")
+        return self.size(key, absent)
+
+    def even(self, key: str, absent: int) -> int:
+        """An even size, as rotary positions need."""
+        if self.size(key, absent) % 2:
+            self.wrong(key, "should be even")
+        return self.size(key, absent)
+
+    def positive(self, key: str) -> float:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.wrong(key, "should be a positive number")
+        return float(value)
+
+    def flag(self, key: str, absent: bool) -> bool:
+        value = self.get(key, absent)
+        if not isinstance(value, bool):
+            self.wrong(key, "should be true or false")
+        return value
+
+    def object(self, key: str) -> Mapping[str, Any]:
+        if not isinstance(self.get(key), Mapping):
+            self.wrong(key, "should be an object")
+        return self.raw[key]
+
+    def only(self, key: str, *values: str) -> None:
+        """Refuse a field that is there and says something else than the one thing that is built."""
+        if key in self.raw and self.raw[key] not in values:
+            self.wrong(key, f"is not known here; {' or '.join(values)} is")
+
+    def rope_theta(self) -> float:
+        """Older configs say `rope_theta` (and `rope_scaling`), newer ones `rope_parameters`."""
+        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            self.wrong("rope_parameters", "should be an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "axial"):
+            raise ModelError(
+                f"The checkpoint scales its rotary positions by {kind!r}, which is not known here.",
+                hint="Choose a model without rotary scaling.",
+            )
+        return Fields({**self.raw, **rope}, self.defaults, self.prefix).positive("rope_theta")
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or []
     known = VISION_ARCHITECTURES + TEXT_ARCHITECTURES
     by_type = {"llava": "LlavaForConditionalGeneration", "mistral": "MistralForCausalLM"}
-    found = names[0] if names else by_type.get(str(raw.get("model_type")), raw.get("model_type"))
+    kind = raw.get("model_type")
+    found = names[0] if isinstance(names, list) and names else by_type.get(str(kind), kind)
     if found not in known:
         raise ModelError(
             f"The checkpoint's architecture is {found or 'not stated'}, which is not known here.",
@@ -180,60 +247,26 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     return found
 
 
-def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = raw.get(key)
-    if not isinstance(section, Mapping):
-        raise ModelError(f"config.json has no {key!r} object, which a Llava model needs.")
-    return section
+def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """One window a layer, from one number, a repeating list of windows, or `layer_types` beside a number.
 
-
-def _only(raw: Mapping[str, Any], key: str, value: str) -> None:
-    if raw.get(key, value) != value:
-        raise ModelError(f"config.json says {key} = {raw[key]!r}, and only {value!r} is known for this model.")
-
-
-def _positive(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ModelError(f"config.json says {key} = {value!r}, which should be a positive whole number.")
-    return value
-
-
-def _divisor(key: str, value: Any, whole: int) -> int:
-    if whole % _positive(key, value):
-        raise ModelError(f"config.json says {key} = {value}, which does not divide {whole}.")
-    return value
-
-
-def _even(key: str, value: Any) -> int:
-    if _positive(key, value) % 2:
-        raise ModelError(f"config.json says {key} = {value}, which rotary positions need to be even.")
-    return value
-
-
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """Older configs say `rope_theta` (and `rope_scaling`), newer ones `rope_parameters`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "axial"):
-        raise ModelError(f"The checkpoint scales its rotary positions by {kind!r}, which is not known here.")
-    return float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-
-
-def _sliding_windows(raw: Mapping[str, Any], window: Any, layers: int) -> tuple[int | None, ...]:
-    """One window a layer, from one number, a repeating list of windows, or `layer_types` beside a number."""
-    kinds = raw.get("layer_types")
-    if kinds is not None:
-        if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-            raise ModelError(f"layer_types should name full_attention or sliding_attention for {layers} layers.")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    pattern = list(window) if isinstance(window, list | tuple) and window else [window]
+    Ministral-8B's Hugging Face config calls all layers sliding where every fourth sees everything; its window is its
+    whole context of 32768, so both are the same.
+    """
+    window, kinds = fields.get("sliding_window"), fields.get("layer_types")
+    pattern = window if isinstance(window, list) and window else [window]
     if any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w <= 0) for w in pattern):
-        raise ModelError(f"config.json says sliding_window = {window!r}; positive numbers or null are known.")
-    return tuple(pattern[i % len(pattern)] for i in range(layers))
+        fields.wrong("sliding_window", "should be a positive whole number, null, or a list of them")
+    if kinds is None:
+        return tuple(pattern[i % len(pattern)] for i in range(layers))
+    full_or_sliding = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in full_or_sliding for kind in kinds):
+        fields.wrong("layer_types", f"should name {' or '.join(full_or_sliding)} for each of {layers} layers")
+    return tuple(pattern[0] if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _feature_layer(layer: Any, layers: int) -> int:
     """Number of layers to run for `vision_feature_layer`, which indexes [after ln_pre, layer 1, … layer n]."""
     if isinstance(layer, bool) or not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
-        raise ModelError(f"config.json says vision_feature_layer = {layer!r}; the tower has {layers} layers.")
+        Fields({"vision_feature_layer": layer}, {}).wrong("vision_feature_layer", f"should index {layers} layers")
     return layer % (layers + 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pixtral_cli.model.attention import Attend
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.layers import GatedFeedForward, SelfAttention
+from pixtral_cli.model.layers import Embedding, GatedFeedForward, SelfAttention
 from pixtral_cli.model.rope import rotation, text_angles
 
 
@@ -18,7 +18,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 

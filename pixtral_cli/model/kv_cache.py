@@ -6,24 +6,27 @@ Letters: N tokens of one forward pass, S layers, K key-value heads, D head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.attention import causal_attention
+from pixtral_cli.model.attention import causal_attention, causal_mask
 from pixtral_cli.model.config import TextConfig
 
 STEP = 256  # tokens; capacity is a multiple of this
 
 
 class KVCache:
-    """One sequence's keys and values, [2, S, K, capacity, D]; it grows with the sequence, half again each time.
+    """One sequence's keys and values, [2, S, K, capacity, D]; it grows with the sequence, half again each time, up to
+    `max_length` tokens.
 
     With Pixtral-12B in bfloat16 (40 layers, 8 heads of 128) a token takes 160 KiB and the first 256 take 40 MiB.
     """
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device, max_length: int) -> None:
         self.length = 0
+        self.max_length = max_length
         self._store = torch.empty(
             (2, config.num_layers, config.num_kv_heads, 0, config.head_dim), dtype=dtype, device=device
         )
@@ -37,7 +40,8 @@ class KVCache:
         need = self.length + tokens
         if need <= self.capacity:
             return
-        capacity = -(-max(need, self.capacity * 3 // 2) // STEP) * STEP
+        assert need <= self.max_length, (need, self.max_length)
+        capacity = min(rounded_up(max(need, self.capacity * 3 // 2)), self.max_length)
         old, shape = self._store, list(self._store.shape)
         shape[3] = capacity
         self._store = old.new_empty(shape)
@@ -52,6 +56,11 @@ class KVCache:
         return keys, values
 
 
+def rounded_up(tokens: int) -> int:
+    """The capacity that a sequence of `tokens` begins with."""
+    return -(-tokens // STEP) * STEP
+
+
 @dataclass
 class AttendCached:
     """Attention for flattened pieces of several sequences: (cache, number of new tokens) each, in order."""
@@ -60,22 +69,23 @@ class AttendCached:
     pieces: list[tuple[KVCache, int]]
 
     def __enter__(self) -> AttendCached:
-        for cache, tokens in self.pieces:
-            cache.reserve(tokens)
+        self._mask = cache(causal_mask)  # the same for all layers
+        for kv, tokens in self.pieces:
+            kv.reserve(tokens)
         return self
 
     def __exit__(self, failure: type | None, *_: object) -> None:
         """The new tokens count only once every layer has written them."""
         if failure is None:
-            for cache, tokens in self.pieces:
-                cache.length += tokens
+            for kv, tokens in self.pieces:
+                kv.length += tokens
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lengths = [tokens for _, tokens in self.pieces]
         window = self.config.sliding_windows[layer]
         mixed = [
-            causal_attention(q_piece, *cache.write(layer, k_piece, v_piece), window)
-            for (cache, _), q_piece, k_piece, v_piece in zip(
+            causal_attention(q_piece, *kv.write(layer, k_piece, v_piece), window, self._mask)
+            for (kv, _), q_piece, k_piece, v_piece in zip(
                 self.pieces, q.split(lengths), k.split(lengths), v.split(lengths), strict=True
             )
         ]

@@ -1,12 +1,13 @@
-"""The two blocks that decoder and vision tower share. Flattened tokens in and out.
+"""The layers that decoder and vision tower are made of. Flattened tokens in and out.
 
 Letters: N tokens or patches, C hidden_size, H query heads, K key-value heads, D head_dim.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import embedding, silu
 
 from pixtral_cli.model.attention import Attend
 from pixtral_cli.model.rope import rotate
@@ -43,3 +44,15 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Embedding(nn.Module):
+    """A table [V, C]. torch's own fills itself at random even without memory, which imports its compiler (1 s)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [N] -> [N, C]."""
+        return embedding(token_ids, self.weight)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.layers import Embedding
 from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
 from pixtral_cli.model.llava import Llava
-from pixtral_cli.model.placement import Placement
+from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
-from weights_cache.errors import TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
@@ -72,7 +73,7 @@ def _put(model: Llava, name: str, weight: Tensor, placement: Placement, device: 
         return
     codec = codecs.get(placement.encodings[name])
     dtype = DTYPES[placement.dtype]
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, Embedding):
         model.set_submodule(path, PackedEmbedding(codec, weight, dtype))
     else:
         packed = PackedLinear(codec, weight)
@@ -99,3 +100,5 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)
+        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES):
+            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")

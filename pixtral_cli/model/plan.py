@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from pixtral_cli.encodings import ENCODINGS, Encoding
 from pixtral_cli.errors import ModelError, RequestError
 from pixtral_cli.model.config import TextConfig
+from pixtral_cli.model.kv_cache import rounded_up
 from weights_cache.checkpoint import TensorInfo
 
 GIB = 2**30
@@ -29,7 +30,7 @@ def _bits(tensor: TensorInfo, encoding: Encoding) -> float:
 
 def kv_bytes(config: TextConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values for `tokens` tokens."""
-    return config.kv_bytes_per_token * tokens * dtype.itemsize
+    return config.kv_numbers_per_token * tokens * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -78,12 +79,15 @@ def check_weights(tensors: Iterable[TensorInfo], encoding: Encoding, device: tor
     )
 
 
-def check_prompt(config: TextConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises RequestError when the keys and values of a prompt of `tokens` cannot fit on `device`."""
-    need, free = kv_bytes(config, tokens, dtype), free_bytes(device)
-    if free is not None and need > free:
-        raise RequestError(
-            f"A prompt of {tokens} tokens needs {need / GIB:.1f} GiB for its keys and values, "
-            f"and {device} has {free / GIB:.1f} GiB free.",
-            hint="Shorten the prompt or send fewer or smaller pictures.",
-        )
+def check_prompts(config: TextConfig, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises RequestError when the keys and values of prompts of these lengths cannot fit on `device` together."""
+    need, free = kv_bytes(config, sum(map(rounded_up, lengths)), dtype), free_bytes(device)
+    if free is None or need <= free:
+        return
+    several = len(lengths) > 1
+    prompts = f"{len(lengths)} prompts of {sum(lengths)} tokens" if several else f"A prompt of {lengths[0]} tokens"
+    raise RequestError(
+        f"{prompts} need{'' if several else 's'} {need / GIB:.1f} GiB for keys and values, "
+        f"and {device} has {free / GIB:.1f} GiB free.",
+        hint=("Lower --max-batch-size, or send" if several else "Send") + " shorter prompts or fewer pictures.",
+    )

@@ -38,7 +38,7 @@ def fetch(
     worker.start()
     worker.join(total)
     if not outcome:
-        raise PictureFetchFailed(url, f"it took more than {total:g} seconds")
+        raise _too_slow(url, total)
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
@@ -46,16 +46,17 @@ def fetch(
 
 def _into(outcome: list[bytes | BaseException], url: str, connect: float, total: float, max_bytes: int) -> None:
     try:
-        outcome.append(_download(url, connect, time.monotonic() + total, max_bytes))
+        outcome.append(_download(url, connect, total, max_bytes))
     except (PictureFetchFailed, PictureTooLarge) as error:
         outcome.append(error)
     except Exception as error:  # urllib and http.client raise a dozen kinds
         outcome.append(PictureFetchFailed(url, _reason(error, connect)))
 
 
-def _download(url: str, connect: float, deadline: float, max_bytes: int) -> bytes:
+def _download(url: str, connect: float, total: float, max_bytes: int) -> bytes:
     from urllib.request import Request
 
+    deadline = time.monotonic() + total
     request = Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*"})
     data = bytearray()
     with _opener().open(request, timeout=connect) as response:
@@ -67,8 +68,19 @@ def _download(url: str, connect: float, deadline: float, max_bytes: int) -> byte
                 limit = f"{max_bytes / 2**20:g} MiB"
                 raise PictureTooLarge(url, f"The picture {url} is larger than {limit}.")
             if time.monotonic() > deadline:
-                raise TimeoutError
+                raise _too_slow(url, total)
+        _check_whole(url, response.headers.get("Content-Length"), len(data))
     return bytes(data)
+
+
+def _check_whole(url: str, promised: str | None, received: int) -> None:
+    """`read1` says nothing when a connection ends early."""
+    if promised and promised.isdecimal() and received < int(promised):
+        raise PictureFetchFailed(url, f"the connection ended after {received} of {promised} bytes")
+
+
+def _too_slow(url: str, total: float) -> PictureFetchFailed:
+    return PictureFetchFailed(url, f"it took more than {total:g} seconds")
 
 
 def _refuse_page(url: str, content_type: str, start: bytes) -> None:

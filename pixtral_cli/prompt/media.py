@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 178_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 STDIN = "-"
+FROM_ARRAY = "Of an array, PIL.Image.fromarray makes a picture."
 ORIENTATION = 0x0112
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -35,9 +36,13 @@ TURNS = {
     8: "ROTATE_90",
 }
 """EXIF orientation -> the PIL transposition that undoes it."""
-SIXTEEN_TO_EIGHT = 1 / 257
 Fetch = Callable[[str], bytes]
-_opening = threading.Lock()
+PIL_SETTINGS = threading.Lock()
+"""Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
+INTEGER_RANGES = (0xFF, 0xFFFF, 0x7FFFFFFF)
+"""The highest value of 8, 16 and (signed) 32 bits."""
+TIFF_HIGHEST_VALUE = (281, 341)
+"""Tags MaxSampleValue and SMaxSampleValue."""
 
 
 def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:
@@ -45,7 +50,7 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
 
     Args:
         source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
-            the bytes of a file, or a PIL.Image.
+            the bytes of a file, or a PIL.Image; what `load` gave comes back as it is.
         max_pixels: width times height that the header may state.
         fetch: gets an http(s) address; raises PictureFetchFailed.
 
@@ -56,25 +61,27 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
     if hasattr(source, "convert") and hasattr(source, "size"):
         return _guarded(name, lambda: _normalised(source, name, max_pixels))
     with _file(source, name, fetch) as file:
-        return _guarded(name, lambda: _normalised(_open(file, name, max_pixels), name, max_pixels))
+        return _guarded(name, lambda: _normalised(_open(file), name, max_pixels))
 
 
 def name_of(source: Any) -> str:
     """What to call a picture in a sentence."""
-    if source == STDIN:
-        return "from standard input"
     if isinstance(source, (bytes, bytearray)):
         return f"of {len(source)} bytes"
     if not isinstance(source, str):
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
+    if source == STDIN:
+        return "from standard input"
     return source if len(source) <= 120 else f"{source[:40]}…"
 
 
 def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
     if isinstance(source, (bytes, bytearray)):
         return BytesIO(source)
+    if not (isinstance(source, str) or hasattr(source, "__fspath__")):
+        raise PictureUnreadable(name, "it is no path, address, bytes or PIL.Image", FROM_ARRAY)
     if source == STDIN:
-        return BytesIO(sys.stdin.buffer.read())
+        return _standard_input(name)
     scheme = source[:8].partition(":")[0].lower() if isinstance(source, str) else ""
     if scheme in ("http", "https"):
         return BytesIO(fetch(source))
@@ -83,6 +90,12 @@ def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
     if scheme == "file":
         source = unquote(urlsplit(source).path)
     return _path(Path(source), name)
+
+
+def _standard_input(name: str) -> BinaryIO:
+    if sys.stdin is None:
+        raise PictureUnreadable(name, "it is closed", "Send the picture through a pipe, or give its path.")
+    return BytesIO(sys.stdin.buffer.read())
 
 
 def _path(path: Path, name: str) -> BinaryIO:
@@ -113,9 +126,10 @@ def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
     """Decoders of damaged files raise nearly anything; all of it means that the picture cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # odd metadata: nothing that the user can do anything about
     try:
-        return work()
+        with PIL_SETTINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata: nothing that the user can do anything about
+            return work()
     except (PictureUnreadable, PictureTooLarge):
         raise
     except UnidentifiedImageError as error:
@@ -127,18 +141,15 @@ def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
         raise PictureUnreadable(name, f"it is damaged or cut short ({reason})") from error
 
 
-def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """Read the header. PIL's own size check is off meanwhile: ours states both numbers."""
+def _open(file: BinaryIO) -> Image.Image:
+    """Read the header. PIL's own size check is off meanwhile (PIL_SETTINGS is held): ours states both numbers."""
     from PIL import Image
 
-    with _opening:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(file, formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    _check_size(image, name, max_pixels)
-    return image
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(file, formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -153,7 +164,12 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 def _normalised(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_size(image, name, max_pixels)
     image.load()
-    return _upright(_rgb(_eight_bit(image)), _orientation(image))
+    orientation = _orientation(image)
+    if image.mode == "RGB" and not image.info and orientation == 1:
+        return image
+    seen = _upright(_rgb(_eight_bit(image)), orientation)
+    seen.info = {}  # an orientation left in it would turn the picture again when it is loaded again
+    return seen
 
 
 def _orientation(image: Image.Image) -> int:
@@ -176,12 +192,30 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if not (image.mode == "F" or image.mode.startswith("I")):
         return image
     grey = image.convert("F")
-    low, high = grey.getextrema()
-    if image.mode == "F":
-        scale = 255.0 if 0 <= low and high <= 1 else 1.0
-    else:
-        scale = SIXTEEN_TO_EIGHT if high <= 0xFFFF else 255 / 0x7FFFFFFF
+    scale = 255 / _white(image, *grey.getextrema())
     return grey.point(lambda value: value * scale + 0.5).convert("L")
+
+
+def _white(image: Image.Image, low: float, high: float) -> float:
+    """The value that is white, of a grey picture whose values go from `low` to `high`.
+
+    ``I;16`` says that it is 65535. Mode ``I`` only says that values are kept in 32 bits, which programs do with
+    masks of 8 bits and scans of 16 as well: it is the smallest of these ranges that holds every value, and the
+    highest that a TIFF states. Floats are 0 to 1 if all of them are, else 0 to 255.
+    """
+    if image.mode == "F":
+        return 1.0 if 0 <= low and high <= 1 else 255.0
+    if image.mode != "I":
+        return INTEGER_RANGES[1]
+    highest = max(high, _stated_highest(image))
+    return next((top for top in INTEGER_RANGES if highest <= top), INTEGER_RANGES[-1])
+
+
+def _stated_highest(image: Image.Image) -> float:
+    """The highest value that a TIFF's header speaks of; 0 where it says nothing."""
+    tags = getattr(image, "tag_v2", {})
+    stated = (tags.get(tag, 0) for tag in TIFF_HIGHEST_VALUE)
+    return max(float(value[0] if isinstance(value, tuple) else value) for value in stated)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -165,6 +165,6 @@ def _join(first: Message, second: Message) -> Message:
 
 def _kind(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    if value == "":
+    if isinstance(value, str) and not value:
         return "an empty string"
     return names.get(type(value), {list: "a list", dict: "an object"}.get(type(value), type(value).__name__))

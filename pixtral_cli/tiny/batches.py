@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from .questions import KINDS, PAIR_KIND, Asked, ask, ask_pair
-from .scenes import BACKGROUNDS, COLOURS, DIGITS, FULL, LETTERS, SHAPES, Scene, Style, draw, random_scene, scene_rng
+from .scenes import BACKGROUNDS, COLOURS, DIGITS, FULL, LETTERS, SHAPES, Scene, Shape, Style, draw, random_scene, scene_rng
 from .smalltalk import ABOUT, off_topic
 from .tokenizer import BOS, END_INST, EOS, IMG, IMG_BREAK, IMG_END, INST, PAD
 
@@ -34,11 +34,11 @@ class Mix:
     """What the batches of one stage are made of; weights are shares of batches."""
 
     style: Style = FULL
-    single: float = 0.6  # one picture, many separate questions
-    pair: float = 0.18  # two pictures, many separate questions
-    talk: float = 0.17  # one or two pictures, several turns, text or picture first
-    plain: float = 0.05  # no picture
-    kinds: tuple[str, ...] = tuple(KINDS)
+    single: float = 0.63  # one picture, many separate questions
+    pair: float = 0.22  # two pictures, many separate questions
+    talk: float = 0.12  # one or two pictures, several turns, text or picture first
+    plain: float = 0.03  # no picture
+    kinds: tuple[str, ...] = (*KINDS, "count")  # asked of every picture that allows them; counting is the hardest
     questions: int = 9
     tokens: int = 7000  # per batch, about
 
@@ -51,7 +51,8 @@ class Sequence_:
     positions: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)  # the number of the question that a token answers, or -1
+    asked: list[Asked] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], group: int, start: int, answer: int = -1) -> None:
         """Append tokens at positions from `start`; those of an answer are learned."""
@@ -65,7 +66,8 @@ class Sequence_:
 @dataclass
 class Batch:
     """ids, positions, groups, labels, answers: int64 [B, T]; `labels` is IGNORE outside answers, `answers` the number of
-    the answer a token belongs to; `kinds` [S] its kind. Per picture slot: pixels uint8 [B, H, W, 3] and patch facts
+    the answer a token belongs to; `kinds` [S] its kind and `abouts` [S, 2] the patch row and column of the shape that it is
+    about, or -1. Per picture slot: pixels uint8 [B, H, W, 3] and patch facts
     int64 [B, P, 7]."""
 
     ids: np.ndarray
@@ -74,15 +76,19 @@ class Batch:
     labels: np.ndarray
     answers: np.ndarray
     kinds: np.ndarray
+    abouts: np.ndarray
     pixels: list[np.ndarray]
     facts: list[np.ndarray]
 
 
 class Batches:
-    """Batches by number, for a DataLoader: the same seed and number give the same batch."""
+    """Batches by number, for a DataLoader: the same seed and number give the same batch.
 
-    def __init__(self, tokenizer_file: Path, seed: int, mix: Mix) -> None:
-        self.tokenizer_file, self.seed, self.mix = str(tokenizer_file), seed, mix
+    `abreast` batches that follow each other have equal shapes, so that as many processes take equally long.
+    """
+
+    def __init__(self, tokenizer_file: Path, seed: int, mix: Mix, abreast: int = 1) -> None:
+        self.tokenizer_file, self.seed, self.mix, self.abreast = str(tokenizer_file), seed, mix, abreast
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -93,49 +99,46 @@ class Batches:
 
     def __getitem__(self, number: int) -> Batch:
         rng, mix = scene_rng(self.seed, number, "batch"), self.mix
+        form = scene_rng(self.seed, number // self.abreast, "form")
         ways = {self._single: mix.single, self._pair: mix.pair, self._talk: mix.talk, self._plain: mix.plain}
-        (make,) = rng.choices(list(ways), list(ways.values()))
-        return make(rng)
+        (make,) = form.choices(list(ways), list(ways.values()))
+        return make(rng, form)
 
-    def _single(self, rng: Random) -> Batch:
-        grid = _grid(rng, self.mix.style)
+    def _single(self, rng: Random, form: Random) -> Batch:
+        grid = _grid(form, self.mix.style)
         per_sequence = grid[0] * (grid[1] + 1) + 13 * self.mix.questions
         scenes = [[_scene_for(rng, self.mix.style, grid)] for _ in range(self._count(per_sequence))]
-        kinds: list[int] = []
-        rows = [self._shared(scene, self._questions(rng, scene[0]), kinds) for scene in scenes]
-        return _collate(rows, kinds, scenes, [grid])
+        rows = [self._shared(scene, self._questions(rng, scene[0])) for scene in scenes]
+        return _collate(rows, scenes, [grid])
 
-    def _pair(self, rng: Random) -> Batch:
-        grids = [_grid(rng, self.mix.style) for _ in range(2)]
+    def _pair(self, rng: Random, form: Random) -> Batch:
+        grids = [_grid(form, self.mix.style) for _ in range(2)]
         per_sequence = sum(r * (c + 1) for r, c in grids) + 13 * self.mix.questions
         scenes = [_two_scenes(rng, self.mix.style, grids) for _ in range(self._count(per_sequence))]
-        kinds: list[int] = []
         rows = [
-            self._shared(two, [ask_pair(rng, *two) for _ in range(self.mix.questions)], kinds) for two in scenes
+            self._shared(two, [ask_pair(rng, *two) for _ in range(self.mix.questions)]) for two in scenes
         ]
-        return _collate(rows, kinds, scenes, grids)
+        return _collate(rows, scenes, grids)
 
-    def _talk(self, rng: Random) -> Batch:
-        pictures = 1 if rng.random() < 0.65 else 2
-        grids = [_grid(rng, self.mix.style) for _ in range(pictures)]
+    def _talk(self, rng: Random, form: Random) -> Batch:
+        pictures = 1 if form.random() < 0.65 else 2
+        grids = [_grid(form, self.mix.style) for _ in range(pictures)]
         per_sequence = sum(r * (c + 1) for r, c in grids) + 55
-        kinds: list[int] = []
         rows, scenes = [], []
         for _ in range(self._count(per_sequence)):
             shown = _two_scenes(rng, self.mix.style, grids) if pictures == 2 else [
                 _scene_for(rng, self.mix.style, grids[0])
             ]
-            rows.append(self._turns(rng, shown, kinds))
+            rows.append(self._turns(rng, shown))
             scenes.append(shown)
-        return _collate(rows, kinds, scenes, grids)
+        return _collate(rows, scenes, grids)
 
-    def _plain(self, rng: Random) -> Batch:
-        kinds: list[int] = []
+    def _plain(self, rng: Random, form: Random) -> Batch:
         rows = []
         for _ in range(self._count(450)):
             asked = [self._other(rng, with_picture=False) for _ in range(10)]
-            rows.append(self._shared([], asked, kinds))
-        return _collate(rows, kinds, [[] for _ in rows], [])
+            rows.append(self._shared([], asked))
+        return _collate(rows, [[] for _ in rows], [])
 
     def _count(self, tokens: int) -> int:
         return max(8, round(self.mix.tokens / tokens))
@@ -153,21 +156,21 @@ class Batches:
         asked = ask_pair(rng, scene, scene) if rng.random() < 0.3 else ask(rng, scene, rng.choice(list(KINDS)))
         return Asked(OTHER, asked.question if asked else "What is this?", ABOUT)
 
-    def _shared(self, scenes: list[Scene], asked: list[Asked], kinds: list[int]) -> Sequence_:
+    def _shared(self, scenes: list[Scene], asked: list[Asked]) -> Sequence_:
         row = Sequence_()
         row.add([BOS, INST, *(token for scene in scenes for token in picture_ids(scene_grid(scene)))], 0, 0)
         start = len(row.ids)
         for group, question in enumerate(asked, 1):
             ids = [*self.encode(question.question), END_INST]
             row.add(ids, group, start)
-            self._answer(row, question, group, start + len(ids), kinds)
+            self._answer(row, question, group, start + len(ids))
         return row
 
-    def _answer(self, row: Sequence_, asked: Asked, group: int, start: int, kinds: list[int]) -> None:
-        row.add([*self.encode(asked.answer), EOS], group, start, len(kinds))
-        kinds.append(ALL_KINDS.index(asked.kind))
+    def _answer(self, row: Sequence_, asked: Asked, group: int, start: int) -> None:
+        row.add([*self.encode(asked.answer), EOS], group, start, len(row.asked))
+        row.asked.append(asked)
 
-    def _turns(self, rng: Random, scenes: list[Scene], kinds: list[int]) -> Sequence_:
+    def _turns(self, rng: Random, scenes: list[Scene]) -> Sequence_:
         """A conversation; the pictures stand in its first turn, before or after the text."""
         row = Sequence_()
         row.add([BOS], 0, 0)
@@ -177,7 +180,7 @@ class Batches:
             asked = self._turn(rng, scenes)
             text, shown = self.encode(asked.question), pictures if turn == 0 else []
             row.add([INST, *([*text, *shown] if picture_last else [*shown, *text]), END_INST], 0, len(row.ids))
-            self._answer(row, asked, 0, len(row.ids), kinds)
+            self._answer(row, asked, 0, len(row.ids))
         return row
 
     def _turn(self, rng: Random, scenes: list[Scene]) -> Asked:
@@ -219,12 +222,17 @@ def _two_scenes(rng: Random, style: Style, grids: list[Grid]) -> list[Scene]:
     return [first, second]
 
 
-def _collate(rows: list[Sequence_], kinds: list[int], scenes: list[list[Scene]], grids: list[Grid]) -> Batch:
+def _collate(rows: list[Sequence_], scenes: list[list[Scene]], grids: list[Grid]) -> Batch:
     length = max(len(row.ids) for row in rows)
 
     def stack(lists: list[list[int]], fill: int) -> np.ndarray:
         return np.array([items + [fill] * (length - len(items)) for items in lists], dtype=np.int64)
 
+    before = 0  # answers of the sequences before
+    for row in rows:
+        row.answers = [-1 if answer < 0 else before + answer for answer in row.answers]
+        before += len(row.asked)
+    asked = [(question, shown) for row, shown in zip(rows, scenes, strict=True) for question in row.asked]
     slots = [[shown[slot] for shown in scenes] for slot in range(len(grids))]
     return Batch(
         ids=stack([row.ids for row in rows], PAD),
@@ -232,10 +240,20 @@ def _collate(rows: list[Sequence_], kinds: list[int], scenes: list[list[Scene]],
         groups=stack([row.groups for row in rows], -1),
         labels=stack([row.labels for row in rows], IGNORE),
         answers=stack([row.answers for row in rows], -1),
-        kinds=np.array(kinds, dtype=np.int64),
+        kinds=np.array([ALL_KINDS.index(question.kind) for question, _ in asked], dtype=np.int64),
+        abouts=np.array([_patch_of(question.about, shown) for question, shown in asked], dtype=np.int64),
         pixels=[np.stack([_pixels(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
         facts=[np.stack([_facts(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
     )
+
+
+def _patch_of(shape: Shape | None, scenes: list[Scene]) -> tuple[int, int]:
+    """Row and column of the patch that holds the shape's centre, in its own picture; -1 for no shape."""
+    for scene in scenes:
+        if shape in scene.shapes:
+            rows, columns = scene_grid(scene)
+            return int(shape.y / scene.height * rows), int(shape.x / scene.width * columns)
+    return -1, -1
 
 
 def _pixels(scene: Scene, grid: Grid) -> np.ndarray:

@@ -26,16 +26,17 @@ def hf_name(name: str) -> str:
     return name
 
 
-def export(checkpoint: Path, folder: Path = FOLDER) -> None:
-    """Write the model of `checkpoint` (a checkpoint.pt of training) with all its files into `folder`."""
-    masters = torch.load(checkpoint, map_location="cpu", weights_only=True)["masters"]
+def export(run: Path, folder: Path = FOLDER) -> None:
+    """Write the model that the training in `run` has come to, with all its files, into `folder`."""
+    masters = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["masters"]
     names = [name for name, _ in new_model(0).named_parameters()]
     tensors = {
         hf_name(name): master.to(torch.bfloat16).contiguous()
         for name, master in zip(names, masters, strict=False)  # the heads of training come after the model's own
     }
-    save(folder)
+    save(folder, run / "tokenizer.json")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     answers = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False}
     for name, content in (("config.json", CONFIG), ("generation_config.json", answers)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of training")
     parser.add_argument("--to", type=Path, default=FOLDER)
     options = parser.parse_args()
-    export(options.run / "checkpoint.pt", options.to)
+    export(options.run, options.to)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ in the end: they make the model look at the picture minutes after the start. Let
 H heads, D head_dim, C hidden size, P patches.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from pixtral_cli.model.llava import Llava
 
 from .batches import ALL_KINDS, CHARACTERS, IGNORE, PATCH, Batch
 from .scenes import BACKGROUNDS, COLOURS, SHAPES
-from .tokenizer import IMG, VOCABULARY
+from .tokenizer import END_INST, IMG, IMG_END, VOCABULARY
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -45,7 +47,7 @@ CONFIG: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 256,
         "intermediate_size": 768,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 5,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -132,6 +134,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.seen = nn.ModuleList(nn.Linear(vision_size, size) for size in FACT_SIZES)
         self.told = nn.ModuleList(nn.Linear(text_size, size) for size in (*FACT_SIZES[:4], LONGEST, LONGEST))
+        self.asked = nn.ModuleList(nn.Linear(text_size, LONGEST) for _ in range(2))
 
     def see(self, features: Tensor, facts: Tensor) -> Tensor:
         """features [B * P, C], facts [B * P, 7] -> the loss of each fact [7]."""
@@ -141,8 +144,17 @@ class Teacher(nn.Module):
         """hidden [M, C] at the [IMG] tokens, facts [M, 7], places [M, 2] -> losses [6]."""
         return _reading_loss(self.told, hidden, torch.cat([facts[:, :4], places], dim=1), SPARSE[:4])
 
+    def point(self, hidden: Tensor, abouts: Tensor) -> Tensor:
+        """hidden [S, C] where questions end, abouts [S, 2] -> losses [2]: at which patch is the shape asked about?"""
+        some = (abouts[:, 0] >= 0).nonzero()[:, 0]
+        return _reading_loss(self.asked, hidden[some], abouts[some], ()) if len(some) else hidden.new_zeros(2)
 
-def _reading_loss(heads: nn.ModuleList, features: Tensor, facts: Tensor, sparse: tuple[int, ...]) -> Tensor:
+    def measure(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """hidden [M, C] at the [IMG_END] tokens, last [M, 2] row and column -> losses [2]: how large is the picture?"""
+        return _reading_loss(self.told[4:], hidden, last, ())
+
+
+def _reading_loss(heads: Iterable[nn.Module], features: Tensor, facts: Tensor, sparse: Sequence[int]) -> Tensor:
     """Mean cross entropy; where most patches hold nothing, those that hold something weigh as much as the rest."""
     losses = []
     for index, head in enumerate(heads):
@@ -177,18 +189,34 @@ def losses(model: Llava, teacher: Teacher, batch: Batch, device: torch.device, s
         torch.from_numpy(x).to(device) for x in (batch.ids, batch.positions, batch.groups, batch.labels, batch.answers)
     )
     projected = None if features is None else model.multi_modal_projector(features)
-    halfway: list[Tensor] = []
-    watch = model.language_model.layers[1].register_forward_hook(lambda module, inputs, output: halfway.append(output))
     flat = ids.flatten()
-    hidden = model(model.embed(flat, projected), positions.flatten(), AttendInBatch(groups, model.dtype))
-    watch.remove()
-    told = zero if features is None else teacher.tell(halfway[0][flat == IMG], facts, places)
+    with _watched(model.language_model.layers[1]) as halfway, _watched(model.language_model.layers[-2]) as late:
+        hidden = model(model.embed(flat, projected), positions.flatten(), AttendInBatch(groups, model.dtype))
+    told = zero
+    if features is not None:
+        told = teacher.tell(halfway[0][flat == IMG], facts, places)
+        ends = teacher.measure(halfway[0][flat == IMG_END], _last_places(batch, device))
+        pointed = teacher.point(late[0][flat == END_INST], torch.from_numpy(batch.abouts).to(device))
+        told = torch.cat([told, ends, 2 * pointed])
     learned = (labels[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
     before = hidden.unflatten(0, ids.shape)[:, :-1].flatten(0, 1)[learned]  # the token before each learned one
     target, answer = labels[:, 1:].flatten()[learned], answers[:, 1:].flatten()[learned]
     logits = model.logits(before)
     wrong = torch.zeros(len(batch.kinds), device=device).index_add_(0, answer, (logits.argmax(-1) != target).float())
-    return Losses(cross_entropy(logits, target), seen, told, wrong == 0, torch.from_numpy(batch.kinds))
+    weight = answer.bincount(minlength=len(batch.kinds))[answer] ** -0.5  # a long answer weighs more, but not by its length
+    answered = (cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return Losses(answered, seen, told, wrong == 0, torch.from_numpy(batch.kinds))
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that receives what `module` returns."""
+    seen: list[Tensor] = []
+    watch = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        watch.remove()
 
 
 def _look(model: Llava, batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -206,6 +234,12 @@ def _look(model: Llava, batch: Batch, device: torch.device) -> tuple[Tensor | No
         place = torch.cartesian_prod(torch.arange(grid[0], device=device), torch.arange(grid[1], device=device))
         places.append(place.expand(count, -1, -1))
     return tuple(torch.cat(parts, dim=1).flatten(0, 1) for parts in (features, facts, places))
+
+
+def _last_places(batch: Batch, device: torch.device) -> Tensor:
+    """(row, column) of every picture's last patch, in the order of [IMG_END] tokens: [B * slots, 2]."""
+    corners = [(pixels.shape[1] // PATCH - 1, pixels.shape[2] // PATCH - 1) for pixels in batch.pixels]
+    return torch.tensor(corners, device=device).repeat(len(batch.ids), 1)
 
 
 def _patches(pixels: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """A scene (or two) in, questions with their one right answer out; knows no pixels and no model.
 
-Every function here that makes questions returns candidates `(question, answer)`, each true and unambiguous of the
-scene it was given; the caller picks among them. Answers are exact strings: "red", "top left", "3", "yes", "K7".
+Every function here that makes questions returns candidates, each true and unambiguous of the scene it was given; the
+caller picks among them. Answers are exact strings: "red", "top left", "3", "yes", "K7".
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ from random import Random
 
 from .scenes import COLOURS, SHAPES, Scene, Shape, place_name
 
-Candidate = tuple[str, str]
+Candidate = tuple[str, str] | tuple[str, str, Shape]  # question, answer, and the one shape that it is about
 NOTHING = "nothing"
 NO_TEXT = "no text"
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -25,6 +25,7 @@ class Asked:
     kind: str
     question: str
     answer: str
+    about: Shape | None = None
 
 
 def ask(rng: Random, scene: Scene, kind: str) -> Asked | None:
@@ -32,14 +33,17 @@ def ask(rng: Random, scene: Scene, kind: str) -> Asked | None:
     candidates = KINDS[kind](rng, scene)
     if not candidates:
         return None
-    question, answer = rng.choice(candidates)
-    return Asked(kind, _as_typed(rng, question), answer)
+    return _asked(rng, kind, rng.choice(candidates))
 
 
 def ask_pair(rng: Random, first: Scene, second: Scene) -> Asked:
     """A question over two pictures."""
-    question, answer = rng.choice(_pair_forms(rng))(rng, first, second)
-    return Asked("two pictures", _as_typed(rng, question), answer)
+    return _asked(rng, PAIR_KIND, rng.choice(_pair_forms(rng))(rng, first, second))
+
+
+def _asked(rng: Random, kind: str, candidate: Candidate) -> Asked:
+    question, answer, *about = candidate
+    return Asked(kind, _as_typed(rng, question), answer, *about)
 
 
 def _as_typed(rng: Random, question: str) -> str:
@@ -92,15 +96,15 @@ def _shape(rng: Random, scene: Scene) -> list[Candidate]:
     found: list[Candidate] = []
     if len(scene.shapes) == 1:
         form = _pick(rng, "What shape is this?", "What shape is in the picture?", "Which shape do you see?")
-        found.append((form, scene.shapes[0].name))
+        found.append((form, scene.shapes[0].name, scene.shapes[0]))
     for shape in _only(scene, lambda s: s.colour):
         form = _pick(rng, "What shape is {c}?", "What shape is the {c} one?", "Which shape is {c}?", c=shape.colour)
-        found.append((form, shape.name))
+        found.append((form, shape.name, shape))
     for shape in scene.shapes:
         form = _pick(rng, "What shape is in the {p}?", "Which shape is at the {p}?", p=shape.place)
-        found.append((form, shape.name))
+        found.append((form, shape.name, shape))
         form = _pick(rng, "What is in the {p}?", "What is at the {p}?", "What do you see in the {p}?", p=shape.place)
-        found.append((form, _article(_name(shape))))
+        found.append((form, _article(_name(shape)), shape))
     if (place := _empty_place(rng, scene)) and rng.random() < 0.5:
         found.append((_pick(rng, "What is in the {p}?", "What shape is in the {p}?", p=place), NOTHING))
     found.append(_is_there(rng, scene))
@@ -122,15 +126,15 @@ def _colour(rng: Random, scene: Scene) -> list[Candidate]:
     found: list[Candidate] = []
     if len(scene.shapes) == 1:
         form = _pick(rng, "What colour is the shape?", "What colour is it?", "Which colour does the shape have?")
-        found.append((form, scene.shapes[0].colour))
+        found.append((form, scene.shapes[0].colour, scene.shapes[0]))
     for shape in _only(scene, lambda s: s.name):
         form = _pick(rng, "What colour is the {s}?", "Which colour is the {s}?", "What is the colour of the {s}?",
                      s=shape.name)
-        found.append((form, shape.colour))
+        found.append((form, shape.colour, shape))
     for shape in scene.shapes:
         form = _pick(rng, "What colour is the shape in the {p}?", "What colour is the {s} in the {p}?",
                      "What colour is the shape at the {p}?", s=shape.name, p=shape.place)
-        found.append((form, shape.colour))
+        found.append((form, shape.colour, shape))
     present = sorted({shape.colour for shape in scene.shapes})
     wanted = _wanted(rng, present, tuple(COLOURS))
     form = _pick(rng, "Is there a shape that is {c}?", "Is there anything {c}?", "Is any shape {c}?", c=wanted)
@@ -140,7 +144,7 @@ def _colour(rng: Random, scene: Scene) -> list[Candidate]:
 def _place(rng: Random, scene: Scene) -> list[Candidate]:
     found: list[Candidate] = []
     if len(scene.shapes) == 1:
-        found.append((_pick(rng, "Where is the shape?", "Where is it?"), scene.shapes[0].place))
+        found.append((_pick(rng, "Where is the shape?", "Where is it?"), scene.shapes[0].place, scene.shapes[0]))
     keys: tuple[tuple[Callable[[Shape], str], str], ...] = (
         (lambda s: s.name, "{k}"), (lambda s: s.colour, "{k} shape"), (_name, "{k}"),
     )
@@ -148,7 +152,7 @@ def _place(rng: Random, scene: Scene) -> list[Candidate]:
         for shape in _only(scene, key):
             what = words.format(k=key(shape))
             form = _pick(rng, "Where is the {w}?", "In which place is the {w}?", "Where do you see the {w}?", w=what)
-            found.append((form, shape.place))
+            found.append((form, shape.place, shape))
     return found
 
 
@@ -156,10 +160,11 @@ def _count(rng: Random, scene: Scene) -> list[Candidate]:
     names = Counter(shape.name for shape in scene.shapes)
     colours = Counter(shape.colour for shape in scene.shapes)
     name, colour = rng.choice([*names, rng.choice(SHAPES)]), rng.choice([*colours, rng.choice(tuple(COLOURS))])
-    asked = (("shapes", len(scene.shapes)), (PLURALS[name], names[name]), (f"{colour} shapes", colours[colour]))
+    whole = rng.choice(["shapes", "shapes", "shapes", "objects"])
+    asked = ((whole, len(scene.shapes)), (PLURALS[name], names[name]), (f"{colour} shapes", colours[colour]))
     return [
         (_pick(rng, "How many {w} are there?", "How many {w} do you see?", "How many {w} are in the picture?",
-               "Count the {w}.", w=what), str(count))
+               "How many {w} can you see?", "Count the {w}.", w=what), str(count))
         for what, count in asked
     ]
 
@@ -172,11 +177,13 @@ def _background(rng: Random, scene: Scene) -> list[Candidate]:
 
 def _text(rng: Random, scene: Scene) -> list[Candidate]:
     """What is printed; a scene without text is asked now and then, so that "no text" is an answer too."""
-    if scene.text is None:
-        form = _pick(rng, "What does it say?", "What is written here?", "Read the text.", "What text is printed?")
-        return [(form, NO_TEXT)] if rng.random() < 0.15 else []
+    if rng.random() < 0.06:
+        return [(_pick(rng, "Is there any text?", "Is there text in the picture?"), "yes" if scene.text else "no")]
     forms = ["What does it say?", "What is written here?", "Read the text.", "What text is printed?",
-             "What is written in the picture?", "Which text do you see?"]
+             "What is written in the picture?", "Which text do you see?", "What does the text say?", "What is the text?",
+             "What does the picture say?", "What does the sign say?", "Can you read this?"]
+    if scene.text is None:
+        return [(rng.choice(forms), NO_TEXT)] if rng.random() < 0.15 else []
     if scene.text.string[0].isdigit():
         forms += ["What number is printed?", "Which number do you see?", "What number is this?"]
     else:
@@ -185,9 +192,12 @@ def _text(rng: Random, scene: Scene) -> list[Candidate]:
 
 
 def _describe(rng: Random, scene: Scene) -> list[Candidate]:
-    form = _pick(rng, "What is in this picture?", "Describe the picture.", "What do you see?", "Describe this image.",
-                 "What is in this image?", "What does the picture show?", "What is this?")
-    return [(form, describe(scene))]
+    forms = ["What is in this picture?", "Describe the picture.", "What do you see?", "Describe this image.",
+             "What is in this image?", "What does the picture show?", "What is this?", "Describe this picture.",
+             "What is in the picture?", "What can you see?", "What is on the picture?"]
+    if scene.shapes:
+        forms += ["What shapes are in the picture?", "Which shapes do you see?", "What shapes are there?"]
+    return [(rng.choice(forms), describe(scene))]
 
 
 def describe(scene: Scene) -> str:
@@ -241,12 +251,12 @@ def _pair_one(rng: Random, first: Scene, second: Scene) -> Candidate:
     """A question about one of the two."""
     ordinal, scene = rng.choice([("first", first), ("second", second)])
     where = f"in the {ordinal} picture"
-    asked = [
+    asked: list[Candidate] = [
         (f"What colour is the background {where}?", scene.background),
         (f"How many shapes are {where}?", str(len(scene.shapes))),
     ]
-    asked += [(f"What colour is the {s.name} {where}?", s.colour) for s in _only(scene, lambda s: s.name)]
-    asked += [(f"What shape is {s.colour} {where}?", s.name) for s in _only(scene, lambda s: s.colour)]
+    asked += [(f"What colour is the {s.name} {where}?", s.colour, s) for s in _only(scene, lambda s: s.name)]
+    asked += [(f"What shape is {s.colour} {where}?", s.name, s) for s in _only(scene, lambda s: s.colour)]
     if scene.text:
         asked.append((f"What is written {where}?", scene.text.string))
     return rng.choice(asked)

@@ -32,7 +32,7 @@ def control_tokens() -> list[str]:
 
 
 def build() -> Tokenizer:
-    """Train the tokenizer; the same every time."""
+    """Train the tokenizer. Once a model was trained with one, that file is kept: new questions would change it."""
     tokenizer = Tokenizer(BPE(unk_token=None))
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,10 +64,10 @@ def _sentences(scenes: int = 4000) -> Iterator[str]:
         yield ABOUT
 
 
-def save(folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and the processor's files."""
+def save(folder: Path, tokenizer_file: Path) -> None:
+    """Write a copy of the tokenizer with its config, the chat template and the processor's files."""
     folder.mkdir(parents=True, exist_ok=True)
-    build().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     (folder / "chat_template.jinja").write_text(TEMPLATE.read_text())
     for name, content in _side_files().items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,11 +1,14 @@
 """`pixtral` with a model that answers as the prompt orders: for tests of streams, signals and exit codes.
 
 Run as a script in place of the command. The answer is the request as the model would get it, word by word,
-unless the prompt begins with one of ORDERS. FAKE_LOAD_S is how long loading takes, in seconds.
+unless the prompt is one of ORDERS. FAKE_LOAD_S is how long loading takes, in seconds; FAKE_INTERRUPT_AT names a
+module at whose import the process gets Ctrl-C.
 """
 
 import json
 import os
+import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -32,7 +35,33 @@ def _failing(error):
     return order
 
 
+def _interrupted_in_exec(_):
+    yield "begun"
+    exec("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+
+
+def _swallowing(_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:  # as imports of large libraries do
+        yield "begun"
+    time.sleep(60)
+
+
+class InterruptAt:
+    """An import hook that sends this process Ctrl-C when a module of that name is looked for."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 ORDERS = {
+    "interrupted in exec": _interrupted_in_exec,
+    "swallowing": _swallowing,
     "slowly": _slowly,
     "bug": _failing(ZeroDivisionError("division by zero")),
     "memory": _failing(MemoryError()),
@@ -94,6 +123,8 @@ class FakePixtral:
 
 
 if __name__ == "__main__":
+    if "FAKE_INTERRUPT_AT" in os.environ:
+        sys.meta_path.insert(0, InterruptAt(os.environ["FAKE_INTERRUPT_AT"]))
     pixtral_cli.Pixtral = FakePixtral
     from pixtral_cli.__main__ import main
 

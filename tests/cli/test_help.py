@@ -1,32 +1,14 @@
 """Help, version and completion: complete, and light enough for every press of Tab."""
 
-import json
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
-from processes import PROGRAM, clean_environment, run_process
+from processes import PROGRAM, imported_by, run_process
 
-HEAVY = ("torch", "transformers", "huggingface_hub", "PIL", "jinja2", "tokenizers", "numpy", "rich", "safetensors")
 FLAGS = """--model-path --weight-path --quantization-encoding --devices --max-length --max-new-tokens --max-batch-size
 --max-ce-batch-size --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --force-download
 --trust-remote-code --save-to-serialized-model-path --serialized-model-path -p --prompt -i --image --system --raw
 --messages --image-preprocessing --json --quiet --stats --logprobs --ignore-eos""".split()
-
-
-def imported_by(*arguments, **environment):
-    """The heavy modules that a run of the program has imported when it ends."""
-    program = (
-        "import atexit, json, sys\n"
-        f"atexit.register(lambda: print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr))\n"
-        f"sys.argv = {['pixtral', *arguments]!r}\n"
-        "from pixtral_cli.__main__ import main\nmain()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, env=clean_environment(**environment), timeout=60
-    )
-    return json.loads(done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def request(seed, length=30, tokens=16, grid=None, **fields):
     if grid is not None:
         rows, columns = grid
         ids[2:2] = ([10] * columns + [12]) * rows
-        pictures = (torch.randn(3, rows * 16, columns * 16, generator=random),)
+        pixels = torch.randn(3, rows * 16, columns * 16, generator=random)
+        pictures = (lambda: pixels,)
     return Request(tuple(ids), tokens, pictures=pictures, **fields)
 
 

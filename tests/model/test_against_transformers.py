@@ -74,7 +74,7 @@ def hf_pictures(pictures):
 @torch.inference_mode()
 def our_logits(model, ids, pictures=()):
     features = torch.cat([model.encode_picture(p) for p in pictures]) if pictures else None
-    cache = KVCache(model.config.text, model.dtype, model.device)
+    cache = KVCache(model.config.text, model.dtype, model.device, len(ids))
     attend = AttendCached(model.config.text, [(cache, len(ids))])
     with attend:
         hidden = model(model.embed(torch.tensor(ids), features), torch.arange(len(ids)), attend)
@@ -129,7 +129,7 @@ def test_logits_depend_on_the_picture(pixtral_pair):
 def test_picture_greedy_tokens_equal_over_24_steps(pixtral_pair):
     hf, ours = pixtral_pair
     ids, pictures = prompt_with([(2, 7), (6, 1)])
-    request = Request(tuple(ids), 24, pictures=tuple(pictures))
+    request = Request(tuple(ids), 24, pictures=tuple((lambda p=p: p) for p in pictures))
     assert our_tokens(Engine(ours), [request]) == [hf_tokens(hf, ids, **hf_pictures(pictures))]
 
 
@@ -138,7 +138,7 @@ def test_a_batch_of_texts_and_pictures_gives_each_the_tokens_of_transformers(pix
     requests, expected = [], []
     for grids in ([], [(3, 5)], [(1, 2), (5, 3)], [(8, 2)]):
         ids, pictures = prompt_with(grids)
-        requests.append(Request(tuple(ids), 24, pictures=tuple(pictures)))
+        requests.append(Request(tuple(ids), 24, pictures=tuple((lambda p=p: p) for p in pictures)))
         expected.append(hf_tokens(hf, ids, **(hf_pictures(pictures) if pictures else {})))
     assert our_tokens(Engine(ours, max_batch_size=3), requests) == expected
 

@@ -52,3 +52,55 @@ def test_an_unknown_architecture_lists_the_known():
     with pytest.raises(ModelError) as failure:
         ModelConfig.from_dict({"architectures": ["GPT2LMHeadModel"]})
     assert "LlavaForConditionalGeneration" in failure.value.hint and "MistralForCausalLM" in failure.value.hint
+
+
+FULL = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 10,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "mistral",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_window": 7,
+        "layer_types": ["full_attention"] * 3,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "patch_size": 16,
+        "image_size": 1024,
+        "rope_theta": 1e4,
+    },
+}
+ODD = [None, True, 0, -1, 2.5, "x", [], {}, [[1]], 10**12, float("nan")]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_a_field_of_any_kind_gives_a_config_or_a_model_error(value):
+    places = [(FULL, key) for key in FULL]
+    places += [(FULL[section], key) for section in ("text_config", "vision_config") for key in FULL[section]]
+    assert ModelConfig.from_dict(FULL).text.head_dim == 16
+    for holder, key in places:
+        changed = {k: dict(v) if isinstance(v, dict) else v for k, v in FULL.items()}
+        inside = next((k for k, v in FULL.items() if v is holder), None)
+        (changed if inside is None else changed[inside])[key] = value
+        try:
+            ModelConfig.from_dict(changed)
+        except ModelError as error:
+            assert str(error).endswith(".") and error.hint, (key, value)

@@ -114,10 +114,13 @@ def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fi
 
 def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
     config = ModelConfig.from_dict(checkpoint.open(folder).config).text
-    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 99, torch.float32))
-    plan.check_prompt(config, 99, torch.float32, CPU)
-    with pytest.raises(RequestError, match="100 tokens"):
-        plan.check_prompt(config, 100, torch.float32, CPU)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 256, torch.float32))
+    plan.check_prompts(config, [256], torch.float32, CPU)
+    with pytest.raises(RequestError, match="257 tokens"):
+        plan.check_prompts(config, [257], torch.float32, CPU)
+    with pytest.raises(RequestError, match="2 prompts of 6 tokens") as failure:
+        plan.check_prompts(config, [3, 3], torch.float32, CPU)
+    assert "--max-batch-size" in failure.value.hint
 
 
 def test_a_containers_limit_counts(tmp_path):

@@ -83,12 +83,19 @@ def test_a_picture_is_fetched(site, page):
 
 
 @pytest.mark.parametrize(
-    ("page", "reason"),
-    [("page", "text/html"), ("nothing", "."), ("to_file", "."), ("slow", "within 0.3 seconds"), ("trickle", "0.6 sec")],
+    ("page", "reason", "connect", "total"),
+    [
+        ("page", "text/html", 10, 20),
+        ("nothing", ".", 10, 20),
+        ("to_file", "file", 10, 20),
+        ("cut", "1008 of 5000 bytes", 10, 20),
+        ("slow", "within 0.3 seconds", 0.3, 20),
+        ("trickle", "more than 0.5 seconds", 10, 0.5),
+    ],
 )
-def test_each_failure_says_why(site, page, reason):
+def test_each_failure_says_why(site, page, reason, connect, total):
     with pytest.raises(PictureFetchFailed, match=reason) as caught:
-        fetch(f"{site}/{page}", connect=0.3, total=0.6)
+        fetch(f"{site}/{page}", connect=connect, total=total)
     assert page in str(caught.value)
     assert caught.value.hint
     assert "\n" not in str(caught.value)

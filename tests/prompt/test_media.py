@@ -6,6 +6,7 @@ import base64
 import io
 import struct
 import sys
+import warnings
 import zlib
 from types import SimpleNamespace
 
@@ -99,6 +100,16 @@ def test_integer_images_in_memory_are_scaled_from_sixteen_bits(mode):
     assert np.abs(array(media.load(image)) - (GREY16 / 257.0)[..., None]).max() <= 0.51
 
 
+@pytest.mark.parametrize(("top", "stated"), [(200, None), (40_000, None), (2**31 - 1, None), (200, 65_535)])
+def test_a_32_bit_tiff_is_scaled_from_the_range_that_its_values_or_its_header_show(top, stated):
+    values = (RNG.random((9, 14)) * top).astype(np.int32)
+    values[0, 0] = top
+    tags = {"tiffinfo": {281: stated}} if stated else {}
+    ours = array(media.load(encoded(Image.fromarray(values), "TIFF", **tags)))
+    white = next(white for white in (255, 65_535, 2**31 - 1) if max(top, stated or 0) <= white)
+    assert np.abs(ours - (values.astype(float) * 255 / white)[..., None]).max() <= 0.51
+
+
 @pytest.mark.parametrize("top", [1.0, 255.0])
 def test_float_images_are_read_as_0_to_1_or_0_to_255(top):
     values = RNG.random((9, 14)).astype(np.float32)
@@ -120,6 +131,23 @@ def test_every_exif_orientation_is_turned_upright(form, orientation):
     options = {"quality": 95} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
     data = encoded(Image.fromarray(np.ascontiguousarray(stored[orientation])), form, exif=exif, **options)
     assert np.abs(array(media.load(data)) - upright).max() <= 8
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_that_was_loaded_is_not_turned_again(form):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = media.load(encoded(RGB, form, exif=exif))
+    assert once.size == (RGB.height, RGB.width)
+    assert np.array_equal(array(media.load(once)), array(once))
+
+
+def test_a_picture_of_the_callers_is_left_as_it_was():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mine = reopened(RGB, "JPEG", exif=exif)
+    media.load(mine)
+    assert mine.size == RGB.size and "exif" in mine.info
 
 
 def test_a_damaged_exif_block_does_not_spoil_the_picture():
@@ -185,6 +213,28 @@ def test_a_missing_file_is_one_sentence(name):
     with pytest.raises(PictureNotFound) as caught:
         media.load(name)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("source", [np.zeros((4, 4, 3), np.uint8), 7, None, ["a.png"]], ids=repr)
+def test_what_is_no_picture_at_all_is_one_sentence(source):
+    with pytest.raises(PictureUnreadable, match="no path") as caught:
+        media.load(source)
+    assert caught.value.hint
+
+
+def test_closed_standard_input_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(PictureUnreadable, match="closed"):
+        media.load("-")
+
+
+def test_warning_filters_and_the_limit_of_pil_stay_the_callers():
+    with warnings.catch_warnings():
+        before, limit = list(warnings.filters), Image.MAX_IMAGE_PIXELS
+        media.load(encoded(RGB))
+        with pytest.raises(PictureUnreadable):
+            media.load(b"nothing")
+        assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (before, limit)
 
 
 def test_a_folder_is_no_picture(tmp_path):

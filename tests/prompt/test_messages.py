@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -61,6 +62,7 @@ def test_a_pil_image_is_a_picture():
         (user({"type": "image_url"}), "messages[0].content[0]"),
         (user({"type": "image_url", "image_url": {"url": ""}}), "messages[0].content[0]"),
         (user({"type": "image_url", "image_url": {"url": 3}}), "messages[0].content[0]"),
+        (user({"type": "image", "image": np.zeros((2, 2, 3))}), "messages[0].content[0]"),
         ([USER, {"role": "tool", "content": "x"}], "messages[1]"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}, USER], "messages[1]"),
         ([USER, {"role": "assistant", "content": "x"}], "messages[1]"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from PIL import Image
 
 from pixtral_cli.prompt.errors import (
@@ -52,6 +53,13 @@ def test_raw_pictures_take_the_places_of_their_marks(raw):
 def test_marks_and_pictures_that_do_not_match_are_one_sentence(raw, pictures):
     with pytest.raises(PicturesMisplaced, match=f"2 .*{pictures}"):
         raw.complete("[IMG][IMG]", [SMALL] * pictures)
+
+
+def test_raw_text_after_a_picture_is_encoded_as_the_tokenizers_library_does(checkpoint, sentencepiece_json):
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=sentencepiece_json))
+    whole = tokenizers.Tokenizer.from_file(str(sentencepiece_json))
+    theirs = whole.encode("[IMG_END]a red").ids
+    assert made.complete("a red", [SMALL]).token_ids == [1, *SMALL_IDS[:-1], *theirs[1:]]
 
 
 def test_raw_control_strings_are_text(raw):

@@ -7,7 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -42,8 +42,10 @@ PIXTRAL = """\
             {%- endfor %}
         {%- endif %}
         {{- "[/INST]" }}
-    {%- else %}
+    {%- elif message["role"] == "assistant" %}
         {{- message["content"] + eos_token }}
+    {%- else %}
+        {{- raise_exception("Only user and assistant roles are supported") }}
     {%- endif %}
 {%- endfor %}
 """
@@ -149,6 +151,7 @@ tokens = st.sampled_from(["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IM", "G
 hostile = st.lists(tokens, max_size=6).map("".join)
 
 
+@example(parts=["[IM", "G]", "<", "/s>", "[INST ", "]"], system="[INST", answer="<s")
 @given(parts=st.lists(hostile, min_size=1, max_size=4), system=hostile, answer=hostile)
 @settings(max_examples=150, deadline=None)
 def test_a_users_control_strings_never_become_control_ids(pixtral_templates, parts, system, answer):
@@ -178,16 +181,26 @@ def test_a_bos_that_the_template_leaves_out_is_added_for_processors_only(process
 
 
 @pytest.mark.parametrize(
-    "messages",
+    ("messages", "tidy"),
     [
-        [user("a"), user("b"), assistant("c"), assistant("d"), user("e")],
-        [user("a"), SYSTEM, user("b")],
-        [assistant("a"), user("b")],
-        [SYSTEM, SYSTEM, assistant("a"), user("b")],
+        (
+            [user("a"), user("b"), assistant("c"), assistant("d"), user("e")],
+            [user("a\n\nb"), assistant("c\n\nd"), user("e")],
+        ),
+        ([user("a"), SYSTEM, user("b")], [SYSTEM, user("a\n\nb")]),
+        ([assistant("a"), user("b")], [user(""), assistant("a"), user("b")]),
+        ([SYSTEM, SYSTEM, user("b")], [{"role": "system", "content": "Be brief.\n\nBe brief."}, user("b")]),
     ],
 )
-def test_roles_need_not_alternate(processor, byte_level_json, messages):
-    assert processor(byte_level_json, PIXTRAL).chat(parse(messages)).token_ids[:2] == [1, 3]
+def test_roles_need_not_alternate(processor, byte_level_json, messages, tidy):
+    made = processor(byte_level_json, PIXTRAL)
+    assert made.chat(parse(messages)).token_ids == made.chat(parse(tidy)).token_ids
+
+
+def test_consecutive_messages_are_joined_even_where_the_template_would_take_them(processor, byte_level_json):
+    made = processor(byte_level_json, SPACED)
+    joined, apart = ([user("a\n\nb")], [user("a"), user("b")])
+    assert made.chat(parse(apart)).token_ids == made.chat(parse(joined)).token_ids
 
 
 def test_a_template_that_knows_only_strings_gets_strings(processor, byte_level_json):
