@@ -104,7 +104,7 @@ class BlockCodec(Codec):
         return data.view(shape)
 
     def _finite(self, weights: Tensor) -> Tensor:
-        if not all(map(math.isfinite, weights.aminmax())):
+        if not all(map(math.isfinite, (weights.amin(), weights.amax()))):
             raise NotEncodable(self.name, "some of them are infinite or not a number")
         return weights
 

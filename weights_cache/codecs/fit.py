@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .groups import HALF_MAX, Groups, Scratch, inverted, pick, stored, stored_step
 
-Q4_0_REACHES = (-8.0, -8.6, 7.0, 7.4)
+Q4_0_REACHES = (-8.0, -8.6, 7.2)
 """q4_0: the code, or the point between codes, on which a candidate scale lays the largest weight of a group."""
 
 Q6_K_PLANS = (
@@ -54,9 +54,14 @@ class Multiples(NamedTuple):
 
 
 def signed_bytes(weights: Tensor, scratch: Scratch) -> tuple[Tensor, Groups]:
-    """q8_0: groups of 32 with a float16 scale and codes -127..127; the largest weight is laid on 127 or -127."""
+    """q8_0: groups of 32 with a float16 scale and codes -127..127; the largest weight is laid on 127 or -127.
+
+    So many codes leave nothing to search for, but for subnormal scales: these are far apart, and either side is tried.
+    """
     x = Groups(weights, scratch, 32, -127 * HALF_MAX, 127 * HALF_MAX)
-    scale = stored(x.extreme.abs() / 127)
+    plain = x.extreme.abs() / 127
+    scales = torch.stack([stored(plain), stored_step(plain)])
+    _, scale = pick(x.errors(scales, -127, 127), scales)
     x.round_to(inverted(scale), -127, 127)
     return scale, x
 

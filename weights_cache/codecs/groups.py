@@ -33,11 +33,11 @@ class Groups:
     """`x` [size, groups]: the weights; `codes`, of the same shape: what the last `round_to` made of them."""
 
     def __init__(self, weights: Tensor, scratch: Scratch, size: int, low: float, high: float) -> None:
-        """float32 rows [n, block]; weights outside low..high, which no scale reaches, are taken for these."""
-        upright = weights.reshape(-1, size).t()
-        self.size = size
-        self.x, self.codes, self._work = (scratch.array(name, *upright.shape) for name in ("x", "codes", "work"))
+        """float32 rows [n, block], contiguous, used up; those outside low..high, out of reach, are taken for these."""
+        upright = weights.view(-1, size).t()
+        self.x, self.codes = (scratch.array(name, *upright.shape) for name in ("x", "codes"))
         self.x.copy_(upright).clamp_(low, high)
+        self._work = weights.view(upright.shape)
 
     @cached_property
     def low(self) -> Tensor:
@@ -112,12 +112,11 @@ def inverted(values: Tensor) -> Tensor:
 
 def stored(scale: Tensor) -> Tensor:
     """The float16 nearest to each scale, as float32; none becomes infinite, and none vanishes that was not 0."""
-    half = scale.clamp(-HALF_MAX, HALF_MAX).half().float()
-    return torch.where((half == 0) & (scale != 0), torch.full_like(scale, HALF_STEP).copysign(scale), half)
+    return (scale.sign() * scale.abs().clamp_(HALF_STEP, HALF_MAX)).half().float()
 
 
 def stored_step(step: Tensor) -> Tensor:
     """As `stored`, but a subnormal is never too small: of a step, so many integer multiples must reach the top."""
     half = stored(step).half()
     short = half.float().abs() < step.abs().clamp_max(HALF_MAX) * (1 - HALF_PRECISION)
-    return (half.view(torch.int16) + short.to(torch.int16)).view(torch.float16).float()
+    return (half.view(torch.int16) + short).view(torch.float16).float()
