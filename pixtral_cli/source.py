@@ -9,12 +9,15 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, RequestError
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
-from weights_cache import checkpoint, hub
+from weights_cache import checkpoint, hub, serialized, stamps
 from weights_cache.checkpoint import Checkpoint, Form
+from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
 BUILT_IN = "tiny"
@@ -55,9 +58,48 @@ class Source:
         opened = checkpoint.open(folder, paths, weights_format)
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
+    @classmethod
+    def open_serialized(cls, path: str | PathLike[str], image_preprocessing: str | None = None) -> Source:
+        """A serialized model: the file is all that is needed. Raises weights_cache.errors.WeightsError."""
+        opened = SerializedCheckpoint(Path(path))
+        return cls(opened.model_name, opened, image_preprocessing)
+
     @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.checkpoint.config)
+
+    def placement(self, wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
+        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted."""
+        opened = self.checkpoint
+        if wanted is not None and isinstance(opened, SerializedCheckpoint) and wanted.name != opened.encoding:
+            raise ModelError(
+                f"{opened.folder} was saved in {opened.encoding}, and {wanted.name} is asked for.",
+                hint="Leave --quantization-encoding out, or export the model again from its checkpoint.",
+            )
+        return place(opened.tensors, wanted, quantize_vision)
+
+    def save(
+        self,
+        path: Path,
+        placement: Placement,
+        tensor_of: Callable[[str], Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write a serialized model in `placement`; `tensor_of` gives stored tensors that are in memory already.
+
+        Raises weights_cache.errors.DiskFull or WriteFailed; an unfinished file is never left behind.
+        """
+        from pixtral_cli.model import save
+        from pixtral_cli.model.load import check_names, encoded
+
+        opened = self.checkpoint
+        names = check_names(self.config, opened)
+        weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
+        files = opened.side_files()
+        serialized.write(
+            path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
+        )
+        stamps.remember(path, serialized.SerializedFile(path).seal)
 
     @cached_property
     def processor(self) -> Processor:

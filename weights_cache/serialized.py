@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -145,7 +145,7 @@ def _write_data(
     return hashes
 
 
-def _pieces(weights: Iterable[Weight], files: Mapping[str, bytes]) -> Iterable[tuple[str, memoryview]]:
+def _pieces(weights: Iterable[Weight], files: Mapping[str, bytes]) -> Iterator[tuple[str, memoryview]]:
     for weight in weights:
         tensor = weight.make().contiguous()  # alive until the caller asks for the next one
         yield weight.name, _bytes_of(tensor)
@@ -221,6 +221,11 @@ class SerializedFile:
         """The side file `name`, or None."""
         stored = FILE_PREFIX + name
         return bytes(_bytes_of(self._file.tensor(stored))) if stored in self._file.tensors else None
+
+    @property
+    def file_names(self) -> list[str]:
+        """The side files that it holds."""
+        return [name.removeprefix(FILE_PREFIX) for name in self._file.tensors if name.startswith(FILE_PREFIX)]
 
     def altered(self) -> list[str]:
         """The names of tensors whose bytes are not those that were written; reads the whole file."""

@@ -36,14 +36,10 @@ def load(
 
     Raises TensorsMissing, TensorsUnexpected or TensorShapeMismatch, before anything large is read.
     """
-    with torch.device("meta"):
-        model = Llava(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if config.text.tied_embeddings:
-        del shapes[HEAD]
-    check_tensors(shapes, checkpoint)
-    done, total = 0, sum(checkpoint.tensors[name].nbytes for name in shapes)
-    for name in shapes:
+    model = _empty(config)
+    names = check_names(config, checkpoint)
+    done, total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
+    for name in names:
         _put(model, name, encoded(checkpoint, name, placement), placement, device)
         done += checkpoint.tensors[name].nbytes
         if progress is not None:
@@ -51,6 +47,21 @@ def load(
     if config.text.tied_embeddings:
         _tie(model)
     return model.requires_grad_(False).eval()
+
+
+def _empty(config: ModelConfig) -> Llava:
+    """The model without memory."""
+    with torch.device("meta"):
+        return Llava(config)
+
+
+def check_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
+    """The tensors that the model of `config` is made of, in its order; raises as `load` when they are not there."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in _empty(config).named_parameters()}
+    if config.text.tied_embeddings:
+        del shapes[HEAD]
+    check_tensors(shapes, checkpoint)
+    return list(shapes)
 
 
 def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor:
