@@ -78,7 +78,7 @@ def signed_nibbles(weights: Tensor, scratch: Scratch) -> tuple[Tensor, Groups]:
     for inverse in torch.outer(x.extreme.new_tensor(Q4_0_REACHES), inverted(x.extreme)):
         x.round_to(inverse, -8, 7)
         tried.append(x.products())
-    dot, square = map(torch.stack, zip(*tried, strict=True))
+    square, dot = map(torch.stack, zip(*tried, strict=True))
     _, best = pick(-dot * dot / square, dot / square)
     scales = stored(torch.stack([best, x.extreme / -8]).nan_to_num_(0.0))
     _, scale = pick(x.errors(scales, -8, 7), scales)
@@ -113,7 +113,7 @@ def _multiples(x: Groups, step: Tensor, factors: tuple[float, ...]) -> Multiples
 def _refitted_multiples(x: Groups, found: Multiples) -> Multiples:
     """The same multiples of the step that suits their codes best."""
     x.round_to(inverted(found.worth), -32, 31)
-    dot, square = (part.view(-1, 16) for part in x.products())
+    square, dot = (part.view(-1, 16) for part in x.products())
     step = stored((dot * found.scales).sum(1) * inverted((square * found.scales.square()).sum(1)))
     refitted = found._replace(step=step)
     error = x.errors(refitted.worth.unsqueeze(0), -32, 31)

@@ -61,14 +61,12 @@ class Groups:
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the codes, of their squares, of their products with the weights."""
-        plain = self.codes.sum(0)
-        square = torch.mul(self.codes, self.codes, out=self._work).sum(0)
-        return plain, square, torch.mul(self.x, self.codes, out=self._work).sum(0)
+        return self.codes.sum(0), *self.products()
 
     def products(self) -> tuple[Tensor, Tensor]:
-        """The sums of the codes' products with the weights, and with themselves."""
-        dot = torch.mul(self.x, self.codes, out=self._work).sum(0)
-        return dot, torch.mul(self.codes, self.codes, out=self._work).sum(0)
+        """The sums of the codes' squares, and of their products with the weights."""
+        square = torch.mul(self.codes, self.codes, out=self._work).sum(0)
+        return square, torch.mul(self.x, self.codes, out=self._work).sum(0)
 
     def residual(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of x - scale * codes, and the sum of its squares, which is the squared error."""
