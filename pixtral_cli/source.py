@@ -54,7 +54,8 @@ class Source:
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
         elif name is not None:
-            folder = hub.fetch(name, weights=weights and not paths, force=force_download, progress=progress)
+            wanted = {"weights": weights and not paths, "force": force_download, "form": weights_format}
+            folder = hub.fetch(name, progress=progress, **wanted)
         opened = checkpoint.open(folder, paths, weights_format)
         return cls(name or opened.folder.name, opened, image_preprocessing)
 

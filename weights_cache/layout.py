@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from .errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
 
 CONFIG = "config.json"
@@ -26,10 +26,10 @@ GGUF = ".gguf"
 PICTURE_PART = "mmproj"
 """In the name of a GGUF file that holds a model's vision tower and projector."""
 
-NOT_YET: Mapping[str, str] = {".gguf": "a GGUF file"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 Form = Literal["hf", "native", "gguf"]
 FORMS: tuple[Form, ...] = get_args(Form)
+FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.safetensors|\.gguf)")
 
 Expected = Mapping[Path, frozenset[str]]
@@ -58,12 +58,17 @@ def native_weights(names: Iterable[str]) -> list[str]:
 def text_ggufs(names: Iterable[str]) -> list[str]:
     """The GGUF files among `names` that are models rather than the picture parts of some; of a model in several
     files, the first."""
-    return sorted({first_shard(n) for n in names if n.endswith(GGUF) and PICTURE_PART not in n.lower()})
+    return sorted({first_shard(n) for n in names if n.endswith(GGUF) and not is_picture_part(n)})
+
+
+def is_picture_part(name: str) -> bool:
+    """Whether `name`, which may be a path in a repository, is that of a model's picture part."""
+    return name.endswith(GGUF) and PICTURE_PART in name.rpartition("/")[2].lower()
 
 
 def picture_parts(folder: Path) -> list[Path]:
     """The GGUF files in `folder` that are by their names the picture parts of models."""
-    return [folder / n for n in file_names(folder) if n.endswith(GGUF) and PICTURE_PART in n.lower()]
+    return [folder / n for n in file_names(folder) if is_picture_part(n)]
 
 
 def forms(names: Iterable[str]) -> list[Form]:
@@ -80,7 +85,7 @@ def forms(names: Iterable[str]) -> list[Form]:
 def weight_files(folder: Path, form: Form | None = "hf") -> Expected:
     """The weights files of `folder` in that form (None: the one that is there), all present.
 
-    Raises WeightsNotFound, NotYetSupported, PickleRefused, or CheckpointCorrupt with the names of missing shards.
+    Raises WeightsNotFound, PickleRefused, or CheckpointCorrupt with the names of missing shards.
     """
     names = file_names(folder)
     found: dict[str, list[str]] = {"hf": hf_weights(names), "native": native_weights(names), "gguf": text_ggufs(names)}
@@ -91,7 +96,7 @@ def weight_files(folder: Path, form: Form | None = "hf") -> Expected:
         raise no_weights(folder, names)
     if chosen in ([INDEX], [NATIVE_INDEX]):
         return _indexed(folder, chosen[0])
-    _require(folder, [shard for name in chosen for shard in _siblings(name)])
+    _require(folder, [shard for name in chosen for shard in shard_names(name)])
     return {folder / name: frozenset() for name in chosen}
 
 
@@ -127,28 +132,29 @@ def file_names(folder: Path) -> list[str]:
 
 
 def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:
-    """The error that says best why the files `names` give no weights in Hugging Face form."""
-    names = sorted(names)
-    if any(n.startswith(NATIVE) and n.endswith(SAFETENSORS) for n in names):
-        return NotYetSupported(where, "in Mistral's native form")
-    for name in names:
-        if what := NOT_YET.get(Path(name).suffix):
-            return NotYetSupported(f"{where}/{name}", what)
-    for name in names:
-        if name.endswith(PICKLES):
-            return PickleRefused(f"{where}/{name}")
-    return WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
+    """The error that says best why the files `names` give no weights."""
+    error = _telling(where, sorted(names))
+    return error or WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
 
 
 def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
-    """The error that says best why a folder of the files `names` is no model in Hugging Face form."""
-    names = list(names)
-    if NATIVE_CONFIG in names:
-        return NotYetSupported(where, f"in Mistral's native form ({NATIVE_CONFIG})")
-    error = no_weights(where, names)
-    if isinstance(error, NotYetSupported | PickleRefused):
-        return error
-    return WeightsNotFound(where, CONFIG, f"Give a folder that holds {CONFIG} and *{SAFETENSORS}.")
+    """The error that says best why a folder of the files `names` is no model in any form."""
+    names = sorted(names)
+    if NATIVE_CONFIG in names and not native_weights(names):
+        return WeightsNotFound(where, f"weights in Mistral's own form (looked for {NATIVE_SINGLE})")
+    advice = f"Give a folder that holds {CONFIG} and *{SAFETENSORS}."
+    return _telling(where, names) or WeightsNotFound(where, CONFIG, advice)
+
+
+def _telling(where: Path | str, names: Sequence[str]) -> WeightsError | None:
+    """What is there instead of a whole model, if that tells more than what is missing."""
+    if any(n.startswith(NATIVE) and n.endswith(SAFETENSORS) for n in names) and NATIVE_CONFIG not in names:
+        advice = f"Its weights are in Mistral's own form, which takes its sizes from {NATIVE_CONFIG}: put it there."
+        return WeightsNotFound(where, NATIVE_CONFIG, advice)
+    for name in names:
+        if is_picture_part(name):
+            return WeightsNotFound(where, f"text model beside {name}, which is the picture part of one")
+    return next((PickleRefused(f"{where}/{name}") for name in names if name.endswith(PICKLES)), None)
 
 
 def _readable(path: Path) -> Path:
@@ -169,7 +175,7 @@ def _indexed(folder: Path, index: str) -> Expected:
     return {folder / name: frozenset(tensors) for name, tensors in sorted(promised.items())}
 
 
-def _siblings(name: str) -> list[str]:
+def shard_names(name: str) -> list[str]:
     """The numbered shards that `name` is one of; a file without such a number stands alone."""
     match = SHARD.fullmatch(name)
     if not match:
@@ -180,12 +186,12 @@ def _siblings(name: str) -> list[str]:
 
 def first_shard(name: str) -> str:
     """The first of the numbered files that `name` is one of, or `name` itself."""
-    return next(iter(_siblings(name)), name)
+    return next(iter(shard_names(name)), name)
 
 
 def gguf_shards(path: Path) -> list[Path]:
     """The files of the GGUF that begins at `path`, all present. Raises CheckpointCorrupt with those that are not."""
-    names = _siblings(path.name) or [path.name]
+    names = shard_names(path.name) or [path.name]
     if len(names) > 1:
         _require(path.parent, names)
     return [path.parent / name for name in names]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weights_cache import checkpoint
-from weights_cache.errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound
+from weights_cache.errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound
 
 WEIGHTS = {
     "model.embed_tokens.weight": torch.arange(6.0).view(3, 2),
@@ -175,9 +175,9 @@ def test_a_json_file_that_is_none_is_damaged_and_named(folder: Path, name: str, 
 @pytest.mark.parametrize(
     ("files", "kind"),
     [
-        (["config.json", "consolidated.safetensors"], NotYetSupported),
-        (["config.json", "consolidated-00001-of-00002.safetensors"], NotYetSupported),
-        (["mmproj-f16.gguf"], NotYetSupported),
+        (["config.json", "consolidated.safetensors"], WeightsNotFound),
+        (["config.json", "consolidated-00001-of-00002.safetensors"], WeightsNotFound),
+        (["mmproj-f16.gguf"], WeightsNotFound),
         (["pytorch_model.bin"], PickleRefused),
         (["config.json", "consolidated.00.pth"], PickleRefused),
         (["config.json", "model.pt"], PickleRefused),
