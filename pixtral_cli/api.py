@@ -22,8 +22,7 @@ from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.model.plan import check_weights
 from pixtral_cli.prompt.processor import Processor, Prompt
-from pixtral_cli.source import DEFAULT_MODEL, Progress, Source
-from weights_cache.checkpoint import Form
+from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
 
 
 class Pixtral:

@@ -12,8 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from pixtral_cli import __version__, console
+from pixtral_cli.commands import export as export_command
 from pixtral_cli.commands import run as run_command
 from pixtral_cli.commands import tokenize as tokenize_command
+from pixtral_cli.commands import verify as verify_command
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError, with_flags
 from pixtral_cli.help import Command, Group
@@ -36,7 +38,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
-for module, command in ((run_command, run_command.run), (tokenize_command, tokenize_command.tokenize)):
+COMMANDS = (
+    (run_command, run_command.run),
+    (tokenize_command, tokenize_command.tokenize),
+    (export_command, export_command.export),
+    (verify_command, verify_command.verify),
+)
+for module, command in COMMANDS:
     app.command(command.__name__, cls=Command, epilog=module.EXAMPLES)(with_flags(command))
 
 

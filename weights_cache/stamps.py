@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .own_cache import own_cache_folder
 
-FOLDER = "verified"
+FOLDER = "stamps"
 
 
 def known(path: Path, content: bytes) -> bool:
