@@ -74,22 +74,37 @@ def run_program(arguments: list[str]) -> int:
     try:
         command = app(arguments, prog_name="pixtral", standalone_mode=False)
     except _TyperError as error:
-        return _refuse(error)
+        return _refuse(error, arguments)
+    except OSError as error:  # help or version, and no room where they go
+        console.tell_error(f"Standard output cannot be written: {error.strerror}.", console.CHECK_OUTPUT)
+        console.abandon_stdout()
+        return FAILED
     except SystemExit as error:  # Typer leaves like this when the reader of its help has gone
         return _exit_code(error)
     code = _run(command) if callable(command) else int(command or 0)
-    console.flush_stdout()
-    return code
+    return code if console.flush_stdout() else code or FAILED
 
 
-def _refuse(error: Any) -> int:
+def _refuse(error: Any, arguments: list[str]) -> int:
     """Tell of arguments that Typer did not accept, and where help is."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return USAGE
-    where = getattr(getattr(error, "ctx", None), "command_path", "pixtral")
-    console.tell_error(_sentence(error.format_message()), f"See: {where} --help")
+    commands = [command.name for command in app.registered_commands]
+    named = f"pixtral {arguments[0]}" if arguments and arguments[0] in commands else "pixtral"
+    where = getattr(getattr(error, "ctx", None), "command_path", named)
+    console.tell_error(_sentence(error.format_message() + _value(error, arguments)), f"See: {where} --help")
     return error.exit_code
+
+
+def _value(error: Any, arguments: list[str]) -> str:
+    """The value that a flag could not take, where Typer's sentence about a number leaves it out."""
+    flags = getattr(getattr(error, "param", None), "opts", ())
+    given = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag in flags]
+    given += [flag.partition("=")[2] for flag in arguments if flag.partition("=")[0] in flags and "=" in flag]
+    if not given or "Input should be" not in str(error):
+        return ""
+    return f": {given[-1]!r}"
 
 
 def _run(command: Callable[[], None]) -> int:
@@ -124,7 +139,7 @@ def _explained(error: Exception) -> tuple[str, str | None]:
     from weights_cache.errors import WeightsError
 
     if isinstance(error, PixtralError | WeightsError | UsageError):
-        return str(error), error.hint
+        return str(error), error.hint or f"{DEBUG}=1 shows where it comes from."
     if _is_out_of_memory(error):
         return OUT_OF_MEMORY, LESS_MEMORY
     first_line = str(error).partition("\n")[0]
@@ -185,5 +200,6 @@ def _sentence(text: str) -> str:
 
 def _exit_code(leaving: SystemExit) -> int:
     """0 for an exit because of a closed pipe, which is how Typer and rich leave then; else the code as it is."""
-    console.flush_stdout()
+    if not console.flush_stdout():
+        return FAILED
     return 0 if leaving.code == 1 else int(leaving.code or 0)

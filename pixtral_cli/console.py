@@ -21,6 +21,7 @@ from pixtral_cli.errors import PixtralError
 if TYPE_CHECKING:
     from pixtral_cli.progress import Bars
 
+CHECK_OUTPUT = "Check where standard output goes, and the room there."
 SHOW_CURSOR = "\x1b[?25h"
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 _CONTROL |= {0x0D: "", 0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
@@ -33,6 +34,14 @@ class OutputClosed(Exception):
 def printable(text: str) -> str:
     """`text` with every control character but newline and tab made visible."""
     return text.translate(_CONTROL)
+
+
+def readable(text: str) -> str:
+    """`text` without the lone surrogates that stand for a file name's bytes where the locale cannot read them."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # surrogates from elsewhere
+        return text.encode("utf-8", "replace").decode()
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -61,11 +70,11 @@ class Console:
             sys.stdout.write(printable(text) if self._on_terminal else text)
             sys.stdout.flush()
         except BrokenPipeError as error:
-            _abandon_stdout()
+            abandon_stdout()
             raise OutputClosed from error
         except OSError as error:
-            _abandon_stdout()
-            raise PixtralError(f"The answer cannot be written: {error.strerror}.") from error
+            abandon_stdout()
+            raise PixtralError(f"The answer cannot be written: {error.strerror}.", CHECK_OUTPUT) from error
 
     def end_line(self) -> None:
         """Finish the line that the answer ends in, if it is not finished."""
@@ -77,7 +86,7 @@ class Console:
         self.write(json.dumps(_finite(value), ensure_ascii=False, indent=2 if self._on_terminal else None) + "\n")
 
     def notice(self, text: str) -> None:
-        """Tell something by the way, on standard error."""
+        """Tell something by the way, on standard error, terminal or not: nobody would learn of it otherwise."""
         if not self.quiet:
             _to_stderr(f"pixtral: {text}")
 
@@ -127,7 +136,8 @@ class Console:
 
 
 def tell_error(sentence: str, hint: str | None = None) -> None:
-    """Print an error, and the next thing to do, on standard error."""
+    """Print an error, and the next thing to do, on standard error: a line for each, whatever a server wrote in it."""
+    sentence, hint = (text and " ".join(printable(text).split()) for text in (sentence, hint))
     prefix = "pixtral: error:"
     if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
         prefix = f"\x1b[1;31m{prefix}\x1b[0m"
@@ -150,24 +160,30 @@ def restore_terminal() -> None:
             os.write(sys.stderr.fileno(), SHOW_CURSOR.encode())
 
 
-def flush_stdout() -> None:
-    """Put out what is left; a reader who has gone is no error."""
+def flush_stdout() -> bool:
+    """Put out what is left. False, and an error on standard error, where it has no room; a reader may have gone."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:
-        _abandon_stdout()
+    except BrokenPipeError:
+        abandon_stdout()
+    except OSError as error:
+        abandon_stdout()
+        tell_error(f"Standard output cannot be written: {error.strerror}.", CHECK_OUTPUT)
+        return False
+    return True
 
 
 def _to_stderr(text: str, prefix: str = "") -> None:
     if sys.stderr is None:
         return
+    text = readable(text)
     with suppress(OSError, ValueError):
         sys.stderr.write(prefix + (printable(text) if is_terminal(sys.stderr) else text) + "\n")
         sys.stderr.flush()
 
 
-def _abandon_stdout() -> None:
+def abandon_stdout() -> None:
     """Point standard output nowhere, so that the interpreter's last flush cannot fail as well."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -19,9 +19,9 @@ from pixtral_cli.errors import DeviceError
 
 
 class UsageError(Exception):
-    """Flags that do not go together: exit code 2. `hint` says what to write instead, or is None."""
+    """Flags that do not go together: exit code 2. `hint` says what to write instead."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str = "See: pixtral run --help") -> None:
         super().__init__(message)
         self.hint = hint
 
@@ -46,8 +46,8 @@ def within(low: float, high: float = math.inf, *, above: bool = False) -> Callab
     def check(value: float | None) -> float | None:
         if value is None or (low < value if above else low <= value) and value <= high and math.isfinite(value):
             return value
-        least = f"above {low:g}" if above else f"at least {low:g}"
-        most = f" and at most {high:g}" if high < math.inf else ""
+        least = f"above {low}" if above else f"at least {low}"
+        most = f" and at most {high}" if high < math.inf else ""
         raise typer.BadParameter(f"{value} is not {least}{most}.")
 
     return check

@@ -77,12 +77,13 @@ def _ready(seconds: float) -> bool:
 def _read_text() -> str:
     data = sys.stdin.buffer.read(LIMIT + 1)
     if len(data) > LIMIT:
-        raise UsageError(f"Standard input holds more than {LIMIT // 2**20} MiB of text.")
+        raise UsageError(f"Standard input holds more than {LIMIT // 2**20} MiB of text.", "Send less of it.")
     try:
         text = data.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"Standard input is not UTF-8 text (byte {error.start + 1}).", "For a picture, write: --image -"
+            f"Standard input is not UTF-8 text (byte {error.start + 1}).",
+            "For a picture, write: --image - ; other text becomes UTF-8 with: iconv -f latin1 -t utf-8",
         ) from error
     return text if text.strip() else ""
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.commands.piped_text import PipedText
+from pixtral_cli.commands.piped_text import LIMIT, PipedText
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError
 from pixtral_cli.options import RequestFlags
 
+LEAVE_OUT = "Leave one of them out."
 NOTHING_ASKED = "There is no prompt."
+MESSAGES_LOOK = 'They look like [{"role": "user", "content": "Hello"}].'
 HOW_TO_ASK = 'Give one with -p "...", on standard input, or a conversation with --messages FILE.'
 
 
@@ -36,7 +40,7 @@ class PendingRequest:
     def __init__(self, flags: RequestFlags) -> None:
         _check(flags)
         self._flags = flags
-        self._messages = _read_messages(flags.messages) if flags.messages else None
+        self._messages = None if flags.messages is None else _opened_messages(_read_json(flags.messages))
         self._pictures = [_opened(source) for source in flags.image or ()]
         takes_text = self._messages is None and "-" not in (flags.image or ())
         self._piped = PipedText() if takes_text else None
@@ -71,14 +75,18 @@ def _check(flags: RequestFlags) -> None:
         for name, value in (("--prompt", flags.prompt), ("--image", flags.image), ("--system", flags.system))
         if value is not None and value != []
     ]
-    if flags.messages and flags.raw:
-        raise UsageError("--raw and --messages exclude each other: messages need a chat template.")
-    if flags.messages and beside:
-        raise UsageError(f"{beside[0]} and --messages exclude each other: the messages are the whole request.")
+    if flags.messages is not None and flags.raw:
+        raise UsageError("--raw and --messages exclude each other: messages need a chat template.", LEAVE_OUT)
+    if flags.messages is not None and beside:
+        raise UsageError(
+            f"{beside[0]} and --messages exclude each other: the messages are the whole request.", LEAVE_OUT
+        )
     if flags.raw and flags.system is not None:
-        raise UsageError("--raw and --system exclude each other: a system text needs a chat template.")
+        raise UsageError("--raw and --system exclude each other: a system text needs a chat template.", LEAVE_OUT)
     if (flags.image or []).count("-") > 1:
-        raise UsageError("Standard input can be read only once, and --image - is given twice.")
+        raise UsageError(
+            "Standard input can be read only once, and --image - is given twice.", "Give the other picture's path."
+        )
 
 
 def _conversation(system: str | None, pictures: list[Any], text: str) -> list[dict[str, Any]]:
@@ -87,29 +95,65 @@ def _conversation(system: str | None, pictures: list[Any], text: str) -> list[di
     return [{"role": "system", "content": system}, user] if system else [user]
 
 
-def _read_messages(name: str) -> list[dict[str, Any]]:
+def _read_json(name: str) -> Any:
+    """What the messages' file, or standard input, holds."""
+    where = "standard input" if name == "-" else name or "a file without a name"
+    try:
+        return json.loads(_limited(name, where))
+    except OSError as error:
+        raise PixtralError(
+            f"The messages in {where} cannot be read: {error.strerror}.",
+            "Check the path; --messages - reads standard input.",
+        ) from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a NUL in the name; nested thousands deep
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise PixtralError(f"The messages in {where} are not JSON: {reason}.", MESSAGES_LOOK) from error
+
+
+def _limited(name: str, where: str) -> bytes:
+    if name == "-" and sys.stdin is None:
+        raise UsageError("--messages - reads standard input, which is closed.", "Send the messages through a pipe.")
+    with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file:
+        data = file.read(LIMIT + 1)
+    if len(data) > LIMIT:
+        raise PixtralError(
+            f"The messages in {where} have more than {LIMIT // 2**20} MiB.",
+            "Name pictures by their paths in place of data: URIs.",
+        )
+    return data
+
+
+def _opened_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages, checked, with every picture's source replaced by the picture: it is opened once, here."""
     from pixtral_cli.prompt.messages import parse
 
-    where = "standard input" if name == "-" else name
-    if name == "-" and sys.stdin is None:
-        raise UsageError("--messages - reads standard input, which is closed.")
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        messages = json.loads(data)
-    except OSError as error:
-        raise PixtralError(f"The messages in {where} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise PixtralError(
-            f"The messages in {where} are not JSON: {error}.",
-            'They look like [{"role": "user", "content": "Hello"}].',
-        ) from error
-    parse(messages)
-    return messages
+    sources = (picture.source for picture in parse(messages).pictures)
+    return [_opened_message(entry, f"messages[{index}]", sources) for index, entry in enumerate(messages)]
 
 
-def _opened(source: str) -> Any:
+def _opened_message(entry: dict[str, Any], where: str, sources: Iterator[Any]) -> dict[str, Any]:
+    """`sources` gives the picture of each part that is one, in order."""
+    if isinstance(entry["content"], str):
+        return entry
+    parts = [
+        {"type": "image", "image": _opened(next(sources), f"{where}.content[{index}]")} if _is_picture(part) else part
+        for index, part in enumerate(entry["content"])
+    ]
+    return entry | {"content": parts}
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, dict) and part["type"] != "text"
+
+
+def _opened(source: Any, where: str | None = None) -> Any:
+    """The picture; `where` is the entry of the messages that names it."""
+    from pixtral_cli.prompt.errors import InvalidMessages, PictureError
     from pixtral_cli.prompt.media import load
 
-    if source == "-" and sys.stdin is None:
-        raise UsageError("--image - reads standard input, which is closed.")
-    return load(source)
+    try:
+        return load(source)
+    except PictureError as error:
+        if where is None:
+            raise
+        raise InvalidMessages(where, str(error).rstrip("."), error.hint) from error

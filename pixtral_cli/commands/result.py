@@ -33,8 +33,8 @@ def statistics(reply: Any) -> str:
     usage, timings = reply.usage, reply.timings
     pictures = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
     parts = [
-        f"prompt {_count(usage.prompt_tokens)}{pictures}, {_rate(timings.prefill_tokens_per_s)}",
-        f"answer {_count(usage.completion_tokens)}, {_rate(timings.decode_tokens_per_s)}",
+        f"prompt {counted(usage.prompt_tokens, 'token')}{pictures}, {_rate(timings.prefill_tokens_per_s)}",
+        f"answer {counted(usage.completion_tokens, 'token')}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",
         f"total {timings.total_s:.2f} s",
@@ -58,8 +58,9 @@ def _picked(record: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(record, name) for name in names}
 
 
-def _count(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and its noun: `1 token`, `3 tokens`."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _rate(tokens_per_second: float | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pixtral_cli.commands.loading import NO_REMOTE_CODE
 from pixtral_cli.commands.request import PendingRequest, Request
+from pixtral_cli.commands.result import counted
 from pixtral_cli.commands.run import SILENT_PIPE
 from pixtral_cli.console import Console
 from pixtral_cli.options import OutputFlags, RequestFlags, SourceFlags
@@ -86,7 +87,7 @@ def as_text(prompt: Any) -> str:
         width, height = image.original_size
         lines.append(
             f"picture {number}: {width}x{height} px, resized to {image.width}x{image.height} px, "
-            f"{image.rows} rows of {image.columns} patches, {image.tokens} tokens"
+            f"{counted(image.rows, 'row')} of {counted(image.columns, 'patch', 'patches')}, {image.tokens} tokens"
         )
-    lines.append(f"{len(prompt.token_ids)} tokens")
+    lines.append(counted(len(prompt.token_ids), "token"))
     return "\n".join(lines) + "\n"

@@ -8,22 +8,32 @@ from pixtral_cli.errors import PixtralError
 class PromptError(PixtralError):
     """Base of every failure to turn messages and pictures into a prompt."""
 
+    default_hint = "Check the messages and the pictures of the request."
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message, hint=hint or self.default_hint)
+
 
 class InvalidMessages(PromptError):
     """An entry of the messages is not what it should be; `.where` is e.g. ``messages[2].content[1]``."""
 
+    default_hint = (
+        'Messages look like [{"role": "user", "content": "Hello"}]; content can also be a list of parts such as '
+        '{"type": "text", "text": "Hello"} and {"type": "image", "path": "a.png"}.'
+    )
+
     def __init__(self, where: str, reason: str, hint: str | None = None):
-        super().__init__(f"{where}: {reason}", hint=hint)
+        super().__init__(f"{where}: {reason}.", hint)
         self.where, self.reason = where, reason
 
 
 class PictureError(PromptError):
     """Base of what can be wrong with one picture; `.name` is what the user called it."""
 
-    default_hint: str | None = None
+    default_hint = "Check the picture, or leave it out."
 
     def __init__(self, name: str, sentence: str, hint: str | None = None):
-        super().__init__(sentence, hint=hint or self.default_hint)
+        super().__init__(sentence, hint)
         self.name = name
 
 
@@ -66,9 +76,13 @@ class PictureFetchFailed(PictureError):
 class TokenizerUnreadable(PromptError):
     """The checkpoint has no tokenizer that can be read here."""
 
+    default_hint = "Fetch the model again with --force-download."
+
 
 class TemplateFailed(PromptError):
     """The checkpoint's chat template refused the messages or is broken."""
+
+    default_hint = "Use --raw (in Python: complete) to write the prompt yourself."
 
 
 class NoChatTemplate(PromptError):
@@ -85,8 +99,9 @@ class PicturesMisplaced(PromptError):
     """The prompt's picture marks and the pictures given do not match."""
 
     def __init__(self, marks: int, pictures: int):
+        given = "1 picture was" if pictures == 1 else f"{pictures} pictures were"
         super().__init__(
-            f"The prompt has {marks} [IMG] but {pictures} pictures were given.",
+            f"The prompt has {marks} [IMG] but {given} given.",
             hint="Write one [IMG] for each picture, or none: then the pictures come first.",
         )
         self.marks, self.pictures = marks, pictures

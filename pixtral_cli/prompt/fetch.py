@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
+from pixtral_cli.prompt.settings import reason_of
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
 CONNECT_SECONDS = 10.0
@@ -33,6 +35,7 @@ def fetch(
         PictureFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
         PictureTooLarge: more than `max_bytes`.
     """
+    _check_address(url)
     outcome: list[bytes | BaseException] = []
     worker = threading.Thread(target=_into, args=(outcome, url, connect, total, max_bytes), daemon=True)
     worker.start()
@@ -42,6 +45,24 @@ def fetch(
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def without_password(url: str) -> str:
+    """`url` as it can be shown: without a user's name and password."""
+    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
+
+
+def _check_address(url: str) -> None:
+    """Raise PictureFetchFailed for what no connection could be made to, and for a password."""
+    try:
+        parts = urlsplit(url)
+        reason = "it names no server" if not parts.hostname else "its port is 0" if parts.port == 0 else None
+    except ValueError as error:
+        reason = f"the address is malformed ({reason_of(error)})"
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        reason = "an address with a user's name and password is not supported"
+    if reason:
+        raise PictureFetchFailed(without_password(url), reason)
 
 
 def _into(outcome: list[bytes | BaseException], url: str, connect: float, total: float, max_bytes: int) -> None:
@@ -111,8 +132,9 @@ def _reason(error: Exception, connect: float) -> str:
     from urllib.error import HTTPError, URLError
 
     if isinstance(error, HTTPError):
-        return f"the server answered {error.code} {error.reason}".rstrip()
+        answer = " ".join(str(error.reason).split())  # a redirection loop's has several lines
+        return f"the server answered {error.code} {answer}".rstrip(" .:")
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
         return f"no answer within {connect:g} seconds"
-    return str(getattr(cause, "strerror", None) or cause).rstrip(".") or type(cause).__name__
+    return getattr(cause, "strerror", None) or reason_of(cause)

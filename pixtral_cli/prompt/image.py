@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from pixtral_cli.prompt.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 NATIVE_SHARPNESS = -0.75
 """The `a` of OpenCV's INTER_CUBIC."""
+STRIP_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,31 @@ class ImageSpec:
         """Pixels that one token covers, along each side."""
         return self.patch_size * self.spatial_merge
 
-    def with_preprocessor(self, config: dict[str, Any]) -> ImageSpec:
+    def with_preprocessor(self, config: Settings) -> ImageSpec:
         """This, changed by a preprocessor_config.json.
 
         `do_resize: false` is not followed: without it a picture would not be a whole number of patches.
+
+        Raises:
+            SettingsUnreadable: a value is not what it should be.
         """
-        size = config.get("size") or {}
-        longest = size.get("longest_edge") or size.get("height") if isinstance(size, dict) else size
-        do_normalize = config.get("do_normalize", True)
-        rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+        normalizes = config.flag("do_normalize", True)
+        rescale = config.positive("rescale_factor", 1 / 255)
         return replace(
             self,
-            longest_side=longest or self.longest_side,
-            mean=tuple(config.get("image_mean") or self.mean) if do_normalize else (0.0,) * 3,
-            std=tuple(config.get("image_std") or self.std) if do_normalize else (1.0,) * 3,
-            rescale_factor=rescale,
+            longest_side=_longest_side(config) or self.longest_side,
+            mean=config.three("image_mean", self.mean) if normalizes else (0.0,) * 3,
+            std=config.three("image_std", self.std, positive=True) if normalizes else (1.0,) * 3,
+            rescale_factor=rescale if config.flag("do_rescale", True) else 1.0,
         )
+
+
+def _longest_side(config: Settings) -> int | None:
+    """`size` is a number or an object; None where it is neither given nor anything of ours."""
+    if not isinstance(config.values.get("size"), dict):
+        return config.length("size")
+    size = config.section("size")
+    return size.length("longest_edge") or size.length("height")
 
 
 def plan_size(width: int, height: int, recipe: Recipe, spec: ImageSpec) -> tuple[int, int]:
@@ -136,11 +148,17 @@ def token_ids(rows: int, columns: int, image: int, end_of_row: int, end: int) ->
 
 
 def _bytes_of(picture: Image.Image) -> torch.Tensor:
-    """uint8 [height, width, 3]."""
+    """uint8 [height, width, 3], copied strip by strip: of a large picture there is never a second copy."""
     import torch
 
     width, height = picture.size
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    pixels = torch.empty(height, width, 3, dtype=torch.uint8)
+    for top in range(0, height, STRIP_ROWS):
+        strip = picture.crop((0, top, width, min(top + STRIP_ROWS, height)))
+        pixels[top : top + STRIP_ROWS] = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(
+            strip.height, width, 3
+        )
+    return pixels
 
 
 def _resize_hf(picture: Image.Image, width: int, height: int) -> torch.Tensor:

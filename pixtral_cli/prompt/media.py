@@ -5,6 +5,7 @@ Only the formats listed are tried, and the header's size is checked before a pix
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import warnings
@@ -17,11 +18,15 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from pixtral_cli.prompt.errors import PictureNotFound, PictureTooLarge, PictureUnreadable
 from pixtral_cli.prompt.fetch import fetch as fetch_url
+from pixtral_cli.prompt.fetch import without_password
+from pixtral_cli.prompt.settings import reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_000_000
+MAX_PIPE_BYTES = 256 * 2**20
+OTHER_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 STDIN = "-"
 FROM_ARRAY = "Of an array, PIL.Image.fromarray makes a picture."
@@ -61,7 +66,7 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
     if hasattr(source, "convert") and hasattr(source, "size"):
         return _guarded(name, lambda: _normalised(source, name, max_pixels))
     with _file(source, name, fetch) as file:
-        return _guarded(name, lambda: _normalised(_open(file), name, max_pixels))
+        return _guarded(name, lambda: _normalised(_open(file, name), name, max_pixels))
 
 
 def name_of(source: Any) -> str:
@@ -72,6 +77,7 @@ def name_of(source: Any) -> str:
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
     if source == STDIN:
         return "from standard input"
+    source = without_password(source) or '""'
     return source if len(source) <= 120 else f"{source[:40]}…"
 
 
@@ -82,30 +88,76 @@ def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
         raise PictureUnreadable(name, "it is no path, address, bytes or PIL.Image", FROM_ARRAY)
     if source == STDIN:
         return _standard_input(name)
-    scheme = source[:8].partition(":")[0].lower() if isinstance(source, str) else ""
+    if isinstance(source, str):
+        return _named(source, name, fetch)
+    return _path(Path(source), name)
+
+
+def _named(source: str, name: str, fetch: Fetch) -> BinaryIO:
+    scheme = source[:8].partition(":")[0].lower()
     if scheme in ("http", "https"):
         return BytesIO(fetch(source))
     if scheme == "data":
         return BytesIO(_data_uri(source, name))
     if scheme == "file":
-        source = unquote(urlsplit(source).path)
-    return _path(Path(source), name)
+        return _path(_file_address(source, name), name)
+    if source == "":
+        raise PictureUnreadable(name, "it has no name")
+    path = Path(source)
+    if OTHER_ADDRESS.match(source) and not _exists(path):
+        raise PictureUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+    return _path(path if _exists(path) else _from_home(source), name)
+
+
+def _file_address(source: str, name: str) -> Path:
+    try:
+        parts = urlsplit(source)
+    except ValueError as error:
+        raise PictureUnreadable(name, "the address is malformed") from error
+    if parts.netloc not in ("", "localhost"):
+        raise PictureUnreadable(name, f"the file is on another computer, {parts.netloc}", "Copy it to this one.")
+    if parts.path in ("", "/"):
+        raise PictureUnreadable(name, "the address names no file")
+    return Path(unquote(parts.path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that can be none
+        return False
+
+
+def _from_home(source: str) -> Path:
+    """`source` with a leading "~" as the home folder. Only what was typed counts: "./~x" is a file here."""
+    try:
+        return Path(source).expanduser() if source.startswith("~") else Path(source)
+    except RuntimeError:  # no such user
+        return Path(source)
 
 
 def _standard_input(name: str) -> BinaryIO:
     if sys.stdin is None:
         raise PictureUnreadable(name, "it is closed", "Send the picture through a pipe, or give its path.")
-    return BytesIO(sys.stdin.buffer.read())
+    return _limited(sys.stdin.buffer, name)
+
+
+def _limited(pipe: BinaryIO, name: str) -> BinaryIO:
+    """All that a pipe holds; one without an end must not fill the memory."""
+    data = pipe.read(MAX_PIPE_BYTES + 1)
+    if len(data) > MAX_PIPE_BYTES:
+        raise PictureTooLarge(name, f"The picture {name} has more than {MAX_PIPE_BYTES // 2**20} MiB.")
+    return BytesIO(data)
 
 
 def _path(path: Path, name: str) -> BinaryIO:
     try:
-        return path.expanduser().open("rb")
+        return path.open("rb")
     except IsADirectoryError as error:
         raise PictureUnreadable(name, "it is a folder") from error
     except PermissionError as error:
         raise PictureUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
-    except (OSError, RuntimeError, ValueError) as error:  # missing, a name too long, no home folder, a NUL
+    except (OSError, ValueError) as error:  # missing, a name too long, a NUL
         raise PictureNotFound(name) from error
 
 
@@ -137,14 +189,19 @@ def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PictureTooLarge(name, f"The picture {name} is larger than it says.") from error
     except Exception as error:
-        reason = str(error).strip().rstrip(".") or type(error).__name__
-        raise PictureUnreadable(name, f"it is damaged or cut short ({reason})") from error
+        reason = reason_of(error)
+        raise PictureUnreadable(name, f"it is damaged or cut short ({reason})", "Download or copy it again.") from error
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO, name: str) -> Image.Image:
     """Read the header. PIL's own size check is off meanwhile (PIL_SETTINGS is held): ours states both numbers."""
     from PIL import Image
 
+    if not file.seekable():  # a named pipe
+        file = _limited(file, name)
+    if not file.read(1):
+        raise PictureUnreadable(name, "it is empty", "Download or copy it again.")
+    file.seek(0)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         return Image.open(file, formats=FORMATS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,9 +22,12 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
 from pixtral_cli.prompt.messages import Conversation
 from pixtral_cli.prompt.native import NativeRules, can_chat
+from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template
-from pixtral_cli.prompt.tokenizer import Tokenizer, read_json
+from pixtral_cli.prompt.tokenizer import Tokenizer
 
+GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
+GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
 LoadPicture = Callable[[Any], Any]
 """A picture's source -> an RGB PIL.Image: `media.load`, or one that guards a server."""
@@ -45,6 +49,8 @@ class Prompt:
 
     token_ids: list[int]
     images: list[PreparedImage]
+    answer_starts_text: bool = True
+    """Whether the answer is a text of its own, as in a chat, and not the middle of one: `ByteStream` asks for it."""
 
     @property
     def image_tokens(self) -> int:
@@ -61,12 +67,12 @@ class ImageTokens:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, config: dict[str, Any]) -> ImageTokens | None:
+    def of(cls, tokenizer: Tokenizer, config: Settings) -> ImageTokens | None:
         """Their names are Pixtral's unless processor_config.json has others."""
         names = (
-            _token_text(config.get("image_token"), "[IMG]"),
-            _token_text(config.get("image_break_token"), "[IMG_BREAK]"),
-            _token_text(config.get("image_end_token"), "[IMG_END]"),
+            config.token("image_token", None) or "[IMG]",
+            config.token("image_break_token", None) or "[IMG_BREAK]",
+            config.token("image_end_token", None) or "[IMG_END]",
         )
         if any(name not in tokenizer.controls for name in names):
             return None
@@ -106,6 +112,7 @@ class Processor:
 
         Raises:
             TokenizerUnreadable: no tokenizer, or a damaged one.
+            SettingsUnreadable: a damaged file of settings.
             PromptError: an unknown `image_preprocessing`.
         """
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
@@ -113,11 +120,11 @@ class Processor:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
         written = getattr(checkpoint, "written_tokenizer", None)
         tokenizer = gguf_tokenizer.load(written) if written else Tokenizer.load(checkpoint.file)
-        processor_config = read_json(checkpoint.file("processor_config.json"))
-        spec = ImageSpec(patch_size, tokenizer.image.get("max_image_size", image_size), spatial_merge)
+        processor_config = Settings.read(checkpoint.file("processor_config.json"))
+        spec = ImageSpec(patch_size, tokenizer.image.length("max_image_size", image_size), spatial_merge)
         if checkpoint.form == "hf":
-            spec = spec.with_preprocessor(processor_config.get("image_processor") or {})
-            spec = spec.with_preprocessor(read_json(checkpoint.file("preprocessor_config.json")))
+            spec = spec.with_preprocessor(processor_config.section("image_processor"))
+            spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
             _dialect(checkpoint, tokenizer, written),
@@ -145,7 +152,11 @@ class Processor:
 
         Raises:
             PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
+            PromptError: `text` is no text, or `pictures` no list of pictures.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"The text to continue should be a string, not {type(text).__name__}.", GIVE_TEXT)
+        pictures = _listed(pictures)
         pieces = text.split(IMAGE_MARK) if pictures else [text]
         if len(pieces) == 1:
             pieces = [""] * len(pictures) + pieces
@@ -156,7 +167,7 @@ class Processor:
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
             ids += self.tokenizer.encode(piece, at_start=index == 0) if piece else []
-        return Prompt(ids, images)
+        return Prompt(ids, images, answer_starts_text=not (text or images))
 
     def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
         sources = list(sources)
@@ -171,9 +182,11 @@ class Processor:
         marks = ids.count(self.image_tokens.patch)
         if marks != len(images):
             raise TemplateFailed(
-                f"The model's chat template has places for {marks} pictures where {len(images)} were given.",
+                f"The model's chat template writes {marks} [IMG] for {len(images)} picture{'s' * (len(images) != 1)}.",
                 "Use --raw (in Python: complete) with one [IMG] for each picture.",
             )
+        if not images:
+            return Prompt(ids, [])
         left = iter(images)
         return Prompt([id for mark in ids for id in self._expanded(mark, left)], images)
 
@@ -183,6 +196,15 @@ class Processor:
     def _picture_ids(self, image: PreparedImage) -> list[int]:
         tokens = self.image_tokens
         return token_ids(image.rows, image.columns, tokens.patch, tokens.row_end, tokens.end)
+
+
+def _listed(pictures: Any) -> list[Any]:
+    """The pictures in a list; a single one is meant so."""
+    if isinstance(pictures, (str, bytes, PathLike)) or hasattr(pictures, "convert"):
+        return [pictures]
+    if not isinstance(pictures, Iterable):
+        raise PromptError(f"The pictures should be a list, not {type(pictures).__name__}.", GIVE_PICTURES)
+    return list(pictures)
 
 
 def _dialect(
@@ -197,10 +219,3 @@ def _dialect(
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
         return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
     return NativeRules(tokenizer) if can_chat(tokenizer) else None
-
-
-def _token_text(value: Any, default: str) -> str:
-    """A token in a configuration file: its text, or an object that holds it."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else default

@@ -16,7 +16,8 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from pixtral_cli.prompt.errors import TokenizerUnreadable
+from pixtral_cli.prompt.errors import PromptError, TokenizerUnreadable
+from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.token_bytes import spell
 
 CONTROLS_BEFORE_V8 = (
@@ -34,8 +35,8 @@ class Tekken:
     """Control string -> id, the unnamed ``<SPECIAL_n>`` included."""
     version: int
     """Of the chat rules: 3 for Pixtral-12B."""
-    image: dict[str, int]
-    """``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; {} for a text model."""
+    image: Settings
+    """``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; nothing for a text model."""
 
 
 def load(path: Path) -> Tekken:
@@ -49,12 +50,14 @@ def load(path: Path) -> Tekken:
     """
     try:
         with _no_collection():
-            return _build(json.loads(path.read_bytes()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TokenizerUnreadable(f"Cannot read {path}: {error}.", "Fetch it again with --force-download.") from error
+            return _build(json.loads(path.read_bytes()), str(path))
+    except PromptError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere, and `tokenizers` raises bare Exception
+        raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
 
 
-def _build(data: dict[str, Any]) -> Tekken:
+def _build(data: dict[str, Any], where: str) -> Tekken:
     config = data["config"]
     special = config["default_num_special_tokens"]
     ranks = _ranks(data["vocab"][: config["default_vocab_size"] - special])
@@ -66,7 +69,8 @@ def _build(data: dict[str, Any]) -> Tekken:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     bpe.decoder = decoders.ByteLevel()
-    image = data.get("image") or data.get("multimodal") or {}
+    settings = Settings(data, where)
+    image = settings.section("image" if data.get("image") else "multimodal")
     return Tekken(bpe, _controls(data.get("special_tokens"), special), _version(config["version"]), image)
 
 

@@ -12,28 +12,40 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text
-from pixtral_cli.prompt.tokenizer import Files, Tokenizer, read_json
+from pixtral_cli.prompt.settings import Settings, reason_of
+from pixtral_cli.prompt.tokenizer import Files, Tokenizer
 
 Protect = Callable[[str], str]
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
+OWN_TEXT, OWN_TIMES = 2**20, 16
+"""A template may write so many characters of its own, and everything in the messages so many times."""
+BROKEN = "Fetch the model again with --force-download, or use --raw (in Python: complete)."
 
 
 def find_template(file: Files) -> str | None:
     """The checkpoint's chat template: chat_template.jinja, or `chat_template` in one of its JSON files."""
     if path := file("chat_template.jinja"):
-        return path.read_text(encoding="utf-8")
+        return _read(path)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = read_json(file(name)).get("chat_template")
+        template = Settings.read(file(name)).values.get("chat_template")
         if isinstance(template, list):  # named templates
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            default = (e for e in template if isinstance(e, dict) and e.get("name") == "default")
+            template = next(default, {}).get("template")
         if isinstance(template, str):
             return template
     return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise TemplateFailed(f"Cannot read the chat template {path}: {reason_of(error)}.", BROKEN) from error
 
 
 class Shield:
@@ -98,7 +110,8 @@ class ChatTemplate:
         texts = [chunk.text for message in conversation.messages for chunk in message.chunks if isinstance(chunk, Text)]
         mark = self._shield.mark_for([self.source, *texts])
         protect = partial(self._shield.raise_over, mark=mark)
-        rendered = self._render([self._entry(message, protect) for message in conversation.messages], tools)
+        longest = OWN_TEXT + OWN_TIMES * sum(map(len, texts))
+        rendered = self._render([self._entry(message, protect) for message in conversation.messages], tools, longest)
         ids = self._forgotten_bos(rendered)
         for part in self.tokenizer.split_controls(rendered):
             if isinstance(part, int):
@@ -112,22 +125,20 @@ class ChatTemplate:
         needed = self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos)
         return [self.tokenizer.control(bos)] if needed else []
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-        from jinja2 import TemplateError
-
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, longest: int) -> str:
+        pieces = self._compiled.generate(
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=True,
+            bos_token=self.tokenizer.bos or "",
+            eos_token=self.tokenizer.eos or "",
+        )
         try:
-            return self._compiled.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=True,
-                bos_token=self.tokenizer.bos or "",
-                eos_token=self.tokenizer.eos or "",
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-            reason = str(error).strip().rstrip(".") or type(error).__name__
+            return _joined(pieces, longest)
+        except Exception as error:  # a stranger's program can fail in any way
             raise TemplateFailed(
-                f"The model's chat template refused the messages: {reason}.",
+                f"The model's chat template refused the messages: {reason_of(error)}.",
                 "Change the messages, or use --raw (in Python: complete) to write the prompt yourself.",
             ) from error
 
@@ -153,15 +164,22 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        from jinja2 import TemplateError
-
         try:
             return _environment().from_string(self.source)
-        except TemplateError as error:
-            raise TemplateFailed(
-                f"The model's chat template is broken: {error}.",
-                "Fetch the model again with --force-download, or use --raw.",
-            ) from error
+        except Exception as error:  # Jinja's own, and Python's about what Jinja compiles to
+            raise TemplateFailed(f"The model's chat template is broken: {reason_of(error)}.", BROKEN) from error
+
+
+def _joined(pieces: Iterable[str], longest: int) -> str:
+    """The pieces in one. Raises OverflowError past `longest` characters: no template needs that many."""
+    text: list[str] = []
+    length = 0
+    for piece in pieces:
+        text.append(piece)
+        length += len(piece)
+        if length > longest:
+            raise OverflowError(f"it writes more than {longest:,} characters")
+    return "".join(text)
 
 
 def _is_plain(message: Message) -> bool:
@@ -182,12 +200,33 @@ def _environment() -> Any:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
+    class Environment(ImmutableSandboxedEnvironment):
+        """In which a few characters of arithmetic cannot fill the memory."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _refuse_giant(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
+
+
+def _refuse_giant(operator: str, left: Any, right: Any) -> None:
+    """Raise OverflowError for a product or power of more than OWN_TEXT letters, items or bits."""
+    sizes = [value.bit_length() if isinstance(value, int) else 1 for value in (left, right)]
+    if operator == "**":
+        size = sizes[0] * right if isinstance(right, int) else 0
+    else:
+        times = next((value for value in (left, right) if isinstance(value, int)), 0)
+        size = sum(sizes) + max((len(v) * times for v in (left, right) if hasattr(v, "__len__")), default=0)
+    if size > OWN_TEXT:
+        raise OverflowError(f"it calculates something of more than {OWN_TEXT:,} characters")
 
 
 def _generation_tag() -> type:

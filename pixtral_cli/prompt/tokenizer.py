@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,13 @@ import tokenizers
 
 from pixtral_cli.prompt import tekken
 from pixtral_cli.prompt.errors import TokenizerUnreadable
+from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.token_bytes import speller
 
 Files = Callable[[str], Path | None]
 """A side file's name -> its path, or None: `Checkpoint.file`."""
+BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
+PIECE = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Tokenizer:
     """Whether the tokenizer by itself puts `bos` first."""
     version: int | None = None
     """Of Mistral's chat rules, where the file says it (tekken.json)."""
-    image: dict[str, int] = field(default_factory=dict)
-    """tekken.json's ``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; {} where it has none."""
+    image: Settings = field(default_factory=Settings)
+    """tekken.json's ``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; nothing where it has none."""
 
     @classmethod
     def load(cls, file: Files) -> Tokenizer:
@@ -65,6 +68,7 @@ class Tokenizer:
 
         Raises:
             TokenizerUnreadable: neither is there, or the one that is cannot be read.
+            SettingsUnreadable: tokenizer_config.json is damaged.
         """
         if path := file("tekken.json"):
             text_model, controls, more = _from_tekken(path)
@@ -75,8 +79,8 @@ class Tokenizer:
                 "The model's folder has neither a tokenizer.json nor a tekken.json.",
                 "Fetch the model again with --force-download, or add its tokenizer file.",
             )
-        config = read_json(file("tokenizer_config.json"))
-        bos, eos = (_named(config, key, default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
+        config = Settings.read(file("tokenizer_config.json"))
+        bos, eos = config.token("bos_token", "<s>"), config.token("eos_token", "</s>")
         return cls(text_model, controls, *(name if name in controls else None for name in (bos, eos)), **more)
 
     @property
@@ -93,8 +97,12 @@ class Tokenizer:
         Args:
             at_start: whether nothing stands before `text`: SentencePiece vocabularies may then add a space.
         """
-        model = self.text_model if at_start else self._inner_model
         text = _without_surrogates(text)
+        pieces = _pieces(text) if self._words_stand_alone else [text]
+        return [id for index, piece in enumerate(pieces) for id in self._encode(piece, at_start and not index)]
+
+    def _encode(self, text: str, at_start: bool) -> list[int]:
+        model = self.text_model if at_start else self._inner_model
         encoding = model.encode(text, add_special_tokens=False)
         if self._special_ids.isdisjoint(encoding.ids):
             return encoding.ids
@@ -161,6 +169,12 @@ class Tokenizer:
         return speller(self.text_model)
 
     @cached_property
+    def _words_stand_alone(self) -> bool:
+        """Whether a text can be cut before the space between two words, as in every byte-level vocabulary."""
+        before = self.text_model.pre_tokenizer
+        return before is not None and [piece for piece, _ in before.pre_tokenize_str("a b")] == ["a", "\u0120b"]
+
+    @cached_property
     def _inner_model(self) -> tokenizers.Tokenizer:
         """The text model for what stands after something else: without a space at the text's start."""
         state = self.text_model.pre_tokenizer and json.loads(self.text_model.pre_tokenizer.__getstate__())
@@ -181,10 +195,11 @@ class ByteStream:
     the model really produced bytes that are no UTF-8.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, at_start: bool = True):
+        """`at_start`: whether a text begins here. SentencePiece then means nothing by the first space."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.drops_first_space
+        self._drop_space = at_start and tokenizer.drops_first_space
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
@@ -197,17 +212,6 @@ class ByteStream:
     def finish(self) -> str:
         """What an unfinished character at the very end becomes: U+FFFD, or nothing."""
         return self._decoder.decode(b"", final=True)
-
-
-def read_json(path: Path | None) -> dict[str, Any]:
-    """A JSON object from a side file; {} without one. Raises TokenizerUnreadable for anything else."""
-    if path is None:
-        return {}
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TokenizerUnreadable(f"Cannot read {path}: {error}.", "Fetch it again with --force-download.") from error
-    return data if isinstance(data, dict) else {}
 
 
 _EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
@@ -223,7 +227,7 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], di
     try:
         whole = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
-        raise TokenizerUnreadable(f"Cannot read {path}: {error}.", "Fetch it again with --force-download.") from error
+        raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
     text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (value := getattr(whole, part)) is not None:
@@ -236,9 +240,13 @@ def _controls(added: Iterable[tuple[int, tokenizers.AddedToken]]) -> dict[str, C
     return {t.content: Control(t.content, id, t.special, t.lstrip, t.rstrip) for id, t in added}
 
 
-def _named(config: dict[str, Any], key: str, default: str) -> str | None:
-    value = config.get(key, default)
-    return value.get("content") if isinstance(value, dict) else value
+def _pieces(text: str) -> Iterator[str]:
+    """`text` cut between words: the time that `tokenizers` takes grows faster than the text."""
+    start = 0
+    while len(text) - start > PIECE and (cut := BETWEEN_WORDS.search(text, start + PIECE)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def _without_surrogates(text: str) -> str:

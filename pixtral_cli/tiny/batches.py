@@ -68,7 +68,7 @@ class Batch:
     """ids, positions, groups, labels, answers: int64 [B, T]; `labels` is IGNORE outside answers, `answers` the number of
     the answer a token belongs to; `kinds` [S] its kind and `abouts` [S, 2] the patch row and column of the shape that it is
     about, or -1. Per picture slot: pixels uint8 [B, H, W, 3] and patch facts
-    int64 [B, P, 7]."""
+    int64 [B, P, 10]."""
 
     ids: np.ndarray
     positions: np.ndarray
@@ -263,10 +263,11 @@ def _pixels(scene: Scene, grid: Grid) -> np.ndarray:
 
 
 def _facts(scene: Scene, grid: Grid) -> np.ndarray:
-    """int64 [P, 7]: shape, colour, character and its index where the patch holds the centre; the background; and the
-    shape and character that the patch is near to or a part of. 0 is none, but for the background."""
+    """int64 [P, 10]: shape, colour, character and its index where the patch holds the centre; the background; the shape
+    and character that the patch is near to or a part of; and where it holds a centre, the how-manieth shape it is in
+    reading order, of all, of its colour, and of its form. 0 is none, but for the background."""
     rows, columns = grid
-    facts = np.zeros((rows, columns, 7), dtype=np.int64)
+    facts = np.zeros((rows, columns, 10), dtype=np.int64)
     facts[..., 4] = list(BACKGROUNDS).index(scene.background)
     down, right = rows / scene.height, columns / scene.width  # patches per pixel
     y, x = np.ogrid[0.5:rows, 0.5:columns]
@@ -283,4 +284,14 @@ def _facts(scene: Scene, grid: Grid) -> np.ndarray:
             facts[int(centre[1] * down), int(centre[0] * right)][2:4] = kind, index + 1
             near = (abs(y - centre[1] * down) <= reach_down) & (abs(x - centre[0] * right) <= reach_right)
             facts[..., 6][near] = kind
-    return facts.reshape(rows * columns, 7)
+    return _numbered(facts.reshape(rows * columns, 10))
+
+
+def _numbered(facts: np.ndarray) -> np.ndarray:
+    held = facts[:, 0] > 0
+    facts[held, 7] = np.arange(1, held.sum() + 1)
+    for which, number in ((1, 8), (0, 9)):
+        for value in set(facts[held, which]):
+            same = facts[:, which] == value
+            facts[same, number] = np.arange(1, same.sum() + 1)
+    return facts

@@ -27,6 +27,7 @@ FACT_SIZES = (
     len(SHAPES) + 1, len(COLOURS) + 1, len(CHARACTERS) + 1, 6, len(BACKGROUNDS), len(SHAPES) + 1, len(CHARACTERS) + 1,
 )
 SPARSE = (0, 1, 2, 3, 5, 6)  # facts that most patches have none of
+MOST = 6  # shapes in a picture, and a spare
 LONGEST = 16  # rows or columns of the largest trained picture
 
 CONFIG: dict[str, Any] = {
@@ -134,24 +135,28 @@ class Teacher(nn.Module):
         super().__init__()
         self.seen = nn.ModuleList(nn.Linear(vision_size, size) for size in FACT_SIZES)
         self.told = nn.ModuleList(nn.Linear(text_size, size) for size in (*FACT_SIZES[:4], LONGEST, LONGEST))
+        self.counted = nn.ModuleList(nn.Linear(text_size, MOST + 1) for _ in range(3))
         self.asked = nn.ModuleList(nn.Linear(text_size, LONGEST) for _ in range(2))
 
     def see(self, features: Tensor, facts: Tensor) -> Tensor:
-        """features [B * P, C], facts [B * P, 7] -> the loss of each fact [7]."""
+        """features [B * P, C], facts [B * P, 10] -> the loss of each fact [7]."""
         return _reading_loss(self.seen, features, facts, SPARSE)
 
     def tell(self, hidden: Tensor, facts: Tensor, places: Tensor) -> Tensor:
-        """hidden [M, C] at the [IMG] tokens, facts [M, 7], places [M, 2] -> losses [6]."""
-        return _reading_loss(self.told, hidden, torch.cat([facts[:, :4], places], dim=1), SPARSE[:4])
+        """hidden [M, C] at the [IMG] tokens, facts [M, 10], places [M, 2] -> losses [9]."""
+        told = _reading_loss(self.told, hidden, torch.cat([facts[:, :4], places], dim=1), SPARSE[:4])
+        return torch.cat([told, _reading_loss(self.counted, hidden, facts[:, 7:], range(3))])
 
     def point(self, hidden: Tensor, abouts: Tensor) -> Tensor:
         """hidden [S, C] where questions end, abouts [S, 2] -> losses [2]: at which patch is the shape asked about?"""
         some = (abouts[:, 0] >= 0).nonzero()[:, 0]
         return _reading_loss(self.asked, hidden[some], abouts[some], ()) if len(some) else hidden.new_zeros(2)
 
-    def measure(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """hidden [M, C] at the [IMG_END] tokens, last [M, 2] row and column -> losses [2]: how large is the picture?"""
-        return _reading_loss(self.told[4:], hidden, last, ())
+    def measure(self, hidden: Tensor, last: Tensor, shapes: Tensor) -> Tensor:
+        """hidden [M, C] at the [IMG_END] tokens, last [M, 2] row and column, shapes [M] -> losses [3]: how large is the
+        picture, and how many shapes has it?"""
+        heads = [*self.told[4:], self.counted[0]]
+        return _reading_loss(heads, hidden, torch.cat([last, shapes[:, None]], dim=1), ())
 
 
 def _reading_loss(heads: Iterable[nn.Module], features: Tensor, facts: Tensor, sparse: Sequence[int]) -> Tensor:
@@ -195,7 +200,7 @@ def losses(model: Llava, teacher: Teacher, batch: Batch, device: torch.device, s
     told = zero
     if features is not None:
         told = teacher.tell(halfway[0][flat == IMG], facts, places)
-        ends = teacher.measure(halfway[0][flat == IMG_END], _last_places(batch, device))
+        ends = teacher.measure(halfway[0][flat == IMG_END], _last_places(batch, device), _shape_counts(batch, device))
         pointed = teacher.point(late[0][flat == END_INST], torch.from_numpy(batch.abouts).to(device))
         told = torch.cat([told, ends, 2 * pointed])
     learned = (labels[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
@@ -220,7 +225,7 @@ def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _look(model: Llava, batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Vision features [M, C], facts [M, 7] and (row, column) [M, 2] of all patches, in the order of [IMG] tokens."""
+    """Vision features [M, C], facts [M, 10] and (row, column) [M, 2] of all patches, in the order of [IMG] tokens."""
     if not batch.pixels:
         return None, None, None
     features, facts, places = [], [], []
@@ -240,6 +245,12 @@ def _last_places(batch: Batch, device: torch.device) -> Tensor:
     """(row, column) of every picture's last patch, in the order of [IMG_END] tokens: [B * slots, 2]."""
     corners = [(pixels.shape[1] // PATCH - 1, pixels.shape[2] // PATCH - 1) for pixels in batch.pixels]
     return torch.tensor(corners, device=device).repeat(len(batch.ids), 1)
+
+
+def _shape_counts(batch: Batch, device: torch.device) -> Tensor:
+    """How many shapes each picture has, in the order of [IMG_END] tokens: [B * slots]."""
+    counts = [torch.from_numpy(facts[:, :, 7].max(1)) for facts in batch.facts]
+    return torch.stack(counts, dim=1).flatten().to(device)
 
 
 def _patches(pixels: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -136,6 +136,23 @@ def test_a_full_disk_is_an_error_and_not_a_traceback(start_fake):
     assert "Traceback" not in error and "Exception ignored" not in error
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_onto_a_full_disk_is_an_error_and_not_a_traceback(arguments):
+    from processes import PROGRAM, clean_environment
+
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, env=clean_environment(), timeout=60
+        )
+    error = done.stderr.decode()
+    assert done.returncode == 1 and "No space left" in error and len(error.splitlines()) == 2
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(fake):
+    error = fake("run", "-p", "hi", "-i", "a\nb\x1b[2J\udcff.png").stderr.decode()
+    assert len(error.splitlines()) == 2 and "\x1b" not in error and "\\udc" not in error
+
+
 def test_closed_streams_are_no_error(fake):
     import sys
 

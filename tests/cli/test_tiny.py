@@ -70,6 +70,17 @@ def test_tokenize_shows_the_ids_that_the_model_gets(program, model, picture, raw
     ]
 
 
+def test_a_photograph_is_turned_upright_once(program, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=exif)
+    part = {"type": "image", "path": str(tmp_path / "turned.jpg")}
+    (tmp_path / "m.json").write_text(json.dumps([{"role": "user", "content": [part]}]))
+    for request in (["-p", "hi", "-i", part["path"]], ["--messages", str(tmp_path / "m.json")]):
+        (shown,) = json.loads(program("tokenize", "--model-path", "tiny", *request, "--json").stdout)["images"]
+        assert (shown["width"], shown["height"]) == (32, 64)
+
+
 def test_tokenize_says_the_same_in_words(program, picture):
     lines = program("tokenize", "--model-path", "tiny", "-i", picture, "-p", "hi").stdout.decode().splitlines()
     ids = lines[0].split()

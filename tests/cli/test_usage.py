@@ -1,6 +1,9 @@
 """Command lines that cannot be meant: exit code 2 (or 1 for what does not work yet), one sentence, a way out."""
 
+import json
+
 import pytest
+from processes import imported_by
 
 from pixtral_cli.encodings import CHOICES
 
@@ -98,9 +101,58 @@ def test_messages_that_are_wrong_name_the_entry(call, tmp_path, text, said):
     assert (code, out) == (1, "") and said in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["run", "tokenize"])
+def test_a_picture_in_messages_that_is_not_there_names_its_entry_before_anything_is_loaded(
+    call, monkeypatch, tmp_path, command
+):
+    monkeypatch.setattr("pixtral_cli.source.Source.open", None)
+    parts = ["look: ", {"type": "image_url", "image_url": {"url": "no/such.png"}}]
+    (tmp_path / "m.json").write_text(json.dumps([{"role": "user", "content": parts}]))
+    code, out, err = call(command, "--messages", str(tmp_path / "m.json"))
+    assert (code, out) == (1, "") and "messages[0].content[1]: No picture at no/such.png." in err
+    assert len(err.splitlines()) == 2
+
+
+def test_pictures_in_messages_are_opened_without_torch(tmp_path):
+    file = tmp_path / "m.json"
+    file.write_text('[{"role": "user", "content": [{"type": "image", "path": "no/such.png"}]}]')
+    assert "torch" not in imported_by("run", "--messages", str(file))
+
+
+def test_messages_nested_too_deeply_are_one_sentence(call, tmp_path):
+    (tmp_path / "m.json").write_text("[" * 100_000)
+    code, _, err = call("run", "--messages", str(tmp_path / "m.json"))
+    assert code == 1 and "nested too deeply" in err and len(err.splitlines()) == 2
+
+
+def test_messages_without_an_end_are_refused(call):
+    code, _, err = call("run", "--messages", "/dev/zero")
+    assert code == 1 and "64 MiB" in err and len(err.splitlines()) == 2
+
+
+def test_an_empty_name_of_messages_is_not_left_out(call):
+    code, _, err = call("run", "-p", "hi", "--messages", "")
+    assert code == 2 and "--messages" in err
+
+
+@pytest.mark.parametrize("command", ["run", "tokenize"])
+def test_a_flag_without_its_value_points_to_the_help_of_its_command(call, command):
+    code, _, err = call(command, "-p")
+    assert code == 2 and err.endswith(f"See: pixtral {command} --help\n")
+
+
+@pytest.mark.parametrize("arguments", [["--top-k", "abc"], ["--top-k=abc"]])
+def test_a_number_that_is_none_is_shown(call, arguments):
+    assert "'abc'" in call("run", "-p", "hi", *arguments)[2].splitlines()[0]
+
+
+def test_whole_numbers_in_errors_are_whole(call):
+    assert "at most 9223372036854775807." in call("run", "-p", "hi", "--seed", str(2**63))[2]
+
+
 def test_messages_that_are_not_there_name_the_file(call):
     code, _, err = call("run", "--messages", "no/such.json")
-    assert code == 1 and "no/such.json" in err
+    assert code == 1 and "no/such.json" in err and len(err.splitlines()) == 2
 
 
 def test_help_and_python_have_the_same_default_model():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from types import SimpleNamespace
@@ -220,6 +223,51 @@ def test_what_is_no_picture_at_all_is_one_sentence(source):
     with pytest.raises(PictureUnreadable, match="no path") as caught:
         media.load(source)
     assert caught.value.hint
+
+
+def test_a_tilde_is_the_home_folder_only_where_it_is_typed_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~x.png").write_bytes(encoded(RGB))
+    (tmp_path / "~root").write_bytes(encoded(RGB))
+    assert all(media.load(name).size == RGB.size for name in ("./~x.png", "~x.png", "~root"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "no name"),
+        ("file://", "names no file"),
+        ("file://elsewhere/etc/passwd", "another computer, elsewhere"),
+        ("ftp://example.org/a.png", "address is not known"),
+        ("s3://bucket/a.png", "address is not known"),
+        (b"", "is empty"),
+        ("http://ann:secret@example.org/a.png", "password is not supported"),
+        ("http://example.org:99999/a.png", "Port out of range"),
+        ("http://example.org:x/a.png", "Port could not be cast"),
+        ("http:///a.png", "names no server"),
+    ],
+)
+def test_a_name_that_can_be_none_says_why(name, said):
+    with pytest.raises(PictureError, match=re.escape(said)) as caught:
+        media.load(name)
+    assert caught.value.hint and "secret" not in str(caught.value) + caught.value.name
+
+
+def test_standard_input_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(media, "MAX_PIPE_BYTES", 2**20)
+    with open("/dev/zero", "rb") as endless:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless))
+        with pytest.raises(PictureTooLarge, match="1 MiB"):
+            media.load("-")
+
+
+def test_a_named_pipe_is_read(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(encoded(RGB),))
+    writer.start()
+    assert media.load(path).size == RGB.size
+    writer.join()
 
 
 def test_closed_standard_input_is_one_sentence(monkeypatch):

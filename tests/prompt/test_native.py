@@ -16,6 +16,7 @@ from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules
 from pixtral_cli.prompt.processor import ImageTokens, Processor
+from pixtral_cli.prompt.settings import Settings
 
 SMALL, WIDE = Image.new("RGB", (20, 40), "red"), Image.new("RGB", (1500, 300), "blue")
 IMG, SMALL_IDS = 10, [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -43,7 +44,7 @@ def mistral_ids(mistral, messages):
 
 @pytest.fixture(scope="session")
 def native(tekken) -> Processor:
-    return Processor(tekken, NativeRules(tekken), ImageTokens.of(tekken, {}), "native", ImageSpec())
+    return Processor(tekken, NativeRules(tekken), ImageTokens.of(tekken, Settings()), "native", ImageSpec())
 
 
 CONVERSATIONS = {

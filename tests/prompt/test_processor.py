@@ -16,11 +16,12 @@ from pixtral_cli.prompt.errors import (
     PicturesMisplaced,
     PicturesUnsupported,
     PromptError,
-    TokenizerUnreadable,
 )
+from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules
 from pixtral_cli.prompt.processor import Processor
+from pixtral_cli.prompt.settings import SettingsUnreadable
 
 SMALL = Image.new("RGB", (20, 40), "red")
 SMALL_IDS = [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -31,6 +32,24 @@ SEEING = parse([{"role": "user", "content": [{"type": "image", "image": SMALL}]}
 @pytest.fixture
 def raw(checkpoint, byte_level_json) -> Processor:
     return Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json))
+
+
+def test_a_single_picture_need_not_be_in_a_list(raw, tmp_path):
+    SMALL.save(tmp_path / "a.png")
+    for one in (SMALL, str(tmp_path / "a.png"), tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+        assert raw.complete("a", one).token_ids == raw.complete("a", [SMALL]).token_ids
+
+
+@pytest.mark.parametrize("arguments", [(None,), (5,), (b"a",), ("a", 5), ("a", None), ("a", [None]), ("a", [5])])
+def test_what_cannot_be_completed_is_one_sentence(raw, arguments):
+    with pytest.raises(PromptError) as caught:
+        raw.complete(*arguments)
+    assert caught.value.hint
+
+
+def test_an_answer_starts_a_text_in_a_chat_and_continues_one_without(raw):
+    assert raw.chat(HELLO).answer_starts_text and raw.complete("").answer_starts_text
+    assert not raw.complete("a").answer_starts_text and not raw.complete("", [SMALL]).answer_starts_text
 
 
 def test_raw_text_follows_bos_and_nothing_else(raw):
@@ -145,7 +164,7 @@ def test_pictures_are_loaded_by_the_function_given(checkpoint, byte_level_json):
 
 @pytest.mark.parametrize("name", ["tokenizer_config_json", "processor_config_json", "preprocessor_config_json"])
 def test_a_damaged_side_file_is_one_sentence(checkpoint, byte_level_json, name):
-    with pytest.raises(TokenizerUnreadable, match="Cannot read"):
+    with pytest.raises(SettingsUnreadable, match="Cannot read"):
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{name: "{"}))
 
 
@@ -170,3 +189,51 @@ assert "torch" in sys.modules
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+DAMAGED = [
+    ("preprocessor_config", "size", '"big"'),
+    ("preprocessor_config", "size", "[1]"),
+    ("preprocessor_config", "longest_edge in size", '{"longest_edge": "x"}'),
+    ("preprocessor_config", "longest_edge in size", '{"longest_edge": -5}'),
+    ("preprocessor_config", "image_mean", "5"),
+    ("preprocessor_config", "image_mean", "[1]"),
+    ("preprocessor_config", "image_mean", '["a", "b", "c"]'),
+    ("preprocessor_config", "image_std", "[0, 0, 0]"),
+    ("preprocessor_config", "rescale_factor", '"x"'),
+    ("preprocessor_config", "do_normalize", '"no"'),
+    ("processor_config", "image_processor", "[]"),
+    ("processor_config", "image_processor", "5"),
+    ("processor_config", "image_token", "5"),
+    ("tokenizer_config", "eos_token", '["x"]'),
+    ("tokenizer_config", "bos_token", '{"content": ["a"]}'),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), DAMAGED)
+def test_a_setting_that_cannot_be_meant_names_file_and_key(checkpoint, byte_level_json, file, key, value):
+    written = f'{{"{key.rpartition(" ")[2]}": {value}}}'
+    with pytest.raises(SettingsUnreadable) as caught:
+        Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{f"{file}_json": written}))
+    assert str(caught.value).startswith(f"{key} in ") and f"{file}.json" in str(caught.value)
+    assert caught.value.hint and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "\x00", "[" * 100_000])
+def test_settings_that_are_no_object_name_their_file(checkpoint, byte_level_json, content):
+    with pytest.raises(SettingsUnreadable, match=r"preprocessor_config\.json") as caught:
+        Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, preprocessor_config_json=content))
+    assert caught.value.hint
+
+
+def test_settings_that_are_null_are_the_defaults(checkpoint, byte_level_json):
+    nothing = '{"size": null, "image_mean": null, "image_std": null, "rescale_factor": null, "do_rescale": null}'
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, preprocessor_config_json=nothing))
+    assert made.spec == ImageSpec()
+
+
+def test_every_kind_of_prompt_error_has_a_next_step_by_default():
+    kinds = [PromptError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert len(kinds) > 10 and [kind for kind in kinds if not kind.default_hint] == []

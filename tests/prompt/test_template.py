@@ -233,6 +233,15 @@ def test_an_older_template_finds_its_text_under_content(processor, byte_level_js
         ("{% include 'x' %}", "refused"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "refused"),
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deeply"),
+        ("{{ 'a' * 10 ** 12 }}", "1,048,576 characters"),
+        ("{{ [0] * 10 ** 12 }}", "1,048,576 characters"),
+        ("{{ 9 ** (9 ** 9) }}", "1,048,576 characters"),
+        ("{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "characters"),
+        ("{{ 'a'.encode('x') }}", "unknown encoding"),
+        ("{{ '\\ud800'.encode() }}", "refused"),
+        ("{% break %}", "broken"),
+        ("(" * 3000 + "{{" + "(" * 3000, "broken"),
     ],
 )
 def test_a_template_that_refuses_or_misbehaves_is_one_sentence(processor, byte_level_json, template, reason):
@@ -242,8 +251,23 @@ def test_a_template_that_refuses_or_misbehaves_is_one_sentence(processor, byte_l
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_may_repeat_a_long_text(processor, byte_level_json):
+    text = "ab " * 100_000
+    made = processor(byte_level_json, "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}")
+    ids = made.chat(parse([user(text)])).token_ids
+    assert b"".join(map(made.tokenizer.token_bytes, ids)).decode() == text * 2
+
+
+def test_a_template_that_is_no_utf_8_is_one_sentence(checkpoint, byte_level_json, tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    files = checkpoint(tokenizer_json=byte_level_json, chat_template_jinja=tmp_path / "chat_template.jinja")
+    with pytest.raises(TemplateFailed, match=r"chat_template\.jinja") as caught:
+        Processor.from_checkpoint(files)
+    assert caught.value.hint
+
+
 def test_a_template_without_room_for_a_picture_is_one_sentence(processor, byte_level_json):
-    with pytest.raises(TemplateFailed, match="0 pictures where 1"):
+    with pytest.raises(TemplateFailed, match=r"0 \[IMG\] for 1 picture\."):
         processor(byte_level_json, SPACED).chat(parse([user("a", SMALL)]))
 
 

@@ -134,6 +134,35 @@ def test_sentencepiece_streams_what_the_tokenizers_library_decodes(sentencepiece
     assert streamed == tokenizers.Tokenizer.from_file(str(sentencepiece_json)).decode(ids)
 
 
+@pytest.mark.parametrize("unit", ["a red  square\n is left, of the\tblue 12 circle’s é ", "何 ", "redsquare"])
+def test_a_long_text_has_the_ids_of_the_text_encoded_in_one(tekken, byte_level_json, unit):
+    text = unit * (50_000 // len(unit))
+    for tokenizer in (tekken, load(byte_level_json)):
+        assert tokenizer.encode(text) == tokenizer.text_model.encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_sentencepiece_text_has_the_ids_of_the_text_encoded_in_one(sentencepiece_json):
+    tokenizer, text = load(sentencepiece_json), "a red square " * 3_000
+    assert tokenizer.encode(text) == tokenizer.text_model.encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_text_of_words_is_encoded_in_pieces(byte_level_json):
+    """`tokenizers` takes more than twice as long for twice the text."""
+    tokenizer, asked = load(byte_level_json), []
+    encode = tokenizer._encode
+    tokenizer._encode = lambda text, at_start: asked.append(len(text)) or encode(text, at_start)
+    tokenizer.encode("a red square " * 10_000)
+    assert len(asked) > 5 and max(asked) < 20_000
+
+
+def test_sentencepiece_keeps_the_first_space_of_a_continuation(sentencepiece_json):
+    tokenizer = load(sentencepiece_json)
+    stream = ByteStream(tokenizer, at_start=False)
+    ids = tokenizer.encode(" red square", at_start=False)
+    whole = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert whole.startswith(" ") and "".join(map(stream.push, ids)) + stream.finish() == whole
+
+
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tekken):
     assert b"".join(map(tekken.token_bytes, tekken.encode("a\ud800b"))).decode() == "a\ufffdb"
 
@@ -158,6 +187,13 @@ def test_a_damaged_tokenizer_file_is_one_sentence(tmp_path, name, content):
     with pytest.raises(TokenizerUnreadable, match=re.escape(str(path))) as caught:
         Tokenizer.load({name: path}.get)
     assert caught.value.hint
+
+
+def test_a_tekken_pattern_that_is_none_is_one_sentence(tmp_path):
+    config = {"pattern": "(", "default_num_special_tokens": 1, "default_vocab_size": 1, "version": "v3"}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": []}))
+    with pytest.raises(TokenizerUnreadable, match=r"tekken\.json"):
+        Tokenizer.load({"tekken.json": tmp_path / "tekken.json"}.get)
 
 
 def test_a_folder_without_a_tokenizer_is_one_sentence():
