@@ -142,8 +142,9 @@ class Source:
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""
-        self._check_pictures(len(images))
-        return self.processor.complete(prompt, images)
+        completed = self.processor.complete(prompt, images)
+        self._check_pictures(len(completed.images))
+        return completed
 
     def _check_pictures(self, pictures: int) -> None:
         if pictures and self.config.vision is None:
