@@ -18,7 +18,8 @@ from .selection import Selection, select
 from .transfer import Progress, Transfer
 
 NAME = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?", re.ASCII
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?",
+    re.ASCII,
 )
 TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -64,6 +65,32 @@ def fetch(
     if is_offline():
         raise Offline(str(repo), store.cache_folder(), forced=force)
     return _download(repo, weights=weights, force=force, progress=progress, form=form)
+
+
+def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress: Progress | None = None) -> Path:
+    """What to open to read all headers of the model `name`: itself if it is here, else a skeleton of it in `folder`.
+
+    A skeleton has the small files (which are cached) and, for every weights file, a file as long as the real one that
+    holds its header and nothing else; on a disk it takes the header's room. Raises as `fetch`.
+    """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return Path(path)
+    repo = parse(name)
+    if found := _cached(repo, True, form):
+        return found
+    if is_offline():
+        raise Offline(str(repo), store.cache_folder())
+    transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
+    sizes = transfer.listing()
+    selection = select(str(repo), sizes, form=form, file=repo.file)
+    weights = _weight_names(transfer, selection, force=False)
+    small = [*selection.side, *([selection.index] if selection.index else [])]
+    _get(transfer, selection.side, force=False)
+    for small_file in small:
+        store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
+    transfer.get_headers(weights, folder)
+    return selection.path(folder)
 
 
 def parse(name: str) -> Repo:

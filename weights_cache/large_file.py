@@ -1,4 +1,4 @@
-"""One large file of a repository in, its checked content in the Hub's cache out, resumed where an earlier run broke off.
+"""A large file of a repository in, its checked content in the Hub's cache out; goes on where an earlier run broke off.
 
 The Hub's library removes what has arrived of a file when a run ends; a weights file of 5 GB that broke off at the end
 would begin again. Here the part stays beside the cache's contents, and the next run asks for the rest (a Range

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import large_file, store
+from . import headers, large_file, store
 from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
 
 Progress = Callable[[str, int, int | None], None]
@@ -84,6 +84,15 @@ class Transfer:
             with self._our_errors():
                 self._get_one(name, meter, force)
             meter.finish_file(size)
+
+    def get_headers(self, names: Iterable[str], folder: Path) -> None:
+        """Writes into `folder`, for each of the weights files `names`, a file of its length with its header only."""
+        names = list(names)
+        for done, name in enumerate(names):
+            with self._our_errors():
+                headers.write(self, name, folder / name)
+            if self._report:
+                self._report(f"headers of {self.label}", done + 1, len(names))
 
     def _get_one(self, name: str, meter: "_Meter", force: bool) -> None:
         """Fetch a file and check its hash. A file that is in the snapshot already is there because it is damaged."""

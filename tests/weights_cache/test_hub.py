@@ -400,7 +400,9 @@ def test_a_full_disk_is_told_with_both_figures_before_the_weights_are_asked_for(
         (["config.json", "pytorch_model.bin"], PickleRefused),
     ],
 )
-def test_a_repository_without_one_whole_model_is_refused_before_a_byte_of_it_is_fetched(hub, files: list[str], kind: type):
+def test_a_repository_without_one_whole_model_is_refused_before_a_byte_of_it_is_fetched(
+    hub, files: list[str], kind: type
+):
     hub.repos["acme/other"] = dict.fromkeys(files, b"{}")
     assert "acme/other" in str(failure(kind, "acme/other"))
     assert hub.fetched() == []
