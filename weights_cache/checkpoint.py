@@ -22,6 +22,8 @@ from .safetensors_reader import SafetensorsFile
 if TYPE_CHECKING:
     import torch
 
+    from .nf4 import NF4
+
 GENERATION_CONFIG = "generation_config.json"
 WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
@@ -111,6 +113,14 @@ class Checkpoint:
         stored = self._stored[name]
         return _ordered(stored, stored.reader.packed(stored.name))
 
+    def nf4(self, name: str) -> "NF4":
+        """The tensor that we call `name`, whose encoding is nf4, as it is encoded; memory-mapped. KeyError if unknown.
+
+        Such tensors are only in Hugging Face's form, so that no rows are reordered.
+        """
+        stored = self._stored[name]
+        return stored.reader.nf4(stored.name)  # type: ignore[attr-defined]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as they are stored."""
@@ -122,8 +132,7 @@ class Checkpoint:
             layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder, self.form)
         )
         found: dict[str, Stored] = {}
-        for path, promised in chosen.items():
-            reader, naming = _open_reader(path, promised)
+        for reader, naming in _merged([_open_reader(path, promised) for path, promised in chosen.items()]):
             for name in reader.tensors:
                 if ours := naming.ours(name):
                     _put(found, ours, Stored(reader, name, naming.head_dims.get(names.rotary_part(ours) or "")))
@@ -251,6 +260,15 @@ def _open_reader(path: Path, promised: frozenset[str]) -> tuple[Reader, Naming]:
     if path.name.startswith(layout.NATIVE) or names.looks_native(reader.tensors):
         return reader, _native_naming(path)
     return reader, Naming(names.from_hf, {})
+
+
+def _merged(readers: list[tuple[Reader, Naming]]) -> list[tuple[Reader, Naming]]:
+    """`readers`; where bitsandbytes encoded layers, one over all, since what belongs together may lie apart."""
+    if not names.looks_bitsandbytes(name for reader, _ in readers for name in reader.tensors):
+        return readers
+    from .bitsandbytes_reader import BitsandbytesFiles
+
+    return [(BitsandbytesFiles([reader for reader, _ in readers]), Naming(names.from_hf, {}))]
 
 
 def _native_naming(path: Path) -> Naming:

@@ -120,6 +120,11 @@ GGUF_LAYERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ),
 }
 
+BITSANDBYTES_STATE = ".quant_state.bitsandbytes__"
+"""In the names of what bitsandbytes saves beside a 4-bit matrix; the type of its codes follows."""
+BITSANDBYTES_INT8 = ".SCB"
+"""The end of what it saves beside a matrix of 8-bit integers."""
+
 ROTARY = re.compile(r"(language_model|vision_tower)\.layers\.\d+\.(self_attn|attention)\.[qk]_proj\.weight")
 PARTS: Mapping[str, Part] = {"language_model": "text", "vision_tower": "vision"}
 
@@ -161,6 +166,11 @@ def from_gguf(name: str) -> str | None:
 def looks_native(names: Iterable[str]) -> bool:
     """Whether a file's tensor names are Mistral's own. (`norm.weight` alone says nothing.)"""
     return any(name != "norm.weight" and from_native(name) != name for name in names)
+
+
+def looks_bitsandbytes(names: Iterable[str]) -> bool:
+    """Whether among tensors of these names there are layers that bitsandbytes encoded."""
+    return any(BITSANDBYTES_STATE in name or name.endswith(BITSANDBYTES_INT8) for name in names)
 
 
 def rotary_part(ours: str) -> Part | None:
