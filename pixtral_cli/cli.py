@@ -15,6 +15,7 @@ from pixtral_cli import __version__, console
 from pixtral_cli.commands import cache as cache_command
 from pixtral_cli.commands import download as download_command
 from pixtral_cli.commands import export as export_command
+from pixtral_cli.commands import inspect as inspect_command
 from pixtral_cli.commands import run as run_command
 from pixtral_cli.commands import tokenize as tokenize_command
 from pixtral_cli.commands import verify as verify_command
@@ -44,6 +45,7 @@ COMMANDS = (
     (run_command, run_command.run),
     (tokenize_command, tokenize_command.tokenize),
     (download_command, download_command.download),
+    (inspect_command, inspect_command.inspect),
     (export_command, export_command.export),
     (verify_command, verify_command.verify),
 )

@@ -11,11 +11,13 @@ from typing import Any
 
 from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.model import needs
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.needs import Device, Need
 from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
-from weights_cache import checkpoint, hub, serialized, stamps
+from weights_cache import checkpoint, hub, layout, serialized, stamps
 from weights_cache.checkpoint import Checkpoint, Form
 from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
@@ -60,6 +62,18 @@ class Source:
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
     @classmethod
+    def open_headers(
+        cls, name: str, folder: Path, *, weights_format: Form | None = None, progress: Progress | None = None
+    ) -> Source:
+        """A model of which no weights are read: one that is not here leaves its headers in `folder`."""
+        if name == BUILT_IN:
+            return cls.open(name)
+        found = hub.fetch_headers(name, folder, form=weights_format, progress=progress)
+        if found.is_file() and found.suffix != layout.GGUF:
+            return cls.open_serialized(found)
+        return cls(name, checkpoint.open(found, form=weights_format))
+
+    @classmethod
     def open_serialized(cls, path: str | PathLike[str], image_preprocessing: str | None = None) -> Source:
         """A serialized model: the file is all that is needed. Raises weights_cache.errors.WeightsError."""
         opened = SerializedCheckpoint(Path(path))
@@ -68,6 +82,19 @@ class Source:
     @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.checkpoint.config)
+
+    def needs(self) -> list[Need]:
+        """What the model takes in each encoding, from headers alone. Raises ModelError and WeightsError."""
+        return needs.needs(self.checkpoint.tensors, self.config.text)
+
+    def devices(self) -> list[Device]:
+        """This machine's devices and what is free on them."""
+        return needs.devices()
+
+    @property
+    def format(self) -> str:
+        """How the model is stored: a form, or "serialized"."""
+        return "serialized" if isinstance(self.checkpoint, SerializedCheckpoint) else self.checkpoint.form
 
     def placement(self, wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
         """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted."""

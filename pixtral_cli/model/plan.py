@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
-from pathlib import Path
 
 import torch
 
@@ -12,52 +10,18 @@ from pixtral_cli.encodings import CHOICES, ENCODINGS
 from pixtral_cli.errors import ModelError, RequestError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.kv_cache import rounded_up
+from pixtral_cli.model.needs import WORKSPACE, free_memory, kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.checkpoint import TensorInfo
 
 GIB = 2**30
-WORKSPACE = 256 * 2**20  # activations and buffers beside the weights
-
-
-def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that the weights take as `placement` says."""
-    return sum(_bytes(tensor, placement.encodings[name]) for name, tensor in tensors.items())
-
-
-def _bytes(tensor: TensorInfo, encoding: str) -> int:
-    if encoding == tensor.encoding:
-        return tensor.nbytes
-    return int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
-
-
-def kv_bytes(config: TextConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values for `tokens` tokens."""
-    return config.kv_numbers_per_token * tokens * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can be had on `device` now (page cache counts as free), or None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    meminfo = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    there = meminfo.get("MemAvailable")
-    limit = _container_free()
-    return there if limit is None or there is None else min(there, limit)
-
-
-def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's own limit leaves (cgroup v2), the page cache not counted against it."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) - used + int(stat.get("file", 0))
+    return free_memory()
 
 
 def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, device: torch.device) -> None:
@@ -82,7 +46,7 @@ def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, devic
 
 def check_prompts(config: TextConfig, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """Raises RequestError when the keys and values of prompts of these lengths cannot fit on `device` together."""
-    need, free = kv_bytes(config, sum(map(rounded_up, lengths)), dtype), free_bytes(device)
+    need, free = kv_bytes(config, sum(map(rounded_up, lengths)), dtype.itemsize), free_bytes(device)
     if free is None or need <= free:
         return
     several = len(lengths) > 1

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pixtral_cli.encodings import find
 from pixtral_cli.errors import ModelError, RequestError
-from pixtral_cli.model import plan
+from pixtral_cli.model import needs, plan
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
@@ -114,7 +114,7 @@ def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fi
 
 def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
     config = ModelConfig.from_dict(checkpoint.open(folder).config).text
-    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 256, torch.float32))
+    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 256, 4))
     plan.check_prompts(config, [256], torch.float32, CPU)
     with pytest.raises(RequestError, match="257 tokens"):
         plan.check_prompts(config, [257], torch.float32, CPU)
@@ -126,6 +126,6 @@ def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
 def test_a_containers_limit_counts(tmp_path):
     for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\nfile 200"}.items():
         (tmp_path / name).write_text(text + "\n")
-    assert plan._container_free(tmp_path) == 500
+    assert needs.container_free(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert plan._container_free(tmp_path) is None
+    assert needs.container_free(tmp_path) is None

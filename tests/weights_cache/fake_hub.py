@@ -120,11 +120,12 @@ def serving(hub: FakeHub):
             headers = {"X-Repo-Commit": hub.commit(repo), "ETag": f'"{etag}"'}
             content = content[:-1] + bytes([content[-1] ^ 1]) if fault.alter else content
             if hub.ranges and (asked := self.headers.get("Range")):
-                start = int(re.fullmatch(r"bytes=(\d+)-\d*", asked)[1])
+                start, end = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+                start, end = int(start), min(int(end or len(content)) + 1, len(content))
                 if start >= len(content):
                     return self._answer(416, {"Content-Range": f"bytes */{len(content)}"})
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                return self._answer(206, headers, content[start:], fault.cut, fault.drip)
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+                return self._answer(206, headers, content[start:end], fault.cut, fault.drip)
             return self._answer(200, headers, content, fault.cut, fault.drip)
 
         def _answer(
