@@ -182,7 +182,8 @@ def test_a_failed_save_keeps_the_file_that_was_there(folder, saved, monkeypatch)
 @pytest.mark.slow
 def test_killed_at_any_moment_nothing_half_written_is_used(folder, tmp_path):
     target = tmp_path / "model.pixtral"
-    code = f"from pixtral_cli import Pixtral; m = Pixtral.load({str(folder)!r}); print('go', flush=True); m.save({str(target)!r})"
+    code = f"from pixtral_cli import Pixtral; m = Pixtral.load({str(folder)!r}); print('go', flush=True)"
+    code += f"; m.save({str(target)!r})"
     whole = 0
     for step in range(25):
         target.unlink(missing_ok=True)

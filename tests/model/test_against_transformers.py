@@ -25,7 +25,8 @@ IMG, IMG_BREAK, IMG_END = 10, 12, 13
 
 def open_model(folder, encoding="float32"):
     opened = checkpoint.open(folder)
-    return load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, find(encoding)), torch.device("cpu"))
+    placement = place(opened.tensors, find(encoding))
+    return load(opened, ModelConfig.from_dict(opened.config), placement, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
