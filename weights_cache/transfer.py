@@ -87,12 +87,9 @@ class Transfer:
 
     def get_headers(self, names: Iterable[str], folder: Path) -> None:
         """Writes into `folder`, for each of the weights files `names`, a file of its length with its header only."""
-        names = list(names)
-        for done, name in enumerate(names):
+        for name in names:
             with self._our_errors():
                 headers.write(self, name, folder / name)
-            if self._report:
-                self._report(f"headers of {self.label}", done + 1, len(names))
 
     def _get_one(self, name: str, meter: "_Meter", force: bool) -> None:
         """Fetch a file and check its hash. A file that is in the snapshot already is there because it is damaged."""

@@ -108,7 +108,7 @@ def container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _gpus() -> list[Device]:
-    """Asked of NVIDIA's own tool, which answers long before torch is imported. None if GPUs are hidden or renumbered."""
+    """Asked of NVIDIA's own tool, which answers before torch is imported. None where GPUs are hidden or renumbered."""
     tool = shutil.which("nvidia-smi")
     if tool is None or "CUDA_VISIBLE_DEVICES" in os.environ:
         return []
