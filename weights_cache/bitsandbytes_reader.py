@@ -33,7 +33,12 @@ class BitsandbytesFiles:
     that contradicts itself or its tensors is CheckpointCorrupt when `tensors` is first asked for."""
 
     def __init__(self, files: Sequence[Reader]) -> None:
-        self._of = {name: file for file in files for name in file.tensors}
+        self._of: dict[str, Reader] = {}
+        for file in files:
+            for name, info in file.tensors.items():
+                if self._of.setdefault(name, file) is not file:
+                    first = self._of[name].tensors[name].file
+                    raise CheckpointCorrupt(info.file, f"its {name!r} is in {first} too")
         self._matrices = [name.removesuffix(NF4_STATE) for name in self._of if name.endswith(NF4_STATE)]
         for name, file in self._of.items():
             _, _, kind = name.partition(BITSANDBYTES_STATE)

@@ -78,6 +78,12 @@ def test_what_belongs_to_a_matrix_may_lie_in_another_file(tmp_path, double):
     assert torch.equal(opened(tmp_path, *shards).tensor(OURS).bfloat16(), weights)
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    tensors, _ = layer(GATE, (96, 320))
+    with pytest.raises(CheckpointCorrupt, match="absmax.* too"):
+        _ = opened(tmp_path, tensors, {f"{GATE}.absmax": tensors[f"{GATE}.absmax"]}).tensors
+
+
 def test_fp4_is_named_as_not_known(tmp_path):
     tensors, _ = layer(GATE, (96, 320), quant_type="fp4")
     with pytest.raises(ModelUnsupported, match="fp4, which is not known"):
