@@ -62,7 +62,7 @@ def test_packed_logits_are_those_of_the_exactly_decoded_weights(folder, name):
             assert (got - wanted).norm() < 1e-2 * wanted.norm()
 
 
-@pytest.mark.parametrize("name", [None, *PACKED])
+@pytest.mark.parametrize("name", [None, *PACKED, "nf4"])
 def test_a_saved_model_answers_as_the_one_it_was_saved_from(folder, tmp_path, name):
     model = Pixtral.load(folder, quantization_encoding=name)
     path = tmp_path / "model.pixtral"

@@ -1,6 +1,7 @@
 """A serialized model's file in, a Checkpoint out: with nothing else needed. Knows no model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from .serialized import SerializedFile
 
 if TYPE_CHECKING:
     import torch
+
+    from .nf4 import NF4
 
 
 class SideFile:
@@ -60,17 +63,33 @@ class SerializedCheckpoint(Checkpoint):
     def side_files(self) -> dict[str, bytes]:
         return {name: self._file.read(name) or b"" for name in self._file.file_names}
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._file.tensors
+        """A matrix in nf4 is one tensor here, which in the file has others beside it, named after it."""
+        found: dict[str, TensorInfo] = {}
+        for name, info in sorted(self._file.tensors.items()):
+            matrix = found.get(name.rpartition(".")[0])
+            if matrix is not None and matrix.encoding == "nf4":
+                found[matrix.name] = replace(matrix, nbytes=matrix.nbytes + info.nbytes)
+            else:
+                found[name] = info
+        return found
 
     def tensor(self, name: str) -> "torch.Tensor":
         info = self._file.tensors[name]
+        if info.encoding == "nf4":
+            return self.nf4(name).decode()
         if info.dtype != "U8":
             return self._file.tensor(name)
         from . import codecs
 
         return codecs.get(info.encoding).decode(self._file.packed(name))
+
+    def nf4(self, name: str) -> "NF4":
+        from .nf4 import NF4
+
+        names = [each for each in self._file.tensors if each == name or each.startswith(f"{name}.")]
+        return NF4.from_tensors(name, {each: self._file.tensor(each) for each in names})
 
     def packed(self, name: str) -> "torch.Tensor":
         return self._file.packed(name)
@@ -92,5 +111,3 @@ def verify_path(path: Path) -> SerializedFile:
     file = SerializedFile(path)
     verify(file)
     return file
-
-

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model import nf4
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.layers import Embedding
 from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
@@ -19,6 +20,7 @@ from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.nf4 import NF4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
@@ -64,21 +66,26 @@ def check_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
     return list(shapes)
 
 
-def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor:
-    """One tensor in its encoding: plain, or packed uint8 [rows, bytes of a row]. The file's own bytes if they agree."""
+def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor | NF4:
+    """One tensor in its encoding: plain, packed uint8 [rows, bytes of a row], or NF4. The file's own if they agree."""
     stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
     if target in DTYPES:
         return checkpoint.tensor(name).to(DTYPES[target])
+    if target == "nf4":
+        return checkpoint.nf4(name) if stored == target else nf4.encode(checkpoint.tensor(name))
     if target == stored:
         return checkpoint.packed(name)
     return codecs.get(target).encode(checkpoint.tensor(name))
 
 
-def _put(model: Llava, name: str, weight: Tensor, placement: Placement, device: torch.device) -> None:
+def _put(model: Llava, name: str, weight: Tensor | NF4, placement: Placement, device: torch.device) -> None:
     """Give the parameter `name` its weight; a packed one turns its layer into a packed layer."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     weight = weight.to(device)
+    if isinstance(weight, NF4):
+        model.set_submodule(path, nf4.NF4Linear(weight, layer.bias))
+        return
     if weight.dtype != torch.uint8:
         setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
         return
@@ -111,5 +118,5 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)
-        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES):
+        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
             raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")
