@@ -54,7 +54,7 @@ def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_v
     fallbacks = {
         (wanted.name, tensors[name].shape[-1], encoding)
         for name, encoding in chosen.items()
-        if packable(tensors[name], quantize_vision) and encoding != wanted.name
+        if encoding != wanted.name and packable(tensors[name], quantize_vision) and not _looked_up(name, wanted)
     }
     return Placement(wanted.name, "bfloat16", chosen, tuple(sorted(fallbacks)))
 
@@ -67,9 +67,14 @@ def packable(tensor: TensorInfo, quantize_vision: bool) -> bool:
 def _packed(tensor: TensorInfo, wanted: Encoding, quantize_vision: bool) -> str:
     if not packable(tensor, quantize_vision):
         return "bfloat16"
-    if wanted.name == "nf4" and "embed_tokens" in tensor.name:
-        return "bfloat16"  # bitsandbytes has linear layers only
+    if _looked_up(tensor.name, wanted):
+        return "bfloat16"
     return wanted.for_width(tensor.shape[-1]).name
+
+
+def _looked_up(name: str, wanted: Encoding) -> bool:
+    """Whether it is the embedding, which bitsandbytes has no packed form of."""
+    return wanted.name == "nf4" and "embed_tokens" in name
 
 
 def _stays_packed(tensor: TensorInfo) -> bool:

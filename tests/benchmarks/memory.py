@@ -1,8 +1,8 @@
 """What encoding on load and a saved file cost: peak memory, time, and the time to a first token.
 
-    python tests/benchmarks/memory.py [--layers 28] [--encoding q4_k] [--folder FOLDER]
+    python tests/benchmarks/memory.py [--layers 30] [--encoding q4_k] [--folder FOLDER]
 
-Writes a Mistral checkpoint of random bfloat16 weights (28 layers: 1.5 billion parameters, 3 GB) into the folder,
+Writes a Mistral checkpoint of random bfloat16 weights (30 layers: 1.5 billion parameters, 3 GB) into the folder,
 exports it, and runs it from the exported file: each in a process of its own, which the operating system accounts.
 """
 
@@ -21,7 +21,7 @@ MIB = 2**20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--encoding", default="q4_k")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()

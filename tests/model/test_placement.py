@@ -63,3 +63,8 @@ def test_a_packed_file_keeps_its_mixture_unless_another_encoding_is_asked_for():
 
 def test_half_precision_files_run_as_bfloat16():
     assert set(place(tensors("float16"), None).encodings.values()) == {"bfloat16"}
+
+
+def test_nf4_leaves_the_embedding_alone_and_says_nothing_of_it():
+    chosen = place(tensors(), find("nf4"))
+    assert (chosen.encodings[LAYER], chosen.encodings[EMBEDDING], chosen.notes) == ("nf4", "bfloat16", [])
