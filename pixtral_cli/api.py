@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +17,33 @@ from pixtral_cli.encodings import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, TextEvent
-from pixtral_cli.model.load import default_encoding, load
+from pixtral_cli.model import save
+from pixtral_cli.model.load import load
+from pixtral_cli.model.placement import Placement
 from pixtral_cli.model.plan import check_weights
 from pixtral_cli.prompt.processor import Processor, Prompt
-from pixtral_cli.source import DEFAULT_MODEL, Progress, Source
+from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
 
 
 class Pixtral:
     """A loaded model. Streams and threads may be open at once: their requests share the engine."""
 
-    def __init__(self, source: Source, encoding: str, engine: Engine, load_seconds: float) -> None:
+    def __init__(self, source: Source, placement: Placement, engine: Engine, load_seconds: float) -> None:
         self.source = source
-        self.encoding = encoding
+        self.placement = placement
         self.engine = engine
         self.load_seconds = load_seconds
 
     @classmethod
     def load(
         cls,
-        model_path: str | PathLike[str] = DEFAULT_MODEL,
+        model_path: str | PathLike[str] | None = DEFAULT_MODEL,
         *,
         weight_paths: Sequence[str | PathLike[str]] = (),
+        weights_format: Form | None = None,
+        serialized_model_path: str | PathLike[str] | None = None,
         quantization_encoding: str | None = None,
+        quantize_vision: bool = False,
         devices: str | None = None,
         max_length: int | None = None,
         max_batch_size: int = 32,
@@ -46,32 +52,52 @@ class Pixtral:
         force_download: bool = False,
         progress: Progress | None = None,
     ) -> Pixtral:
-        """Load a model by Hub name, folder, or "tiny", the built-in one.
+        """Load a model by Hub name, folder or file, "tiny" (the built-in one), or from a serialized model.
 
         The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
         32 requests at once unless told otherwise; `progress(label, done, total)` is told of bytes downloaded and
-        loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a
-        sentence and a `hint`.
+        loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a sentence and a `hint`.
         """
         begun = time.perf_counter()
         _positive(max_length=max_length, max_batch_size=max_batch_size, max_ce_batch_size=max_ce_batch_size)
         wanted = find(quantization_encoding) if quantization_encoding else None
         device = torch.device(_device(devices))
-        source = Source.open(
-            model_path,
-            weight_paths,
-            image_preprocessing=image_preprocessing,
-            force_download=force_download,
-            progress=progress,
-        )
+        if serialized_model_path is not None:
+            source = Source.open_serialized(serialized_model_path, image_preprocessing)
+        else:
+            source = Source.open(
+                model_path,
+                weight_paths,
+                weights_format=weights_format,
+                image_preprocessing=image_preprocessing,
+                force_download=force_download,
+                progress=progress,
+            )
         context = _context(source.config.text.max_length, max_length)
         _ = source.processor, source.end_token_ids  # what cannot be read fails now, not at the first question
-        tensors = source.checkpoint.tensors.values()
-        encoding = wanted or default_encoding(tensors)
-        check_weights(tensors, encoding, device)
-        model = load(source.checkpoint, source.config, encoding, device, progress)
+        placement = source.placement(wanted, quantize_vision)
+        check_weights(source.checkpoint.tensors, placement, device)
+        model = load(source.checkpoint, source.config, placement, device, progress)
         engine = Engine(model, context, max_batch_size, max_ce_batch_size)
-        return cls(source, encoding.name, engine, time.perf_counter() - begun)
+        return cls(source, placement, engine, time.perf_counter() - begun)
+
+    def save(self, path: str | PathLike[str], progress: Progress | None = None) -> None:
+        """Write the loaded model as one file that `serialized_model_path` loads, with nothing else needed.
+
+        Raises weights_cache.errors.DiskFull or WriteFailed; an unfinished file is never left behind.
+        """
+        source, model = self.source, self.engine.model
+        source.save(Path(path), self.placement, lambda name: save.loaded(model, name), progress)
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of most weights."""
+        return self.placement.label
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding."""
+        return [note for note in (self.source.checkpoint.note, *self.placement.notes) if note]
 
     @property
     def name(self) -> str:

@@ -12,8 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from pixtral_cli import __version__, console
+from pixtral_cli.commands import cache as cache_command
+from pixtral_cli.commands import download as download_command
+from pixtral_cli.commands import export as export_command
+from pixtral_cli.commands import inspect as inspect_command
 from pixtral_cli.commands import run as run_command
 from pixtral_cli.commands import tokenize as tokenize_command
+from pixtral_cli.commands import verify as verify_command
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError, with_flags
 from pixtral_cli.help import Command, Group
@@ -36,8 +41,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
-for module, command in ((run_command, run_command.run), (tokenize_command, tokenize_command.tokenize)):
+COMMANDS = (
+    (run_command, run_command.run),
+    (tokenize_command, tokenize_command.tokenize),
+    (download_command, download_command.download),
+    (inspect_command, inspect_command.inspect),
+    (export_command, export_command.export),
+    (verify_command, verify_command.verify),
+)
+for module, command in COMMANDS:
     app.command(command.__name__, cls=Command, epilog=module.EXAMPLES)(with_flags(command))
+cache_app = typer.Typer(help=cache_command.HELP, epilog=cache_command.EXAMPLES, cls=Group, no_args_is_help=True)
+for name, command in cache_command.COMMANDS.items():
+    cache_app.command(name, cls=Command)(with_flags(command))
+app.add_typer(cache_app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

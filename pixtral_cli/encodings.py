@@ -9,32 +9,42 @@ from pixtral_cli.errors import ModelError
 
 @dataclass(frozen=True)
 class Encoding:
-    """`bits` a weight, scales included; `ready` once it can be run."""
+    """`bits` a weight, scales included. Rows that are no multiple of `block` weights take `fallback` instead."""
 
     name: str
     bits: float
-    ready: bool
+    block: int = 1
+    fallback: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights take fewer bits than any number type of torch."""
+        return self.bits < 16
+
+    def for_width(self, columns: int) -> Encoding:
+        """This, or the neighbour that rows of `columns` weights fit into."""
+        if columns % self.block == 0 or self.fallback is None:
+            return self
+        return ENCODINGS[self.fallback].for_width(columns)
 
 
 ENCODINGS = {
     encoding.name: encoding
     for encoding in (
-        Encoding("float32", 32, ready=True),
-        Encoding("bfloat16", 16, ready=True),
-        Encoding("q6_k", 6.5625, ready=False),
-        Encoding("q4_0", 4.5, ready=False),
-        Encoding("q4_k", 4.5, ready=False),
-        Encoding("nf4", 4.5, ready=False),
+        Encoding("float32", 32),
+        Encoding("bfloat16", 16),
+        Encoding("q6_k", 6.5625, 256, fallback="q8_0"),
+        Encoding("q4_0", 4.5, 32, fallback="bfloat16"),
+        Encoding("q4_k", 4.5, 256, fallback="q4_0"),
+        Encoding("nf4", 4.5, 64, fallback="bfloat16"),
+        Encoding("q8_0", 8.5, 32, fallback="bfloat16"),
     )
 }
-READY = tuple(name for name, encoding in ENCODINGS.items() if encoding.ready)
+CHOICES = ("float32", "bfloat16", "q6_k", "q4_0", "q4_k", "nf4")
 
 
 def find(name: str) -> Encoding:
-    """The encoding of that name. Raises ModelError when it is unknown or cannot be run yet."""
-    encoding = ENCODINGS.get(name)
-    if encoding is None:
-        raise ModelError(f"The encoding {name!r} is not known.", hint=f"Known encodings: {', '.join(ENCODINGS)}.")
-    if not encoding.ready:
-        raise ModelError(f"The encoding {name} does not work yet.", hint=f"Use {' or '.join(READY)}.")
-    return encoding
+    """The encoding of that name. Raises ModelError when it is not among CHOICES."""
+    if name not in CHOICES:
+        raise ModelError(f"The encoding {name!r} is not known.", hint=f"Known encodings: {', '.join(CHOICES)}.")
+    return ENCODINGS[name]

@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import typer
@@ -102,7 +102,10 @@ def with_flags(command: Callable[..., None]) -> Callable[..., Callable[[], None]
     parsed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=field.type,
             )
             for record in records.values()
             for field in fields(record)

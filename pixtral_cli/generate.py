@@ -153,7 +153,7 @@ class Answering:
     ) -> None:
         self.model, self.tokenizer, self.load_s = model, tokenizer, load_s
         self.prompt_token_ids, self.image_tokens = prompt.token_ids, prompt.image_tokens
-        self.utf8 = ByteStream(tokenizer)
+        self.utf8 = ByteStream(tokenizer, at_start=prompt.answer_starts_text)
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
         self.token_ids: list[int] = []

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pixtral_cli.encodings import ENCODINGS, READY
+from pixtral_cli.encodings import CHOICES
 from pixtral_cli.flags import device_text, one_of, stop_texts, token_limit, whole_text, within
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
 RECIPES = ("hf", "native")
+FORMATS = ("hf", "native", "gguf")
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -32,19 +33,38 @@ _request, _model, _answer, _output, _machine = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceFlags:
+class FetchFlags:
+    """What of a model is fetched."""
+
+    weights_format: Annotated[
+        str | None,
+        _model(
+            "--weights-format",
+            metavar="hf|native|gguf",
+            help="Which form to read where a model comes in several.",
+            **one_of(FORMATS),
+        ),
+    ] = None
+    force_download: Annotated[
+        bool, _model("--force-download", help="Download again, even if it is cached.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags(FetchFlags):
     """Which model, and how its pictures are prepared."""
 
     model_path: Annotated[
-        str,
+        str | None,
         _model(
             "--model-path",
             metavar="NAME",
             envvar="PIXTRAL_MODEL_PATH",
             autocompletion=_complete_model,
-            help="A Hugging Face name, a local folder, or tiny, the built-in demonstration model.",
+            help="A Hugging Face name, a local folder, a .gguf file, or tiny, the built-in demonstration model. "
+            f"Default: {DEFAULT_MODEL}.",
         ),
-    ] = DEFAULT_MODEL
+    ] = None
     image_preprocessing: Annotated[
         str | None,
         _model(
@@ -55,9 +75,6 @@ class SourceFlags:
             **one_of(RECIPES),
         ),
     ] = None
-    force_download: Annotated[
-        bool, _model("--force-download", help="Download again, even if it is cached.")
-    ] = False
     trust_remote_code: Annotated[
         bool,
         _model(
@@ -66,10 +83,15 @@ class SourceFlags:
         ),
     ] = False
 
+    @property
+    def name(self) -> str:
+        """The model's name, the default if none was given."""
+        return self.model_path or DEFAULT_MODEL
+
 
 @dataclass(frozen=True, kw_only=True)
-class WeightFlags:
-    """Where the weights come from, how they are kept, and where they run."""
+class EncodingFlags:
+    """Which weights, and how they are kept."""
 
     weight_path: Annotated[
         list[Path] | None,
@@ -84,10 +106,20 @@ class WeightFlags:
         _model(
             "--quantization-encoding",
             metavar="NAME",
-            help=f"How the weights are kept: {' or '.join(READY)}. Default: bfloat16 where the checkpoint has it.",
-            **one_of(tuple(ENCODINGS)),
+            help=f"How the weights are kept: {', '.join(CHOICES)}. Default: as they are in the checkpoint.",
+            **one_of(CHOICES),
         ),
     ] = None
+    quantize_vision: Annotated[
+        bool,
+        _model("--quantize-vision", help="Pack the picture part as well; it stays bfloat16 otherwise."),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFlags(EncodingFlags):
+    """Which weights, how they are kept, where they run, and the one file that they can be kept in."""
+
     devices: Annotated[
         str | None,
         _machine(
@@ -130,12 +162,12 @@ class WeightFlags:
         _model(
             "--save-to-serialized-model-path",
             metavar="FILE",
-            help="Does not work yet.",
+            help="Write the loaded model as one file that starts at once.",
         ),
     ] = None
     serialized_model_path: Annotated[
         Path | None,
-        _model("--serialized-model-path", metavar="FILE", help="Does not work yet."),
+        _model("--serialized-model-path", metavar="FILE", help="Load such a file; nothing else is needed."),
     ] = None
 
 

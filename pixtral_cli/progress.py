@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Bars = Callable[[str, int, int | None], None]
 """Called with a label, the bytes done, and the bytes in all (None when nobody knows)."""
@@ -15,7 +23,8 @@ Bars = Callable[[str, int, int | None], None]
 @contextmanager
 def bars(first_label: str) -> Iterator[Bars]:
     """One bar per label, gone when the block ends. `first_label` is shown until the first step."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    label = TextColumn("{task.description}", markup=False)
+    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     waiting = console.status(first_label)
     shown = Progress(*columns, console=console, transient=True)

@@ -9,12 +9,17 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.model import needs
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.needs import Device, Need
+from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
-from weights_cache import checkpoint, hub
-from weights_cache.checkpoint import Checkpoint
+from weights_cache import checkpoint, hub, layout, serialized, stamps
+from weights_cache.checkpoint import Checkpoint, Form
+from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
 BUILT_IN = "tiny"
@@ -32,28 +37,97 @@ class Source:
     @classmethod
     def open(
         cls,
-        model_path: str | PathLike[str],
+        model_path: str | PathLike[str] | None,
         weight_paths: Sequence[str | PathLike[str]] = (),
         *,
         weights: bool = True,
+        weights_format: Form | None = None,
         image_preprocessing: str | None = None,
         force_download: bool = False,
         progress: Progress | None = None,
     ) -> Source:
         """Find the model, fetching it from the Hub if need be; without `weights`, its small files only.
 
-        Raises weights_cache.errors.WeightsError.
+        Without `model_path`, a GGUF file among `weight_paths` brings its own config and tokenizer. `weights_format`
+        chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
-        name, paths = fspath(model_path), [Path(path) for path in weight_paths]
+        name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
+        folder: Path | None = None
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
-        else:
-            folder = hub.fetch(name, weights=weights and not paths, force=force_download, progress=progress)
-        return cls(name, checkpoint.open(folder, paths), image_preprocessing)
+        elif name is not None:
+            wanted = {"weights": weights and not paths, "force": force_download, "form": weights_format}
+            folder = hub.fetch(name, progress=progress, **wanted)
+        opened = checkpoint.open(folder, paths, weights_format)
+        return cls(name or opened.folder.name, opened, image_preprocessing)
+
+    @classmethod
+    def open_headers(
+        cls, name: str, folder: Path, *, weights_format: Form | None = None, progress: Progress | None = None
+    ) -> Source:
+        """A model of which no weights are read: one that is not here leaves its headers in `folder`."""
+        if name == BUILT_IN:
+            return cls.open(name)
+        found = hub.fetch_headers(name, folder, form=weights_format, progress=progress)
+        if found.is_file() and found.suffix != layout.GGUF:
+            return cls.open_serialized(found)
+        return cls(name, checkpoint.open(found, form=weights_format))
+
+    @classmethod
+    def open_serialized(cls, path: str | PathLike[str], image_preprocessing: str | None = None) -> Source:
+        """A serialized model: the file is all that is needed. Raises weights_cache.errors.WeightsError."""
+        opened = SerializedCheckpoint(Path(path))
+        return cls(opened.model_name, opened, image_preprocessing)
 
     @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.checkpoint.config)
+
+    def needs(self) -> list[Need]:
+        """What the model takes in each encoding, from headers alone. Raises ModelError and WeightsError."""
+        return needs.needs(self.checkpoint.tensors, self.config.text)
+
+    def devices(self) -> list[Device]:
+        """This machine's devices and what is free on them."""
+        return needs.devices()
+
+    @property
+    def format(self) -> str:
+        """How the model is stored: a form, or "serialized"."""
+        return "serialized" if isinstance(self.checkpoint, SerializedCheckpoint) else self.checkpoint.form
+
+    def placement(self, wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
+        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted."""
+        opened = self.checkpoint
+        if wanted is not None and isinstance(opened, SerializedCheckpoint) and wanted.name != opened.encoding:
+            raise ModelError(
+                f"{opened.folder} was saved in {opened.encoding}, and {wanted.name} is asked for.",
+                hint="Leave --quantization-encoding out, or export the model again from its checkpoint.",
+            )
+        return place(opened.tensors, wanted, quantize_vision)
+
+    def save(
+        self,
+        path: Path,
+        placement: Placement,
+        tensor_of: Callable[[str], Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write a serialized model in `placement`; `tensor_of` gives stored tensors that are in memory already.
+
+        Raises weights_cache.errors.DiskFull or WriteFailed; an unfinished file is never left behind.
+        """
+        from pixtral_cli.model import save
+        from pixtral_cli.model.load import check_names, encoded
+
+        opened = self.checkpoint
+        names = check_names(self.config, opened)
+        weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
+        files = opened.side_files()
+        serialized.write(
+            path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
+        )
+        stamps.remember(path, serialized.SerializedFile(path).seal)
 
     @cached_property
     def processor(self) -> Processor:
@@ -95,8 +169,9 @@ class Source:
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""
-        self._check_pictures(len(images))
-        return self.processor.complete(prompt, images)
+        completed = self.processor.complete(prompt, images)
+        self._check_pictures(len(completed.images))
+        return completed
 
     def _check_pictures(self, pictures: int) -> None:
         if pictures and self.config.vision is None:

@@ -252,7 +252,6 @@ def test_a_tokenizer_of_another_model_is_told_before_a_question(oracle, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"quantization_encoding": "q4_k"}, "not work yet"),
         ({"quantization_encoding": "int7"}, "int7"),
         ({"max_length": 999999}, "999999"),
         ({"max_length": -5}, "max_length"),

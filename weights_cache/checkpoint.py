@@ -1,42 +1,76 @@
-"""A model's folder in; its config, side files and tensors under our names out. Knows no architecture.
+"""A model's folder or file in; its config, side files and tensors under our names out. Knows no architecture.
 
 Headers are read when tensors are first asked for, so that a folder without weights serves whoever needs only
-the tokenizer. Formats meet here: a reader per file, a table of names per format.
+the tokenizer. Formats meet here: a reader per file, a table of names and the order of rotary rows per format.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import layout, names
-from .errors import CheckpointCorrupt, NotYetSupported, WeightsNotFound
+from . import gguf_config, hf_config, layout, names, native, store
+from .errors import CheckpointCorrupt, PickleRefused, WeightsNotFound, listed
+from .gguf_reader import GgufFile
 from .json_file import read_json_object
+from .layout import Form
 from .reader import Reader, TensorInfo
 from .safetensors_reader import SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
 
+    from .nf4 import NF4
+
 GENERATION_CONFIG = "generation_config.json"
+WRITTEN_TOKENIZER = "gguf_tokenizer.json"
+"""`written_tokenizer` as a file."""
+FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
+
+
+class Naming(NamedTuple):
+    """How a file's tensors become ours: their names, and rows of one head where rotary rows lie interleaved."""
+
+    ours: Callable[[str], str | None]
+    head_dims: Mapping[str, int]
 
 
 class Stored(NamedTuple):
-    """Where a tensor of ours lies: in which file, under which name."""
+    """Where a tensor of ours lies: in which file, under which name; `head_dim` if its rows are to be reordered."""
 
     reader: Reader
     name: str
+    head_dim: int | None = None
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.reader.tensors[self.name]
 
 
 class Checkpoint:
-    """An opened model folder: `folder`, and `config`, which is its config.json as it is."""
+    """An opened model: `folder` (or file), and `config` as Hugging Face writes it, translated from other forms."""
 
-    form: Literal["hf", "native"] = "hf"
-
-    def __init__(self, folder: Path, config: dict[str, Any], weight_paths: Sequence[Path] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        weight_paths: Sequence[Path] = (),
+        *,
+        form: Form = "hf",
+        note: str | None = None,
+        written_tokenizer: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self.config = config
         self.weight_paths = tuple(weight_paths)
+        self.form = form
+        """Where config, tokenizer and template come from."""
+        self.note = note
+        """What was chosen among several possibilities: a sentence to show, or None."""
+        self.written_tokenizer = written_tokenizer
+        """The tokenizer as a GGUF's metadata has it (see `gguf_config.tokenizer`); None in other forms."""
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -49,15 +83,43 @@ class Checkpoint:
         path = self.folder / name
         return path if path.is_file() else None
 
+    def side_files(self) -> dict[str, bytes]:
+        """All that is needed beside the weights, by file name: config.json as it is in `config`, what there is of
+        tokenizer, template and picture recipe, and a written tokenizer as WRITTEN_TOKENIZER."""
+        paths = {name: self.file(name) for name in store.SIDE_FILES}
+        found = {name: path.read_bytes() for name, path in paths.items() if path}
+        if self.written_tokenizer is not None:
+            found[WRITTEN_TOKENIZER] = json.dumps(self.written_tokenizer).encode()
+        return found | {layout.CONFIG: json.dumps(self.config).encode()}
+
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Our names -> TensorInfo, from headers only. Raises a WeightsError for what cannot be trusted."""
-        return {ours: _renamed(ours, stored) for ours, stored in self._stored.items()}
+        return {ours: replace(stored.info, name=ours) for ours, stored in self._stored.items()}
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """The tensor that we call `name`, memory-mapped, in the file's shape and dtype. KeyError if unknown."""
+        """The tensor that we call `name`, in the file's shape. KeyError if unknown.
+
+        In the file's dtype and memory-mapped; decoded to float32 if it is packed; copied if its rows are reordered.
+        """
         stored = self._stored[name]
-        return stored.reader.tensor(stored.name)
+        return _ordered(stored, stored.reader.tensor(stored.name))
+
+    def packed(self, name: str) -> "torch.Tensor":
+        """The bytes of the tensor that we call `name`, as its encoding has them: uint8 [rows, bytes of a row].
+
+        Memory-mapped; copied if its rows are reordered. KeyError if unknown.
+        """
+        stored = self._stored[name]
+        return _ordered(stored, stored.reader.packed(stored.name))
+
+    def nf4(self, name: str) -> "NF4":
+        """The tensor that we call `name`, whose encoding is nf4, as it is encoded; memory-mapped. KeyError if unknown.
+
+        Such tensors are only in Hugging Face's form, so that no rows are reordered.
+        """
+        stored = self._stored[name]
+        return stored.reader.nf4(stored.name)  # type: ignore[attr-defined]
 
     @property
     def nbytes(self) -> int:
@@ -66,50 +128,170 @@ class Checkpoint:
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        chosen = layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder)
+        chosen = (
+            layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder, self.form)
+        )
         found: dict[str, Stored] = {}
-        for path, promised in chosen.items():
-            reader = _open_reader(path, promised)
+        for reader, naming in _merged([_open_reader(path, promised) for path, promised in chosen.items()]):
             for name in reader.tensors:
-                if ours := names.from_hf(name):
-                    _put(found, ours, Stored(reader, name))
+                if ours := naming.ours(name):
+                    _put(found, ours, Stored(reader, name, naming.head_dims.get(names.rotary_part(ours) or "")))
         return found
 
 
-def open(folder: Path, weight_paths: Sequence[Path] = ()) -> Checkpoint:
-    """The checkpoint in `folder`; files or folders in `weight_paths` replace the folder's own weights.
+def open(path: Path | None, weight_paths: Sequence[Path] = (), form: Form | None = None) -> Checkpoint:
+    """The checkpoint at `path`: a folder, or a GGUF file; None for the GGUF file among `weight_paths`.
 
-    Raises WeightsNotFound (no folder, no config.json), NotYetSupported (only native files, or a GGUF), PickleRefused
-    (only pickles), CheckpointCorrupt (config.json is no JSON object). Weights are looked at when asked for.
+    Files or folders in `weight_paths` replace a folder's own weights; its config and tokenizer stay. Beside a GGUF
+    file they add what it lacks, its picture part (mmproj), which is also looked for beside the file itself.
+    `form` chooses where a folder holds several; by default the first of "hf", "native", "gguf", and `note` says so.
+
+    Raises WeightsNotFound (nothing there, no config), PickleRefused (only pickles), CheckpointCorrupt (a config or
+    GGUF that cannot be trusted), UnknownArchitecture and ModelUnsupported (of GGUF and native), NotYetSupported.
+    A folder's weights are looked at when asked for.
     """
-    folder = Path(folder)
-    if folder.suffix in layout.NOT_YET and folder.is_file():
-        raise NotYetSupported(folder, layout.NOT_YET[folder.suffix])
-    if not folder.is_dir():
-        what = "is no folder, so it" if folder.exists() else "does not exist, so it"
-        raise WeightsNotFound(f"{folder} {what}", layout.CONFIG, f"Give the folder that holds {layout.CONFIG}.")
-    if not (folder / layout.CONFIG).is_file():
-        raise layout.no_config(folder, layout.file_names(folder))
-    return Checkpoint(folder, read_json_object(folder / layout.CONFIG), [Path(path) for path in weight_paths])
+    weight_paths = [Path(each) for each in weight_paths]
+    path = _only_gguf(weight_paths) if path is None else Path(path)
+    if path.is_file():
+        return _open_file(path, weight_paths)
+    if not path.is_dir():
+        raise WeightsNotFound(f"{path} does not exist, so it", "model", f"Give the folder that holds {layout.CONFIG}.")
+    chosen, note = _choose_form(path, form, bool(weight_paths))
+    if chosen == "gguf":
+        return _open_file(_only_gguf([path / name for name in layout.file_names(path)]), weight_paths, note)
+    if chosen == "native":
+        config = native.read_config(path / layout.NATIVE_CONFIG)
+    else:
+        config = read_json_object(path / layout.CONFIG)
+    return Checkpoint(path, config, _with_pictures(weight_paths, config), form=chosen, note=note)
 
 
-def _open_reader(path: Path, promised: frozenset[str]) -> Reader:
-    """The reader for `path`, which must hold the tensors that an index `promised`."""
+def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tuple[Form, str | None]:
+    """The form to read, and a sentence when another would have been possible."""
+    present = layout.file_names(folder)
+    whole = layout.forms(present)
+    configs: dict[Form, str] = {"hf": layout.CONFIG, "native": layout.NATIVE_CONFIG}
+    if wanted is not None:
+        if wanted not in whole and configs.get(wanted) not in present:
+            raise WeightsNotFound(folder, f"model in {FORM_NAMES[wanted]} form", _advice(whole))
+        return wanted, None
+    if whole and not weights_given:
+        return whole[0], _form_note(folder, whole)
+    by_config = [form for form, name in configs.items() if name in present]
+    if not by_config and not whole:
+        raise layout.no_config(folder, present)
+    return (by_config or whole)[0], None
+
+
+def _form_note(folder: Path, whole: Sequence[Form]) -> str | None:
+    if len(whole) == 1:
+        return None
+    several = " and ".join(FORM_NAMES[form] for form in whole)
+    return f"{folder} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
+
+
+def _advice(whole: Sequence[Form]) -> str | None:
+    return f"It can be read as {' or '.join(whole)}." if whole else None
+
+
+def _only_gguf(paths: Sequence[Path]) -> Path:
+    """The one GGUF among `paths` that is no picture part by its name."""
+    models = sorted({path.with_name(name) for path in paths for name in layout.text_ggufs([path.name])})
+    if len(models) == 1:
+        return models[0]
+    where = paths[0].parent if paths else Path.cwd()
+    if not models:
+        raise WeightsNotFound(where, "GGUF model", "Give the model's folder or its .gguf file.")
+    many = listed([path.name for path in models])
+    raise WeightsNotFound(where, f"single GGUF model (there are {many})", "Give the path of the .gguf file itself.")
+
+
+def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None) -> Checkpoint:
+    """The model in the GGUF file `path`, with the picture part among `weight_paths` or beside it."""
+    if path.suffix != layout.GGUF:
+        if path.suffix in layout.PICKLES:
+            raise PickleRefused(path)
+        advice = "Give the model's folder, or a .gguf file; weights for a folder's config go to --weight-path."
+        raise WeightsNotFound(path, "config of its own", advice)
+    path = path.with_name(layout.first_shard(path.name))
+    given = [path, *(each for each in weight_paths if each != path)]
+    others = [each for each in given[1:] if each.suffix == layout.GGUF and each.is_file()]
+    files = [GgufFile(each) for each in (path, *others)]
+    pictures = next((file for file in files if gguf_config.is_picture_part(file)), None)
+    text = next((file for file in files if not gguf_config.is_picture_part(file)), None)
+    if text is None:
+        raise WeightsNotFound(path, "text model: it is the picture part of one", "Give the model's own .gguf as well.")
+    if pictures is None:
+        pictures, said = _pictures_beside(text)
+        given += [pictures.path] if pictures else []
+        note = " ".join(each for each in (note, said) if each) or None
+    config = gguf_config.read_config(text, pictures)
+    return Checkpoint(text.path, config, given, form="gguf", note=note, written_tokenizer=gguf_config.tokenizer(text))
+
+
+def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
+    """The picture part that lies in the folder of `text`, the first by name of those that fit; and what to say."""
+    found = [GgufFile(path) for path in layout.picture_parts(text.path.parent)]
+    fitting = [file for file in found if gguf_config.fits(text, file)]
+    if not fitting:
+        return None, f"No picture part beside {text.path.name} fits it." if found else None
+    said = f"Of {len(fitting)} picture parts beside {text.path.name}, {fitting[0].path.name} is read."
+    return fitting[0], said if len(fitting) > 1 else None
+
+
+def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:
+    """`weight_paths`, and what lies beside a GGUF among them and sees, if the model does."""
+    paths = list(weight_paths)
+    ggufs = [GgufFile(path) for path in paths if path.suffix == layout.GGUF and path.is_file()]
+    if not ggufs or "vision_config" not in config or any(map(gguf_config.is_picture_part, ggufs)):
+        return paths
+    pictures, _ = _pictures_beside(ggufs[0])
+    return [*paths, pictures.path] if pictures else paths
+
+
+def _open_reader(path: Path, promised: frozenset[str]) -> tuple[Reader, Naming]:
+    """The reader for `path`, which must hold the tensors that an index `promised`, and how its tensors become ours."""
+    if path.suffix == layout.GGUF:
+        file = GgufFile(path)
+        return file, Naming(names.from_gguf, gguf_config.head_dims(file))
     reader = SafetensorsFile(path)
-    if names.looks_native(reader.tensors):
-        raise NotYetSupported(path, "in Mistral's native form")
     if lacking := sorted(promised - reader.tensors.keys()):
         raise CheckpointCorrupt(path, f"the index puts {lacking[0]!r} into it, and it is not there")
-    return reader
+    if path.name.startswith(layout.NATIVE) or names.looks_native(reader.tensors):
+        return reader, _native_naming(path)
+    return reader, Naming(names.from_hf, {})
+
+
+def _merged(readers: list[tuple[Reader, Naming]]) -> list[tuple[Reader, Naming]]:
+    """`readers`; where bitsandbytes encoded layers, one over all, since what belongs together may lie apart."""
+    if not names.looks_bitsandbytes(name for reader, _ in readers for name in reader.tensors):
+        return readers
+    from .bitsandbytes_reader import BitsandbytesFiles
+
+    return [(BitsandbytesFiles([reader for reader, _ in readers]), Naming(names.from_hf, {}))]
+
+
+def _native_naming(path: Path) -> Naming:
+    """A native file's rows can be put in order only by its params.json."""
+    params = path.parent / layout.NATIVE_CONFIG
+    if not params.is_file():
+        advice = f"{path.name} is in Mistral's own form, which takes its sizes from {params.name}: put it there."
+        raise WeightsNotFound(path.parent, params.name, advice)
+    return Naming(names.from_native, hf_config.head_dims(native.read_config(params)))
 
 
 def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:
     if other := found.get(ours):
-        path, first = (s.reader.tensors[s.name].file for s in (stored, other))
+        path, first = stored.info.file, other.info.file
         raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as {other.name!r} in {first}")
     found[ours] = stored
 
 
-def _renamed(ours: str, stored: Stored) -> TensorInfo:
-    info = stored.reader.tensors[stored.name]
-    return TensorInfo(ours, info.dtype, info.shape, info.nbytes, info.file)
+def _ordered(stored: Stored, rows: "torch.Tensor") -> "torch.Tensor":
+    """`rows` in our order."""
+    if stored.head_dim is None:
+        return rows
+    if rows.shape[0] % stored.head_dim or stored.head_dim % 2:
+        reason = f"tensor {stored.name!r} has {rows.shape[0]} rows, and its heads have {stored.head_dim}"
+        raise CheckpointCorrupt(stored.info.file, reason)
+    return names.halves(rows, stored.head_dim)

@@ -13,6 +13,12 @@ WeightsError
 ├── TensorsMissing       the model needs tensors that the checkpoint lacks
 ├── TensorsUnexpected    the checkpoint holds tensors that the model has no place for
 ├── TensorShapeMismatch  a tensor of another shape than the config says
+├── UnknownEncoding      no codec has that name
+├── WidthNotDivisible    a row that is no whole number of an encoding's blocks
+├── NotEncodable         weights that an encoding cannot hold
+├── SerializedTooNew     a serialized model that a newer version wrote
+├── WriteFailed          a file could not be written
+├── ModelUnsupported     a model of a known kind with a feature that is not known here
 └── UnknownArchitecture  a config of a model that is not known here
 """
 
@@ -199,7 +205,7 @@ class TensorsMissing(WeightsError):
 
     @property
     def hint(self) -> str:
-        return "Its config.json and its weights may be of different models, or a shard may be missing."
+        return "Its config and its weights may be of different models, or a shard may be missing."
 
 
 @dataclass(eq=False)
@@ -212,11 +218,11 @@ class TensorsUnexpected(WeightsError):
     def __str__(self) -> str:
         where = f" {self.path}" if self.path else ""
         many = _count(self.names)
-        return f"The checkpoint{where} has {many} that its config.json has no place for: {listed(self.names)}."
+        return f"The checkpoint{where} has {many} that its config has no place for: {listed(self.names)}."
 
     @property
     def hint(self) -> str:
-        return "Its config.json and its weights may be of different models."
+        return "Its config and its weights may be of different models."
 
 
 @dataclass(eq=False)
@@ -229,11 +235,91 @@ class TensorShapeMismatch(WeightsError):
 
     def __str__(self) -> str:
         found, expected = list(self.found), list(self.expected)
-        return f"Tensor {self.name} has shape {found}, and its config.json makes it {expected}."
+        return f"Tensor {self.name} has shape {found}, and its config makes it {expected}."
 
     @property
     def hint(self) -> str:
-        return "Its config.json and its weights may be of different models."
+        return "Its config and its weights may be of different models."
+
+
+@dataclass(eq=False)
+class UnknownEncoding(WeightsError):
+    """No codec is called `name`; `known` are the names there are."""
+
+    name: str
+    known: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"The encoding {self.name!r} is not known."
+
+    @property
+    def hint(self) -> str:
+        return f"Known encodings: {', '.join(self.known)}."
+
+
+@dataclass(eq=False)
+class WidthNotDivisible(WeightsError):
+    """A row of `width` (in `unit`) is no whole number of blocks of `block` in the encoding `name`."""
+
+    name: str
+    width: int
+    block: int
+    unit: str = "weights"
+
+    def __str__(self) -> str:
+        return f"A row of {self.width} {self.unit} is no whole number of {self.name} blocks of {self.block}."
+
+    @property
+    def hint(self) -> str:
+        return "Choose an encoding with smaller blocks, such as q4_0 or bfloat16."
+
+
+@dataclass(eq=False)
+class NotEncodable(WeightsError):
+    """Weights cannot be put into the encoding `name`, for `reason`."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"These weights cannot be encoded as {self.name}: {self.reason}."
+
+    @property
+    def hint(self) -> str:
+        return "Choose another encoding."
+
+
+@dataclass(eq=False)
+class SerializedTooNew(WeightsError):
+    """`path` says that it is of format version `found`; `known` is the newest that can be read."""
+
+    path: Path
+    found: object
+    known: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is a serialized model of version {self.found}, and this program reads version {self.known}."
+        )
+
+    @property
+    def hint(self) -> str:
+        return "Upgrade pixtral-cli, or export the model again."
+
+
+@dataclass(eq=False)
+class WriteFailed(WeightsError):
+    """`path` could not be written, for `reason`; nothing of it was left behind."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be written: {self.reason}."
+
+    @property
+    def hint(self) -> str:
+        return "Choose another place, or make room there."
 
 
 @dataclass(eq=False)
@@ -245,6 +331,21 @@ class UnknownArchitecture(WeightsError):
 
     def __str__(self) -> str:
         return f"The architecture {self.found!r} is not known; known are {', '.join(self.known)}."
+
+    @property
+    def hint(self) -> str:
+        return "Use a Pixtral or Mistral checkpoint."
+
+
+@dataclass(eq=False)
+class ModelUnsupported(WeightsError):
+    """`path` describes a model with `what`, which is not known here; running it without would give wrong answers."""
+
+    path: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path} is a model with {self.what}, which is not known here."
 
     @property
     def hint(self) -> str:

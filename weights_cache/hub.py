@@ -1,4 +1,4 @@
-"""A model's name in, one complete local folder out. Knows no tensors' names and no terminal.
+"""A model's name in, one complete local folder (or GGUF file) out. Knows no tensors' names and no terminal.
 
 `huggingface_hub` does the transfer (mirrors, tokens, proxies, retries, file locks); it is imported only when the
 network is needed. One format is fetched, never two, and never a file that no one here would open.
@@ -11,51 +11,93 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import layout, store
+from . import layout, own_cache, store
 from .errors import DiskFull, DownloadFailed, ModelNotFound, Offline
+from .layout import Form
+from .selection import Selection, select
 from .transfer import Progress, Transfer
 
-NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?",
+    re.ASCII,
+)
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A repository of the Hub at a revision: `owner/name`, or `owner/name@revision` as people write it."""
+    """A repository of the Hub at a revision, and perhaps a GGUF in it: `owner/name@revision:file.gguf`."""
 
     name: str
     revision: str = "main"
+    file: str | None = None
 
     def __str__(self) -> str:
-        return self.name if self.revision == "main" else f"{self.name}@{self.revision}"
+        revision = "" if self.revision == "main" else f"@{self.revision}"
+        return self.name + revision + (f":{self.file}" if self.file else "")
 
 
-def fetch(name: str, *, weights: bool = True, force: bool = False, progress: Progress | None = None) -> Path:
-    """The local folder of the model `name`.
+def fetch(
+    name: str,
+    *,
+    weights: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+    form: Form | None = None,
+) -> Path:
+    """What to open as the model `name`: a local folder, or a GGUF file.
 
     A path that exists is returned as it is. Otherwise `name` is `owner/name` on the Hub, `owner/name@revision` for
-    another branch, tag or commit. What is cached completely is used without any network call: a newer version on the
-    Hub is not looked for, unless `force` fetches everything anew. `weights=False` asks for the small files only.
+    another branch, tag or commit, `owner/name:file.gguf` for a GGUF in it, which brings its picture part along. Of
+    several forms `form` is fetched, or else the first of "hf", "native", "gguf". What is cached completely is used
+    without any network call: a newer version on the Hub is not looked for, unless `force` fetches everything anew.
+    `weights=False` asks for the small files only (a GGUF has none: all of it is fetched).
 
-    Raises ModelNotFound, Offline (HF_HUB_OFFLINE), Gated, DownloadFailed, DiskFull, and the errors of layout for a
-    repository that has no weights in Hugging Face form.
+    Raises ModelNotFound, Offline (HF_HUB_OFFLINE), Gated, DownloadFailed, DiskFull, and WeightsNotFound or
+    PickleRefused for a repository without weights that can be read.
     """
     path = os.path.expanduser(name)
     if os.path.exists(path):  # unlike Path.exists, False for what can be no path at all
         return Path(path)
     repo = parse(name)
-    if not force and (folder := store.find(repo.name, repo.revision, weights=weights)):
-        return folder
+    if not force and (found := _cached(repo, weights, form)):
+        return found
     if is_offline():
         raise Offline(str(repo), store.cache_folder(), forced=force)
-    return _download(repo, weights=weights, force=force, progress=progress)
+    return _download(repo, weights=weights, force=force, progress=progress, form=form)
+
+
+def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress: Progress | None = None) -> Path:
+    """What to open to read all headers of the model `name`: itself if it is here, else a skeleton of it in `folder`.
+
+    A skeleton has the small files (which are cached) and, for every weights file, a file as long as the real one that
+    holds its header and nothing else; on a disk it takes the header's room. Raises as `fetch`.
+    """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return Path(path)
+    repo = parse(name)
+    if found := _cached(repo, True, form):
+        return found
+    if is_offline():
+        raise Offline(str(repo), store.cache_folder())
+    transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
+    sizes = transfer.listing()
+    selection = select(str(repo), sizes, form=form, file=repo.file)
+    weights = _weight_names(transfer, selection, force=False)
+    small = [*selection.side, *([selection.index] if selection.index else [])]
+    _get(transfer, selection.side, force=False)
+    for small_file in small:
+        store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
+    transfer.get_headers(weights, folder)
+    return selection.path(folder)
 
 
 def parse(name: str) -> Repo:
-    """`owner/name` or `owner/name@revision`. Raises ModelNotFound for what looks like a path, or like no name."""
+    """`owner/name[@revision][:file.gguf]`. Raises ModelNotFound for what looks like a path, or like no name."""
     match = NAME.fullmatch(name)
     if match and ".." not in name:
-        return Repo(match["repo"], match["revision"] or "main")
+        return Repo(match["repo"], match["revision"] or "main", match["file"])
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelNotFound(name, "no such file or folder", "Check the path, or give a Hub name such as owner/name.")
     advice = "Give a folder that exists, or a name such as mistral-community/pixtral-12b."
@@ -68,43 +110,52 @@ def is_offline() -> bool:
     return value.upper() in TRUE
 
 
-def _download(repo: Repo, *, weights: bool, force: bool, progress: Progress | None) -> Path:
-    """Small files first, config.json the last of them, then the weights; then only does the revision point here.
+def _cached(repo: Repo, weights: bool, form: Form | None) -> Path | None:
+    """What is here completely; without a network, a form that is here rather than the preferred one that is not."""
+    others = layout.FORMS if form is None and repo.file is None and is_offline() else ()
+    for each in (form, *others):
+        if found := store.find(repo.name, repo.revision, weights=weights, form=each, file=repo.file):
+            return found
+    return None
+
+
+def _download(repo: Repo, *, weights: bool, force: bool, progress: Progress | None, form: Form | None) -> Path:
+    """Small files first, the config the last of them, then the weights; then only does the revision point here.
 
     An index comes before all: it says which weights there are, and so how many bytes.
     """
     transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
     sizes = transfer.listing()
-    if layout.CONFIG not in sizes:
-        raise layout.no_config(str(repo), sizes)
-    chosen = layout.hf_weights(sizes) if weights else []
-    if weights and not chosen:
-        raise layout.no_weights(str(repo), sizes)
-
-    wanted = store.wanted_side_files(sizes) + _weight_names(transfer, chosen, force)
+    selection = select(str(repo), sizes, form=form, file=repo.file, weights=weights)
+    wanted = list(selection.side)
+    if weights or selection.entry:
+        wanted += _weight_names(transfer, selection, force)
     _get(transfer, wanted, force)
+    own_cache.write_listing(repo.name, transfer.commit, sizes)
+    own_cache.mark_used(repo.name, transfer.commit)
     store.write_ref(repo.name, repo.revision, transfer.commit)
-    return store.snapshot(repo.name, transfer.commit)
+    return selection.path(store.snapshot(repo.name, transfer.commit))
 
 
-def _weight_names(transfer: Transfer, chosen: list[str], force: bool) -> list[str]:
-    """The safetensors files to fetch; with an index, which is fetched at once, the shards that it names."""
-    if chosen != [layout.INDEX]:
-        return chosen
-    index = store.snapshot(transfer.repo, transfer.commit) / layout.INDEX
-    if force or not index.is_file():
-        transfer.get([layout.INDEX], force=force, quietly=True)
-    names = sorted(layout.shards(index))
+def _weight_names(transfer: Transfer, selection: Selection, force: bool) -> list[str]:
+    """The weights files to fetch; with an index, which is fetched at once, the shards that it names."""
+    names = list(selection.weights)
+    if selection.index:
+        index = store.snapshot(transfer.repo, transfer.commit) / selection.index
+        if force or not index.is_file():
+            transfer.get([selection.index], force=force, quietly=True)
+        names = sorted(layout.shards(index))
     if absent := [name for name in names if name not in transfer.sizes]:
         advice = "Tell the model's owner, or try another revision: owner/name@revision."
-        raise DownloadFailed(transfer.label, f"its index names {absent[0]}, which the repository lacks", advice)
+        why = "its index" if selection.index else f"{names[0]} is one of {len(names)} files, which"
+        raise DownloadFailed(transfer.label, f"{why} names {absent[0]}, which the repository lacks", advice)
     return names
 
 
 def _get(transfer: Transfer, names: Iterable[str], force: bool) -> None:
     """Fetches those of `names` that are not here in full, after a look at the room on the disk."""
     folder = store.snapshot(transfer.repo, transfer.commit)
-    missing = [name for name in names if force or not store.is_whole(folder / name)]
+    missing = [name for name in names if force or not transfer.has(name)]
     _check_room(transfer, missing)
     transfer.get(missing, force=force)
     for name in missing:
@@ -113,7 +164,7 @@ def _get(transfer: Transfer, names: Iterable[str], force: bool) -> None:
 
 
 def _check_room(transfer: Transfer, names: Iterable[str]) -> None:
-    needed = sum(transfer.sizes.get(name) or 0 for name in names)
+    needed = sum(transfer.remaining(name) for name in names)
     existing = next(p for p in (store.cache_folder(), *store.cache_folder().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

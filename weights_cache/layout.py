@@ -7,8 +7,9 @@ that is read is the index of shards.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
-from .errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
 
 CONFIG = "config.json"
@@ -19,9 +20,17 @@ SAFETENSORS = ".safetensors"
 NATIVE = "consolidated"
 """Files whose name begins so are Mistral's own form."""
 
-NOT_YET: Mapping[str, str] = {".gguf": "a GGUF file"}
+NATIVE_SINGLE = "consolidated.safetensors"
+NATIVE_INDEX = "consolidated.safetensors.index.json"
+GGUF = ".gguf"
+PICTURE_PART = "mmproj"
+"""In the name of a GGUF file that holds a model's vision tower and projector."""
+
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+Form = Literal["hf", "native", "gguf"]
+FORMS: tuple[Form, ...] = get_args(Form)
+FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.safetensors|\.gguf)")
 
 Expected = Mapping[Path, frozenset[str]]
 """Weights files -> the tensors that an index promises in each (none where there is no index)."""
@@ -37,26 +46,66 @@ def hf_weights(names: Iterable[str]) -> list[str]:
     return sorted(n for n in names if n.endswith(SAFETENSORS) and not n.startswith((NATIVE, "adapter_")))
 
 
-def weight_files(folder: Path) -> Expected:
-    """The weights files of `folder`, all present.
+def native_weights(names: Iterable[str]) -> list[str]:
+    """As hf_weights, in Mistral's own form."""
+    names = set(names)
+    for whole in (NATIVE_SINGLE, NATIVE_INDEX):
+        if whole in names:
+            return [whole]
+    return sorted(n for n in names if n.startswith(f"{NATIVE}-") and n.endswith(SAFETENSORS))
 
-    Raises WeightsNotFound, NotYetSupported, PickleRefused, or CheckpointCorrupt with the names of missing shards.
+
+def text_ggufs(names: Iterable[str]) -> list[str]:
+    """The GGUF files among `names` that are models rather than the picture parts of some; of a model in several
+    files, the first."""
+    return sorted({first_shard(n) for n in names if n.endswith(GGUF) and not is_picture_part(n)})
+
+
+def is_picture_part(name: str) -> bool:
+    """Whether `name`, which may be a path in a repository, is that of a model's picture part."""
+    return name.endswith(GGUF) and PICTURE_PART in name.rpartition("/")[2].lower()
+
+
+def picture_parts(folder: Path) -> list[Path]:
+    """The GGUF files in `folder` that are by their names the picture parts of models."""
+    return [folder / n for n in file_names(folder) if is_picture_part(n)]
+
+
+def forms(names: Iterable[str]) -> list[Form]:
+    """The forms in which a folder of the files `names` holds a whole model, the preferred first."""
+    names = set(names)
+    whole = {
+        "hf": CONFIG in names and hf_weights(names),
+        "native": NATIVE_CONFIG in names and native_weights(names),
+        "gguf": text_ggufs(names),
+    }
+    return [form for form in FORMS if whole[form]]
+
+
+def weight_files(folder: Path, form: Form | None = "hf") -> Expected:
+    """The weights files of `folder` in that form (None: the one that is there), all present.
+
+    Raises WeightsNotFound, PickleRefused, or CheckpointCorrupt with the names of missing shards.
     """
-    chosen = hf_weights(file_names(folder))
+    names = file_names(folder)
+    found: dict[str, list[str]] = {"hf": hf_weights(names), "native": native_weights(names), "gguf": text_ggufs(names)}
+    if form is None:
+        form = next((each for each in FORMS if found[each]), "hf")
+    chosen = found[form]
     if not chosen:
-        raise no_weights(folder, file_names(folder))
-    if chosen == [INDEX]:
-        return _indexed(folder)
-    _require(folder, [shard for name in chosen for shard in _siblings(name)])
+        raise no_weights(folder, names)
+    if chosen in ([INDEX], [NATIVE_INDEX]):
+        return _indexed(folder, chosen[0])
+    _require(folder, [shard for name in chosen for shard in shard_names(name)])
     return {folder / name: frozenset() for name in chosen}
 
 
 def chosen_files(paths: Sequence[Path]) -> Expected:
-    """As weight_files, for paths that someone named: safetensors files, and folders of them."""
+    """As weight_files, for paths that someone named: safetensors and GGUF files, and folders of them."""
     found: dict[Path, frozenset[str]] = {}
     for path in paths:
         if path.is_dir():
-            found |= weight_files(path)
+            found |= weight_files(path, None)
         elif path.is_file():
             found[_readable(path)] = frozenset()
         else:
@@ -83,54 +132,69 @@ def file_names(folder: Path) -> list[str]:
 
 
 def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:
-    """The error that says best why the files `names` give no weights in Hugging Face form."""
-    names = sorted(names)
-    if any(n.startswith(NATIVE) and n.endswith(SAFETENSORS) for n in names):
-        return NotYetSupported(where, "in Mistral's native form")
-    for name in names:
-        if what := NOT_YET.get(Path(name).suffix):
-            return NotYetSupported(f"{where}/{name}", what)
-    for name in names:
-        if name.endswith(PICKLES):
-            return PickleRefused(f"{where}/{name}")
-    return WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
+    """The error that says best why the files `names` give no weights."""
+    error = _telling(where, sorted(names))
+    return error or WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
 
 
 def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
-    """The error that says best why a folder of the files `names` is no model in Hugging Face form."""
-    names = list(names)
-    if NATIVE_CONFIG in names:
-        return NotYetSupported(where, f"in Mistral's native form ({NATIVE_CONFIG})")
-    error = no_weights(where, names)
-    if isinstance(error, NotYetSupported | PickleRefused):
-        return error
-    return WeightsNotFound(where, CONFIG, f"Give a folder that holds {CONFIG} and *{SAFETENSORS}.")
+    """The error that says best why a folder of the files `names` is no model in any form."""
+    names = sorted(names)
+    if NATIVE_CONFIG in names and not native_weights(names):
+        return WeightsNotFound(where, f"weights in Mistral's own form (looked for {NATIVE_SINGLE})")
+    advice = f"Give a folder that holds {CONFIG} and *{SAFETENSORS}."
+    return _telling(where, names) or WeightsNotFound(where, CONFIG, advice)
+
+
+def _telling(where: Path | str, names: Sequence[str]) -> WeightsError | None:
+    """What is there instead of a whole model, if that tells more than what is missing."""
+    if any(n.startswith(NATIVE) and n.endswith(SAFETENSORS) for n in names) and NATIVE_CONFIG not in names:
+        advice = f"Its weights are in Mistral's own form, which takes its sizes from {NATIVE_CONFIG}: put it there."
+        return WeightsNotFound(where, NATIVE_CONFIG, advice)
+    for name in names:
+        if is_picture_part(name):
+            return WeightsNotFound(where, f"text model beside {name}, which is the picture part of one")
+    return next((PickleRefused(f"{where}/{name}") for name in names if name.endswith(PICKLES)), None)
 
 
 def _readable(path: Path) -> Path:
-    """`path`, if it is a safetensors file by its name."""
+    """`path`, if it is a safetensors or GGUF file by its name."""
     if path.suffix == SAFETENSORS:
         return path
-    if path.suffix in NOT_YET:
-        raise NotYetSupported(path, NOT_YET[path.suffix])
+    if path.suffix == GGUF:
+        return path.with_name(first_shard(path.name))
     if path.suffix in PICKLES:
         raise PickleRefused(path)
-    raise WeightsNotFound(path, f"name that ends in {SAFETENSORS}", f"Give a *{SAFETENSORS} file, or their folder.")
+    what = f"name that ends in {SAFETENSORS} or {GGUF}"
+    raise WeightsNotFound(path, what, f"Give a *{SAFETENSORS} or *{GGUF} file, or their folder.")
 
 
-def _indexed(folder: Path) -> Expected:
-    promised = shards(folder / INDEX)
+def _indexed(folder: Path, index: str) -> Expected:
+    promised = shards(folder / index)
     _require(folder, promised)
     return {folder / name: frozenset(tensors) for name, tensors in sorted(promised.items())}
 
 
-def _siblings(name: str) -> list[str]:
+def shard_names(name: str) -> list[str]:
     """The numbered shards that `name` is one of; a file without such a number stands alone."""
     match = SHARD.fullmatch(name)
     if not match:
         return [name]
     total = int(match["total"])
-    return [f"{match['stem']}-{number:05d}-of-{total:05d}{SAFETENSORS}" for number in range(1, total + 1)]
+    return [f"{match['stem']}-{number:05d}-of-{total:05d}{match['suffix']}" for number in range(1, total + 1)]
+
+
+def first_shard(name: str) -> str:
+    """The first of the numbered files that `name` is one of, or `name` itself."""
+    return next(iter(shard_names(name)), name)
+
+
+def gguf_shards(path: Path) -> list[Path]:
+    """The files of the GGUF that begins at `path`, all present. Raises CheckpointCorrupt with those that are not."""
+    names = shard_names(path.name) or [path.name]
+    if len(names) > 1:
+        _require(path.parent, names)
+    return [path.parent / name for name in names]
 
 
 def _require(folder: Path, names: Iterable[str]) -> None:

@@ -1,9 +1,19 @@
-"""A tensor's name in a Hugging Face file in, our name for it out. Knows no files and no shapes.
+"""A tensor's name in a file of some format in, our name for it out; and the order of rotary rows. Knows no files.
 
-Sources: transformers' `save_pretrained` writes the older style for LLaVA and bare names for a text-only model
+Sources: mistral-inference's module names for the native form; gguf-py's `TENSOR_NAMES` for GGUF; for Hugging Face,
+transformers' `save_pretrained`, which writes the older style for LLaVA and bare names for a text-only model
 (run with 5.23); the newer style is its module names since 4.52, written with `save_original_format=False`.
 A name that no row matches is kept as it is, so that whoever loads can report it in the file's own words.
 """
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = Literal["text", "vision"]
 
 HF_PREFIXES: tuple[tuple[str, str], ...] = (
     # older: the language model is a complete causal LM inside the LLaVA module
@@ -23,8 +33,100 @@ HF_PREFIXES: tuple[tuple[str, str], ...] = (
 DROPPED_SUFFIXES: tuple[str, ...] = (".inv_freq",)
 """Buffers that old versions saved and that are computed anew."""
 
-NATIVE_MARKS: tuple[str, ...] = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
-"""Names that only Mistral's own files (consolidated.safetensors) contain."""
+NATIVE: Mapping[str, str] = {
+    "tok_embeddings.weight": "language_model.embed_tokens.weight",
+    "norm.weight": "language_model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "vision_encoder.patch_conv.weight": "vision_tower.patch_conv.weight",
+    "vision_encoder.ln_pre.weight": "vision_tower.ln_pre.weight",
+    "vision_language_adapter.w_in.weight": "multi_modal_projector.linear_1.weight",
+    "vision_language_adapter.w_in.bias": "multi_modal_projector.linear_1.bias",
+    "vision_language_adapter.w_out.weight": "multi_modal_projector.linear_2.weight",
+    "vision_language_adapter.w_out.bias": "multi_modal_projector.linear_2.bias",
+}
+NATIVE_LAYERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "layers.": (
+        "language_model.layers.",
+        {
+            "attention_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "attention.wq": "self_attn.q_proj",
+            "attention.wk": "self_attn.k_proj",
+            "attention.wv": "self_attn.v_proj",
+            "attention.wo": "self_attn.o_proj",
+            "feed_forward.w1": "mlp.gate_proj",
+            "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj",
+        },
+    ),
+    "vision_encoder.transformer.layers.": (
+        "vision_tower.layers.",
+        {
+            "attention_norm": "attention_norm",
+            "ffn_norm": "ffn_norm",
+            "attention.wq": "attention.q_proj",
+            "attention.wk": "attention.k_proj",
+            "attention.wv": "attention.v_proj",
+            "attention.wo": "attention.o_proj",
+            "feed_forward.w1": "feed_forward.gate_proj",
+            "feed_forward.w2": "feed_forward.down_proj",
+            "feed_forward.w3": "feed_forward.up_proj",
+        },
+    ),
+}
+"""Prefix in the file, up to a layer's number -> (prefix of ours, the layer's parts: theirs -> ours)."""
+
+GGUF: Mapping[str, str | None] = {
+    "token_embd.weight": "language_model.embed_tokens.weight",
+    "output_norm.weight": "language_model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "rope_freqs.weight": None,  # a factor for each frequency; gguf_config.py refuses any but 1
+    "v.patch_embd.weight": "vision_tower.patch_conv.weight",
+    "v.pre_ln.weight": "vision_tower.ln_pre.weight",
+    "mm.1.weight": "multi_modal_projector.linear_1.weight",
+    "mm.1.bias": "multi_modal_projector.linear_1.bias",
+    "mm.2.weight": "multi_modal_projector.linear_2.weight",
+    "mm.2.bias": "multi_modal_projector.linear_2.bias",
+    "v.token_embd.img_break": None,  # a row of token_embd again, for programs that lack the text model here
+}
+GGUF_LAYERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "blk.": (
+        "language_model.layers.",
+        {
+            "attn_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+    ),
+    "v.blk.": (
+        "vision_tower.layers.",
+        {
+            "ln1": "attention_norm",
+            "ln2": "ffn_norm",
+            "attn_q": "attention.q_proj",
+            "attn_k": "attention.k_proj",
+            "attn_v": "attention.v_proj",
+            "attn_out": "attention.o_proj",
+            "ffn_gate": "feed_forward.gate_proj",
+            "ffn_up": "feed_forward.up_proj",
+            "ffn_down": "feed_forward.down_proj",
+        },
+    ),
+}
+
+BITSANDBYTES_STATE = ".quant_state.bitsandbytes__"
+"""In the names of what bitsandbytes saves beside a 4-bit matrix; the type of its codes follows."""
+BITSANDBYTES_INT8 = ".SCB"
+"""The end of what it saves beside a matrix of 8-bit integers."""
+
+ROTARY = re.compile(r"(language_model|vision_tower)\.layers\.\d+\.(self_attn|attention)\.[qk]_proj\.weight")
+PARTS: Mapping[str, Part] = {"language_model": "text", "vision_tower": "vision"}
 
 _LONGEST_FIRST = sorted(HF_PREFIXES, key=lambda row: len(row[0]), reverse=True)
 
@@ -43,6 +145,53 @@ def from_hf(name: str) -> str | None:
     return name
 
 
-def looks_native(names: object) -> bool:
-    """Whether a collection of tensor names is Mistral's native naming rather than Hugging Face's."""
-    return any(mark in names for mark in NATIVE_MARKS)  # type: ignore[operator]
+def from_native(name: str) -> str:
+    """Our name for the tensor `name` of Mistral's own files.
+
+    >>> from_native("layers.3.feed_forward.w3.weight")
+    'language_model.layers.3.mlp.up_proj.weight'
+    """
+    return NATIVE.get(name) or _in_layer(name, NATIVE_LAYERS) or name
+
+
+def from_gguf(name: str) -> str | None:
+    """Our name for the tensor `name` of a GGUF file, text or picture part; None for one that is dropped.
+
+    >>> from_gguf("blk.3.ffn_up.weight")
+    'language_model.layers.3.mlp.up_proj.weight'
+    """
+    return GGUF[name] if name in GGUF else _in_layer(name, GGUF_LAYERS) or name
+
+
+def looks_native(names: Iterable[str]) -> bool:
+    """Whether a file's tensor names are Mistral's own. (`norm.weight` alone says nothing.)"""
+    return any(name != "norm.weight" and from_native(name) != name for name in names)
+
+
+def looks_bitsandbytes(names: Iterable[str]) -> bool:
+    """Whether among tensors of these names there are layers that bitsandbytes encoded."""
+    return any(BITSANDBYTES_STATE in name or name.endswith(BITSANDBYTES_INT8) for name in names)
+
+
+def rotary_part(ours: str) -> Part | None:
+    """Of which part of the model `ours` is a query or key projection, whose rows rotary positions turn."""
+    match = ROTARY.fullmatch(ours)
+    return PARTS[match[1]] if match else None
+
+
+def halves(rows: "Tensor", head_dim: int) -> "Tensor":
+    """`rows` [heads * D, …] in the order of Hugging Face, from that of the native form and of GGUF; copied.
+
+    Within each head those turn neighbours, (0, 1), (2, 3) …; we turn halves, i with i + D/2. So for D = 4 the rows
+    0 1 2 3 become 0 2 1 3 (transformers `convert_mistral_weights_to_hf.py`; the inverse is llama.cpp's `permute`).
+    Whole rows move: a packed row is as good as any.
+    """
+    heads = rows.shape[0] // head_dim
+    return rows.reshape(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def _in_layer(name: str, layers: Mapping[str, tuple[str, Mapping[str, str]]]) -> str | None:
+    """Our name for a layer's weight; None when no table has it. Layers have no biases."""
+    match = re.fullmatch(r"(.*?\.)(\d+)\.(.+)\.weight", name)
+    ours, parts = layers.get(match[1], ("", {})) if match else ("", {})
+    return f"{ours}{match[2]}.{parts[match[3]]}.weight" if match and match[3] in parts else None

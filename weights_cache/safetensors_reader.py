@@ -6,7 +6,6 @@ The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, sh
 
 import math
 import mmap
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointCorrupt
 from .json_file import parse_json_object
-from .reader import TensorInfo
+from .reader import TensorInfo, map_file, mapped_tensor, packed_shape
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +40,6 @@ TORCH_DTYPES: dict[str, str] = {
 }  # fmt: skip
 """The attribute of `torch` for each dtype: names only, so that reading headers needs no torch."""
 
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has a name for it from 3.13 on
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -61,11 +58,20 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._buffer = _map(path)
-        except OSError as error:
-            raise CheckpointCorrupt(path, f"it cannot be read ({error.strerror})") from error
+        self._buffer = map_file(path, LENGTH_BYTES, "safetensors")
         self._entries = _read_header(path, self._buffer)
+
+    @property
+    def header_bytes(self) -> bytes:
+        """The header's JSON as it stands in the file, its padding included."""
+        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "little")
+        return self._buffer[LENGTH_BYTES : LENGTH_BYTES + length]
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The header's `__metadata__`: what is not text in it is left out."""
+        found = parse_json_object(self.path, self.header_bytes, "its header").get("__metadata__")
+        return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -80,30 +86,15 @@ class SafetensorsFile:
         import torch
 
         entry = self._entries[name]
-        info = entry.info
-        dtype = getattr(torch, TORCH_DTYPES[info.dtype])
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=dtype)
-        if entry.begin % dtype.itemsize:
-            raw = torch.frombuffer(self._buffer, dtype=torch.uint8, count=info.nbytes, offset=entry.begin)
-            return raw.clone().view(dtype).view(info.shape)
-        count = math.prod(info.shape)
-        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=entry.begin).view(info.shape)
+        dtype = getattr(torch, TORCH_DTYPES[entry.info.dtype])
+        return mapped_tensor(self._buffer, entry.begin, dtype, entry.info.shape)
 
+    def packed(self, name: str) -> "torch.Tensor":
+        """The bytes of the tensor `name`, sharing the file's mapping: uint8 [rows, bytes of a row]."""
+        import torch
 
-def _map(path: Path) -> mmap.mmap:
-    """The whole file as a private mapping: writable (torch wants that), yet never written back.
-
-    No swap is reserved for it, so that a file larger than the machine's memory can be mapped.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if size < LENGTH_BYTES:
-            raise CheckpointCorrupt(path, f"it has {size} bytes, and a safetensors file begins with a length of 8")
-        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        entry = self._entries[name]
+        return mapped_tensor(self._buffer, entry.begin, torch.uint8, packed_shape(entry.info))
 
 
 def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
@@ -140,7 +131,8 @@ def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
     expected = math.prod(shape) * BITS[dtype] // 8
     if end - begin != expected:
         raise corrupt(f"of shape {shape} and dtype {dtype} needs {expected} bytes, and its offsets span {end - begin}")
-    return Entry(TensorInfo(name, dtype, tuple(shape), expected, path), data + begin, data + end)
+    info = TensorInfo(name, dtype, tuple(shape), expected, path, TORCH_DTYPES[dtype])
+    return Entry(info, data + begin, data + end)
 
 
 def _are_sizes(value: Any) -> bool:

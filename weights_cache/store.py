@@ -10,27 +10,17 @@ Reading this needs no import of huggingface_hub (0.1 s), so a cached model start
 import os
 import re
 import secrets
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from . import layout
+from . import layout, own_cache
 from .errors import CheckpointCorrupt, WeightsError
 from .json_file import read_json_object
+from .layout import Form
+from .own_cache import Listing
 from .safetensors_reader import SafetensorsFile
-
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-"""The small files that are fetched beside config.json; the rest of a repository is left alone."""
+from .selection import CONFIGS, SIDE_FILES, Selection, select
 
 TOKENIZERS = ("tokenizer.json", "tekken.json")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -53,28 +43,58 @@ def snapshot(repo: str, commit: str) -> Path:
     return repo_folder(repo) / "snapshots" / commit
 
 
-def find(repo: str, revision: str, *, weights: bool) -> Path | None:
-    """The snapshot of `repo` at `revision` (a branch, tag or commit) if it is here and complete, else None."""
+def blob(repo: str, etag: str) -> Path:
+    """Where the cache keeps the content whose hash is `etag`."""
+    return repo_folder(repo) / "blobs" / etag
+
+
+def partial_blob(repo: str, etag: str) -> Path:
+    """Where the part of it lies that has arrived; the Hub's own library neither reads nor removes it."""
+    return blob(repo, f"{etag}.pixtral.incomplete")
+
+
+def find(repo: str, revision: str, *, weights: bool, form: Form | None = None, file: str | None = None) -> Path | None:
+    """What to open of `repo` at `revision` (a branch, tag or commit) if it is here and complete, else None.
+
+    `form` and `file` choose as in `select`. Where nobody remembers what the repository holds, a GGUF must be named.
+    """
     commit = _commit(repo, revision)
     if not commit:
         return None
     folder = snapshot(repo, commit)
-    return folder if is_complete(folder, weights=weights) and not _lacks_listed(repo, commit) else None
-
-
-def is_complete(folder: Path, *, weights: bool) -> bool:
-    """Whether `folder` holds a config and a tokenizer and, if `weights` are wanted, every weights file in full.
-
-    The downloader here writes config.json after all other small files: where it is, they are.
-    """
-    if not (folder / layout.CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
-        return False
-    if not weights:
-        return True
+    listing = own_cache.listing(repo, commit)
+    names = _names_in(folder) if listing is None else listing
     try:
-        return all(is_whole(path) for path in layout.weight_files(folder))
+        selection = select(repo, names, form=form, file=file, weights=weights)
+    except WeightsError:
+        return None
+    if listing is None and selection.form == "gguf" and file is None and form is None:
+        return None
+    if _lacks_listed(repo, commit, selection) or not is_complete(folder, selection, listing or {}, weights=weights):
+        return None
+    own_cache.mark_used(repo, commit)
+    return selection.path(folder)
+
+
+def is_complete(folder: Path, selection: Selection, sizes: Listing, *, weights: bool) -> bool:
+    """Whether `folder` holds all that is selected and, if `weights` are wanted, every weights file in full.
+
+    The downloader here writes the config after all other small files: where it is, they are.
+    """
+    if selection.form == "gguf":
+        return all(_is_here(folder / name, sizes.get(name)) for name in selection.weights)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return False
+    if not all(_is_here(folder / name, sizes.get(name)) for name in selection.side):
+        return False
+    try:
+        return not weights or all(is_whole(path) for path in layout.weight_files(folder, selection.form))
     except WeightsError:
         return False
+
+
+def _is_here(path: Path, size: int | None) -> bool:
+    return path.is_file() and (size is None or path.stat().st_size == size)
 
 
 def is_whole(path: Path) -> bool:
@@ -101,10 +121,23 @@ def write_ref(repo: str, revision: str, commit: str) -> None:
     temporary.replace(path)
 
 
-def wanted_side_files(names: Iterable[str]) -> list[str]:
-    """Which of a repository's files are fetched beside the weights; config.json comes last."""
-    present = set(names)
-    return [name for name in (*SIDE_FILES, layout.CONFIG) if name in present]
+def link(source: Path, target: Path) -> None:
+    """Make `target` lead to `source`; a copy where there are no links. It is there whole, or as it was."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.symlink_to(os.path.relpath(source, target.parent))
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(_walk(folder)) if folder.is_dir() else []
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _commit(repo: str, revision: str) -> str | None:
@@ -117,13 +150,14 @@ def _commit(repo: str, revision: str) -> str | None:
     return commit if COMMIT.fullmatch(commit) else None
 
 
-def _lacks_listed(repo: str, commit: str) -> bool:
+def _lacks_listed(repo: str, commit: str, selection: Selection) -> bool:
     """Whether the library's listing of the repository, where it left one, names a side file that is not here."""
     listing = repo_folder(repo) / "trees" / f"{commit}.json"
-    if not listing.is_file():
+    if not listing.is_file() or selection.form == "gguf":
         return False
     try:
         files = read_json_object(listing).get("files", {})
     except CheckpointCorrupt:
         return False
-    return any(not (snapshot(repo, commit) / name).is_file() for name in wanted_side_files(files))
+    side = [name for name in (*SIDE_FILES, CONFIGS[selection.form]) if name in files]
+    return any(not (snapshot(repo, commit) / name).is_file() for name in side)

@@ -9,9 +9,11 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from . import store
+from . import headers, large_file, store
 from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
 
 Progress = Callable[[str, int, int | None], None]
@@ -22,6 +24,15 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 LISTING_TIMEOUT = 30.0  # seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What the Hub says of a file: `sha256` of those in its large storage, git's own hash (`sha1`) of the others."""
+
+    size: int | None
+    sha256: str | None = None
+    sha1: str | None = None
+
+
 class Transfer:
     """What is fetched from `repo` at `revision`. After `listing()`, `commit` and `sizes` (bytes or None) are known."""
 
@@ -29,8 +40,12 @@ class Transfer:
         self.repo, self.revision, self.label = repo, revision, label
         self.endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
         self.commit = ""
-        self.sizes: dict[str, int | None] = {}
+        self.contents: dict[str, Content] = {}
         self._report = report
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        return {name: content.size for name, content in self.contents.items()}
 
     def listing(self) -> dict[str, int | None]:
         """One request: the repository's file names -> sizes in bytes."""
@@ -42,8 +57,22 @@ class Transfer:
         if not info.sha:
             raise DownloadFailed(self.label, f"{self.endpoint} did not say which commit {self.revision!r} is")
         self.commit = info.sha
-        self.sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        self.contents = {
+            file.rfilename: Content(file.size, file.lfs and file.lfs.sha256, None if file.lfs else file.blob_id)
+            for file in info.siblings or ()
+        }
         return self.sizes
+
+    def has(self, name: str) -> bool:
+        """Whether the snapshot holds the file in full, as far as its length and header tell."""
+        path, size = self._path(name), self.contents[name].size
+        return store.is_whole(path) and (size is None or path.stat().st_size == size)
+
+    def remaining(self, name: str) -> int:
+        """Bytes of the file that are still to come, 0 if nobody knows."""
+        content = self.contents[name]
+        here = large_file.arrived(self.repo, content.sha256) if content.sha256 else 0
+        return max((content.size or 0) - here, 0)
 
     def get(self, names: Iterable[str], *, force: bool = False, quietly: bool = False) -> None:
         """Fetches `names` one after the other, in this order. What the snapshot has already is fetched anew;
@@ -56,21 +85,41 @@ class Transfer:
                 self._get_one(name, meter, force)
             meter.finish_file(size)
 
+    def get_headers(self, names: Iterable[str], folder: Path) -> None:
+        """Writes into `folder`, for each of the weights files `names`, a file of its length with its header only."""
+        for name in names:
+            with self._our_errors():
+                headers.write(self, name, folder / name)
+
     def _get_one(self, name: str, meter: "_Meter", force: bool) -> None:
+        """Fetch a file and check its hash. A file that is in the snapshot already is there because it is damaged."""
+        content, path = self.contents[name], self._path(name)
+        anew = force or path.exists()
+        if content.sha256 and content.size and content.size <= large_file.MOST_BYTES:
+            source = large_file.get(self, name, content.sha256, content.size, meter, force=anew)
+            store.link(source, path)
+            return
+        self._get_small(name, meter, anew)
+        if not large_file.is_genuine(path, sha256=content.sha256, sha1=content.sha1):
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise large_file.altered(self.label, name)
+
+    def _get_small(self, name: str, meter: "_Meter", force: bool) -> None:
         from huggingface_hub import hf_hub_download
 
-        options: dict[str, Any] = {"tqdm_class": meter.bar_class()}
-        if "tqdm_class" not in inspect.signature(hf_hub_download).parameters:
-            options = {}
         hf_hub_download(
             self.repo,
             name,
             revision=self.commit,
             endpoint=self.endpoint,
             cache_dir=store.cache_folder(),
-            force_download=force or (store.snapshot(self.repo, self.commit) / name).exists(),
-            **options,
+            force_download=force,
+            **counting(hf_hub_download, meter),
         )
+
+    def _path(self, name: str) -> Path:
+        return store.snapshot(self.repo, self.commit) / name
 
     @contextmanager
     def _our_errors(self) -> Iterator[None]:
@@ -147,6 +196,12 @@ class Transfer:
         return DownloadFailed(self.label, f"the connection to {self.endpoint} broke ({text})")
 
 
+def counting(function: Callable[..., Any], meter: "_Meter") -> dict[str, Any]:
+    """The argument with which a function of the library counts into `meter`; none in versions that lack it."""
+    known = "tqdm_class" in inspect.signature(function).parameters
+    return {"tqdm_class": meter.bar_class()} if known else {}
+
+
 class _Meter:
     """Sums the bytes of one file after the other and reports them."""
 
@@ -164,6 +219,11 @@ class _Meter:
         self.finished += self.current if size is None else size
         self.current = 0
         self._tell()
+
+    def checking(self, done: int, size: int) -> None:
+        """Tell how much of a file that has arrived was checked."""
+        if self.report:
+            self.report(f"checking {self.label}", done, size)
 
     def _tell(self) -> None:
         if self.report:

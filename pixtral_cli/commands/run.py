@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pixtral_cli import encodings
 from pixtral_cli.commands import result
+from pixtral_cli.commands.loading import NO_REMOTE_CODE, load
 from pixtral_cli.commands.request import PendingRequest, Request
 from pixtral_cli.console import Console
-from pixtral_cli.errors import PixtralError
 from pixtral_cli.options import OutputFlags, ReportFlags, RequestFlags, SamplingFlags, SourceFlags, WeightFlags
 
 EXAMPLES = """\
@@ -22,7 +21,6 @@ Examples:
 Text on standard input goes before the prompt. Without -p it is the prompt and is waited for; with -p, a
 pipe in which nothing comes is not.
 """
-NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is never run."
 SILENT_PIPE = (
     "nothing came on standard input in time, so the prompt goes alone. "
     "To wait however long it takes, send the prompt that way too, without -p."
@@ -39,7 +37,6 @@ def run(
 ) -> None:
     """Ask a model about pictures and text, and stream its answer."""
     console = Console(json=output.json, quiet=output.quiet)
-    refuse_not_yet(weights)
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
     pending = PendingRequest(request)
@@ -49,37 +46,6 @@ def run(
         console.notice(SILENT_PIPE)
     reply = console.stream(answer(model, asked, sampling.options() | {"logprobs": report.logprobs}))
     tell(reply, console, report)
-
-
-def refuse_not_yet(weights: WeightFlags) -> None:
-    """Raise PixtralError for flags whose work is still to be done, before anything is loaded."""
-    if weights.quantization_encoding:
-        encodings.find(weights.quantization_encoding)
-    for flag, path in (
-        ("--save-to-serialized-model-path", weights.save_to_serialized_model_path),
-        ("--serialized-model-path", weights.serialized_model_path),
-    ):
-        if path:
-            raise PixtralError(f"{flag} does not work yet.", "Leave it out: the checkpoint is read directly.")
-
-
-def load(source: SourceFlags, weights: WeightFlags, console: Console) -> Any:
-    """The model that the flags name, with bars while it downloads and loads."""
-    with console.progress(f"loading {source.model_path}") as progress:
-        from pixtral_cli import Pixtral
-
-        return Pixtral.load(
-            source.model_path,
-            weight_paths=tuple(weights.weight_path or ()),
-            quantization_encoding=weights.quantization_encoding,
-            devices=weights.devices,
-            max_length=weights.max_length,
-            max_batch_size=weights.max_batch_size,
-            max_ce_batch_size=weights.max_ce_batch_size,
-            image_preprocessing=source.image_preprocessing,
-            force_download=source.force_download,
-            progress=progress,
-        )
 
 
 def answer(model: Any, request: Request, options: dict[str, Any]) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pixtral_cli.commands.loading import NO_REMOTE_CODE
 from pixtral_cli.commands.request import PendingRequest, Request
 from pixtral_cli.commands.result import counted
-from pixtral_cli.commands.run import NO_REMOTE_CODE, SILENT_PIPE
+from pixtral_cli.commands.run import SILENT_PIPE
 from pixtral_cli.console import Console
 from pixtral_cli.options import OutputFlags, RequestFlags, SourceFlags
 
@@ -31,19 +32,20 @@ def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) ->
         console.notice(SILENT_PIPE)
     prompt = encode(model, asked)
     if console.json:
-        console.object(as_object(source.model_path, prompt))
+        console.object(as_object(source.name, prompt))
     else:
         console.write(as_text(prompt))
 
 
 def open_source(source: SourceFlags, console: Console) -> Any:
     """The Source that the flags name; only its small files are fetched."""
-    with console.progress(f"loading {source.model_path}") as progress:
+    with console.progress(f"loading {source.name}") as progress:
         from pixtral_cli.source import Source
 
         return Source.open(
-            source.model_path,
+            source.name,
             weights=False,
+            weights_format=source.weights_format,
             image_preprocessing=source.image_preprocessing,
             force_download=source.force_download,
             progress=progress,

@@ -1,61 +1,111 @@
 """A checkpoint in, a model with its weights out. Knows no names but ours.
 
-The model is built without memory, then each tensor is assigned: as it lies in the file (memory-mapped) where
-device and dtype agree, converted one at a time where they do not.
+The model is built without memory, then each tensor is put in its place: as it lies in the file (memory-mapped) where
+device and encoding agree, converted one at a time where they do not, so that peak memory stays near the final size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pixtral_cli.encodings import Encoding, find
+from pixtral_cli.model import nf4
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.layers import Embedding
+from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
 from pixtral_cli.model.llava import Llava
-from weights_cache.checkpoint import Checkpoint, TensorInfo
+from pixtral_cli.model.placement import FLOATS, Placement
+from weights_cache import codecs
+from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.nf4 import NF4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FLOATS = ("F64", "F32", "F16", "BF16")
-TIED = "lm_head.weight"
+EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
-
-
-def default_encoding(tensors: Iterable[TensorInfo]) -> Encoding:
-    """bfloat16 where the checkpoint has 16-bit weights, else float32."""
-    return find("bfloat16" if any(t.dtype in ("BF16", "F16") for t in tensors) else "float32")
 
 
 def load(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    encoding: Encoding,
+    placement: Placement,
     device: torch.device,
     progress: Progress | None = None,
 ) -> Llava:
-    """The model of `config` with the checkpoint's weights in `encoding`, on `device`, ready to run.
+    """The model of `config` with the checkpoint's weights as `placement` says, on `device`, ready to run.
 
     Raises TensorsMissing, TensorsUnexpected or TensorShapeMismatch, before anything large is read.
     """
-    with torch.device("meta"):
-        model = Llava(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if config.text.tied_embeddings:
-        del shapes[TIED]
-    check_tensors(shapes, checkpoint)
-    weights: dict[str, Tensor] = {}
-    done, total = 0, sum(checkpoint.tensors[name].nbytes for name in shapes)
-    for name in shapes:
-        weights[name] = checkpoint.tensor(name).to(device, DTYPES[encoding.name])
+    model = _empty(config)
+    names = check_names(config, checkpoint)
+    done, total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
+    for name in names:
+        _put(model, name, encoded(checkpoint, name, placement), placement, device)
         done += checkpoint.tensors[name].nbytes
         if progress is not None:
             progress("Loading", done, total)
     if config.text.tied_embeddings:
-        weights[TIED] = weights["language_model.embed_tokens.weight"]
-    model.load_state_dict(weights, assign=True)
+        _tie(model)
     return model.requires_grad_(False).eval()
+
+
+def _empty(config: ModelConfig) -> Llava:
+    """The model without memory."""
+    with torch.device("meta"):
+        return Llava(config)
+
+
+def check_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
+    """The tensors that the model of `config` is made of, in its order; raises as `load` when they are not there."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in _empty(config).named_parameters()}
+    if config.text.tied_embeddings:
+        del shapes[HEAD]
+    check_tensors(shapes, checkpoint)
+    return list(shapes)
+
+
+def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor | NF4:
+    """One tensor in its encoding: plain, packed uint8 [rows, bytes of a row], or NF4. The file's own if they agree."""
+    stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
+    if target in DTYPES:
+        return checkpoint.tensor(name).to(DTYPES[target])
+    if target == "nf4":
+        return checkpoint.nf4(name) if stored == target else nf4.encode(checkpoint.tensor(name))
+    if target == stored:
+        return checkpoint.packed(name)
+    return codecs.get(target).encode(checkpoint.tensor(name))
+
+
+def _put(model: Llava, name: str, weight: Tensor | NF4, placement: Placement, device: torch.device) -> None:
+    """Give the parameter `name` its weight; a packed one turns its layer into a packed layer."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    weight = weight.to(device)
+    if isinstance(weight, NF4):
+        model.set_submodule(path, nf4.NF4Linear(weight, layer.bias))
+        return
+    if weight.dtype != torch.uint8:
+        setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
+        return
+    codec = codecs.get(placement.encodings[name])
+    dtype = DTYPES[placement.dtype]
+    if isinstance(layer, Embedding):
+        model.set_submodule(path, PackedEmbedding(codec, weight, dtype))
+    else:
+        packed = PackedLinear(codec, weight)
+        if layer.bias is not None:
+            packed.bias = layer.bias
+        model.set_submodule(path, packed)
+
+
+def _tie(model: Llava) -> None:
+    embedding = model.language_model.embed_tokens
+    if isinstance(embedding, PackedEmbedding):
+        model.lm_head = PackedLinear(embedding.codec, embedding.packed)
+    else:
+        model.lm_head.weight = embedding.weight
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
@@ -63,10 +113,10 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint)
     tensors = checkpoint.tensors
     if missing := [name for name in shapes if name not in tensors]:
         raise TensorsMissing(missing, checkpoint.folder)
-    if unexpected := [name for name in tensors if name not in shapes and name != TIED]:
+    if unexpected := [name for name in tensors if name not in shapes and name != HEAD]:
         raise TensorsUnexpected(unexpected, checkpoint.folder)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)
-        if tensors[name].dtype not in FLOATS:
-            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of numbers")
+        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
+            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")

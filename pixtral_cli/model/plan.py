@@ -2,78 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import prod
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from pixtral_cli.encodings import ENCODINGS, Encoding
+from pixtral_cli.encodings import CHOICES, ENCODINGS
 from pixtral_cli.errors import ModelError, RequestError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.kv_cache import rounded_up
+from pixtral_cli.model.needs import WORKSPACE, free_memory, kv_bytes, weight_bytes
+from pixtral_cli.model.placement import Placement, place
 from weights_cache.checkpoint import TensorInfo
 
 GIB = 2**30
-WORKSPACE = 256 * 2**20  # activations and buffers beside the weights
-
-
-def weight_bytes(tensors: Iterable[TensorInfo], encoding: Encoding) -> int:
-    """Bytes that the weights take in `encoding`; what is not a matrix, and the pictures' part, stays 16-bit or more."""
-    return int(sum(prod(t.shape) * _bits(t, encoding) for t in tensors) / 8)
-
-
-def _bits(tensor: TensorInfo, encoding: Encoding) -> float:
-    packed = len(tensor.shape) == 2 and tensor.name.startswith(("language_model.layers.", "lm_head."))
-    return encoding.bits if packed else max(encoding.bits, 16)
-
-
-def kv_bytes(config: TextConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values for `tokens` tokens."""
-    return config.kv_numbers_per_token * tokens * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can be had on `device` now (page cache counts as free), or None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    meminfo = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    there = meminfo.get("MemAvailable")
-    limit = _container_free()
-    return there if limit is None or there is None else min(there, limit)
+    return free_memory()
 
 
-def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's own limit leaves (cgroup v2), the page cache not counted against it."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) - used + int(stat.get("file", 0))
-
-
-def check_weights(tensors: Iterable[TensorInfo], encoding: Encoding, device: torch.device) -> None:
+def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, device: torch.device) -> None:
     """Raises ModelError, with both figures and what would fit, when the weights cannot fit on `device`."""
-    tensors = list(tensors)
-    need, free = weight_bytes(tensors, encoding) + WORKSPACE, free_bytes(device)
+    need, free = weight_bytes(tensors, placement) + WORKSPACE, free_bytes(device)
     if free is None or need <= free:
         return
-    fitting = [e for e in ENCODINGS.values() if e.ready and weight_bytes(tensors, e) + WORKSPACE <= free]
+    needs = {name: weight_bytes(tensors, place(tensors, ENCODINGS[name])) + WORKSPACE for name in CHOICES}
+    fitting = [name for name, bytes_needed in needs.items() if bytes_needed <= free]
     if fitting:
-        best = fitting[0]
-        hint = f"Use --quantization-encoding {best.name}, which needs {weight_bytes(tensors, best) / GIB:.1f} GiB."
+        hint = f"Use --quantization-encoding {fitting[0]}, which needs {needs[fitting[0]] / GIB:.1f} GiB."
     else:
-        hint = "No encoding that works yet fits: free memory, take a smaller model" + (
+        hint = "No encoding fits: free memory, take a smaller model" + (
             " or use --devices cpu." if device.type == "cuda" else " or a larger machine."
         )
     raise ModelError(
-        f"This model in {encoding.name} needs {need / GIB:.1f} GiB of memory, "
+        f"This model in {placement.label} needs {need / GIB:.1f} GiB of memory, "
         f"and {device} has {free / GIB:.1f} GiB free.",
         hint=hint,
     )
@@ -81,7 +46,7 @@ def check_weights(tensors: Iterable[TensorInfo], encoding: Encoding, device: tor
 
 def check_prompts(config: TextConfig, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """Raises RequestError when the keys and values of prompts of these lengths cannot fit on `device` together."""
-    need, free = kv_bytes(config, sum(map(rounded_up, lengths)), dtype), free_bytes(device)
+    need, free = kv_bytes(config, sum(map(rounded_up, lengths)), dtype.itemsize), free_bytes(device)
     if free is None or need <= free:
         return
     several = len(lengths) > 1

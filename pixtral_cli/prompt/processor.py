@@ -5,13 +5,13 @@ Knows the checkpoint's side files and nothing of its tensors; imports torch only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pixtral_cli.prompt import media
+from pixtral_cli.prompt import gguf_tokenizer, media
 from pixtral_cli.prompt.errors import (
     NoChatTemplate,
     PicturesMisplaced,
@@ -36,7 +36,9 @@ LoadPicture = Callable[[Any], Any]
 class CheckpointFiles(Protocol):
     """What is needed of a checkpoint."""
 
-    form: Literal["hf", "native"]
+    form: Literal["hf", "native", "gguf"]
+    written_tokenizer: Mapping[str, Any] | None
+    """A tokenizer in a GGUF's metadata, which stands for the side files; None elsewhere."""
 
     def file(self, name: str) -> Path | None: ...
 
@@ -103,7 +105,7 @@ class Processor:
         """Read the tokenizer, template and picture settings of a checkpoint.
 
         Args:
-            image_preprocessing: "hf" or "native"; by default the checkpoint's form.
+            image_preprocessing: "hf" or "native"; by default the checkpoint's form, and "hf" for a GGUF.
             patch_size, image_size: of the vision tower, in pixels; the preprocessor's own longest side wins.
             spatial_merge: patches that become one token, along each side.
             load_picture: makes a picture's source an RGB PIL.Image.
@@ -113,10 +115,11 @@ class Processor:
             SettingsUnreadable: a damaged file of settings.
             PromptError: an unknown `image_preprocessing`.
         """
-        recipe = image_preprocessing or checkpoint.form
+        recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
-        tokenizer = Tokenizer.load(checkpoint.file)
+        written = getattr(checkpoint, "written_tokenizer", None)
+        tokenizer = gguf_tokenizer.load(written) if written else Tokenizer.load(checkpoint.file)
         processor_config = Settings.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.image.length("max_image_size", image_size), spatial_merge)
         if checkpoint.form == "hf":
@@ -124,7 +127,7 @@ class Processor:
             spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
-            _dialect(checkpoint, tokenizer),
+            _dialect(checkpoint, tokenizer, written),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
@@ -204,10 +207,15 @@ def _listed(pictures: Any) -> list[Any]:
     return list(pictures)
 
 
-def _dialect(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatTemplate | NativeRules | None:
-    """A template that comes with an HF checkpoint is data; without one Mistral's rules, if the tokens are there."""
-    source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
+def _dialect(
+    checkpoint: CheckpointFiles, tokenizer: Tokenizer, written: Mapping[str, Any] | None
+) -> ChatTemplate | NativeRules | None:
+    """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
+    if checkpoint.form == "gguf":
+        source = gguf_tokenizer.template(written or {})
+    else:
+        source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
     if source is not None:
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
-        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor)
+        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
     return NativeRules(tokenizer) if can_chat(tokenizer) else None

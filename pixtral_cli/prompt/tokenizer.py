@@ -225,7 +225,7 @@ def _from_tekken(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], 
 
 def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], dict[str, Any]]:
     try:
-        whole = tokenizers.Tokenizer.from_file(str(path))
+        whole = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
         raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
     text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens

@@ -50,3 +50,14 @@ def call(monkeypatch, capfd):
 
     yield run
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Empty caches, far from the user's own; gives the Hub's."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "home/hub"

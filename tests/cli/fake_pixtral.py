@@ -74,6 +74,8 @@ ORDERS = {
 class FakePixtral:
     """The Pixtral of the Python API, as far as the commands use it."""
 
+    notes = ()
+
     @classmethod
     def load(cls, model_path, **arguments):
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))

@@ -5,7 +5,8 @@ from importlib.metadata import version
 import pytest
 from processes import PROGRAM, imported_by, run_process
 
-FLAGS = """--model-path --weight-path --quantization-encoding --devices --max-length --max-new-tokens --max-batch-size
+FLAGS = """--model-path --weight-path --weights-format --quantize-vision --quantization-encoding --devices
+--max-length --max-new-tokens --max-batch-size
 --max-ce-batch-size --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --force-download
 --trust-remote-code --save-to-serialized-model-path --serialized-model-path -p --prompt -i --image --system --raw
 --messages --image-preprocessing --json --quiet --stats --logprobs --ignore-eos""".split()
@@ -44,7 +45,7 @@ def test_version_is_the_packages_version(program):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("pixtral ", {"run", "tokenize"}),
+        ("pixtral ", {"run", "tokenize", "download", "export", "verify", "cache", "inspect"}),
         ("pixtral run --quantization-encoding q4", {"q4_0", "q4_k"}),
         ("pixtral run --image-preprocessing ", {"hf", "native"}),
         ("pixtral run --model-path t", {"tiny"}),

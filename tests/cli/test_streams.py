@@ -75,6 +75,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
     flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--repetition-penalty", "1.2", "--devices", "cpu"]
     flags += ["--weight-path", "w", "--max-batch-size", "2", "--max-ce-batch-size", "3", "--force-download"]
     flags += ["--image-preprocessing", "native", "--quantization-encoding", "float32", "--model-path", "some/name"]
+    flags += ["--weights-format", "native", "--quantize-vision"]
     done = fake("run", "-p", "options", "--json", *flags)
     answer = json.loads(done.stdout)
     assert answer["model"] == "some/name"
@@ -90,6 +91,9 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
         "ignore_eos": True,
         "logprobs": False,
         "weight_paths": ["w"],
+        "weights_format": "native",
+        "serialized_model_path": None,
+        "quantize_vision": True,
         "quantization_encoding": "float32",
         "devices": "cpu",
         "max_length": 99,

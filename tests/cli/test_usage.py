@@ -5,7 +5,7 @@ import json
 import pytest
 from processes import imported_by
 
-from pixtral_cli.encodings import ENCODINGS
+from pixtral_cli.encodings import CHOICES
 
 
 @pytest.mark.parametrize(
@@ -45,19 +45,13 @@ def test_a_value_out_of_range_names_its_flag(call, flag, value):
 
 def test_an_unknown_encoding_lists_the_known_ones(call):
     code, _, err = call("run", "-p", "hi", "--quantization-encoding", "int8")
-    assert code == 2 and all(name in err for name in ENCODINGS)
+    assert code == 2 and all(name in err for name in CHOICES)
 
 
-@pytest.mark.parametrize("name", [name for name, encoding in ENCODINGS.items() if not encoding.ready])
-def test_an_encoding_still_to_come_says_not_yet(call, name):
-    code, out, err = call("run", "-p", "hi", "--model-path", "tiny", "--quantization-encoding", name)
-    assert (code, out) == (1, "") and name in err and "not work yet" in err
-
-
-@pytest.mark.parametrize("flag", ["--save-to-serialized-model-path", "--serialized-model-path"])
-def test_serialized_models_say_not_yet(call, flag):
-    code, out, err = call("run", "-p", "hi", "--model-path", "tiny", flag, "model.bin")
-    assert (code, out) == (1, "") and flag in err and "not work yet" in err
+@pytest.mark.parametrize("other", [["--model-path", "tiny"], ["--weight-path", "x"], ["--weights-format", "hf"]])
+def test_a_serialized_model_is_the_whole_model(call, other):
+    code, out, err = call("run", "-p", "hi", "--serialized-model-path", "model.pixtral", *other)
+    assert (code, out) == (2, "") and "--serialized-model-path" in err
 
 
 @pytest.mark.parametrize("command", ["run", "tokenize"])

@@ -10,7 +10,10 @@ from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.load import load
+from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
     builders.pixtral(folder, sliding_window=24)
     opened = checkpoint.open(folder)
-    return load(opened, ModelConfig.from_dict(opened.config), find("float32"), torch.device("cpu"))
+    return load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, find("float32")), CPU)
 
 
 def request(seed, length=30, tokens=16, grid=None, **fields):
@@ -171,6 +174,7 @@ def test_log_probabilities_are_those_of_the_unfiltered_distribution(model):
 def test_a_gpu_gives_the_tokens_of_the_cpu(model, tmp_path):
     builders.pixtral(tmp_path, sliding_window=24)
     opened = checkpoint.open(tmp_path)
-    there = load(opened, ModelConfig.from_dict(opened.config), find("float32"), torch.device("cuda"))
+    config, placement = ModelConfig.from_dict(opened.config), place(opened.tensors, find("float32"))
+    there = load(opened, config, placement, torch.device("cuda"))
     alone = [tokens(run(Engine(model), r)[0]) for r in MIXED]
     assert [tokens(events) for events in run(Engine(there, max_batch_size=3), *MIXED)] == alone

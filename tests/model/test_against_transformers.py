@@ -10,6 +10,7 @@ from pixtral_cli.engine.request import Request
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import AttendCached, KVCache
 from pixtral_cli.model.load import load
+from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
 
 FAMILIES = {
@@ -24,7 +25,8 @@ IMG, IMG_BREAK, IMG_END = 10, 12, 13
 
 def open_model(folder, encoding="float32"):
     opened = checkpoint.open(folder)
-    return load(opened, ModelConfig.from_dict(opened.config), find(encoding), torch.device("cpu"))
+    placement = place(opened.tensors, find(encoding))
+    return load(opened, ModelConfig.from_dict(opened.config), placement, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

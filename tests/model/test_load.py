@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 
 from pixtral_cli.encodings import find
 from pixtral_cli.errors import ModelError, RequestError
-from pixtral_cli.model import plan
+from pixtral_cli.model import needs, plan
 from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.load import default_encoding, load
+from pixtral_cli.model.load import load
+from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
 from weights_cache.errors import TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 
@@ -24,7 +25,7 @@ def folder(tmp_path):
 
 def open_model(folder, encoding="float32"):
     opened = checkpoint.open(folder)
-    return load(opened, ModelConfig.from_dict(opened.config), find(encoding), CPU)
+    return load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, find(encoding)), CPU)
 
 
 def edit_tensors(folder, edit):
@@ -75,15 +76,9 @@ def test_weights_of_the_files_dtype_are_mapped_and_not_copied(folder):
 
 
 def test_default_encoding_follows_the_checkpoint(folder):
-    assert default_encoding(checkpoint.open(folder).tensors.values()).name == "float32"
+    assert place(checkpoint.open(folder).tensors, None).label == "float32"
     edit_tensors(folder, lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items()}))
-    assert default_encoding(checkpoint.open(folder).tensors.values()).name == "bfloat16"
-
-
-@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q6_k", "nf4"])
-def test_known_encodings_say_not_yet(name):
-    with pytest.raises(ModelError, match="not work yet"):
-        find(name)
+    assert place(checkpoint.open(folder).tensors, None).label == "bfloat16"
 
 
 def test_an_unknown_encoding_lists_the_known():
@@ -92,29 +87,34 @@ def test_an_unknown_encoding_lists_the_known():
     assert "bfloat16" in failure.value.hint and "q4_k" in failure.value.hint
 
 
-def test_weights_need_their_true_bytes(folder):
-    tensors = checkpoint.open(folder).tensors.values()
-    assert plan.weight_bytes(tensors, find("float32")) == sum(p.nbytes for p in open_model(folder).parameters())
-    half = sum(p.nbytes for p in open_model(folder, "bfloat16").parameters())
-    assert plan.weight_bytes(tensors, find("bfloat16")) == half
+def held_bytes(model):
+    """Bytes of all weights of a model, packed ones included, each once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "q4_0"])
+def test_the_plan_counts_the_bytes_that_loading_takes(folder, name):
+    tensors = checkpoint.open(folder).tensors
+    assert plan.weight_bytes(tensors, place(tensors, find(name))) == held_bytes(open_model(folder, name))
 
 
 def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fit(folder, monkeypatch):
-    tensors = checkpoint.open(folder).tensors.values()
-    between = (plan.weight_bytes(tensors, find("float32")) + plan.weight_bytes(tensors, find("bfloat16"))) // 2
+    tensors = checkpoint.open(folder).tensors
+    wide, narrow = (plan.weight_bytes(tensors, place(tensors, find(name))) for name in ("float32", "bfloat16"))
+    between = (wide + narrow) // 2
     monkeypatch.setattr(plan, "WORKSPACE", 0)
     monkeypatch.setattr(plan, "GIB", 2**10)  # so that the figures of a small model show
     monkeypatch.setattr(plan, "free_bytes", lambda device: between)
     with pytest.raises(ModelError) as failure:
-        plan.check_weights(tensors, find("float32"), CPU)
-    need = plan.weight_bytes(tensors, find("float32"))
-    assert f"{need / 1024:.1f} GiB" in str(failure.value) and f"{between / 1024:.1f} GiB" in str(failure.value)
+        plan.check_weights(tensors, place(tensors, find("float32")), CPU)
+    assert f"{wide / 1024:.1f} GiB" in str(failure.value) and f"{between / 1024:.1f} GiB" in str(failure.value)
     assert "--quantization-encoding bfloat16" in failure.value.hint
 
 
 def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
     config = ModelConfig.from_dict(checkpoint.open(folder).config).text
-    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 256, torch.float32))
+    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 256, 4))
     plan.check_prompts(config, [256], torch.float32, CPU)
     with pytest.raises(RequestError, match="257 tokens"):
         plan.check_prompts(config, [257], torch.float32, CPU)
@@ -126,6 +126,6 @@ def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
 def test_a_containers_limit_counts(tmp_path):
     for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\nfile 200"}.items():
         (tmp_path / name).write_text(text + "\n")
-    assert plan._container_free(tmp_path) == 500
+    assert needs.container_free(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert plan._container_free(tmp_path) is None
+    assert needs.container_free(tmp_path) is None

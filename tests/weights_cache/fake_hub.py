@@ -21,13 +21,35 @@ FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<commit>[^/]+)/(?P<file>.+
 
 @dataclass
 class Fault:
-    """What goes wrong: a status instead of an answer, a body that stops after `cut` bytes,
+    """What goes wrong: a status instead of an answer, a body that stops after `cut` bytes, one in which the last
+    byte is another (`alter`), one that comes in pieces of 10,000 bytes with `drip` seconds between them,
     or an answer that begins after `wait` seconds."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     wait: float = 0.0
+    alter: bool = False
+    drip: float = 0.0
+
+
+LARGE = (".safetensors", ".gguf", ".bin")
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def sibling(name: str, content: bytes) -> dict:
+    """What the listing says of a file: large ones have the hash of their content beside git's of their pointer."""
+    found = {"rfilename": name, "size": len(content), "blobId": git_sha1(content)}
+    if name.endswith(LARGE):
+        found |= {"blobId": "0" * 40, "lfs": {"sha256": sha256(content), "size": len(content), "pointerSize": 130}}
+    return found
 
 
 @dataclass
@@ -38,6 +60,9 @@ class FakeHub:
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     fault: Callable[[str, str], Fault | None] = lambda method, path: None
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    listed: dict[str, bytes] = field(default_factory=dict)
+    """Files whose content the listing describes otherwise than it is served."""
+    ranges: bool = True
 
     def commit(self, repo: str) -> str:
         digest = hashlib.sha1()
@@ -78,32 +103,45 @@ def serving(hub: FakeHub):
             content = hub.repos.get(match["repo"], {}).get(match["file"]) if match else None
             if content is None:
                 return self._answer(404, {"X-Error-Code": "EntryNotFound"})
-            return self._file(match["repo"], content, fault)
+            return self._file(match["repo"], match["file"], content, fault)
 
         def _listing(self, repo: str, revision: str) -> None:
             if repo not in hub.repos:
                 return self._answer(401, {"X-Error-Code": "RepoNotFound"})
             if revision not in ("main", "v1", hub.commit(repo)):
                 return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
-            siblings = [{"rfilename": n, "size": len(c), "blobId": "0" * 40} for n, c in hub.repos[repo].items()]
+            listed = {name: hub.listed.get(name, content) for name, content in hub.repos[repo].items()}
+            siblings = [sibling(name, content) for name, content in listed.items()]
             body = json.dumps({"id": repo, "sha": hub.commit(repo), "siblings": siblings}).encode()
             return self._answer(200, {"Content-Type": "application/json"}, body)
 
-        def _file(self, repo: str, content: bytes, fault: Fault) -> None:
-            headers = {"X-Repo-Commit": hub.commit(repo), "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-            if asked := self.headers.get("Range"):
-                start = int(re.fullmatch(r"bytes=(\d+)-\d*", asked)[1])
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                return self._answer(206, headers, content[start:], fault.cut)
-            return self._answer(200, headers, content, fault.cut)
+        def _file(self, repo: str, name: str, content: bytes, fault: Fault) -> None:
+            etag = sha256(content) if name.endswith(LARGE) else git_sha1(content)
+            headers = {"X-Repo-Commit": hub.commit(repo), "ETag": f'"{etag}"'}
+            content = content[:-1] + bytes([content[-1] ^ 1]) if fault.alter else content
+            if hub.ranges and (asked := self.headers.get("Range")):
+                start, end = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+                start, end = int(start), min(int(end or len(content)) + 1, len(content))
+                if start >= len(content):
+                    return self._answer(416, {"Content-Range": f"bytes */{len(content)}"})
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+                return self._answer(206, headers, content[start:end], fault.cut, fault.drip)
+            return self._answer(200, headers, content, fault.cut, fault.drip)
 
-        def _answer(self, status: int, headers: dict[str, str], body: bytes = b"", cut: int | None = None) -> None:
+        def _answer(
+            self, status: int, headers: dict[str, str], body: bytes = b"", cut: int | None = None, drip: float = 0.0
+        ) -> None:
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body if cut is None else body[:cut])
+                body_sent = body if cut is None else body[:cut]
+                for start in range(0, len(body_sent), 10_000) if drip else ():
+                    self.wfile.write(body_sent[start : start + 10_000])
+                    threading.Event().wait(drip)
+                if not drip:
+                    self.wfile.write(body_sent)
             if cut is not None and self.command == "GET":
                 self.close_connection = True
                 self.connection.shutdown(1)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weights_cache import checkpoint
-from weights_cache.errors import CheckpointCorrupt, NotYetSupported, PickleRefused, WeightsError, WeightsNotFound
+from weights_cache.errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound
 
 WEIGHTS = {
     "model.embed_tokens.weight": torch.arange(6.0).view(3, 2),
@@ -175,11 +175,9 @@ def test_a_json_file_that_is_none_is_damaged_and_named(folder: Path, name: str, 
 @pytest.mark.parametrize(
     ("files", "kind"),
     [
-        (["params.json", "consolidated.safetensors", "tekken.json"], NotYetSupported),
-        (["config.json", "consolidated.safetensors"], NotYetSupported),
-        (["config.json", "consolidated-00001-of-00002.safetensors"], NotYetSupported),
-        (["model-q4.gguf"], NotYetSupported),
-        (["config.json", "model.gguf"], NotYetSupported),
+        (["config.json", "consolidated.safetensors"], WeightsNotFound),
+        (["config.json", "consolidated-00001-of-00002.safetensors"], WeightsNotFound),
+        (["mmproj-f16.gguf"], WeightsNotFound),
         (["pytorch_model.bin"], PickleRefused),
         (["config.json", "consolidated.00.pth"], PickleRefused),
         (["config.json", "model.pt"], PickleRefused),
@@ -195,16 +193,11 @@ def test_other_formats_are_refused_by_name_and_not_opened(tmp_path: Path, files:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.gguf", NotYetSupported), ("a.bin", PickleRefused), ("a.pth", PickleRefused), ("a.txt", WeightsNotFound)],
+    [("a.bin", PickleRefused), ("a.pth", PickleRefused), ("a.txt", WeightsNotFound)],
 )
 def test_a_weight_path_of_another_format_is_refused(folder: Path, name: str, kind: type):
     (folder / name).write_bytes(b"garbage")
     assert type(failure(folder, (folder / name,))) is kind
-
-
-def test_a_gguf_given_as_the_model_is_not_yet_supported(tmp_path: Path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert isinstance(failure(tmp_path / "model.gguf"), NotYetSupported)
 
 
 def test_a_weight_path_that_does_not_exist_is_named(folder: Path):
@@ -214,7 +207,8 @@ def test_a_weight_path_that_does_not_exist_is_named(folder: Path):
 
 def test_native_tensors_in_a_renamed_file_are_known_by_their_names(folder: Path):
     save_file({"tok_embeddings.weight": torch.zeros(1)}, folder / "model.safetensors")
-    assert isinstance(failure(folder), NotYetSupported)
+    error = failure(folder)
+    assert isinstance(error, WeightsNotFound) and error.looked_for == "params.json"
 
 
 @pytest.mark.parametrize("indexed", [True, False])

@@ -17,10 +17,10 @@ from weights_cache.errors import (
     DownloadFailed,
     Gated,
     ModelNotFound,
-    NotYetSupported,
     Offline,
     PickleRefused,
     WeightsError,
+    WeightsNotFound,
 )
 from weights_cache.hub import fetch
 
@@ -69,7 +69,7 @@ def failure(kind: type[WeightsError], name: str = REPO, **options: object) -> We
         fetch(name, **options)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".") and "http2" not in str(caught.value)
-    assert caught.value.hint
+    assert caught.value.hint or kind is WeightsNotFound
     return caught.value
 
 
@@ -393,13 +393,16 @@ def test_a_full_disk_is_told_with_both_figures_before_the_weights_are_asked_for(
 @pytest.mark.parametrize(
     ("files", "kind"),
     [
-        (["params.json", "consolidated.safetensors"], NotYetSupported),
-        (["config.json", "consolidated.safetensors"], NotYetSupported),
-        (["model-q4.gguf"], NotYetSupported),
+        (["config.json", "consolidated.safetensors"], WeightsNotFound),
+        (["params.json"], WeightsNotFound),
+        (["mmproj-f16.gguf"], WeightsNotFound),
+        (["model-q4.gguf", "model-q8.gguf"], WeightsNotFound),
         (["config.json", "pytorch_model.bin"], PickleRefused),
     ],
 )
-def test_a_repository_of_another_format_is_refused_before_a_byte_of_it_is_fetched(hub, files: list[str], kind: type):
+def test_a_repository_without_one_whole_model_is_refused_before_a_byte_of_it_is_fetched(
+    hub, files: list[str], kind: type
+):
     hub.repos["acme/other"] = dict.fromkeys(files, b"{}")
     assert "acme/other" in str(failure(kind, "acme/other"))
     assert hub.fetched() == []

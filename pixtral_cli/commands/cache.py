@@ -1,0 +1,230 @@
+"""`pixtral cache`: what lies in the caches in, a table, a check or a removal out. Loads no model and no torch."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pixtral_cli.console import Console, is_terminal
+from pixtral_cli.errors import PixtralError
+from pixtral_cli.flags import UsageError
+from pixtral_cli.options import OutputFlags
+
+if TYPE_CHECKING:
+    from weights_cache.inventory import Model
+
+HELP = "See, check and remove the models that lie on this machine."
+EXAMPLES = """\
+Examples:
+
+\b
+  pixtral cache list
+  pixtral cache verify mistral-community/pixtral-12b
+  pixtral cache remove owner/name:model-Q4_K_M.gguf
+  pixtral cache prune --older-than 30d --yes
+"""
+DAY = 86400.0
+UNITS = {"h": 3600.0, "d": DAY, "w": 7 * DAY}
+
+
+def age(text: str) -> float:
+    """Seconds of `12h`, `30d` or `4w`; a bare number is days. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d{1,6})([hdw]?)", text.strip().lower())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no age; write 12h, 30d or 4w.")
+    return int(match[1]) * UNITS[match[2] or "d"]
+
+
+def _checked_age(text: str) -> str:
+    age(text)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamesArguments:
+    """Which models; all if none is named."""
+
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Names as `pixtral cache list` prints them.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SomeArguments:
+    """Which models; at least one."""
+
+    names: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as `pixtral cache list` prints them.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class YesFlags:
+    """Whether to ask first."""
+
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgeFlags:
+    """What counts as old."""
+
+    older_than: Annotated[
+        str,
+        typer.Option(
+            "--older-than", metavar="AGE", callback=_checked_age, help="Not used for so long: 12h, 30d or 4w."
+        ),
+    ]
+
+
+def list_models(output: OutputFlags) -> None:
+    """List the models on this machine."""
+    from weights_cache import inventory
+
+    console = Console(json=output.json, quiet=output.quiet)
+    found = inventory.models()
+    if console.json:
+        console.object({"models": [as_object(model) for model in found]})
+    elif found:
+        console.write(as_table(found, time.time()))
+    else:
+        console.notice("no models are cached. `pixtral download MODEL` fetches one.")
+
+
+def path(output: OutputFlags) -> None:
+    """Print the folders of the Hub's cache and of our own."""
+    from weights_cache import own_cache, store
+
+    console = Console(json=output.json, quiet=output.quiet)
+    folders = {"hub": str(store.cache_folder()), "own": str(own_cache.own_cache_folder())}
+    if console.json:
+        console.object(folders)
+    else:
+        console.write("".join(f"{folder}\n" for folder in folders.values()))
+
+
+def verify(arguments: NamesArguments, output: OutputFlags) -> None:
+    """Compare every file with its hash."""
+    from weights_cache import inventory
+
+    console = Console(json=output.json, quiet=output.quiet)
+    results = []
+    for model in chosen(arguments.names):
+        if model.format == inventory.INCOMPLETE:
+            continue
+        with console.progress(f"checking {model.name}") as progress:
+            wrong = inventory.altered(model, progress)
+        results.append({"name": model.name, "format": model.format, "altered": wrong})
+        if not console.json:
+            console.write(f"{model.name}: {'damaged: ' + ', '.join(wrong) if wrong else 'whole'}\n")
+    if console.json:
+        console.object({"models": results})
+    if damaged := [result["name"] for result in results if result["altered"]]:
+        again = f"Remove it with `pixtral cache remove {damaged[0]}`, then fetch it again."
+        raise PixtralError(f"{_count(len(damaged))} damaged: {', '.join(damaged)}.", again)
+
+
+def remove(arguments: SomeArguments, yes: YesFlags, output: OutputFlags) -> None:
+    """Remove models by name."""
+    _remove(chosen(arguments.names), yes.yes, Console(json=output.json, quiet=output.quiet))
+
+
+def prune(older: AgeFlags, yes: YesFlags, output: OutputFlags) -> None:
+    """Remove what pixtral used and nobody has for long."""
+    before = time.time() - age(older.older_than)
+    old = [model for model in chosen(None) if model.known and model.used < before]
+    _remove(old, yes.yes, Console(json=output.json, quiet=output.quiet))
+
+
+COMMANDS = {"list": list_models, "path": path, "verify": verify, "remove": remove, "prune": prune}
+
+
+def chosen(names: Sequence[str] | None) -> "list[Model]":
+    """The models of those names, all without names. Raises PixtralError for a name that is not there."""
+    from weights_cache import inventory
+
+    found = inventory.models()
+    if names is None or not names:
+        return found
+    there = {model.name for model in found}
+    if absent := [name for name in names if name not in there]:
+        raise PixtralError(f"There is no {absent[0]!r} in the caches.", "`pixtral cache list` shows what there is.")
+    return [model for model in found if model.name in names]
+
+
+def _remove(models: "list[Model]", yes: bool, console: Console) -> None:
+    """Ask, unless `yes`, and remove."""
+    from weights_cache import inventory
+
+    if models and not yes:
+        _ask(models)
+    for model in models:
+        try:
+            inventory.remove(model)
+        except OSError as error:
+            where = error.filename or model.path
+            raise PixtralError(f"{where} cannot be removed: {error.strerror}.", "Check whose it is.") from error
+    freed = sum(model.nbytes for model in models)
+    if console.json:
+        console.object({"removed": [model.name for model in models], "bytes": freed})
+    elif models:
+        console.write("".join(f"removed {model.name} ({model.format}, {size(model.nbytes)})\n" for model in models))
+    else:
+        console.notice("nothing to remove.")
+
+
+def _ask(models: "list[Model]") -> None:
+    """Raises UsageError where nobody can be asked, and PixtralError when the answer is no."""
+    if not is_terminal(sys.stdin):
+        raise UsageError("Nobody can be asked here whether to remove that.", "Add --yes.")
+    print(as_table(models, time.time()), end="", file=sys.stderr)
+    print(f"Remove {_count(len(models))}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise PixtralError("Nothing was removed.")
+
+
+def as_object(model: "Model") -> dict[str, Any]:
+    """The object that `--json` prints for a model; sizes in bytes, times in seconds since 1970."""
+    return {
+        "name": model.name,
+        "format": model.format,
+        "encoding": model.encoding,
+        "bytes": model.nbytes,
+        "last_used": round(model.used),
+        "path": str(model.path),
+    }
+
+
+def as_table(models: "Sequence[Model]", now: float) -> str:
+    """Columns as wide as what stands in them, and a line with the sum."""
+    rows = [("NAME", "FORMAT", "ENCODING", "SIZE", "LAST USED")]
+    rows += [(m.name, m.format, m.encoding or "-", size(m.nbytes), ago(now - m.used)) for m in models]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{name:<{widths[0]}}  {form:<{widths[1]}}  {encoding:<{widths[2]}}  {nbytes:>{widths[3]}}  {used}\n"
+        for name, form, encoding, nbytes, used in rows
+    ]
+    return "".join(lines) + f"{_count(len(models))}, {size(sum(model.nbytes for model in models))}\n"
+
+
+def size(nbytes: float) -> str:
+    """`23.6 GiB`: a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"
+
+
+def ago(seconds: float) -> str:
+    """`3 days ago`: a span of time for people."""
+    for unit, length in (("day", DAY), ("hour", 3600.0), ("minute", 60.0)):
+        if number := int(seconds // length):
+            return f"{number} {unit}{'' if number == 1 else 's'} ago"
+    return "just now"
+
+
+def _count(number: int) -> str:
+    return "1 model" if number == 1 else f"{number} models"

@@ -1,0 +1,56 @@
+"""`pixtral download`: a model's name in, the folder where it now lies out. Loads nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixtral_cli.console import Console
+from pixtral_cli.options import FetchFlags, OutputFlags
+
+BUILT_IN = "tiny"
+Progress = Callable[[str, int, int | None], None]
+EXAMPLES = """\
+Examples:
+
+\b
+  pixtral download mistral-community/pixtral-12b
+  pixtral download owner/name:model-Q4_K_M.gguf
+  pixtral run --model-path "$(pixtral download owner/name)" -p "Hello"
+
+A download that breaks off goes on where it stopped when the same command is run again.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadArguments:
+    """What is fetched."""
+
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="owner/name, owner/name@revision, or owner/name:file.gguf."),
+    ]
+
+
+def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlags) -> None:
+    """Fetch a model beforehand, and print where it lies."""
+    console = Console(json=output.json, quiet=output.quiet)
+    with console.progress(f"looking for {arguments.model}") as progress:
+        path = fetched(arguments.model, fetch, progress)
+    if console.json:
+        console.object({"model": arguments.model, "path": str(path)})
+    else:
+        console.write(f"{path}\n")
+
+
+def fetched(model: str, fetch: FetchFlags, progress: Progress | None) -> Path:
+    """Where the model lies, fetched if need be."""
+    if model == BUILT_IN:
+        from pixtral_cli.source import Source
+
+        return Source.open(model).checkpoint.folder
+    from weights_cache import hub
+
+    return hub.fetch(model, force=fetch.force_download, progress=progress, form=fetch.weights_format)

@@ -1,0 +1,56 @@
+"""`pixtral export`: a model in, one serialized file of it out, encoded tensor by tensor. Loads no model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixtral_cli.console import Console
+from pixtral_cli.options import EncodingFlags, FetchFlags, OutputFlags
+
+EXAMPLES = """\
+Examples:
+
+\b
+  pixtral export mistral-community/pixtral-12b pixtral.q4 --quantization-encoding q4_k
+  pixtral run --serialized-model-path pixtral.q4 -i photo.jpg -p "What is this?"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """What is written where."""
+
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or tiny.")
+    ]
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; one that is there is replaced.")]
+
+
+def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlags, output: OutputFlags) -> None:
+    """Write a model as one file that starts at once."""
+    from pixtral_cli.encodings import find
+    from pixtral_cli.source import Source
+
+    console = Console(json=output.json, quiet=output.quiet)
+    with console.progress(f"exporting {arguments.model}") as progress:
+        source = Source.open(
+            arguments.model,
+            tuple(encoding.weight_path or ()),
+            weights_format=fetch.weights_format,
+            force_download=fetch.force_download,
+            progress=progress,
+        )
+        _ = source.config, source.processor  # what cannot be run later is refused now
+        wanted = find(encoding.quantization_encoding) if encoding.quantization_encoding else None
+        placement = source.placement(wanted, encoding.quantize_vision)
+        source.save(arguments.file, placement, progress=progress)
+    for note in (source.checkpoint.note, *placement.notes):
+        if note:
+            console.notice(note)
+    written = {"file": str(arguments.file), "encoding": placement.label, "bytes": arguments.file.stat().st_size}
+    if console.json:
+        console.object(written)
+    else:
+        console.write(f"{written['file']}: {written['encoding']}, {written['bytes'] / 2**20:.1f} MiB\n")

@@ -1,0 +1,47 @@
+"""Flags in, a loaded model out, saved as one file if that is asked for. Shared by every command that loads one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pixtral_cli.console import Console
+from pixtral_cli.flags import UsageError
+from pixtral_cli.options import SourceFlags, WeightFlags
+
+NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is never run."
+
+
+def load(source: SourceFlags, weights: WeightFlags, console: Console) -> Any:
+    """The model that the flags name, with bars while it downloads, loads and is saved; what was chosen is told."""
+    file, beside = weights.serialized_model_path, (source.model_path, weights.weight_path, source.weights_format)
+    if file is not None and any(beside):
+        raise UsageError("--serialized-model-path is a whole model: leave --model-path and --weight-path out.")
+    with console.progress(f"loading {file or model_path(source, weights)}") as progress:
+        from pixtral_cli import Pixtral
+
+        model = Pixtral.load(
+            model_path(source, weights),
+            weight_paths=tuple(weights.weight_path or ()),
+            weights_format=source.weights_format,
+            serialized_model_path=file,
+            quantization_encoding=weights.quantization_encoding,
+            quantize_vision=weights.quantize_vision,
+            devices=weights.devices,
+            max_length=weights.max_length,
+            max_batch_size=weights.max_batch_size,
+            max_ce_batch_size=weights.max_ce_batch_size,
+            image_preprocessing=source.image_preprocessing,
+            force_download=source.force_download,
+            progress=progress,
+        )
+        if weights.save_to_serialized_model_path is not None:
+            model.save(weights.save_to_serialized_model_path, progress)
+    for note in model.notes:
+        console.notice(note)
+    return model
+
+
+def model_path(source: SourceFlags, weights: WeightFlags) -> str | None:
+    """What to load: a GGUF among the weights, and no model named, is a model of its own."""
+    brings_its_own = source.model_path is None and any(path.suffix == ".gguf" for path in weights.weight_path or ())
+    return None if brings_its_own else source.name

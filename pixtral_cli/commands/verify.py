@@ -1,0 +1,38 @@
+"""`pixtral verify`: a serialized model in, whether every byte is as it was written out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixtral_cli.console import Console
+from pixtral_cli.options import OutputFlags
+
+EXAMPLES = """\
+Example:
+
+\b
+  pixtral verify pixtral.q4
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """What is checked."""
+
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `pixtral export` wrote.")]
+
+
+def verify(arguments: VerifyArguments, output: OutputFlags) -> None:
+    """Check every hash of a serialized model."""
+    from weights_cache.serialized_checkpoint import verify_path
+
+    console = Console(json=output.json, quiet=output.quiet)
+    with console.waiting("reading every byte"):
+        manifest = verify_path(arguments.file).manifest
+    found = {"file": str(arguments.file), "model": manifest.model, "encoding": manifest.encoding, "whole": True}
+    if console.json:
+        console.object(found | {"tensors": len(manifest.tensors)})
+    else:
+        console.write(f"{found['file']}: {found['model']} in {found['encoding']}, whole\n")

@@ -1,0 +1,121 @@
+"""Headers and a config in, the bytes that a model takes in each encoding out. Imports no torch and reads no weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from pixtral_cli.encodings import CHOICES, ENCODINGS
+from pixtral_cli.model.config import TextConfig
+from pixtral_cli.model.placement import Placement, place
+from weights_cache.reader import TensorInfo
+
+WORKSPACE = 256 * 2**20  # bytes; activations and buffers beside the weights
+CACHE_STEP = 256  # tokens; the cache of a sequence has a multiple of this
+LENGTHS = (4096, 32768, 131072)  # tokens
+SMI_TIMEOUT = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name` as --devices takes it. `free` is in bytes, None where nobody says."""
+
+    name: str
+    free: int | None
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that the weights take in `encoding`, and bytes of keys and values for each length in tokens."""
+
+    encoding: str
+    weights: int
+    cache: Mapping[int, int]
+
+    def total(self, tokens: int) -> int:
+        """Bytes of everything for a sequence of `tokens`, which must be among the lengths."""
+        return self.weights + self.cache[tokens] + WORKSPACE
+
+    def fits(self, device: Device, tokens: int) -> bool | None:
+        """Whether that is free on `device`; None where nobody says."""
+        return None if device.free is None else self.total(tokens) <= device.free
+
+
+def needs(tensors: Mapping[str, TensorInfo], config: TextConfig) -> list[Need]:
+    """One Need for each encoding that can be asked for; the file's own comes first, if it is another."""
+    placements = [place(tensors, None), *(place(tensors, ENCODINGS[name]) for name in CHOICES)]
+    unique = {placement.label: placement for placement in reversed(placements)}
+    return [_need(tensors, config, unique[label]) for label in dict.fromkeys(each.label for each in placements)]
+
+
+def _need(tensors: Mapping[str, TensorInfo], config: TextConfig, placement: Placement) -> Need:
+    bits = int(ENCODINGS[placement.dtype].bits)
+    cache = {tokens: kv_bytes(config, tokens, bits // 8) for tokens in lengths(config)}
+    return Need(placement.label, weight_bytes(tensors, placement), cache)
+
+
+def lengths(config: TextConfig, wanted: Sequence[int] = LENGTHS) -> list[int]:
+    """Those of the lengths that the model can have, and its own."""
+    return sorted({*(tokens for tokens in wanted if tokens < config.max_length), config.max_length})
+
+
+def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
+    """Bytes that the weights take as `placement` says."""
+    return sum(_bytes(tensor, placement.encodings[name]) for name, tensor in tensors.items())
+
+
+def _bytes(tensor: TensorInfo, encoding: str) -> int:
+    if encoding == tensor.encoding:
+        return tensor.nbytes
+    return int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
+
+
+def kv_bytes(config: TextConfig, tokens: int, width: int) -> int:
+    """Bytes of keys and values for `tokens` tokens in numbers of `width` bytes, as the cache makes room for them."""
+    return config.kv_numbers_per_token * -(-tokens // CACHE_STEP) * CACHE_STEP * width
+
+
+def devices() -> list[Device]:
+    """This machine's: the cpu, then NVIDIA's GPUs in the order of their driver."""
+    return [Device("cpu", free_memory()), *_gpus()]
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that can be had now (page cache counts as free), or None where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    there = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}.get("MemAvailable")
+    limit = container_free()
+    return there if limit is None or there is None else min(there, limit)
+
+
+def container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's own limit leaves (cgroup v2), the page cache not counted against it."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(stat.get("file", 0))
+
+
+def _gpus() -> list[Device]:
+    """Asked of NVIDIA's own tool, which answers before torch is imported. None where GPUs are hidden or renumbered."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return []
+    query = [tool, "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=SMI_TIMEOUT, check=True).stdout
+        rows = [line.split(",") for line in told.splitlines() if line.strip()]
+        return [Device(f"gpu-{int(index)}", int(free) * 2**20) for index, free in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []

@@ -1,0 +1,51 @@
+"""`pixtral export` and `verify`, and the flags of `run` that write and read the same file."""
+
+import json
+
+import pytest
+
+ASK = ["-p", "What can you do?", "--max-new-tokens", "4", "--ignore-eos", "--json"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "cache"))
+
+
+def test_what_export_writes_run_reads_and_verify_finds_whole(call, tmp_path):
+    file = tmp_path / "tiny.q6"
+    code, out, err = call("export", "tiny", str(file), "--quantization-encoding", "q6_k", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"file": str(file), "encoding": "q6_k", "bytes": file.stat().st_size}
+    code, out, _ = call("verify", str(file))
+    assert code == 0 and "q6_k" in out and "whole" in out
+    first = call("run", "--model-path", "tiny", "--quantization-encoding", "q6_k", *ASK)[1]
+    second = call("run", "--serialized-model-path", str(file), *ASK)[1]
+    assert json.loads(first)["token_ids"] == json.loads(second)["token_ids"]
+    assert json.loads(second)["model"] == "tiny"
+
+
+def test_run_saves_the_model_that_it_loaded(call, tmp_path):
+    saved, exported = tmp_path / "saved", tmp_path / "exported"
+    flags = ["--quantization-encoding", "q4_0"]
+    code, _, _ = call("run", "--model-path", "tiny", *flags, "--save-to-serialized-model-path", str(saved), *ASK)
+    assert code == 0 and call("export", "tiny", str(exported), *flags)[0] == 0
+    assert saved.read_bytes() == exported.read_bytes()
+
+
+def test_an_altered_file_is_refused_with_a_sentence(call, tmp_path):
+    file = tmp_path / "tiny.bf16"
+    call("export", "tiny", str(file))
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, 1)
+        opened.write(bytes([byte[0] ^ 1]))
+    for arguments in (["verify", str(file)], ["run", "--serialized-model-path", str(file), *ASK]):
+        code, out, err = call(*arguments)
+        assert (code, out) == (1, "") and "altered" in err and len(err.splitlines()) == 2
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(call):
+    code, out, err = call("export", "tiny", "/dev/null/model.pixtral")
+    assert (code, out) == (1, "") and "cannot be written" in err

@@ -1,0 +1,116 @@
+"""`pixtral inspect`: what is told of a model agrees with the model when it is loaded; no weights, no torch."""
+
+import json
+
+import pytest
+from processes import imported_by
+
+from pixtral_cli.encodings import CHOICES
+from pixtral_cli.model import needs
+from pixtral_cli.model.needs import Device
+from pixtral_cli.tiny import FOLDER
+
+GIB = 2**30
+
+
+def told(call, *arguments):
+    code, out, err = call("inspect", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_facts_are_those_of_the_loaded_model(call):
+    from pixtral_cli.model.load import load
+    from pixtral_cli.source import Source
+
+    found, source = told(call, "tiny"), Source.open("tiny")
+    torch = pytest.importorskip("torch")
+    model = load(source.checkpoint, source.config, source.placement(None), torch.device("cpu"))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    vision = sum(size for name, size in sizes.items() if name.startswith(("vision_tower", "multi_modal_projector")))
+    assert found["parameters"] == sum(sizes.values()) and found["vision"]["parameters"] == vision
+    assert found["format"] == "hf" and found["architecture"] == "LlavaForConditionalGeneration"
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert found["context"] == config["text_config"]["max_position_embeddings"]
+    assert found["vision"]["patch_size"] == config["vision_config"]["patch_size"]
+    assert found["bytes_on_disk"] == sum(path.stat().st_size for path in FOLDER.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "float32", "q4_k"])
+def test_the_bytes_of_the_weights_are_those_of_an_exported_file(call, tmp_path, encoding):
+    from safetensors import safe_open
+
+    file = tmp_path / "model"
+    assert call("export", "tiny", str(file), "--quantization-encoding", encoding)[0] == 0
+    with safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if not name.startswith("file/") and name != "seal"]
+        stored = sum(opened.get_tensor(name).nbytes for name in names)
+    by_name = {each["name"]: each["weights_bytes"] for each in told(call, "tiny")["encodings"]}
+    assert by_name[encoding] == stored and list(by_name) == ["bfloat16", *(n for n in CHOICES if n != "bfloat16")]
+    assert told(call, str(file))["format"] == "serialized"
+
+
+def test_the_cache_is_as_large_as_the_one_that_is_made(call):
+    import torch
+
+    from pixtral_cli.model.kv_cache import KVCache
+    from pixtral_cli.source import Source
+
+    text = Source.open("tiny").config.text
+    for each in told(call, "tiny")["encodings"][0]["lengths"]:
+        cache = KVCache(text, torch.bfloat16, torch.device("meta"), text.max_length)
+        cache.reserve(each["tokens"])
+        assert each["kv_cache_bytes"] == cache._store.nbytes
+
+
+def test_what_is_free_decides_what_fits_on_each_device(call, monkeypatch):
+    monkeypatch.setattr(needs, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", GIB), Device("x", None)])
+    for encoding in told(call, "tiny")["encodings"]:
+        for row in encoding["lengths"]:
+            total = encoding["weights_bytes"] + row["kv_cache_bytes"] + needs.WORKSPACE
+            assert row["total_bytes"] == total
+            assert row["fits"] == {"cpu": total <= 300 * 2**20, "gpu-0": True, "x": None}
+    text = call("inspect", "tiny")[1]
+    assert "does not fit" in text and "cpu: 0.29 GiB free" in text and "nobody says" in text
+
+
+def test_gpus_are_asked_of_their_driver_and_a_broken_one_is_none(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for script, expected in (
+        ("echo '0, 1000'; echo '1, 2000'", [("gpu-0", 1000 * 2**20), ("gpu-1", 2000 * 2**20)]),
+        ("echo '0, [N/A]'", []),
+        ("exit 9", []),
+    ):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert [(device.name, device.free) for device in needs.devices()[1:]] == expected
+
+
+def test_a_gguf_and_its_own_mixture_are_looked_at(call, tmp_path):
+    import format_builders
+    from gguf import GGMLQuantizationType as Kind
+
+    path = tmp_path / "tiny.gguf"
+    format_builders.gguf_text(FOLDER, path, lambda name: Kind.Q8_0)
+    found = told(call, str(path))
+    assert found["format"] == "gguf" and found["vision"] is None
+    assert found["encodings"][0]["name"] == "q8_0" and found["encodings"][0]["weights_bytes"] < path.stat().st_size
+
+
+def test_neither_torch_nor_anything_that_reads_weights_is_imported():
+    assert set(imported_by("inspect", "tiny")) <= {"tokenizers"}
+
+
+@pytest.mark.parametrize("name", ["no/such/model/here", "./nothing", "a/not-cached"])
+def test_a_model_that_is_not_here_is_a_sentence(call, name):
+    code, out, err = call("inspect", name)
+    assert (code, out) == (1, "") and name in err and len(err.splitlines()) == 2
+
+
+def test_a_text_of_every_fact_and_a_table(call):
+    lines = call("inspect", "tiny")[1].splitlines()
+    heads = [line.split(":")[0] for line in lines[:7]]
+    assert heads == ["model", "architecture", "parameters", "context", "pictures", "format", "on disk"]
+    assert any(line.startswith("q4_k") for line in lines) and max(map(len, lines)) <= 100

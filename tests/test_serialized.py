@@ -1,0 +1,198 @@
+"""Encodings and the one-file model, from end to end: right, whole, and refused when they are not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import builders
+import pytest
+import torch
+from safetensors import safe_open
+
+from pixtral_cli import Pixtral, PixtralError
+from pixtral_cli.model.linear import PackedLinear
+from weights_cache import codecs, serialized
+from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
+from weights_cache.serialized_checkpoint import verify_path
+
+PACKED = ["q4_0", "q4_k", "q6_k"]
+QUESTION = [{"role": "user", "content": "what is in the picture?"}]
+OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Pixtral whose rows divide into every block."""
+    folder = tmp_path_factory.mktemp("pixtral")
+    builders.pixtral(folder, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32)
+    builders.add_processor(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def saved(folder, tmp_path):
+    path = tmp_path / "model.pixtral"
+    Pixtral.load(folder, quantization_encoding="q4_k").save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_logits_are_those_of_the_exactly_decoded_weights(folder, name):
+    """Within the rounding of bfloat16: the same model with every packed layer decoded once into float32."""
+    packed = Pixtral.load(folder, quantization_encoding=name).engine.model
+    exact = Pixtral.load(folder, quantization_encoding="float32").engine.model
+    for path, layer in packed.named_modules():
+        if hasattr(layer, "packed"):
+            exact.get_submodule(path).weight.data = layer.codec.decode(layer.packed)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    layers = [path for path, layer in packed.named_modules() if isinstance(layer, PackedLinear)]
+    assert len(layers) == 3 * 7 + 1
+    for path in layers:
+        if exact.get_submodule(path).weight.shape[1] == 256:
+            wanted = exact.get_submodule(path)(x)
+            got = packed.get_submodule(path)(x.bfloat16()).float()
+            assert (got - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", [None, *PACKED, "nf4"])
+def test_a_saved_model_answers_as_the_one_it_was_saved_from(folder, tmp_path, name):
+    model = Pixtral.load(folder, quantization_encoding=name)
+    path = tmp_path / "model.pixtral"
+    model.save(path)
+    again = Pixtral.load(serialized_model_path=path)
+    first, second = (m.chat(QUESTION, logprobs=5, **OPTIONS) for m in (model, again))
+    assert (second.token_ids, second.logprobs) == (first.token_ids, first.logprobs)
+    assert (again.encoding, again.name, again.processor.recipe) == (model.encoding, model.name, model.processor.recipe)
+
+
+def test_exporting_writes_the_very_file_that_saving_writes(folder, tmp_path):
+    model = Pixtral.load(folder, quantization_encoding="q6_k")
+    model.save(tmp_path / "saved")
+    model.source.save(tmp_path / "exported", model.placement)
+    assert (tmp_path / "saved").read_bytes() == (tmp_path / "exported").read_bytes()
+
+
+def test_any_safetensors_tool_opens_it_and_finds_the_packed_bytes(folder, saved):
+    name = "language_model.layers.1.mlp.up_proj.weight"
+    with safe_open(saved, "pt") as file:
+        packed = file.get_tensor(name)
+        manifest = json.loads(file.metadata()["pixtral"])
+    exact = Pixtral.load(folder, quantization_encoding="float32").engine.model.get_parameter(name)
+    assert torch.equal(packed, codecs.get("q4_k").encode(exact))
+    assert manifest["tensors"][name] == ["q4_k", list(exact.shape)]
+
+
+def test_weights_of_a_saved_model_are_mapped_and_not_copied(saved):
+    layer = Pixtral.load(serialized_model_path=saved).engine.model.language_model.layers[0].mlp.up_proj
+    pointer, path = layer.packed.data_ptr(), str(saved.resolve())
+    with open("/proc/self/maps") as maps:
+        spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(path)]
+    assert any(int(low, 16) <= pointer < int(high, 16) for low, high in spans)
+
+
+def test_every_altered_byte_is_noticed(saved):
+    whole = saved.read_bytes()
+    for place in [9, 100, *range(500, len(whole), len(whole) // 25), len(whole) - 1]:
+        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointCorrupt):
+            Pixtral.load(serialized_model_path=saved)
+        with pytest.raises(CheckpointCorrupt):
+            verify_path(saved)
+
+
+def test_a_file_cut_short_is_refused(saved):
+    whole = saved.read_bytes()
+    for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(CheckpointCorrupt):
+            Pixtral.load(serialized_model_path=saved)
+
+
+def test_hashes_are_checked_once_and_again_only_when_the_file_was_touched(saved, monkeypatch):
+    reads = []
+    original = serialized.SerializedFile.altered
+    monkeypatch.setattr(serialized.SerializedFile, "altered", lambda file: reads.append(file) or original(file))
+    Pixtral.load(serialized_model_path=saved)
+    assert len(reads) == 0  # written here
+    os.utime(saved)
+    Pixtral.load(serialized_model_path=saved)
+    Pixtral.load(serialized_model_path=saved)
+    assert len(reads) == 1
+
+
+def test_a_newer_version_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(serialized.Manifest, "version", 99)
+    model = Pixtral.load(folder)
+    original = serialized.Manifest.__init__
+    monkeypatch.setattr(
+        serialized.Manifest, "__init__", lambda self, *a, **k: original(self, *a, **k | {"version": 99})
+    )
+    with pytest.raises(SerializedTooNew, match="99"):
+        model.save(tmp_path / "new.pixtral")
+
+
+def test_another_encoding_than_asked_for_is_refused(saved):
+    with pytest.raises(PixtralError, match="q4_k.*q6_k"):
+        Pixtral.load(serialized_model_path=saved, quantization_encoding="q6_k")
+    assert Pixtral.load(serialized_model_path=saved, quantization_encoding="q4_k").encoding == "q4_k"
+
+
+def test_what_is_no_serialized_model_is_refused(folder, tmp_path):
+    (tmp_path / "text").write_text("hello, this is no model")
+    for path in (folder / "model.safetensors", tmp_path / "text", tmp_path / "absent", tmp_path):
+        with pytest.raises(WeightsError):
+            Pixtral.load(serialized_model_path=path)
+
+
+def test_a_full_disk_is_told_before_the_first_byte_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    model = Pixtral.load(folder)
+    place = tmp_path / "full"
+    place.mkdir()
+    monkeypatch.setattr(serialized.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(DiskFull):
+        model.save(place / "model.pixtral")
+    monkeypatch.undo()
+    with pytest.raises(WriteFailed):
+        model.save("/dev/full/model.pixtral")
+    assert list(place.iterdir()) == []
+
+
+def test_a_failed_save_keeps_the_file_that_was_there(folder, saved, monkeypatch):
+    before = saved.read_bytes()
+    model = Pixtral.load(folder, quantization_encoding="q6_k")
+
+    def broken(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serialized, "_write_header", broken)
+    with pytest.raises(WriteFailed, match="No space left"):
+        model.save(saved)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir() if p.is_file()] == [saved.name]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_half_written_is_used(folder, tmp_path):
+    target = tmp_path / "model.pixtral"
+    code = f"from pixtral_cli import Pixtral; m = Pixtral.load({str(folder)!r}); print('go', flush=True)"
+    code += f"; m.save({str(target)!r})"
+    whole = 0
+    for step in range(25):
+        target.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(step * 0.004)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if target.exists():
+            verify_path(target)
+            whole += 1
+    assert whole < 25

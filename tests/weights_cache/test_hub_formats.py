@@ -1,0 +1,154 @@
+"""Which form of a model is fetched when a repository has several, and that nothing of the others is."""
+
+from pathlib import Path
+
+import pytest
+
+from weights_cache import own_cache, store
+from weights_cache.errors import ModelNotFound, Offline, WeightsError, WeightsNotFound
+from weights_cache.hub import fetch
+
+REPO = "acme/all-forms"
+HF = {"config.json": b"{}", "tokenizer.json": b'{"model": {}}'}
+NATIVE = {"params.json": b'{"dim": 1}', "tekken.json": b'{"t": 1}'}
+
+
+@pytest.fixture
+def repo(hub, single_file):
+    """A repository with every form: Hugging Face's, Mistral's own, two GGUF models with picture parts."""
+    ggufs = ["a-Q4_K.gguf", "a-Q8_0.gguf", "mmproj-a-f32.gguf", "mmproj-a-F16.gguf", "sub/b.gguf", "sub/mmproj-b.gguf"]
+    ggufs += ["big-00001-of-00002.gguf", "big-00002-of-00002.gguf"]
+    weights = {"model.safetensors": single_file, "consolidated.safetensors": single_file.replace(b"1234", b"5678")}
+    hub.repos[REPO] = HF | NATIVE | weights | {name: b"GGUF " + name.encode() for name in ggufs}
+    return hub
+
+
+@pytest.fixture
+def single_file() -> bytes:
+    header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}   '
+    return len(header).to_bytes(8, "little") + header + b"1234"
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def failure(kind: type[WeightsError], name: str, **options: object) -> WeightsError:
+    with pytest.raises(kind) as caught:
+        fetch(name, **options)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (None, {*HF, "tekken.json", "model.safetensors"}),
+        ("hf", {*HF, "tekken.json", "model.safetensors"}),
+        ("native", {*NATIVE, "tokenizer.json", "consolidated.safetensors"}),
+    ],
+)
+def test_one_form_is_fetched_and_then_found_without_a_request(repo, form: str, expected: set[str]):
+    folder = fetch(REPO, form=form)
+    assert names(folder) == expected and set(repo.fetched()) == expected
+    repo.requests.clear()
+    assert fetch(REPO, form=form) == folder and repo.requests == []
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("a-Q4_K.gguf", {"a-Q4_K.gguf", "mmproj-a-F16.gguf"}),
+        ("sub/b.gguf", {"sub/b.gguf", "sub/mmproj-b.gguf"}),
+        ("big-00002-of-00002.gguf", {"big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "mmproj-a-F16.gguf"}),
+        ("mmproj-a-f32.gguf", {"mmproj-a-f32.gguf"}),
+    ],
+)
+def test_a_named_gguf_comes_with_all_its_parts_and_the_picture_part_beside_it(repo, file: str, expected: set[str]):
+    path = fetch(f"{REPO}:{file}")
+    assert path.name == Path(file.replace("00002-of", "00001-of")).name and path.is_file()
+    assert set(repo.fetched()) == expected
+    repo.requests.clear()
+    assert fetch(f"{REPO}:{file}") == path and fetch(f"{REPO}@main:{file}", weights=False) == path
+    assert repo.requests == []
+
+
+def test_a_gguf_whose_picture_part_is_gone_is_not_complete(repo):
+    path = fetch(f"{REPO}:a-Q4_K.gguf")
+    (path.parent / "mmproj-a-F16.gguf").unlink()
+    repo.requests.clear()
+    assert fetch(f"{REPO}:a-Q4_K.gguf") == path and (path.parent / "mmproj-a-F16.gguf").is_file()
+
+
+def test_a_cached_gguf_does_not_stand_for_the_preferred_form(repo):
+    fetch(f"{REPO}:a-Q4_K.gguf")
+    assert (fetch(REPO) / "model.safetensors").is_file()
+
+
+def test_without_a_network_the_form_that_is_here_is_used(repo, monkeypatch: pytest.MonkeyPatch):
+    folder = fetch(REPO, form="native")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch(REPO) == folder
+    failure(Offline, REPO, form="hf")
+
+
+def test_the_only_gguf_needs_no_name(repo):
+    repo.repos["acme/one"] = {"x.gguf": b"GGUF x", "mmproj.gguf": b"GGUF m", "README.md": b""}
+    path = fetch("acme/one")
+    assert path.name == "x.gguf" and sorted(repo.fetched()) == ["mmproj.gguf", "x.gguf"]
+    repo.requests.clear()
+    assert fetch("acme/one") == path and repo.requests == []
+
+
+def test_of_several_ggufs_one_must_be_named_and_the_error_names_them(repo):
+    repo.repos["acme/two"] = {"x.gguf": b"GGUF", "y.gguf": b"GGUF"}
+    error = failure(WeightsNotFound, "acme/two")
+    assert "x.gguf, y.gguf" in str(error) and "acme/two:x.gguf" in error.hint
+    assert repo.fetched() == []
+
+
+def test_a_file_that_is_not_there_is_named_with_those_that_are(repo):
+    error = failure(ModelNotFound, f"{REPO}:no.gguf")
+    assert "no.gguf" in str(error) and "a-Q4_K.gguf" in error.hint
+    failure(ModelNotFound, f"{REPO}:../a.gguf")
+
+
+def test_a_form_that_is_not_there_is_refused_with_those_that_are(repo):
+    repo.repos["acme/hf"] = HF | {"model.safetensors": b""}
+    error = failure(WeightsNotFound, "acme/hf", form="native")
+    assert "native" in str(error).lower() or "Mistral" in str(error)
+    assert "--weights-format hf" in error.hint and repo.fetched() == []
+
+
+def test_a_repository_that_lacks_a_part_of_a_gguf_is_reported(repo):
+    repo.repos["acme/half"] = {"x-00001-of-00002.gguf": b"GGUF"}
+    assert "x-00002-of-00002.gguf" in str(failure(WeightsError, "acme/half"))
+
+
+def test_a_cache_of_ours_that_cannot_be_written_costs_nothing(repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "file" / "own"))
+    folder = fetch(REPO)
+    assert fetch(REPO) == folder
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"PIXTRAL_CACHE": "/x/own", "XDG_CACHE_HOME": "/x/x"}, "/x/own"),
+        ({"XDG_CACHE_HOME": "/x/x"}, "/x/x/pixtral"),
+        ({"HOME": "/x/me"}, "/x/me/.cache/pixtral"),
+    ],
+)
+def test_our_own_cache_is_where_the_environment_says(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("PIXTRAL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(own_cache.own_cache_folder()) == expected
+
+
+def test_a_revision_is_found_by_its_commit_as_well(repo):
+    fetch(REPO)
+    assert store.find(REPO, repo.commit(REPO), weights=True) is not None

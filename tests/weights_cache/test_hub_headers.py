@@ -1,0 +1,129 @@
+"""Promises of looking at a remote model: all headers, no weights."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save
+
+from weights_cache import checkpoint, store
+from weights_cache.errors import DownloadFailed, Gated, Offline
+from weights_cache.hub import fetch, fetch_headers
+
+REPO = "acme/remote"
+SIDE = {"config.json": b"{}", "tokenizer.json": b'{"t": 1}'}
+SIZES = 1000, 1500
+
+
+def large(rows: int) -> bytes:
+    import torch
+
+    return save({f"model.layers.{n}.mlp.up_proj.weight": torch.full((rows, 500), n / 7) for n in range(2)})
+
+
+def gguf(path: Path, words: int) -> bytes:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_token_list([str(random.Random(n).random()) for n in range(words)])
+    writer.add_tensor("output.weight", np.ones((2000, 512), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def repo(hub):
+    """A repository of two shards of 4 and 6 MB."""
+    shards = {f"model-0000{n}-of-00002.safetensors": large(rows) for n, rows in enumerate(SIZES, 1)}
+    second = large(SIZES[1]).replace(b"layers.0", b"layers.2").replace(b"layers.1", b"layers.3")
+    shards["model-00002-of-00002.safetensors"] = second
+    names = [(2 * n + layer, file) for n, file in enumerate(shards) for layer in (0, 1)]
+    index = {"weight_map": {f"model.layers.{layer}.mlp.up_proj.weight": file for layer, file in names}}
+    hub.repos[REPO] = SIDE | shards | {"model.safetensors.index.json": json.dumps(index).encode()}
+    return hub
+
+
+def described(path: Path) -> dict:
+    tensors = checkpoint.open(path).tensors
+    return {n: (t.dtype, t.shape, t.nbytes, t.encoding, t.file.name, t.file.stat().st_size) for n, t in tensors.items()}
+
+
+def asked_bytes(repo) -> int:
+    """The bytes of weights that were asked for; all of a file where no range was named."""
+    total = 0
+    for method, path, headers in repo.requests:
+        if method == "GET" and path.endswith((".safetensors", ".gguf")):
+            begin, end = headers["range"].removeprefix("bytes=").split("-")
+            total += int(end) + 1 - int(begin)
+    return total
+
+
+def test_the_headers_are_those_of_the_whole_model_and_no_weights_are_fetched(repo, tmp_path: Path):
+    folder = fetch_headers(REPO, tmp_path / "skeleton")
+    seen = described(folder)
+    assert folder == tmp_path / "skeleton" and len(seen) == 4
+    assert asked_bytes(repo) <= 2 * 2**18 < sum(map(len, repo.repos[REPO].values())) / 10
+    assert store.find(REPO, "main", weights=True) is None
+    assert seen == described(fetch(REPO))
+
+
+def test_it_takes_no_more_room_than_the_headers(repo, tmp_path: Path):
+    folder = fetch_headers(REPO, tmp_path / "skeleton")
+    assert sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors")) < 2**20
+
+
+def test_a_server_without_ranges_is_left_after_the_headers(repo, tmp_path: Path):
+    repo.ranges = False
+    assert len(described(fetch_headers(REPO, tmp_path / "skeleton"))) == 4
+
+
+def test_a_header_longer_than_the_first_piece_is_fetched_to_its_end(repo, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("weights_cache.headers.FIRST", {".safetensors": 20})
+    assert described(fetch_headers(REPO, tmp_path / "skeleton")) == described(fetch(REPO))
+
+
+def test_a_gguf_and_its_long_list_of_words_are_read_without_its_weights(repo, tmp_path: Path, monkeypatch):
+    from weights_cache.gguf_reader import GgufFile
+
+    content = gguf(tmp_path / "x.gguf", 5000)
+    repo.repos["acme/gguf"] = {"x.gguf": content}
+    monkeypatch.setattr("weights_cache.headers.FIRST", {".gguf": 2**12})
+    file = GgufFile(fetch_headers("acme/gguf:x.gguf", tmp_path / "skeleton"))
+    assert file.tensors["output.weight"].shape == (2000, 512) and len(file.metadata["tokenizer.ggml.tokens"]) == 5000
+    assert asked_bytes(repo) < len(content) / 4
+
+
+def test_what_is_here_is_opened_itself(repo, tmp_path: Path):
+    folder = fetch(REPO)
+    repo.requests.clear()
+    assert fetch_headers(REPO, tmp_path / "skeleton") == folder and fetch_headers(str(folder), tmp_path) == folder
+    assert repo.requests == [] and not (tmp_path / "skeleton").exists()
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, Gated), (429, DownloadFailed), (500, DownloadFailed)])
+def test_a_server_that_refuses_the_headers_is_a_sentence(repo, tmp_path: Path, status: int, kind: type):
+    import fake_hub
+
+    repo.fault = lambda method, path: fake_hub.Fault(status=status) if path.endswith(".safetensors") else None
+    with pytest.raises(kind):
+        fetch_headers(REPO, tmp_path)
+
+
+def test_a_file_that_ends_within_its_header_is_a_sentence(repo, tmp_path: Path):
+    import fake_hub
+
+    repo.fault = lambda method, path: fake_hub.Fault(cut=30) if path.endswith(".safetensors") else None
+    with pytest.raises(DownloadFailed):
+        fetch_headers(REPO, tmp_path)
+
+
+def test_without_a_network_it_is_a_sentence(repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Offline):
+        fetch_headers(REPO, tmp_path)
+    assert repo.requests == []

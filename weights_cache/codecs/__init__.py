@@ -1,0 +1,34 @@
+"""An encoding's name in, its codec out: packed bytes to weights, weights to packed bytes. Knows no file format.
+
+    codec = codecs.get("q4_k")
+    packed = codec.encode(weights)  # float [..., columns] -> uint8 [..., codec.row_bytes(columns)]
+    codec.decode(packed)            # float32 [..., columns], bit for bit what gguf-py makes of the same bytes
+
+Names are lower-case words of GGUF: `q4_k` is ggml's type Q4_K. All of NAMES decode, those in ENCODERS encode.
+Importing this package imports torch.
+"""
+
+from ..errors import UnknownEncoding
+from .codec import Codec
+from .float import CODECS as FLOATS
+from .iq4 import CODECS as IQ4
+from .k_quants import CODECS as K_QUANTS
+from .legacy import CODECS as LEGACY
+
+__all__ = ["ENCODERS", "NAMES", "Codec", "get"]
+
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *LEGACY, *K_QUANTS, *IQ4)}
+
+NAMES: tuple[str, ...] = tuple(_CODECS)
+"""Every encoding that can be decoded."""
+
+ENCODERS: tuple[str, ...] = tuple(name for name, codec in _CODECS.items() if codec.encodes)
+"""Every encoding that weights can be put into."""
+
+
+def get(name: str) -> Codec:
+    """The codec called `name`; raises UnknownEncoding, which lists the names there are."""
+    try:
+        return _CODECS[name]
+    except KeyError:
+        raise UnknownEncoding(name, NAMES) from None

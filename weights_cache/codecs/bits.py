@@ -1,0 +1,38 @@
+"""Small fields of bytes in, numbers out, and back. Knows no encoding.
+
+Everywhere `blocks` is uint8 [n, bytes of a block].
+"""
+
+import torch
+from torch import Tensor
+
+
+def half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 in the bytes `at` and `at + 1` of each block, as float32 [n, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def half_bytes(values: Tensor) -> Tensor:
+    """float [n], exact in float16, as its two bytes: uint8 [n, 2]."""
+    return values.half().view(-1, 1).view(torch.uint8)
+
+
+def fields(data: Tensor, width: int, run: int) -> Tensor:
+    """Unsigned fields of `width` bits, lowest first, of each run of `run` bytes: uint8 [n, runs, 8 / width, run].
+
+    With width 4 and run 16: the 16 low nibbles, then the 16 high nibbles, of every 16 bytes. One shift for all bytes
+    at a time: broadcasting over short runs takes four times as long.
+    """
+    data = data.contiguous().view(len(data), -1, run)
+    mask = 2**width - 1
+    return torch.stack([(data >> shift) & mask if shift else data & mask for shift in range(0, 8, width)], dim=2)
+
+
+def join(values: Tensor, width: int, run: int) -> Tensor:
+    """The inverse of `fields`: uint8 values [n, anything], in its order, packed into uint8 [n, bytes]."""
+    count = 8 // width
+    parts = values.reshape(len(values), -1, count, run)
+    data = parts[:, :, 0].clone()
+    for index in range(1, count):
+        data |= parts[:, :, index] << (width * index)
+    return data.view(len(values), -1)

@@ -1,0 +1,113 @@
+"""Rows of weights or of packed bytes in, the other out, chunk by chunk. Knows no layout: `pack` and `unpack` do."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NotEncodable, WidthNotDivisible
+from .groups import Scratch
+
+CHUNK_WEIGHTS = 2**17
+"""Weights per chunk and thread: half a MiB in float32, so that a few arrays of them stay in a core's cache."""
+MAX_CHUNK_WEIGHTS = 2**20
+"""However many threads there are, the temporary arrays stay within a few dozen MiB."""
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One encoding: `block` weights lie in `block_bytes` bytes, one block after the other along a row.
+
+    A row of 5120 weights in q4_k is 20 blocks of 256 weights in 144 bytes: `row_bytes(5120)` is 2880.
+    """
+
+    name: str
+    block: int
+    block_bytes: int
+
+    def fits(self, columns: int) -> bool:
+        """Whether a row of `columns` weights is a whole number of blocks."""
+        return columns % self.block == 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a packed row of `columns` weights; raises WidthNotDivisible."""
+        if not self.fits(columns):
+            raise WidthNotDivisible(self.name, columns, self.block)
+        return columns // self.block * self.block_bytes
+
+    def columns(self, row_bytes: int) -> int:
+        """Weights in a packed row of `row_bytes` bytes; raises WidthNotDivisible."""
+        if row_bytes % self.block_bytes:
+            raise WidthNotDivisible(self.name, row_bytes, self.block_bytes, unit="bytes")
+        return row_bytes // self.block_bytes * self.block
+
+    @property
+    @abstractmethod
+    def encodes(self) -> bool:
+        """Whether weights can be put into this encoding, rather than only taken out of it."""
+
+    @abstractmethod
+    def decode(self, data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [..., columns] that the bytes `data`, uint8 [..., row_bytes], stand for.
+
+        Exact in float32: bit for bit gguf-py's `dequantize`, infinities included (where the bytes say "not a number"
+        there is a NaN, but which of the many is not specified). A narrower `dtype` rounds that once.
+        Raises WidthNotDivisible when a row is no whole number of blocks.
+        """
+
+    @abstractmethod
+    def encode(self, weights: Tensor) -> Tensor:
+        """`weights`, floats of any precision [..., columns], as packed bytes, uint8 [..., row_bytes].
+
+        Memory beyond the result is a few dozen MiB at most, and a copy of `weights` when they are not contiguous.
+        Weights beyond the reach of a float16 scale are laid on the largest value that there is.
+        Raises WidthNotDivisible; NotEncodable when there is no encoder, or weights that are infinite or no number.
+        """
+
+
+@dataclass(frozen=True)
+class BlockCodec(Codec):
+    """Integer codes with scales: `unpack` makes float32 [n, block] of uint8 [n, block_bytes], `pack` the reverse."""
+
+    unpack: Callable[[Tensor], Tensor]
+    pack: Callable[[Tensor, Scratch], Tensor] | None = None
+
+    @property
+    def encodes(self) -> bool:
+        return self.pack is not None
+
+    @torch.no_grad()
+    def decode(self, data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        assert data.dtype == torch.uint8, f"packed weights are uint8, not {data.dtype}"
+        shape = (*data.shape[:-1], self.columns(data.shape[-1]))
+        blocks = data.reshape(-1, self.block_bytes)
+        weights = torch.empty(len(blocks), self.block, dtype=dtype, device=data.device)
+        for part in self._parts(len(blocks)):
+            weights[part] = self.unpack(blocks[part])
+        return weights.view(shape)
+
+    @torch.no_grad()
+    def encode(self, weights: Tensor) -> Tensor:
+        if self.pack is None:
+            raise NotEncodable(self.name, "they can only be decoded from it")
+        assert weights.is_floating_point(), f"weights are floating-point numbers, not {weights.dtype}"
+        shape = (*weights.shape[:-1], self.row_bytes(weights.shape[-1]))
+        blocks = weights.reshape(-1, self.block)
+        data = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=weights.device)
+        scratch = Scratch(weights.device)
+        for part in self._parts(len(blocks)):
+            chunk = scratch.array("chunk", *blocks[part].shape).copy_(blocks[part])
+            data[part] = self.pack(self._finite(chunk), scratch)
+        return data.view(shape)
+
+    def _finite(self, weights: Tensor) -> Tensor:
+        if not all(map(math.isfinite, (weights.amin(), weights.amax()))):
+            raise NotEncodable(self.name, "some of them are infinite or not a number")
+        return weights
+
+    def _parts(self, blocks: int) -> Iterator[slice]:
+        size = min(CHUNK_WEIGHTS * torch.get_num_threads(), MAX_CHUNK_WEIGHTS) // self.block
+        return (slice(begin, begin + size) for begin in range(0, blocks, size))

@@ -1,0 +1,49 @@
+"""Bytes that are floating-point numbers already: float32, float16, bfloat16, little-endian as in every format here.
+
+Two bytes `80 3f` are the bfloat16 1.0, since 0x3f80 are the upper half of the float32 1.0.
+Source: IEEE 754, and bfloat16 as its upper 16 bits (gguf-py's `quants.py`, class BF16).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .codec import Codec
+
+
+@dataclass(frozen=True)
+class FloatCodec(Codec):
+    """Numbers of one dtype: nothing is packed, so the bytes are only looked at differently."""
+
+    dtype: torch.dtype
+
+    @property
+    def encodes(self) -> bool:
+        return True
+
+    def decode(self, data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As Codec.decode; where `dtype` is the bytes' own, the result looks at the same memory."""
+        assert data.dtype == torch.uint8, f"packed weights are uint8, not {data.dtype}"
+        self.columns(data.shape[-1])
+        return _aligned(data, self.block_bytes).view(self.dtype).to(dtype)
+
+    @torch.no_grad()
+    def encode(self, weights: Tensor) -> Tensor:
+        """As Codec.encode, each number rounded to the nearest (ties to even); infinities and NaN are kept."""
+        assert weights.is_floating_point(), f"weights are floating-point numbers, not {weights.dtype}"
+        return weights.to(self.dtype).contiguous().view(torch.uint8)
+
+
+def _aligned(data: Tensor, size: int) -> Tensor:
+    """`data` as it is, or a copy where its bytes cannot be looked at in place as numbers of `size` bytes."""
+    places = (data.storage_offset(), data.data_ptr(), *data.stride()[:-1])
+    whole = data.stride(-1) == 1 and not any(place % size for place in places)
+    return data if whole else data.clone(memory_format=torch.contiguous_format)
+
+
+CODECS: tuple[Codec, ...] = (
+    FloatCodec("float32", 1, 4, torch.float32),
+    FloatCodec("float16", 1, 2, torch.float16),
+    FloatCodec("bfloat16", 1, 2, torch.bfloat16),
+)

@@ -1,0 +1,45 @@
+"""Four-bit codes that name one of 16 unevenly spaced values: iq4_nl, iq4_xs. Decoded only.
+
+The values are denser around zero, where most weights are. iq4_nl is a block of 32: a float16 scale d, then 16 bytes
+of nibbles as in q4_0; a weight is d * VALUES[code]. iq4_xs is a super-block of 256 in 136 bytes: d, one 16-bit word
+with the two upper bits of eight scales, four bytes with their lower nibbles, 8 x 16 bytes of nibbles; group g of 32
+has the scale s - 32, s being its six bits, and a weight is (d * (s - 32)) * VALUES[code].
+
+Worked: in iq4_nl with d = 0.5, the code byte 0x80 gives weight 0 the code 0, which is 0.5 * -127 = -63.5, and weight
+16 the code 8, which is 0.5 * 1 = 0.5.
+Source: ggml's ggml-common.h (block_iq4_nl, block_iq4_xs) and gguf-py's quants.py (the values: IQ4_NL.kvalues).
+"""
+
+import torch
+from torch import Tensor
+
+from . import bits
+from .codec import BlockCodec, Codec
+
+VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+GROUP = 32
+SUPER = 256
+
+
+def _values(data: Tensor) -> Tensor:
+    """The values that the nibbles of each run of 16 bytes name: float32 [n, runs, 32]."""
+    table = torch.tensor(VALUES, dtype=torch.float32, device=data.device)
+    codes = bits.fields(data, 4, GROUP // 2)
+    return table.index_select(0, codes.flatten().int()).view(len(data), -1, GROUP)
+
+
+def _unpack_iq4_nl(blocks: Tensor) -> Tensor:
+    return _values(blocks[:, 2:])[:, 0].mul_(bits.half(blocks, 0))
+
+
+def _unpack_iq4_xs(blocks: Tensor) -> Tensor:
+    upper = bits.fields(blocks[:, 2:4], 2, 1).view(-1, 8)
+    lower = bits.fields(blocks[:, 4:8], 4, 1).view(-1, 8)
+    scales = (lower | (upper << 4)).float().sub_(32).mul_(bits.half(blocks, 0))
+    return _values(blocks[:, 8:]).mul_(scales.unsqueeze(2)).view(-1, SUPER)
+
+
+CODECS: tuple[Codec, ...] = (
+    BlockCodec("iq4_nl", GROUP, 18, _unpack_iq4_nl),
+    BlockCodec("iq4_xs", SUPER, 136, _unpack_iq4_xs),
+)

@@ -1,0 +1,263 @@
+"""The Hub's cache and our own in, the models that lie there out; and how one of them is checked or removed.
+
+Knows no terminal. Only folders are trusted to say what is ours to remove: links are taken away, never followed.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import large_file, layout, own_cache, serialized, store
+from .errors import WeightsError
+from .gguf_reader import GgufFile
+from .json_file import read_json_object
+from .layout import Form
+from .reader import Reader
+from .safetensors_reader import SafetensorsFile
+from .selection import CONFIGS, SIDE_FILES, select
+
+INCOMPLETE = "incomplete"
+SERIALIZED = "serialized"
+SHA256_HEX, SHA1_HEX = 64, 40
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in a cache. `path` is what to open; `files` are what it consists of, as they are named there.
+
+    `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what a download that broke off left.
+    `encoding` is that of most of its weights, or None. `nbytes` is what the disk holds, `used` seconds since 1970,
+    `known` whether this program has asked for it (the Hub's cache serves other programs as well).
+    """
+
+    name: str
+    format: str
+    path: Path
+    files: tuple[Path, ...]
+    encoding: str | None
+    nbytes: int
+    used: float
+    known: bool
+    repo: str | None = None
+    commit: str | None = None
+
+
+def models() -> list[Model]:
+    """All models in both caches, by name."""
+    return sorted([*_from_hub(), *_own()], key=lambda model: (model.name, model.format))
+
+
+def altered(model: Model, progress: Callable[[str, int, int | None], None] | None = None) -> list[str]:
+    """The names of the model's files that are not what they were when they were fetched or written; reads them all."""
+    if model.format == SERIALIZED:
+        try:
+            return [f"{model.path.name}: {name}" for name in serialized.SerializedFile(model.path).altered()]
+        except WeightsError:
+            return [model.path.name]
+    found, done = [], 0
+    for path in model.files:
+        if not _is_genuine(path):
+            found.append(path.name)
+        done += _size(path)
+        if progress is not None:
+            progress(f"checking {model.name}", done, model.nbytes)
+    return found
+
+
+def remove(model: Model) -> None:
+    """Take the model away; what it shares with another stays. Raises OSError.
+
+    Killed half-way, the rest is an incomplete model, which nobody takes for a whole one.
+    """
+    if model.repo is None:
+        model.path.unlink()
+        return
+    root = store.repo_folder(model.repo)
+    shared = _shared(model)
+    for path in model.files:
+        if path not in shared:
+            path.unlink(missing_ok=True)
+    for snapshot in _snapshots(root):
+        if snapshot.name == (model.commit or snapshot.name) and not _forms_in(snapshot):
+            shutil.rmtree(snapshot)
+            _forget(model.repo, snapshot.name, root)
+    _remove_unused_blobs(root, partials=model.format == INCOMPLETE)
+    if not _snapshots(root) and not any((root / "blobs").glob("*")):
+        shutil.rmtree(root)
+
+
+def _shared(model: Model) -> set[Path]:
+    """Files that another model in the same snapshot needs as well: a tokenizer, a picture part."""
+    if model.repo is None or model.commit is None:
+        return set()
+    others = _in_snapshot(model.repo, store.snapshot(model.repo, model.commit))
+    return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
+
+
+def _from_hub() -> Iterator[Model]:
+    for root in sorted(store.cache_folder().glob("models--*--*")):
+        if root.is_symlink() or not root.is_dir():  # what is elsewhere is not the cache's
+            continue
+        repo = root.name.removeprefix("models--").replace("--", "/", 1)
+        found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
+        broken = [path for path in (root / "blobs").glob("*.incomplete") if path.is_file()]
+        yield from found
+        if broken and not any(model.format == INCOMPLETE for model in found):
+            yield _broken_off(repo, root, broken)
+
+
+def _snapshots(root: Path) -> list[Path]:
+    return sorted(each for each in (root / "snapshots").glob("*") if each.is_dir() and not each.is_symlink())
+
+
+def _broken_off(repo: str, root: Path, broken: Sequence[Path]) -> Model:
+    """What a download left before any of its weights was whole; the Hub's own library removes its parts itself."""
+    used = max(path.stat().st_mtime for path in broken)
+    ours = all(path.name.endswith(".pixtral.incomplete") for path in broken)
+    return Model(repo, INCOMPLETE, root, tuple(broken), None, sum(map(_size, broken)), used, ours, repo)
+
+
+def _suffix(root: Path, commit: str) -> str:
+    """What follows the repository's name: nothing for main, else a branch, a tag or the commit after an @."""
+    refs = root / "refs"
+    files = sorted(path for path in refs.rglob("*") if path.is_file())
+    names = [path.relative_to(refs).as_posix() for path in files if _text(path) == commit]
+    return "" if "main" in names else f"@{names[0] if names else commit}"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace").strip()
+
+
+def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
+    name = repo + _suffix(store.repo_folder(repo), snapshot.name)
+    asked = own_cache.last_used(repo, snapshot.name)
+    for form, file in _forms_in(snapshot):
+        weights = _weights(snapshot, form, file)
+        files = weights if file else _side(snapshot, form) + weights
+        used = max([asked or 0.0, *(path.stat().st_atime for path in weights)])
+        yield Model(
+            f"{name}:{file}" if file else name,
+            form if _is_whole(snapshot, form, file) else INCOMPLETE,
+            snapshot / file if file else snapshot,
+            tuple(files),
+            _encoding(snapshot / file if file else weights[0], snapshot) if weights else None,
+            sum(map(_size, files)),
+            used,
+            asked is not None,
+            repo,
+            snapshot.name,
+        )
+
+
+def _is_whole(snapshot: Path, form: Form, file: str | None) -> bool:
+    """Whether no shard is missing."""
+    if file:
+        return all((snapshot / name).is_file() for name in layout.shard_names(file))
+    try:
+        return bool(layout.weight_files(snapshot, form))
+    except WeightsError:
+        return False
+
+
+def _forms_in(snapshot: Path) -> list[tuple[Form, str | None]]:
+    """The models in a snapshot: (form, the GGUF's name)."""
+    names = _names(snapshot)
+    found: list[tuple[Form, str | None]] = [(form, None) for form in layout.forms(names) if form != "gguf"]
+    return found + [("gguf", name) for name in layout.text_ggufs(names)]
+
+
+def _names(snapshot: Path) -> list[str]:
+    """The files in the snapshot (a link whose content is gone is none)."""
+    return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+
+
+def _weights(snapshot: Path, form: Form, file: str | None) -> list[Path]:
+    chosen = select("", _names(snapshot), form=form, file=file)
+    names = set(chosen.weights)
+    if chosen.index:
+        with suppress(WeightsError):
+            names |= set(layout.shards(snapshot / chosen.index))
+    return sorted((snapshot / name for name in names if (snapshot / name).is_file()), key=lambda path: -_size(path))
+
+
+def _side(snapshot: Path, form: Form) -> list[Path]:
+    names = [*SIDE_FILES, CONFIGS[form]]
+    return [snapshot / name for name in names if (snapshot / name).is_file()]
+
+
+def _own() -> Iterator[Model]:
+    folder = own_cache.models_folder()
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
+            name, encoding = path.relative_to(folder).as_posix(), None
+            with suppress(WeightsError):
+                encoding = serialized.SerializedFile(path).manifest.encoding
+            yield Model(name, SERIALIZED, path, (path,), encoding, _size(path), path.stat().st_atime, True)
+
+
+def _encoding(path: Path, snapshot: Path) -> str | None:
+    """The encoding that takes most bytes of the weights file. Reading its header leaves its time of use alone."""
+    if path.suffix not in (layout.SAFETENSORS, layout.GGUF) or not path.is_file():
+        return None
+    before = path.stat()
+    try:
+        reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
+        return _most_common(reader, snapshot)
+    except WeightsError:
+        return None
+    finally:
+        with suppress(OSError):
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _most_common(reader: Reader, snapshot: Path) -> str | None:
+    if (snapshot / layout.CONFIG).is_file():
+        method = read_json_object(snapshot / layout.CONFIG).get("quantization_config")
+        if isinstance(method, dict) and method.get("load_in_4bit"):
+            return str(method.get("bnb_4bit_quant_type", "nf4"))
+    sizes: dict[str, int] = {}
+    for tensor in reader.tensors.values():
+        sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
+    return max(sizes, key=lambda name: sizes[name], default=None)
+
+
+def _is_genuine(path: Path) -> bool:
+    """A content's name in the Hub's cache is its hash; a file without such a name can only be whole by its header."""
+    digest = path.resolve().name
+    if path.is_symlink() and len(digest) == SHA256_HEX:
+        return large_file.is_genuine(path, sha256=digest, sha1=None)
+    if path.is_symlink() and len(digest) == SHA1_HEX:
+        return large_file.is_genuine(path, sha256=None, sha1=digest)
+    return store.is_whole(path)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _forget(repo: str, commit: str, root: Path) -> None:
+    """No revision points to the commit any more, and nothing is remembered of it."""
+    for ref in [path for path in (root / "refs").rglob("*") if path.is_file()]:
+        if _text(ref) == commit:
+            ref.unlink()
+    (root / "trees" / f"{commit}.json").unlink(missing_ok=True)
+    for suffix in (".json", ".used"):
+        (own_cache.repo_folder(repo) / f"{commit}{suffix}").unlink(missing_ok=True)
+    with suppress(OSError):
+        own_cache.repo_folder(repo).rmdir()
+
+
+def _remove_unused_blobs(root: Path, *, partials: bool) -> None:
+    """Contents to which no snapshot leads; what is only half here goes with `partials`."""
+    used = {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
+    blobs = root / "blobs"
+    if blobs.is_symlink():
+        return
+    for blob in blobs.glob("*"):
+        is_partial = blob.name.endswith(".incomplete")
+        if blob.resolve() not in used and (partials or not is_partial) and not blob.is_dir():
+            blob.unlink(missing_ok=True)

@@ -1,0 +1,239 @@
+"""Packed tensors, config, tokenizer and hashes in, one file out, and back. Knows no model and no codec.
+
+A serialized model is a valid safetensors file: any safetensors tool opens it. Its metadata entry `pixtral` is the
+`Manifest` as JSON; side files ("config.json", "tokenizer.json", …) are U8 tensors named `file/NAME`; a packed
+tensor is U8 [rows, bytes of a row], and the manifest says its encoding and its true shape. The last tensor,
+`seal`, is the SHA-256 of the header, which holds the SHA-256 of every other tensor: so nothing can change unseen.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WriteFailed
+from .json_file import parse_json_object
+from .reader import TensorInfo
+from .safetensors_reader import LENGTH_BYTES, SafetensorsFile
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "pixtral"
+VERSION = 1
+FILE_PREFIX = "file/"
+SEAL = "seal"
+HASH_HEX = 64  # characters of a SHA-256
+ALIGNMENT = 64  # bytes; where the data begins
+DTYPE_WORDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8"}
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides the picture
+    recipe; `tensors` gives each weight's codec name and true shape."""
+
+    model: str
+    form: str
+    encoding: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor to write: `make()` gives its bytes, when its turn comes, as a tensor of `dtype` and `stored_shape`."""
+
+    name: str
+    encoding: str
+    shape: tuple[int, ...]
+    dtype: str
+    stored_shape: tuple[int, ...]
+    nbytes: int
+    make: Callable[[], "torch.Tensor"]
+
+
+def write(
+    path: Path,
+    weights: Sequence[Weight],
+    files: Mapping[str, bytes],
+    *,
+    model: str,
+    form: str,
+    encoding: str,
+    progress: Progress | None = None,
+) -> None:
+    """Write a serialized model: to a temporary name beside `path`, which it takes over only when it is whole.
+
+    Raises DiskFull before the first byte when it cannot fit, WriteFailed when writing breaks off; neither leaves
+    anything behind.
+    """
+    manifest = Manifest(model, form, encoding, {w.name: (w.encoding, w.shape) for w in weights})
+    header = _Header(manifest, weights, files)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if header.file_bytes > free:
+            raise DiskFull(path.name, path.parent, header.file_bytes, free)
+        with partial.open("wb") as file:
+            hashes = _write_data(file, header, weights, files, progress)
+            _write_header(file, header, hashes)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise WriteFailed(path, error.strerror or str(error)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+class _Header:
+    """Where every tensor will lie. Wide dtypes come first, so that each lies at a multiple of its own size."""
+
+    def __init__(self, manifest: Manifest, weights: Sequence[Weight], files: Mapping[str, bytes]) -> None:
+        self.manifest = manifest
+        widths = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+        self.order = sorted(weights, key=lambda weight: -widths[weight.dtype])
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.position = 0
+        for weight in self.order:
+            self._place(weight.name, weight.dtype, weight.stored_shape, weight.nbytes)
+        for name, data in files.items():
+            self._place(FILE_PREFIX + name, "U8", (len(data),), len(data))
+        self._place(SEAL, "U8", (hashlib.sha256().digest_size,), hashlib.sha256().digest_size)
+        self.length = len(self.text({name: "0" * HASH_HEX for name in self.entries if name != SEAL}))
+
+    def _place(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+        offsets = [self.position, self.position + nbytes]
+        self.entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        self.position += nbytes
+
+    @property
+    def file_bytes(self) -> int:
+        return LENGTH_BYTES + self.length + self.position
+
+    def text(self, hashes: Mapping[str, str]) -> bytes:
+        """The header's JSON, padded so that the data begins at a multiple of ALIGNMENT; its length never changes."""
+        metadata = {"format": "pt", KEY: json.dumps(asdict(self.manifest) | {"sha256": hashes})}
+        raw = json.dumps({"__metadata__": metadata, **self.entries}).encode()
+        return raw + b" " * (-(LENGTH_BYTES + len(raw)) % ALIGNMENT)
+
+
+def _write_data(
+    file: Any, header: _Header, weights: Sequence[Weight], files: Mapping[str, bytes], progress: Progress | None
+) -> dict[str, str]:
+    """Stream the tensors behind the space for the header -> their SHA-256 in hex."""
+    file.seek(LENGTH_BYTES + header.length)
+    hashes: dict[str, str] = {}
+    done = 0
+    for name, view in _pieces(header.order, files):
+        assert len(view) == _span(header.entries[name]), (name, len(view), header.entries[name])
+        hashes[name] = hashlib.sha256(view).hexdigest()
+        file.write(view)
+        done += len(view)
+        if progress is not None:
+            progress("Saving", done, header.position)
+    return hashes
+
+
+def _pieces(weights: Iterable[Weight], files: Mapping[str, bytes]) -> Iterator[tuple[str, memoryview]]:
+    for weight in weights:
+        tensor = weight.make().contiguous()  # alive until the caller asks for the next one
+        yield weight.name, _bytes_of(tensor)
+    for name, data in files.items():
+        yield FILE_PREFIX + name, memoryview(data)
+
+
+def _write_header(file: Any, header: _Header, hashes: Mapping[str, str]) -> None:
+    text = header.text(hashes)
+    assert len(text) == header.length, (len(text), header.length)
+    file.write(hashlib.sha256(text).digest())
+    file.seek(0)
+    file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+
+
+def _bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The memory of a contiguous CPU tensor, without numpy."""
+    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
+
+
+def _span(entry: Mapping[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    return end - begin
+
+
+class SerializedFile:
+    """An opened serialized model: header and seal checked, the rest as it is touched. A `Reader` of weights.
+
+    Raises CheckpointCorrupt (no such file, cut short, altered header) and SerializedTooNew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = SafetensorsFile(path)
+        self._header = self._file.header_bytes
+        self.manifest, self._hashes = self._read_manifest()
+
+    def _read_manifest(self) -> tuple[Manifest, dict[str, str]]:
+        metadata = self._file.metadata.get(KEY)
+        if metadata is None:
+            raise CheckpointCorrupt(self.path, "it is no serialized model (it has no manifest)")
+        raw = parse_json_object(self.path, metadata.encode(), "its manifest")
+        if raw.get("version") != VERSION:
+            raise SerializedTooNew(self.path, raw.get("version"), VERSION)
+        if SEAL not in self._file.tensors or bytes(_bytes_of(self._file.tensor(SEAL))) != self.seal:
+            raise CheckpointCorrupt(self.path, "its header was altered")
+        tensors = {name: (encoding, tuple(shape)) for name, (encoding, shape) in raw["tensors"].items()}
+        manifest = Manifest(raw["model"], raw["form"], raw["encoding"], tensors)
+        return manifest, raw["sha256"]
+
+    @property
+    def seal(self) -> bytes:
+        """SHA-256 of the header: it names the whole content."""
+        return hashlib.sha256(self._header).digest()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Our names -> TensorInfo with true shapes and encodings."""
+        stored = self._file.tensors
+        return {
+            name: TensorInfo(name, stored[name].dtype, shape, stored[name].nbytes, self.path, encoding)
+            for name, (encoding, shape) in self.manifest.tensors.items()
+        }
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """As stored: floats in their shape, packed ones uint8 [rows, bytes of a row]; memory-mapped."""
+        return self._file.tensor(name)
+
+    packed = tensor
+
+    def read(self, name: str) -> bytes | None:
+        """The side file `name`, or None."""
+        stored = FILE_PREFIX + name
+        return bytes(_bytes_of(self._file.tensor(stored))) if stored in self._file.tensors else None
+
+    @property
+    def file_names(self) -> list[str]:
+        """The side files that it holds."""
+        return [name.removeprefix(FILE_PREFIX) for name in self._file.tensors if name.startswith(FILE_PREFIX)]
+
+    def altered(self) -> list[str]:
+        """The names of tensors whose bytes are not those that were written; reads the whole file."""
+        with ThreadPoolExecutor() as pool:  # hashing leaves Python to the others
+            found = dict(zip(self._hashes, pool.map(self._hash, self._hashes), strict=True))
+        return [name for name, expected in self._hashes.items() if found[name] != expected]
+
+    def _hash(self, name: str) -> str:
+        return hashlib.sha256(_bytes_of(self._file.tensor(name))).hexdigest()

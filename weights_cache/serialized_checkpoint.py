@@ -1,0 +1,113 @@
+"""A serialized model's file in, a Checkpoint out: with nothing else needed. Knows no model."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import layout, stamps
+from .checkpoint import GENERATION_CONFIG, WRITTEN_TOKENIZER, Checkpoint
+from .errors import CheckpointCorrupt, listed
+from .json_file import parse_json_object
+from .reader import TensorInfo
+from .serialized import SerializedFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from .nf4 import NF4
+
+
+class SideFile:
+    """A file inside the file: what readers of side files need of a Path."""
+
+    def __init__(self, model: Path, name: str, data: bytes) -> None:
+        self.model, self.name, self.data = model, name, data
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.data.decode(encoding)
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.model}"
+
+
+class SerializedCheckpoint(Checkpoint):
+    """An opened serialized model. `encoding` is what it was saved in.
+
+    A file that was neither written nor checked on this machine, or that has changed since, is read and checked
+    against its hashes once. Raises CheckpointCorrupt and SerializedTooNew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = SerializedFile(path)
+        if not stamps.known(path, self._file.seal):
+            verify(self._file)
+        manifest = self._file.manifest
+        super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
+        self.written_tokenizer = self._json(WRITTEN_TOKENIZER)
+        self.encoding = manifest.encoding
+        self.model_name = manifest.model
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return self._json(GENERATION_CONFIG) or {}
+
+    def file(self, name: str) -> Path | None:
+        data = self._file.read(name)
+        return None if data is None else SideFile(self.folder, name, data)  # type: ignore[return-value]
+
+    def side_files(self) -> dict[str, bytes]:
+        return {name: self._file.read(name) or b"" for name in self._file.file_names}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """A matrix in nf4 is one tensor here, which in the file has others beside it, named after it."""
+        found: dict[str, TensorInfo] = {}
+        for name, info in sorted(self._file.tensors.items()):
+            matrix = found.get(name.rpartition(".")[0])
+            if matrix is not None and matrix.encoding == "nf4":
+                found[matrix.name] = replace(matrix, nbytes=matrix.nbytes + info.nbytes)
+            else:
+                found[name] = info
+        return found
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        info = self._file.tensors[name]
+        if info.encoding == "nf4":
+            return self.nf4(name).decode()
+        if info.dtype != "U8":
+            return self._file.tensor(name)
+        from . import codecs
+
+        return codecs.get(info.encoding).decode(self._file.packed(name))
+
+    def nf4(self, name: str) -> "NF4":
+        from .nf4 import NF4
+
+        names = [each for each in self._file.tensors if each == name or each.startswith(f"{name}.")]
+        return NF4.from_tensors(name, {each: self._file.tensor(each) for each in names})
+
+    def packed(self, name: str) -> "torch.Tensor":
+        return self._file.packed(name)
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        data = self._file.read(name)
+        return None if data is None else parse_json_object(self._file.path, data, f"its {name}")
+
+
+def verify(file: SerializedFile) -> None:
+    """Check every hash, and remember that the file is whole. Raises CheckpointCorrupt naming what was altered."""
+    if altered := file.altered():
+        raise CheckpointCorrupt(file.path, f"{listed(altered)} {'was' if len(altered) == 1 else 'were'} altered")
+    stamps.remember(file.path, file.seal)
+
+
+def verify_path(path: Path) -> SerializedFile:
+    """Open a serialized model and check every hash, whatever is remembered of it."""
+    file = SerializedFile(path)
+    verify(file)
+    return file
