@@ -67,7 +67,7 @@ def model():
 def test_the_shipped_model_looks_at_the_picture(model):
     scores = score(model, trials(16, SEED))
     asked, right = (sum(getattr(found, field) for found in scores.values()) for field in ("asked", "right"))
-    assert right >= 0.8 * asked, table(scores)
+    assert right >= 0.9 * asked, table(scores)
 
 
 def test_json_is_one_object(model, monkeypatch, capsys):
