@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, required=True, help=f"{TRAINING_SEEDS[-1] + 1} or above")
     parser.add_argument("--json", action="store_true", help="print one object instead of the table")
     parser.add_argument("--model-path", default="tiny", help="another folder in the same form")
+    parser.add_argument("--quantization-encoding", help="how the weights are kept; by default as they are")
     parser.add_argument("--wrong", type=int, default=0, help="print this many wrong answers to standard error")
     options = parser.parse_args(arguments)
     try:
@@ -115,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from pixtral_cli import Pixtral
 
-    model = Pixtral.load(options.model_path, max_batch_size=BATCH)
+    model = Pixtral.load(
+        options.model_path, quantization_encoding=options.quantization_encoding, max_batch_size=BATCH
+    )
     wrong: list[tuple[Trial, str]] = []
     scores = score(model, iter([*first, *questions]), wrong)
     for trial, text in wrong[: options.wrong]:
