@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
-FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
 
 
 class Naming(NamedTuple):
@@ -173,7 +172,7 @@ def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tupl
     configs: dict[Form, str] = {"hf": layout.CONFIG, "native": layout.NATIVE_CONFIG}
     if wanted is not None:
         if wanted not in whole and configs.get(wanted) not in present:
-            raise WeightsNotFound(folder, f"model in {FORM_NAMES[wanted]} form", _advice(whole))
+            raise WeightsNotFound(folder, f"model in {layout.FORM_NAMES[wanted]} form", _advice(whole))
         return wanted, None
     if whole and not weights_given:
         return whole[0], _form_note(folder, whole)
@@ -186,7 +185,7 @@ def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tupl
 def _form_note(folder: Path, whole: Sequence[Form]) -> str | None:
     if len(whole) == 1:
         return None
-    several = " and ".join(FORM_NAMES[form] for form in whole)
+    several = " and ".join(layout.FORM_NAMES[form] for form in whole)
     return f"{folder} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
 
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, p
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from . import FOLDER
 from .questions import KINDS, ask, ask_pair
 from .scenes import random_scene, scene_rng
 from .smalltalk import ABOUT, off_topic
@@ -24,7 +25,7 @@ RESERVED = 32  # control ids, the unused ones named <SPECIAL_17> …
 VOCABULARY = 768
 BOS, EOS, INST, END_INST, IMG, PAD, IMG_BREAK, IMG_END = 1, 2, 3, 4, 10, 11, 12, 13
 SPLIT = r"[A-Z]|[0-9]| ?[a-z]+|\s+|[^A-Za-z0-9\s]"
-TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+TEMPLATE = FOLDER / "chat_template.jinja"
 
 
 def control_tokens() -> list[str]:
@@ -68,7 +69,8 @@ def save(folder: Path, tokenizer_file: Path) -> None:
     """Write a copy of the tokenizer with its config, the chat template and the processor's files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
-    (folder / "chat_template.jinja").write_text(TEMPLATE.read_text())
+    template = TEMPLATE.read_text()
+    (folder / TEMPLATE.name).write_text(template)
     for name, content in _side_files().items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
