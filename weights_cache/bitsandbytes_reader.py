@@ -61,6 +61,9 @@ class BitsandbytesFiles:
         """The bytes as they are stored; of a matrix its codes, uint8 [rows, columns / 2]."""
         return self.nf4(name).codes if name in self._states else self._of[name].packed(name)
 
+    def release(self, name: str) -> None:
+        """Small beside what it becomes: kept."""
+
     def nf4(self, name: str) -> NF4:
         """A matrix as it is encoded, memory-mapped."""
         state = self._states[name]

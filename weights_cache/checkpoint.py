@@ -120,6 +120,11 @@ class Checkpoint:
         stored = self._stored[name]
         return stored.reader.nf4(stored.name)  # type: ignore[attr-defined]
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading the tensor has taken, once it has been converted. KeyError if unknown."""
+        stored = self._stored[name]
+        stored.reader.release(stored.name)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as they are stored."""

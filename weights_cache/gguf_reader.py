@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from . import layout
 from .errors import CheckpointCorrupt
 from .gguf_header import LEAST_BYTES, Entry, Header, Metadata
-from .reader import TensorInfo, map_file, mapped_tensor, packed_shape
+from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,12 @@ class GgufFile:
         part = self._part_of[name]
         entry = part.entries[name]
         return mapped_tensor(part.buffer, entry.begin, torch.uint8, packed_shape(entry.info))
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading the tensor `name` has taken."""
+        part = self._part_of[name]
+        begin = part.entries[name].begin
+        release(part.buffer, begin, begin + part.entries[name].info.nbytes)
 
     def _check_split(self) -> None:
         """Whether the files are as many, and hold as many tensors, as the first says."""

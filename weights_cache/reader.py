@@ -50,6 +50,9 @@ class Reader(Protocol):
     def packed(self, name: str) -> "torch.Tensor":
         """Its bytes as they are stored, memory-mapped: uint8 [rows, bytes of a row]."""
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading the tensor has taken; it is read again if it is touched again."""
+
 
 def map_file(path: Path, least: int, kind: str) -> mmap.mmap:
     """The whole file, which as a `kind` must have `least` bytes, as a private mapping: writable (torch wants that),
@@ -84,6 +87,16 @@ def mapped_tensor(buffer: mmap.mmap, begin: int, dtype: "torch.dtype", shape: tu
         raw = torch.frombuffer(buffer, dtype=torch.uint8, count=count * dtype.itemsize, offset=begin)
         return raw.clone().view(dtype).view(shape)
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(shape)
+
+
+def release(buffer: mmap.mmap, begin: int, end: int) -> None:
+    """Give the memory of the mapped bytes [begin, end) back: who has converted a tensor needs its original no more.
+
+    The bytes are read again if they are touched again. Whole pages only; a platform without madvise keeps them.
+    """
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def packed_shape(info: TensorInfo) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointCorrupt
 from .json_file import parse_json_object
-from .reader import TensorInfo, map_file, mapped_tensor, packed_shape
+from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,11 @@ class SafetensorsFile:
 
         entry = self._entries[name]
         return mapped_tensor(self._buffer, entry.begin, torch.uint8, packed_shape(entry.info))
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading the tensor `name` has taken."""
+        entry = self._entries[name]
+        release(self._buffer, entry.begin, entry.end)
 
 
 def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:

@@ -94,6 +94,9 @@ class SerializedCheckpoint(Checkpoint):
     def packed(self, name: str) -> "torch.Tensor":
         return self._file.packed(name)
 
+    def release(self, name: str) -> None:
+        """Its tensors are used as they lie in the file, so there is nothing to give back."""
+
     def _json(self, name: str) -> dict[str, Any] | None:
         data = self._file.read(name)
         return None if data is None else parse_json_object(self._file.path, data, f"its {name}")

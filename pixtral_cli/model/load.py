@@ -69,13 +69,19 @@ def check_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
 def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor | NF4:
     """One tensor in its encoding: plain, packed uint8 [rows, bytes of a row], or NF4. The file's own if they agree."""
     stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
+    if target == stored and target not in DTYPES:
+        return checkpoint.nf4(name) if target == "nf4" else checkpoint.packed(name)
+    weight = checkpoint.tensor(name)
+    converted = _converted(weight, target)
+    if converted is not weight:
+        checkpoint.release(name)  # so that peak memory stays near the final size
+    return converted
+
+
+def _converted(weight: Tensor, target: str) -> Tensor | NF4:
     if target in DTYPES:
-        return checkpoint.tensor(name).to(DTYPES[target])
-    if target == "nf4":
-        return checkpoint.nf4(name) if stored == target else nf4.encode(checkpoint.tensor(name))
-    if target == stored:
-        return checkpoint.packed(name)
-    return codecs.get(target).encode(checkpoint.tensor(name))
+        return weight.to(DTYPES[target])
+    return nf4.encode(weight) if target == "nf4" else codecs.get(target).encode(weight)
 
 
 def _put(model: Llava, name: str, weight: Tensor | NF4, placement: Placement, device: torch.device) -> None:

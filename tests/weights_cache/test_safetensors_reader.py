@@ -236,3 +236,22 @@ def mutated(good: bytes, chance: random.Random) -> bytes:
             "<Q", chance.choice([0, 1, header_end, 2**31, 2**63, len(good) - 8, chance.randrange(400)])
         )
     return bytes(content)
+
+
+def resident_kib(path) -> int:
+    """Memory that the process holds of the mapped file (Linux)."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [index for index, line in enumerate(lines) if line.endswith(str(path.resolve()))]
+    return sum(int(line.split()[1]) for at in starts for line in lines[at : at + 5] if line.startswith("Rss:"))
+
+
+def test_a_released_tensor_gives_its_memory_back_and_can_be_read_again(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weight = torch.arange(2**20, dtype=torch.float32)
+    save_file({"a": weight, "b": weight + 1}, path)
+    file = SafetensorsFile(path)
+    assert file.tensor("a").sum() == weight.sum()
+    before = resident_kib(path)
+    file.release("a")
+    assert before >= 4096 and resident_kib(path) < before - 4000
+    assert torch.equal(file.tensor("a"), weight) and torch.equal(file.tensor("b"), weight + 1)
