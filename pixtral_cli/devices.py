@@ -29,14 +29,14 @@ class Devices:
         if self.kind == "cpu":
             return "cpu"
         wanted = tuple(range(gpus_here)) if self.gpus is None else self.gpus
-        if not gpus_here:
-            raise DeviceError("This machine has no GPU that torch can use.", "Use --devices cpu.")
         absent = [number for number in wanted if number >= gpus_here]
-        if absent:
+        if gpus_here and absent:
             there = "gpu-0" if gpus_here == 1 else f"gpu-0 to gpu-{gpus_here - 1}"
             raise DeviceError(f"This machine has no gpu-{absent[0]}; it has {there}.", "Choose one of those.")
         if len(wanted) > 1:
             raise DeviceError("Running on several GPUs does not work yet.", f"Use --devices gpu-{wanted[0]}.")
+        if not gpus_here:
+            raise DeviceError("This machine has no GPU that torch can use.", "Use --devices cpu.")
         return f"cuda:{wanted[0]}"
 
 

@@ -108,8 +108,13 @@ def with_flags(command: Callable[..., None]) -> Callable[..., Callable[[], None]
                 annotation=field.type,
             )
             for record in records.values()
-            for field in fields(record)
+            for field in _in_order(record)
         ]
     )
     parsed.__annotations__ = {field.name: field.type for record in records.values() for field in fields(record)}
     return parsed
+
+
+def _in_order(record: type) -> list[Any]:
+    """The record's own fields before those it inherits, which is the order that the help shows."""
+    return sorted(fields(record), key=lambda field: field.name not in record.__annotations__)
