@@ -15,7 +15,8 @@ from . import layout, own_cache, store
 from .errors import DiskFull, DownloadFailed, ModelNotFound, Offline
 from .layout import Form
 from .selection import Selection, select
-from .transfer import Progress, Transfer
+from .meter import Progress
+from .transfer import Transfer
 
 NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?",

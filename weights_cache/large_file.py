@@ -14,6 +14,7 @@ from typing import Any
 
 from . import store
 from .errors import DownloadFailed
+from .meter import Meter, counting
 
 MOST_BYTES = 50 * 10**9
 """The Hub serves larger files by another protocol only, which its library speaks (hf_xet)."""
@@ -22,7 +23,7 @@ REPORTED = 2**26  # bytes; checking a smaller file takes no time worth a word
 CHUNK = 2**22
 
 
-def get(transfer: Any, name: str, sha256: str, size: int, meter: Any, *, force: bool) -> Path:
+def get(transfer: Any, name: str, sha256: str, size: int, meter: Meter, *, force: bool) -> Path:
     """The content of `name` in the cache; what is there already is used, unless `force`.
 
     Raises DownloadFailed for content of another length or hash, and the library's errors. What has arrived is kept.
@@ -66,13 +67,11 @@ def altered(label: str, name: str) -> DownloadFailed:
     return DownloadFailed(label, f"{name} arrived altered (its hash is not the one that the Hub gives)", advice)
 
 
-def _append(transfer: Any, name: str, partial: Path, size: int, meter: Any) -> None:
+def _append(transfer: Any, name: str, partial: Path, size: int, meter: Meter) -> None:
     """Fetch what `partial` still lacks. Raises DownloadFailed when that is no longer the file of the listing."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import HfHubHTTPError, build_hf_headers
-
-    from .transfer import counting
 
     if partial.is_file() and partial.stat().st_size > size:
         partial.unlink()
@@ -100,7 +99,7 @@ def _other_length(label: str, name: str, partial: Path) -> DownloadFailed:
     return DownloadFailed(label, f"{name} has another length than the Hub's listing says")
 
 
-def _is_genuine(partial: Path, sha256: str, size: int, meter: Any) -> bool:
+def _is_genuine(partial: Path, sha256: str, size: int, meter: Meter) -> bool:
     report = meter.checking if size >= REPORTED else None
     return partial.stat().st_size == size and _hash(partial, hashlib.sha256(), report) == sha256
 

@@ -4,20 +4,16 @@ The only module that imports huggingface_hub (>= 1.0), and it does so when the f
 """
 
 import errno
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from . import headers, large_file, store
 from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with (label, bytes done, bytes total or None); done and total run over all files that are fetched."""
+from .meter import Meter, Progress, counting
 
 PUBLIC_ENDPOINT = "https://huggingface.co"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -79,7 +75,7 @@ class Transfer:
         what the cache has from another revision is linked, unless `force`."""
         names = list(names)
         sizes = [self.sizes.get(name) for name in names]
-        meter = _Meter(self.label, None if None in sizes else sum(sizes), None if quietly else self._report)
+        meter = Meter(self.label, None if None in sizes else sum(sizes), None if quietly else self._report)
         for name, size in zip(names, sizes, strict=True):
             with self._our_errors():
                 self._get_one(name, meter, force)
@@ -91,7 +87,7 @@ class Transfer:
             with self._our_errors():
                 headers.write(self, name, folder / name)
 
-    def _get_one(self, name: str, meter: "_Meter", force: bool) -> None:
+    def _get_one(self, name: str, meter: Meter, force: bool) -> None:
         """Fetch a file and check its hash. A file that is in the snapshot already is there because it is damaged."""
         content, path = self.contents[name], self._path(name)
         anew = force or path.exists()
@@ -105,7 +101,7 @@ class Transfer:
             path.unlink(missing_ok=True)
             raise large_file.altered(self.label, name)
 
-    def _get_small(self, name: str, meter: "_Meter", force: bool) -> None:
+    def _get_small(self, name: str, meter: Meter, force: bool) -> None:
         from huggingface_hub import hf_hub_download
 
         hf_hub_download(
@@ -194,71 +190,6 @@ class Transfer:
         if "ConnectError" in kinds or "ConnectionRefused" in kinds:
             return DownloadFailed(self.label, f"{self.endpoint} cannot be reached ({text})")
         return DownloadFailed(self.label, f"the connection to {self.endpoint} broke ({text})")
-
-
-def counting(function: Callable[..., Any], meter: "_Meter") -> dict[str, Any]:
-    """The argument with which a function of the library counts into `meter`; none in versions that lack it."""
-    known = "tqdm_class" in inspect.signature(function).parameters
-    return {"tqdm_class": meter.bar_class()} if known else {}
-
-
-class _Meter:
-    """Sums the bytes of one file after the other and reports them."""
-
-    def __init__(self, label: str, total: int | None, report: Progress | None):
-        self.label, self.total, self.report = label, total, report
-        self.finished = 0
-        self.current = 0
-
-    def add(self, nbytes: float) -> None:
-        self.current += int(nbytes)
-        self._tell()
-
-    def finish_file(self, size: int | None) -> None:
-        """The file has arrived: what it counted is replaced by its true size."""
-        self.finished += self.current if size is None else size
-        self.current = 0
-        self._tell()
-
-    def checking(self, done: int, size: int) -> None:
-        """Tell how much of a file that has arrived was checked."""
-        if self.report:
-            self.report(f"checking {self.label}", done, size)
-
-    def _tell(self) -> None:
-        if self.report:
-            self.report(self.label, self.finished + self.current, self.total)
-
-    def bar_class(self) -> type:
-        """A class that the library takes for a progress bar: it draws nothing and counts into this meter."""
-        meter = self
-
-        class Bar:
-            n = 0
-
-            def __init__(self, *args: Any, total: int | None = None, initial: int = 0, **options: Any):
-                self.total = total
-                meter.add(initial)
-
-            def update(self, nbytes: float | None = 1) -> None:
-                meter.add(nbytes or 0)
-
-            def update_transfer(self, nbytes: float | None = 1) -> None:
-                """Bytes on the wire, which differ from bytes of the file when chunks are shared: not shown."""
-
-            def quiet(self, *args: Any, **options: Any) -> None:
-                """Whatever else a bar can do."""
-
-            close = refresh = reset = set_description = set_description_str = quiet
-            set_postfix = set_postfix_str = set_transfer_postfix_str = quiet
-
-            def __enter__(self) -> "Bar":
-                return self
-
-            def __exit__(self, *exception: object) -> None:
-                pass
-
-        return Bar
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
