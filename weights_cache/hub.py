@@ -14,8 +14,8 @@ from pathlib import Path
 from . import layout, own_cache, store
 from .errors import DiskFull, DownloadFailed, ModelNotFound, Offline
 from .layout import Form
-from .selection import Selection, select
 from .meter import Progress
+from .selection import Selection, select
 from .transfer import Transfer
 
 NAME = re.compile(
