@@ -118,10 +118,10 @@ class Source:
         Raises weights_cache.errors.DiskFull or WriteFailed; an unfinished file is never left behind.
         """
         from pixtral_cli.model import save
-        from pixtral_cli.model.load import check_names, encoded
+        from pixtral_cli.model.load import check_names, empty, encoded
 
         opened = self.checkpoint
-        names = check_names(self.config, opened)
+        names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()
         serialized.write(

@@ -38,8 +38,8 @@ def load(
 
     Raises TensorsMissing, TensorsUnexpected or TensorShapeMismatch, before anything large is read.
     """
-    model = _empty(config)
-    names = check_names(config, checkpoint)
+    model = empty(config)
+    names = check_names(model, checkpoint)
     done, total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
     for name in names:
         _put(model, name, encoded(checkpoint, name, placement), placement, device)
@@ -51,16 +51,16 @@ def load(
     return model.requires_grad_(False).eval()
 
 
-def _empty(config: ModelConfig) -> Llava:
+def empty(config: ModelConfig) -> Llava:
     """The model without memory."""
     with torch.device("meta"):
         return Llava(config)
 
 
-def check_names(config: ModelConfig, checkpoint: Checkpoint) -> list[str]:
-    """The tensors that the model of `config` is made of, in its order; raises as `load` when they are not there."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in _empty(config).named_parameters()}
-    if config.text.tied_embeddings:
+def check_names(model: Llava, checkpoint: Checkpoint) -> list[str]:
+    """The tensors that the model is made of, in its order; raises as `load` when the checkpoint has others."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if model.config.text.tied_embeddings:
         del shapes[HEAD]
     check_tensors(shapes, checkpoint)
     return list(shapes)
