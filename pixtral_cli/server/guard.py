@@ -1,4 +1,230 @@
-"""What stands before the app, as ASGI middlewares: hosts, origins, keys and bodies; knows no routes' meaning.
+"""What stands before the app, as ASGI middlewares: names, keys, origins, bodies; knows no route but the open ones.
 
-`guarded(app, …)` puts them in order. Each one answers what it refuses itself, in OpenAI's shape.
+`guarded(app, …)` puts them in order. Each answers what it refuses itself, in OpenAI's shape, before a byte of the
+body is read if it can.
 """
+
+from __future__ import annotations
+
+import hmac
+import socket
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from pixtral_cli.errors import PixtralError
+from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, headers_of, refuse
+from pixtral_cli.server.bodies import BODY_SECONDS, MAX_BODY_BYTES, Bodies
+from pixtral_cli.server.errors import ApiError
+
+READING = ("GET", "HEAD", "OPTIONS")
+OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_FOLDER = "/page/"
+KEY_SCHEMES = (b"bearer", b"api-key")
+SECURITY_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"content-security-policy": (
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    b"cache-control": b"no-store",
+}
+"""Given to every answer that does not bring its own."""
+
+
+def guarded(
+    app: App,
+    *,
+    host: str,
+    keys: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+    body_seconds: float = BODY_SECONDS,
+) -> App:
+    """`app` behind everything of this file.
+
+    Args:
+        host: the address that the server binds; on loopback without a key only local names reach the app.
+        keys: any of them opens; without one, nothing is asked for.
+        max_body_bytes: more is 413; of all requests together, a multiple of it is 503.
+        body_seconds: how long a body may take to arrive; then it is 408.
+    """
+    app = Bodies(app, max_body_bytes, body_seconds)
+    app = Origins(app)
+    app = ApiKeys(app, keys) if keys else app
+    app = LocalNames(app, host) if not keys and is_loopback(host) else app
+    return SecurityHeaders(app)
+
+
+def check_binding(host: str, keys: Sequence[str], insecure: bool) -> None:
+    """Raise PixtralError for a key that guards nothing, and for an open address that nothing guards."""
+    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
+        raise PixtralError(
+            "An API key is empty, or has characters that no HTTP header can carry.",
+            hint="Give --api-key (or PIXTRAL_API_KEY) printable ASCII; leave it out for none.",
+        )
+    if not (keys or insecure or is_loopback(host)):
+        raise PixtralError(
+            f"Everybody who reaches {host} could use this server: there is no API key.",
+            hint="Set PIXTRAL_API_KEY or --api-key, bind --host 127.0.0.1, or say --insecure to mean it.",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` stays on this machine."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
+
+
+class SecurityHeaders:
+    """Adds to every answer what a browser should hold to."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = list(message.get("headers", ()))
+                present = {name.lower() for name, _ in given}
+                added = [entry for entry in SECURITY_HEADERS.items() if entry[0] not in present]
+                message = {**message, "headers": given + added}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class _Check:
+    """A middleware that lets a request pass or raises ApiError, from its head alone."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self.check(scope)
+            except ApiError as error:
+                return await refuse(error, receive, send)
+        await self.app(scope, receive, send)
+
+    def check(self, scope: Scope) -> None:
+        raise NotImplementedError
+
+
+class LocalNames(_Check):
+    """Against DNS rebinding: a page of another name that was made to resolve to 127.0.0.1 gets no answer."""
+
+    def __init__(self, app: App, host: str) -> None:
+        super().__init__(app)
+        self.host = host.lower()
+
+    def check(self, scope: Scope) -> None:
+        for value in headers_of(scope, b"host"):
+            name = _host_name(value)
+            if not (name in (self.host, "localhost") or name.endswith(".localhost") or _is_loopback_address(name)):
+                raise ApiError(
+                    421,
+                    "Without an API key this server answers to localhost only, not to the name in the Host header. "
+                    "Start it with --api-key to reach it by another name.",
+                    code="unknown_host",
+                )
+
+
+class ApiKeys(_Check):
+    """Asks for a key on all but the open paths: `Authorization: Bearer …`, `Authorization: Api-Key …` or `Api-Key: …`.
+
+    Leaves ``scope["state"]["key_salt"]``: bytes that are the same for one key and differ between keys.
+    """
+
+    def __init__(self, app: App, keys: Iterable[str]) -> None:
+        super().__init__(app)
+        self.digests = [_digest(key.strip().encode()) for key in keys]
+
+    def check(self, scope: Scope) -> None:
+        if scope["method"] in READING[:2] and _is_open(scope["path"]):
+            return
+        given = _presented(scope)
+        if given is None:
+            raise _unauthorised("An API key is needed: send the header Authorization: Bearer <key>.", None)
+        if not self.knows(given):
+            raise _unauthorised("This API key is not one of this server's.", "invalid_api_key")
+        scope.setdefault("state", {})["key_salt"] = _digest(b"prefix cache of " + given)
+
+    def knows(self, given: bytes) -> bool:
+        """Compared with every key, in full, whatever the outcome: time tells nothing."""
+        digest = _digest(given)
+        return any([hmac.compare_digest(digest, known) for known in self.digests])
+
+
+class Origins(_Check):
+    """No other site's page may make a browser use the server: what changes or computes takes JSON, from here.
+
+    A browser asks before it sends JSON across origins, and is never told yes; the headers are checked as well.
+    """
+
+    def check(self, scope: Scope) -> None:
+        if scope["method"] in READING:
+            return
+        if _is_foreign(scope):
+            raise ApiError(
+                403, "Requests from another site's pages are refused.", "permission_error", code="cross_origin"
+            )
+        kind = b",".join(headers_of(scope, b"content-type")).partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise ApiError(415, "The body should be JSON, with the header Content-Type: application/json.")
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def _presented(scope: Scope) -> bytes | None:
+    """The key that a request shows; None without one."""
+    for value in headers_of(scope, b"authorization"):
+        scheme, _, key = value.strip().partition(b" ")
+        if scheme.lower() in KEY_SCHEMES and key.strip():
+            return key.strip()
+    return next((value.strip() for value in headers_of(scope, b"api-key") if value.strip()), None)
+
+
+def _digest(key: bytes) -> bytes:
+    return sha256(key).digest()
+
+
+def _unauthorised(message: str, code: str | None) -> ApiError:
+    return ApiError(401, message, "authentication_error", code=code, headers=[("WWW-Authenticate", "Bearer")])
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """Whether a browser says that another site's page sent this; programs say nothing.
+
+    Sec-Fetch-Site is the browser's own word, but it is sent to https and localhost only; then Origin is compared.
+    """
+    sites = headers_of(scope, b"sec-fetch-site")
+    if sites:
+        return any(site not in (b"same-origin", b"none") for site in sites)
+    hosts = headers_of(scope, b"host")
+    return any(origin.partition(b"://")[2] not in hosts for origin in headers_of(scope, b"origin"))
+
+
+def _host_name(value: bytes) -> str:
+    """``[::1]:8000`` -> ``::1``; "" for what is no host."""
+    try:
+        return (urlsplit(b"//" + value).hostname or b"").decode("ascii").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _is_loopback_address(name: str) -> bool:
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
