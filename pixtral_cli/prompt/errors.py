@@ -14,17 +14,27 @@ class PromptError(PixtralError):
         super().__init__(message, hint=hint or self.default_hint)
 
 
-class InvalidMessages(PromptError):
-    """An entry of the messages is not what it should be; `.where` is e.g. ``messages[2].content[1]``."""
+class InvalidEntry(PromptError):
+    """Base of what can be wrong with one entry of a request; `.where` is e.g. ``messages[2].content[1]``."""
+
+    def __init__(self, where: str, reason: str, hint: str | None = None):
+        super().__init__(f"{where}: {reason}.", hint)
+        self.where, self.reason = where, reason
+
+
+class InvalidMessages(InvalidEntry):
+    """An entry of the messages is not what it should be."""
 
     default_hint = (
         'Messages look like [{"role": "user", "content": "Hello"}]; content can also be a list of parts such as '
         '{"type": "text", "text": "Hello"} and {"type": "image", "path": "a.png"}.'
     )
 
-    def __init__(self, where: str, reason: str, hint: str | None = None):
-        super().__init__(f"{where}: {reason}.", hint)
-        self.where, self.reason = where, reason
+
+class InvalidTools(InvalidEntry):
+    """An entry of the tools is not what it should be; `.where` is e.g. ``tools[1].function.name``."""
+
+    default_hint = 'Tools look like [{"type": "function", "function": {"name": "add", "parameters": {…}}}].'
 
 
 class PictureError(PromptError):

@@ -1,20 +1,36 @@
 """A conversation in, token ids by Mistral's own rules out, one mark per picture; knows no Jinja and no pixels.
 
 Source: mistral-common `protocol/instruct/normalize.py` and `tokens/tokenizers/instruct.py`. V3 (Pixtral-12B, NeMo)
-writes the system text into the last user turn; V7 and later have a turn for it.
+writes the system text into the last user turn; V7 and later have a turn for it. Tools stand before the last user turn,
+from V13 on before the first. How calls are written is in `tool_calls.py`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 from pixtral_cli.prompt.messages import JOIN, Chunk, Conversation, Message, Picture, Text, user_first
 from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
+from pixtral_cli.prompt.tools import Tool, ToolCall, value_of
 
 NEEDED = ("[INST]", "[/INST]")
+FOR_TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 SYSTEM_TURNS = 7
+NAMED_CALLS = 11
+TOOLS_FIRST = 13
 TEXTS_TOUCH = 15
-"""The first versions with system turns, and with nothing between the texts of one message."""
+"""The first versions with system turns, with calls that are no JSON list and results in the order of their calls, with
+tools before the first user turn and calls without ids, and with nothing between the texts of one message."""
+
+
+def knows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has the control tokens for tools as well."""
+    return can_chat(tokenizer) and all(name in tokenizer.controls for name in FOR_TOOLS)
 
 
 def can_chat(tokenizer: Tokenizer) -> bool:
@@ -33,7 +49,16 @@ class NativeRules:
         """What tekken.json says; elsewhere, whether there are control tokens for a system turn."""
         return self.tokenizer.version or (7 if "[SYSTEM_PROMPT]" in self.tokenizer.controls else 3)
 
-    def encode(self, conversation: Conversation) -> list[int]:
+    @property
+    def call_form(self) -> CallForm:
+        """How the model writes its calls of tools."""
+        if "[TOOL_CALLS]" not in self.tokenizer.controls:
+            return "text"
+        if self.version < NAMED_CALLS:
+            return "list"
+        return "named with id" if self.version < TOOLS_FIRST else "named"
+
+    def encode(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids up to where the answer begins; every picture is one image token."""
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         turns = conversation.merged(apart=("system",)).messages
@@ -41,18 +66,60 @@ class NativeRules:
         if self.version < SYSTEM_TURNS:
             system = JOIN.join(turn.text for turn in turns if turn.role == "system" and turn.text)
             turns = user_first([turn for turn in turns if turn.role != "system"])
-        last = max(index for index, turn in enumerate(turns) if turn.role == "user")
+        if self.version >= NAMED_CALLS:
+            turns = _results_in_order(turns)
+        users = [index for index, turn in enumerate(turns) if turn.role == "user"]
         for index, turn in enumerate(turns):
-            ids += self._turn(turn, system if index == last else "")
+            if index == users[0 if self.version >= TOOLS_FIRST else -1]:
+                ids += self._tools(tools)
+            ids += self._turn(turn, system if index == users[-1] else "")
         return ids
 
+    def _tools(self, tools: Sequence[Tool]) -> list[int]:
+        if not tools or not knows_tools(self.tokenizer):
+            return []
+        return self._between("[AVAILABLE_TOOLS]", self._json([tool.described for tool in tools]), "[/AVAILABLE_TOOLS]")
+
     def _turn(self, turn: Message, system: str) -> list[int]:
-        control = self.tokenizer.control
         if turn.role == "system":
-            return [control("[SYSTEM_PROMPT]"), *self._text(turn.text), control("[/SYSTEM_PROMPT]")]
+            return self._between("[SYSTEM_PROMPT]", self._text(turn.text), "[/SYSTEM_PROMPT]")
         if turn.role == "assistant":
-            return [*self._text(turn.text.rstrip(" ")), self.tokenizer.eos_id]  # type: ignore[list-item]
-        return [control("[INST]"), *self._user(turn, system), control("[/INST]")]
+            said = [*self._text(turn.text.rstrip(" ")), *self._calls(turn.tool_calls)]
+            return [*said, self.tokenizer.eos_id]  # type: ignore[list-item]
+        if turn.role == "tool":
+            return self._between("[TOOL_RESULTS]", self._result(turn), "[/TOOL_RESULTS]")
+        return self._between("[INST]", self._user(turn, system), "[/INST]")
+
+    def _between(self, begin: str, ids: list[int], end: str) -> list[int]:
+        return [*self._mark(begin), *ids, *self._mark(end)]
+
+    def _mark(self, name: str) -> list[int]:
+        """Nothing where the vocabulary is older than this control token."""
+        return [self.tokenizer.control(name)] if name in self.tokenizer.controls else []
+
+    def _calls(self, calls: tuple[ToolCall, ...]) -> list[int]:
+        if not calls:
+            return []
+        if self.call_form in ("list", "text"):
+            listed = [{"name": call.name, "arguments": value_of(call.arguments), "id": call.id} for call in calls]
+            return [*self._mark(CALLS), *self._json(listed)]
+        return [id for call in calls for id in self._named(call)]
+
+    def _named(self, call: ToolCall) -> list[int]:
+        id = [*self._mark(CALL_ID), *self._text(call.id)] if self.call_form == "named with id" else []
+        arguments = self._json(value_of(call.arguments))
+        return [*self._mark(CALLS), *self._text(call.name), *id, *self._mark(ARGS), *arguments]
+
+    def _result(self, turn: Message) -> list[int]:
+        text = self._joined(turn.chunks)
+        if self.version < SYSTEM_TURNS:
+            return self._json({"content": value_of(text), "call_id": turn.answers})
+        if self.version < TOOLS_FIRST:
+            return [*self._text(turn.answers), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
+        return self._text(text)
+
+    def _json(self, value: Any) -> list[int]:
+        return self._text(json.dumps(value, ensure_ascii=False))
 
     def _user(self, turn: Message, system: str) -> list[int]:
         """Text alone is tokenised in one with the system text; with pictures, piece by piece."""
@@ -82,3 +149,18 @@ class NativeRules:
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) if text else []
+
+
+def _results_in_order(turns: Iterable[Message]) -> list[Message]:
+    """Neighbouring results of tools in the order in which their calls were made."""
+    ordered: list[Message] = []
+    called: dict[str, int] = {}
+    for is_result, group in groupby(turns, key=lambda turn: turn.role == "tool"):
+        if is_result:
+            ordered += sorted(group, key=lambda turn: called.get(turn.answers, len(called)))
+            called = {}
+            continue
+        for turn in group:
+            ordered.append(turn)
+            called |= {call.id: len(called) + place for place, call in enumerate(turn.tool_calls)}
+    return ordered

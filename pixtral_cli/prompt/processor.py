@@ -6,7 +6,7 @@ Knows the checkpoint's side files and nothing of its tensors; imports torch only
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,10 +21,12 @@ from pixtral_cli.prompt.errors import (
 )
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
 from pixtral_cli.prompt.messages import Conversation
-from pixtral_cli.prompt.native import NativeRules, can_chat
+from pixtral_cli.prompt.native import NativeRules, can_chat, knows_tools
 from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template
 from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tool_calls import CallForm
+from pixtral_cli.prompt.tools import Tool
 
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
@@ -51,6 +53,9 @@ class Prompt:
     images: list[PreparedImage]
     answer_starts_text: bool = True
     """Whether the answer is a text of its own, as in a chat, and not the middle of one: `ByteStream` asks for it."""
+    tools: tuple[Tool, ...] = ()
+    """What the answer may call, in the form `call_form`."""
+    call_form: CallForm = "text"
 
     @property
     def image_tokens(self) -> int:
@@ -134,16 +139,23 @@ class Processor:
             load_picture,
         )
 
-    def chat(self, conversation: Conversation) -> Prompt:
-        """The prompt that asks for the next answer.
+    def chat(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> Prompt:
+        """The prompt that asks for the next answer, in which `tools` may be called.
 
         Raises:
             NoChatTemplate, TemplateFailed, PicturesUnsupported, PictureError.
         """
         if self.dialect is None:
             raise NoChatTemplate
+        dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_turns else self.dialect
         images = self._prepare(picture.source for picture in conversation.pictures)
-        return self._filled(self.dialect.encode(conversation), images)
+        prompt = self._filled(dialect.encode(conversation, tools), images)
+        return replace(prompt, tools=tuple(tools), call_form=dialect.call_form)
+
+    def _tool_dialect(self, dialect: ChatTemplate | NativeRules) -> ChatTemplate | NativeRules:
+        """Mistral's own rules in place of a template that passes over tools, as Pixtral-12B's does."""
+        passes_over = isinstance(dialect, ChatTemplate) and not dialect.knows_tools
+        return NativeRules(self.tokenizer) if passes_over and knows_tools(self.tokenizer) else dialect
 
     def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`: BOS first, no template, control strings in it are text.

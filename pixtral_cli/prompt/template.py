@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -19,6 +19,8 @@ from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.tokenizer import Files, Tokenizer
+from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
+from pixtral_cli.prompt.tools import Tool, ToolCall, texts_in, value_of
 
 Protect = Callable[[str], str]
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -89,7 +91,21 @@ class ChatTemplate:
     starts_with_bos: bool = False
     """Whether a BOS that the template leaves out is added, as transformers' processors do and its tokenizers do not."""
 
-    def encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None = None) -> list[int]:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template looks at tools, calls of them or their results."""
+        return "tool" in self.source
+
+    @property
+    def call_form(self) -> CallForm:
+        """How the model writes its calls of tools: as the template writes those of earlier turns."""
+        if CALLS not in self.tokenizer.controls:
+            return "text"
+        if ARGS not in self.source or ARGS not in self.tokenizer.controls:
+            return "list"
+        return "named with id" if CALL_ID in self.source else "named"
+
+    def encode(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids up to where the answer begins; every picture is one image token.
 
         Consecutive messages of one role are put together first. If the template refuses the rest, a system message
@@ -98,20 +114,22 @@ class ChatTemplate:
         Raises:
             TemplateFailed: with what the template itself says.
         """
+        described = [tool.described for tool in tools] or None
         conversation = conversation.merged()
         try:
-            return self._encode(conversation, tools)
+            return self._encode(conversation, described)
         except TemplateFailed:
             if (tidied := conversation.system_first()) == conversation:
                 raise
-            return self._encode(tidied, tools)
+            return self._encode(tidied, described)
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
-        texts = [chunk.text for message in conversation.messages for chunk in message.chunks if isinstance(chunk, Text)]
+        texts = [text for message in conversation.messages for text in _texts(message)] + [*texts_in(tools)]
         mark = self._shield.mark_for([self.source, *texts])
         protect = partial(self._shield.raise_over, mark=mark)
         longest = OWN_TEXT + OWN_TIMES * sum(map(len, texts))
-        rendered = self._render([self._entry(message, protect) for message in conversation.messages], tools, longest)
+        messages = [self._entry(message, protect) for message in conversation.messages]
+        rendered = self._render(messages, _protected(tools, protect), longest)
         ids = self._forgotten_bos(rendered)
         for part in self.tokenizer.split_controls(rendered):
             if isinstance(part, int):
@@ -148,7 +166,12 @@ class ChatTemplate:
             content: Any = [_chunk(chunk, protect) for chunk in message.chunks]
         else:
             content = protect(message.text)
-        return {"role": message.role, "content": content}
+        entry = {"role": message.role, "content": content}
+        if message.tool_calls:
+            entry["tool_calls"] = [_call(call, protect) for call in message.tool_calls]
+        if message.role == "tool":
+            entry |= {"tool_call_id": message.answers} | ({"name": protect(message.name)} if message.name else {})
+        return entry
 
     @cached_property
     def _shield(self) -> Shield:
@@ -193,6 +216,30 @@ def _chunk(chunk: Text | Picture, protect: Protect) -> dict[str, str]:
         return {"type": "image"}
     text = protect(chunk.text)
     return {"type": "text", "text": text, "content": text}
+
+
+def _call(call: ToolCall, protect: Protect) -> dict[str, Any]:
+    """Templates write the arguments as JSON themselves, of the value that they stand for."""
+    function = {"name": call.name, "arguments": _protected(value_of(call.arguments), protect)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _texts(message: Message) -> Iterable[str]:
+    """What a client wrote in it."""
+    yield from (chunk.text for chunk in message.chunks if isinstance(chunk, Text))
+    yield message.name
+    for call in message.tool_calls:
+        yield call.name
+        yield from texts_in(value_of(call.arguments))
+
+
+def _protected(value: Any, protect: Protect) -> Any:
+    """The same with every string in it protected."""
+    if isinstance(value, str):
+        return protect(value)
+    if isinstance(value, dict):
+        return {_protected(key, protect): _protected(entry, protect) for key, entry in value.items()}
+    return [_protected(entry, protect) for entry in value] if isinstance(value, list) else value
 
 
 def _environment() -> Any:

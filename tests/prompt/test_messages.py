@@ -16,6 +16,18 @@ def user(*content):
     return [{"role": "user", "content": list(content)}]
 
 
+def call(id="call_1", name="add", arguments="{}", type="function"):
+    return {"id": id, "type": type, "function": {"name": name, "arguments": arguments}}
+
+
+def asks(*calls, **fields):
+    return {"role": "assistant", "tool_calls": list(calls), **fields}
+
+
+def answers(id, content="3"):
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
 def test_a_string_is_one_text():
     assert parse([USER]) == Conversation((Message("user", (Text("hi"),), is_string=True),))
 
@@ -64,7 +76,19 @@ def test_a_pil_image_is_a_picture():
         (user({"type": "image_url", "image_url": {"url": 3}}), "messages[0].content[0]"),
         (user({"type": "image", "image": np.zeros((2, 2, 3))}), "messages[0].content[0]"),
         ([USER, {"role": "tool", "content": "x"}], "messages[1]"),
-        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}, USER], "messages[1]"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}, USER], "messages[1].tool_calls[0]"),
+        ([USER, {"role": "assistant", "content": None}, USER], "messages[1]"),
+        ([USER, {"role": "assistant", "tool_calls": {}}, USER], "messages[1]"),
+        ([USER, {"role": "assistant", "tool_calls": "add"}, USER], "messages[1].tool_calls"),
+        ([USER | {"tool_calls": [call()]}], "messages[0]"),
+        ([USER, asks(call(), call(id=5))], "messages[1].tool_calls[1]"),
+        ([USER, asks(call(type="code"))], "messages[1].tool_calls[0]"),
+        ([USER, asks(call(name="a b"))], "messages[1].tool_calls[0].function.name"),
+        ([USER, asks(call(arguments=[1]))], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, asks(call()), answers("other")], "messages[2].tool_call_id"),
+        ([USER, answers("call_1"), asks(call()), USER], "messages[1].tool_call_id"),
+        ([USER, asks(call()), answers("call_1") | {"name": 3}], "messages[2].name"),
+        ([USER, asks(call()), answers("call_1") | {"content": None}], "messages[2]"),
         ([USER, {"role": "assistant", "content": "x"}], "messages[1]"),
         ([{"role": "system", "content": "x"}], "messages"),
         ([{"role": "system", "content": [{"type": "image", "url": "x"}]}, USER], "messages[0]"),
@@ -88,3 +112,32 @@ def test_consecutive_messages_of_one_role_join_with_a_blank_line():
 def test_empty_texts_leave_no_blank_line_behind():
     empty = {"role": "user", "content": ""}
     assert parse([empty, USER, empty]).merged().messages[0].text == "hi"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_an_assistant_that_calls_tools_may_say_nothing(content):
+    message = parse([USER, asks(call(), **content), answers("call_1")]).messages[1]
+    assert message.text == "" and [(c.name, c.arguments) for c in message.tool_calls] == [("add", "{}")]
+
+
+def test_arguments_are_json_text_however_they_are_given():
+    text = '{ "a":"é" }'
+    conversation = parse([USER, asks(call("1", arguments={"a": "é"}), call("2", arguments=text)), USER])
+    first, second = conversation.messages[1].tool_calls
+    assert (first.arguments, second.arguments) == ('{"a": "é"}', text)
+
+
+def test_a_result_keeps_the_id_of_its_call_whatever_the_client_calls_it():
+    turns = parse([USER, asks(call("call_1"), call("abc123XYZ")), answers("abc123XYZ"), answers("call_1")]).messages
+    ids = [c.id for c in turns[1].tool_calls]
+    assert ids[1] == "abc123XYZ" and len(set(ids)) == 2
+    assert all(len(id) == 9 and id.isascii() and id.isalnum() for id in ids)
+    assert [turn.answers for turn in turns[2:]] == ids[::-1]
+    assert parse([USER, asks(call("call_1")), USER]).messages[1].tool_calls[0].id == ids[0]
+
+
+def test_results_of_tools_stay_apart_and_calls_of_joined_messages_add_up():
+    turns = [USER, asks(call("1"), content="a"), asks(call("2"), content="b"), answers("1"), answers("2")]
+    merged = parse(turns).merged().messages
+    assert [turn.role for turn in merged] == ["user", "assistant", "tool", "tool"]
+    assert len(merged[1].tool_calls) == 2 and merged[1].text == "a\n\nb"
