@@ -13,14 +13,15 @@ import torch
 
 from pixtral_cli import devices as device_names
 from pixtral_cli import generate
-from pixtral_cli.encodings import find
-from pixtral_cli.engine.engine import Engine
+from pixtral_cli.encodings import ENCODINGS, find
+from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, TextEvent
 from pixtral_cli.model import save
 from pixtral_cli.model.load import load
+from pixtral_cli.model.needs import kv_bytes
 from pixtral_cli.model.placement import Placement
-from pixtral_cli.model.plan import check_weights
+from pixtral_cli.model.plan import check_weights, kv_tokens
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
 
@@ -48,6 +49,8 @@ class Pixtral:
         max_length: int | None = None,
         max_batch_size: int = 32,
         max_ce_batch_size: int = 32,
+        kv_cache_memory: int | None = None,
+        image_cache_memory: int = IMAGE_CACHE,
         image_preprocessing: str | None = None,
         force_download: bool = False,
         progress: Progress | None = None,
@@ -55,7 +58,8 @@ class Pixtral:
         """Load a model by Hub name, folder or file, "tiny" (the built-in one), or from a serialized model.
 
         The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
-        32 requests at once unless told otherwise; `progress(label, done, total)` is told of bytes downloaded and
+        32 requests at once unless told otherwise. `kv_cache_memory` bounds keys and values, `image_cache_memory` the
+        pictures' features that are kept, both in bytes. `progress(label, done, total)` is told of bytes downloaded and
         loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a sentence and a `hint`.
         """
         begun = time.perf_counter()
@@ -77,8 +81,11 @@ class Pixtral:
         _ = source.processor, source.end_token_ids  # what cannot be read fails now, not at the first question
         placement = source.placement(wanted, quantize_vision)
         check_weights(source.checkpoint.tensors, placement, device)
+        kv_tokens = _kv_tokens(source, placement, device, kv_cache_memory, context * max_batch_size)
         model = load(source.checkpoint, source.config, placement, device, progress)
-        engine = Engine(model, context, max_batch_size, max_ce_batch_size)
+        engine = Engine(
+            model, context, max_batch_size, max_ce_batch_size, kv_tokens=kv_tokens, image_cache=image_cache_memory
+        )
         return cls(source, placement, engine, time.perf_counter() - begun)
 
     def save(self, path: str | PathLike[str], progress: Progress | None = None) -> None:
@@ -179,6 +186,14 @@ def _positive(**numbers: int | None) -> None:
 def _device(text: str | None) -> str:
     gpus = torch.cuda.device_count()
     return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus)
+
+
+def _kv_tokens(source: Source, placement: Placement, device: torch.device, memory: int | None, wanted: int) -> int:
+    """Tokens of all requests that there is room for: what `memory` bytes hold, else what fits, at most `wanted`."""
+    if memory is None:
+        return kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, wanted)
+    width = int(ENCODINGS[placement.dtype].bits) // 8
+    return min(memory // kv_bytes(source.config.text, 1, width), wanted)
 
 
 def _context(model: int, wanted: int | None) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.engine.request import FinishReason, Request, Sampling, TokenEvent
+from pixtral_cli.engine.request import Failure, FinishReason, Picture, Request, Sampling, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.prompt.stops import StopMatcher
 from pixtral_cli.prompt.tokenizer import ByteStream
@@ -80,7 +80,9 @@ class GenerationOptions:
     def sampling(self) -> Sampling:
         top_k = self.top_k if self.top_k is not None else (0 if self.temperature else 1)
         temperature = self.temperature if self.temperature is not None else (0.0 if top_k == 1 else 1.0)
-        return Sampling(temperature, top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        return Sampling(
+            temperature, top_k, self.top_p, self.min_p, repetition_penalty=self.repetition_penalty, seed=self.seed
+        )
 
     @property
     def alternatives(self) -> int | None:
@@ -102,11 +104,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of the prompt, of the answer, and those of the prompt that stand for pictures."""
+    """Tokens of the prompt, of the answer, and those of the prompt that stand for pictures or were computed before."""
 
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,14 @@ class Answering:
         self.text: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if options.alternatives is None else []
+        self.cached_tokens = 0
         self.started = self.first_token = time.perf_counter()
 
     def push(self, event: TokenEvent) -> TextEvent:
         """Take the engine's next token; a stop string ends the answer before the engine would."""
         if not self.token_ids:
             self.first_token = time.perf_counter()
+            self.cached_tokens = event.cached_tokens
         self.token_ids.append(event.token_id)
         text, stopped = self.stops.push(self.utf8.push(event.token_id))
         if event.finish_reason and not stopped:
@@ -187,7 +192,7 @@ class Answering:
         return TokenLogprob(token_id, token, logprob, top)
 
     def _reply(self, finish: FinishReason) -> Reply:
-        usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens)
+        usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
         text = "".join(self.text)
         return Reply(
             self.model, text, self.token_ids, self.prompt_token_ids, finish, usage, self._timings(), self.logprobs
@@ -211,7 +216,7 @@ def engine_request(prompt: Prompt, options: GenerationOptions, ends: frozenset[i
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
-        pictures=tuple(image.pixels for image in prompt.images),
+        pictures=tuple(Picture(image.key, image.rows * image.columns, image.pixels) for image in prompt.images),
         sampling=options.sampling,
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
@@ -236,6 +241,8 @@ def _events(engine: Engine, jobs: list[tuple[Request, Answering]]) -> Generator[
         jobs.clear()  # the engine lets go of the pictures once they are computed, and so must we
         while answers:
             for token in engine.take(answers):
+                if isinstance(token, Failure):
+                    raise token.error
                 place, answering = answers[token.request_id]
                 event = answering.push(token)
                 if event.finish_reason:

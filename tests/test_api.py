@@ -161,13 +161,16 @@ def test_a_stream_that_cannot_begin_says_so_when_it_is_asked_for(oracle):
         short.stream(CONVERSATIONS["pictures"])
 
 
-def test_pictures_become_pixels_only_when_their_turn_comes(ours, monkeypatch):
+def test_pictures_become_pixels_only_when_their_turn_comes_and_only_once(oracle, monkeypatch):
+    ours = Pixtral.load(oracle[0], quantization_encoding="float32", devices="cpu")
     made = []
     original = PreparedImage.pixels
     monkeypatch.setattr(PreparedImage, "pixels", lambda image: made.append(image) or original(image))
     stream = ours.stream(CONVERSATIONS["pictures"], **OPTIONS)
     assert made == []
     list(stream)
+    assert len(made) == 2
+    list(ours.stream(CONVERSATIONS["pictures"], **OPTIONS))
     assert len(made) == 2
 
 

@@ -3,48 +3,82 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
-from heapq import nlargest
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from itertools import count
 from threading import RLock
 
+import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.request import Request, TokenEvent
+from pixtral_cli.engine.features import PictureFeatures
+from pixtral_cli.engine.pages import PageTable
+from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
 from pixtral_cli.engine.runner import Runner
-from pixtral_cli.engine.scheduler import Scheduler
+from pixtral_cli.engine.scheduler import Piece, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import RequestError
-from pixtral_cli.model.kv_cache import KVCache
+from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.llava import Llava
-from pixtral_cli.model.plan import check_prompts
+
+IMAGE_CACHE = 512 * 2**20  # bytes
+Sink = Callable[[Event], None]
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it was made."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
 
 
 class Engine:
-    """Runs up to `max_batch_size` requests at once; more wait. In float32 each gets the tokens that it gets alone.
+    """Runs up to `max_batch_size` requests at once; more wait.
 
-    `max_length` bounds the tokens of one prompt and its answer; default the model's own. Several threads may submit,
-    take and cancel: whoever waits for an event drives the steps, and the others' events are kept for them.
+    `max_length` bounds the tokens of one prompt and its answer; default the model's own. Keys and values have room
+    for `kv_tokens` tokens of all requests together; by default as many as the batch can need. `image_cache` is how
+    many bytes of pictures' features are kept. In float32 on a CPU a request gets the very tokens that it gets alone.
+
+    Several threads may submit, take and cancel, which never wait for a step but to take: whoever waits for an event
+    drives the steps, and the others' events are kept for them.
     """
 
     def __init__(
-        self, model: Llava, max_length: int | None = None, max_batch_size: int = 1, max_ce_batch_size: int = 32
+        self,
+        model: Llava,
+        max_length: int | None = None,
+        max_batch_size: int = 1,
+        max_ce_batch_size: int = 32,
+        *,
+        kv_tokens: int | None = None,
+        image_cache: int = IMAGE_CACHE,
     ) -> None:
+        text = model.config.text
+        wanted = max_length or text.max_length
+        pages = pages_for(wanted) * max_batch_size if kv_tokens is None else max(kv_tokens // PAGE, 1)
         self.model = model
-        self.max_length = max_length or model.config.text.max_length
-        self.runner = Runner(model)
-        self.scheduler = Scheduler(max_batch_size, max_ce_batch_size)
+        self.max_length = min(wanted, pages * PAGE)
+        self.counters = Counters()
+        self.table = PageTable(pages)
+        exact = model.dtype == torch.float32 and model.device.type == "cpu"
+        self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact)
+        self.features = PictureFeatures(model, image_cache)
+        kv_cache = KVCache(text, model.dtype, model.device, pages)
+        self.runner = Runner(model, kv_cache, self.features, exact)
         self._ids = count()
-        self._inbox: dict[int, deque[TokenEvent]] = {}
+        self._arrived: deque[tuple[Sequence, Sink]] = deque()
+        self._cancelled: deque[int] = deque()
+        self._sinks: dict[int, Sink] = {}
+        self._boxes: dict[int, deque[Event]] = {}
         self._lock = RLock()
 
     def check(self, *requests: Request) -> None:
-        """Raise RequestError if a prompt is too long for the context, or those that run together for the memory."""
+        """Raise RequestError if a request cannot be run: no tokens, unknown ones, or too many."""
         for request in requests:
             self._check_tokens(request.token_ids)
-        together = nlargest(self.scheduler.max_batch_size, (len(request.token_ids) for request in requests))
-        check_prompts(self.model.config.text, together, self.model.dtype, self.model.device)
 
     def _check_tokens(self, token_ids: tuple[int, ...]) -> None:
         text = self.model.config.text
@@ -64,59 +98,119 @@ class Engine:
                 + (f"; --max-length can be up to {text.max_length}." if could else "."),
             )
 
-    def submit(self, request: Request) -> int:
-        """Queue a request -> the id that its events carry. Raises RequestError as `check`."""
+    def submit(self, request: Request, sink: Sink | None = None) -> int:
+        """Queue a request -> its id. Its events are given to `sink`, by whoever steps, or kept for `take`.
+
+        Raises RequestError as `check`.
+        """
         self.check(request)
-        with self._lock:
-            room = self.max_length - len(request.token_ids)
-            cache = KVCache(self.model.config.text, self.model.dtype, self.model.device, self.max_length)
-            max_tokens = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
-            sequence = Sequence(next(self._ids), request, max_tokens, cache)
-            self._inbox[sequence.id] = deque()
-            self.scheduler.add(sequence)
-            return sequence.id
+        room = self.max_length - len(request.token_ids)
+        max_tokens = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
+        sequence = Sequence(next(self._ids), request, max_tokens, self.model.config.image_token_id)
+        if sink is None:
+            sink = self._boxes.setdefault(sequence.id, deque()).append
+        self._arrived.append((sequence, sink))
+        return sequence.id
 
     def cancel(self, request_id: int) -> None:
-        """Drop a request and its memory; unknown and finished ones are passed over."""
-        with self._lock:
-            self.scheduler.remove(request_id)
-            self._inbox.pop(request_id, None)
+        """Drop a request and its memory, after the step under way; unknown and finished ones are passed over."""
+        self._boxes.pop(request_id, None)
+        self._cancelled.append(request_id)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._welcome()
+            finally:
+                self._lock.release()
+
+    @property
+    def running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self._arrived)
 
     @property
     def busy(self) -> bool:
         """Whether a request runs or waits."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.running or self.waiting)
 
-    def take(self, request_ids: Collection[int]) -> list[TokenEvent]:
+    def take(self, request_ids: Collection[int]) -> list[Event]:
         """The next events of these requests, stepping until there is one; those of others wait for whoever asks."""
         while True:
             with self._lock:
-                boxes = [self._inbox[request_id] for request_id in request_ids]
+                boxes = [self._boxes[request_id] for request_id in request_ids]
                 ready = [box.popleft() for box in boxes if box]
                 if ready:
                     return ready
                 assert self.busy, f"nothing will ever come for {request_ids}"
-                for event in self.step():
-                    self._inbox[event.request_id].append(event)
+                self.step()
 
-    def step(self) -> list[TokenEvent]:
-        """Compute one step of all running requests -> at most one new token each; none while prompts are computed."""
-        pieces = self.scheduler.schedule()
-        if not pieces:
-            return []
+    def step(self) -> list[Event]:
+        """Compute one step of all running requests -> at most one event each; none while prompts are computed."""
+        with self._lock:
+            self._welcome()
+            pieces = self.scheduler.schedule()
+            events = self._run(pieces) if pieces else []
+            for event in events:
+                self._deliver(event)
+            return events
+
+    def _welcome(self) -> None:
+        """Take in what was submitted and cancelled meanwhile, in that order."""
+        while self._arrived:
+            sequence, sink = self._arrived.popleft()
+            self._sinks[sequence.id] = sink
+            self.scheduler.add(sequence)
+        while self._cancelled:
+            request_id = self._cancelled.popleft()
+            self._sinks.pop(request_id, None)
+            self.scheduler.remove(request_id)
+
+    def _deliver(self, event: Event) -> None:
+        ended = isinstance(event, Failure) or event.finish_reason is not None
+        if ended:
+            self.scheduler.remove(event.request_id)
+        self._sinks[event.request_id](event)
+        if ended:
+            del self._sinks[event.request_id]
+
+    def _run(self, pieces: list[Piece]) -> list[Event]:
+        """What the pieces give. If that fails, each is tried by itself, so that only the request at fault fails."""
+        try:
+            logits = self.runner.run(pieces)
+        except Exception as error:
+            if len(pieces) == 1:
+                return [Failure(pieces[0].sequence.id, error)]
+            return [event for piece in pieces for event in self._run([piece])]
         ready = [piece.sequence for piece in pieces if piece.completes]
-        logits = self.runner.run(pieces)
+        for piece in pieces:
+            self.scheduler.computed(piece)
         likeliest = logits.argmax(-1).tolist()  # one wait for the device, however many requests
-        return [self._advance(*each) for each in zip(ready, logits, likeliest, strict=True)]
+        return [self._next(*each) for each in zip(ready, logits, likeliest, strict=True)]
+
+    def _next(self, sequence: Sequence, logits: Tensor, likeliest: int) -> Event:
+        try:
+            return self._advance(sequence, logits, likeliest)
+        except Exception as error:
+            return Failure(sequence.id, error)
 
     def _advance(self, sequence: Sequence, logits: Tensor, likeliest: int) -> TokenEvent:
-        sampling, token_id = sequence.sampling, likeliest
-        if not sampling.greedy or sampling.repetition_penalty != 1:
-            token_id = sampler.choose(logits, sampling, sequence.seen, sequence.random)
+        request, first = sequence.request, not sequence.generated
+        token_id = likeliest
+        if not request.sampling.greedy or request.sampling.alters_logits:
+            token_id = sampler.choose(logits, request.sampling, set(sequence.token_ids), sequence.random)
         sequence.append(token_id)
-        if sequence.finish_reason is not None:
-            self.scheduler.remove(sequence.id)
+        self._count(sequence, first)
         logprob, alternatives = None, ()
-        if sequence.logprobs is not None:
-            logprob, alternatives = sampler.logprob(logits, token_id, sequence.logprobs)
-        return TokenEvent(sequence.id, token_id, sequence.finish_reason, logprob, alternatives)
+        if request.logprobs is not None:
+            logprob, alternatives = sampler.logprob(logits, token_id, request.logprobs)
+        return TokenEvent(
+            sequence.id, token_id, sequence.finish_reason, logprob, alternatives, sequence.cached_tokens
+        )
+
+    def _count(self, sequence: Sequence, first: bool) -> None:
+        self.counters.generated_tokens += 1
+        if first:
+            self.counters.prompt_tokens += sequence.prompt_length
+            self.counters.cached_tokens += sequence.cached_tokens

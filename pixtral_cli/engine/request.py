@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pixtral_cli.engine.grammar import Constraint
 
 FinishReason = Literal["stop", "length"]
 GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and its division would overflow
@@ -16,7 +19,9 @@ GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and
 class Sampling:
     """How the next token is drawn. The defaults are greedy.
 
-    `top_k` 0 and `top_p` 1 switch those filters off; `seed` None draws a fresh one.
+    `top_k` 0 and `top_p` 1 switch those filters off; `seed` None draws a fresh one. `logit_bias` is added to the
+    logits of its token ids. `frequency_penalty` counts for every time that a token was generated, `presence_penalty`
+    once for every token that was.
     """
 
     temperature: float = 0.0
@@ -24,36 +29,75 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
+    @property
+    def alters_logits(self) -> bool:
+        """Whether the likeliest token of the plain logits may not be the one to draw."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return penalties or bool(self.logit_bias)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a prompt: `pixels()` gives, when its turn comes, normalised pixels [3, height, width].
+
+    `key` names what they are, whatever the picture was called: equal keys mean equal pixels. `features` is the number
+    of its image tokens.
+    """
+
+    key: bytes
+    features: int
+    pixels: Callable[[], Tensor]
+
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. Each of `pictures` gives, when its turn comes, normalised pixels [3, height, width]; they are in
-    the order of their [IMG] tokens.
+    """One prompt; `pictures` are in the order of their [IMG] tokens.
 
     Generation ends at a token of `end_token_ids`, after `max_new_tokens`, or with the context (None). `logprobs` is
-    None, or how many alternatives to report beside the token that was chosen.
+    None, or how many alternatives to report beside the token that was chosen. `constraint` says which tokens may
+    come next; it is this request's own. What is computed is shared only with requests of the same `cache_salt`.
     """
 
     token_ids: tuple[int, ...]
     max_new_tokens: int | None = None
-    pictures: tuple[Callable[[], Tensor], ...] = ()
+    pictures: tuple[Picture, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     end_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    constraint: Constraint | None = None
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One new token of request `request_id`; log-probabilities are natural and of the unfiltered distribution."""
+    """One new token of request `request_id`; log-probabilities are natural and of the unfiltered distribution.
+
+    `cached_tokens` of the prompt had been computed before, for this or another request.
+    """
 
     request_id: int
     token_id: int
     finish_reason: FinishReason | None = None
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Request `request_id` ended with `error`; others are not touched."""
+
+    request_id: int
+    error: Exception
+
+
+Event = TokenEvent | Failure

@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from pixtral_cli.engine.features import PictureFeatures
 from pixtral_cli.engine.scheduler import Piece
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.model.kv_cache import AttendCached
+from pixtral_cli.model.kv_cache import AttendPaged, KVCache
 from pixtral_cli.model.llava import Llava
+
+EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
 
 
 class Runner:
-    def __init__(self, model: Llava) -> None:
+    """Computes pieces in one pass; with `exact`, in passes whose shapes do not depend on who else is there.
+
+    A matrix product's last bits depend on its number of rows. So each piece of a prompt is then computed by itself,
+    and tokens that are decoded in passes of EXACT_ROWS rows, empty ones among them.
+    """
+
+    def __init__(self, model: Llava, kv_cache: KVCache, features: PictureFeatures, exact: bool) -> None:
         self.model = model
+        self.kv_cache = kv_cache
+        self.features = features
+        self.exact = exact
 
     @torch.inference_mode()
     def run(self, pieces: list[Piece]) -> Tensor:
         """Compute the pieces -> float32 logits [pieces that complete their sequence, vocab_size], in order."""
+        if not self.exact:
+            return self._pass(pieces)
+        decoding = [piece for piece in pieces if not piece.sequence.prefilling]
+        groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
+        logits = [self._pass(group, EXACT_ROWS)[: len(group)] for group in groups]
+        logits += [self._pass([piece]) for piece in pieces if piece.sequence.prefilling]
+        return torch.cat(logits)
+
+    def _pass(self, pieces: list[Piece], rows: int = 0) -> Tensor:
+        """One forward pass, padded to `rows` tokens; the logits of padding come last."""
+        device = self.model.device
         x = torch.cat([self._embed(piece) for piece in pieces])
         positions = torch.cat([self._positions(piece) for piece in pieces])
-        ends = accumulate(piece.tokens for piece in pieces)
-        rows = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes]
-        for piece in pieces:
-            piece.sequence.cache.reserve(piece.sequence.pending)  # a prompt's room at once, however it is cut
-        attend = AttendCached(self.model.config.text, [(p.sequence.cache, p.tokens) for p in pieces])
-        with attend:
-            hidden = self.model(x, positions, attend)
-        return self.model.logits(hidden[rows])
+        ends = list(accumulate(piece.tokens for piece in pieces))
+        wanted = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes]
+        if len(x) < rows:
+            wanted += range(len(x), rows)
+            positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
+            x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
+        spans = [piece.sequence.span(piece.tokens) for piece in pieces]
+        hidden = self.model(x, positions, AttendPaged(self.model.config.text, self.kv_cache, spans, device))
+        return self.model.logits(hidden[wanted])
 
     def _positions(self, piece: Piece) -> Tensor:
-        start = piece.sequence.cache.length
+        start = piece.sequence.computed
         return torch.arange(start, start + piece.tokens, device=self.model.device)
 
     def _embed(self, piece: Piece) -> Tensor:
-        sequence, start = piece.sequence, piece.sequence.cache.length
+        """Only a prompt's own image tokens stand for pictures: one that was generated is a token like others."""
+        sequence, start = piece.sequence, piece.sequence.computed
         ids = sequence.token_ids[start : start + piece.tokens]
         tensor = torch.tensor(ids, device=self.model.device)
-        if not (sequence.prefilling and (sequence.pictures or sequence.features is not None)):
+        image_token, prompt = self.model.config.image_token_id, max(sequence.prompt_length - start, 0)
+        here = ids[:prompt].count(image_token) if sequence.request.pictures else 0
+        if not here:
             return self.model.embed(tensor)
-        image_token = self.model.config.image_token_id
-        before, here = sequence.token_ids[:start].count(image_token), ids.count(image_token)
-        return self.model.embed(tensor, self._features(sequence, before + here)[before:])
+        before = sequence.token_ids[:start].count(image_token)
+        features = torch.cat(list(self._features(sequence, before, before + here)))
+        return torch.cat([self.model.embed(tensor[:prompt], features), self.model.embed(tensor[prompt:])])
 
-    def _features(self, sequence: Sequence, count: int) -> Tensor:
-        """Features of the sequence's first `count` image tokens; a picture is encoded when the prompt gets to it."""
-        features = sequence.features
-        while sequence.pictures and (features is None or len(features) < count):
-            more = self.model.encode_picture(sequence.pictures[0]())
-            features = more if features is None else torch.cat([features, more])
-            sequence.features = features
-            sequence.pictures.popleft()
-        assert features is not None, "a prompt with pictures has image tokens"
-        return features[:count]
+    def _features(self, sequence: Sequence, first: int, end: int) -> Iterator[Tensor]:
+        """Features of the sequence's image tokens number `first` up to `end`; those of a picture are computed whole."""
+        position = 0
+        for picture in sequence.request.pictures:
+            begin, position = position, position + picture.features
+            if begin < end and position > first:
+                features = self.features.of(picture, sequence.request.cache_salt)
+                yield features[max(first - begin, 0) : end - begin]

@@ -1,7 +1,8 @@
-"""Sequences in, the pieces to compute in the next step out. Knows no tensors.
+"""Sequences in, the pieces to compute in the next step out. Knows pages and no tensors.
 
-A piece is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one
-token; prompts share what is left of `CHUNK`, so that a long prompt never makes the others wait for long.
+A piece is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token;
+prompts share what is left of a step, so that a long prompt never makes the others wait for long. When no page is left
+for one that decodes, the one that came last gives its pages back and begins again later.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.sequence import Sequence
+from pixtral_cli.model.kv_cache import PAGE, pages_for
 
 CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at its full speed
+SHORT_CHUNK = 256  # while others decode, who wait meanwhile
 
 
 class Piece(NamedTuple):
@@ -25,32 +29,111 @@ class Piece(NamedTuple):
 
 
 class Scheduler:
-    """`max_batch_size` sequences run at once, of which `max_ce_batch_size` prefill in one step."""
+    """`max_batch_size` sequences run at once, of which `max_ce_batch_size` prefill in one step.
 
-    def __init__(self, max_batch_size: int, max_ce_batch_size: int) -> None:
+    With `exact`, a prompt is cut at the same places whoever else is there, at multiples of SHORT_CHUNK, and only such
+    whole pieces are known afterwards: what is shared then has the very bits that would be computed.
+    """
+
+    def __init__(self, table: PageTable, max_batch_size: int, max_ce_batch_size: int, exact: bool = False) -> None:
+        self.table = table
         self.max_batch_size = max_batch_size
         self.max_ce_batch_size = max_ce_batch_size
+        self.exact = exact
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in the order in which they came
+        self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def remove(self, request_id: int) -> None:
-        """Forget a sequence wherever it is; a second time does nothing."""
+        """Forget a sequence wherever it is, and free its pages; a second time does nothing."""
+        for sequence in self.running:
+            if sequence.id == request_id:
+                self.table.release(sequence.pages)
+                sequence.restart()
         self.waiting = deque(s for s in self.waiting if s.id != request_id)
         self.running = [s for s in self.running if s.id != request_id]
 
     def schedule(self) -> list[Piece]:
-        while self.waiting and len(self.running) < self.max_batch_size:
-            self.running.append(self.waiting.popleft())
+        self._make_room_to_decode()
+        self._admit()
         decoding = [Piece(s, s.pending) for s in self.running if not s.prefilling]
-        return decoding + self._prefill([s for s in self.running if s.prefilling])
+        return decoding + self._prefill(bool(decoding))
 
-    def _prefill(self, prompts: list[Sequence]) -> list[Piece]:
-        pieces, left = [], CHUNK
-        for sequence in prompts[: self.max_ce_batch_size]:
-            if left > 0:
-                pieces.append(Piece(sequence, min(sequence.pending, left)))
-                left -= pieces[-1].tokens
+    def computed(self, piece: Piece) -> None:
+        """The piece is computed: its full pages are known from now on."""
+        sequence = piece.sequence
+        filled = sequence.advance(piece.tokens)
+        for place in () if self.exact and piece.tokens < SHORT_CHUNK else filled:
+            self.table.name(sequence.pages[place], sequence.page_keys.keys[place])
+
+    def _make_room_to_decode(self) -> None:
+        for sequence in list(self.running):
+            while sequence in self.running and not sequence.prefilling and not self._grow(sequence, sequence.pending):
+                self._preempt(self.running[-1])
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give it pages for so many pending tokens; False if there are none."""
+        missing = pages_for(sequence.computed + tokens) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        pages = self.table.take(missing, sequence.pages[-1] if sequence.pages else None)
+        sequence.pages += pages or []
+        return pages is not None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.table.release(sequence.pages)
+        sequence.restart()
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _admit(self) -> None:
+        """Take in who waits, first come first served, but for prompts that begin like one being computed now."""
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.max_batch_size:
+                return
+            if self._awaits_another(sequence):
+                continue
+            if not self._enter(sequence):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _awaits_another(self, sequence: Sequence) -> bool:
+        """Whether the next page that it needs is being computed for another: then it is cheaper to wait for it."""
+        keys = sequence.page_keys.keys
+        known = len(self.table.known(keys))
+        if known == len(keys):
+            return False
+        others = (other for other in self.running if other.prefilling)
+        return any(keys[known : known + 1] == other.page_keys.keys[known : known + 1] for other in others)
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Give it the pages of its whole prompt, those that are known already shared; False if there is no room."""
+        known = self.table.known(sequence.page_keys.keys)[: (len(sequence.token_ids) - 1) // PAGE]
+        if self.exact:
+            known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
+        self.table.share(known)
+        sequence.pages, sequence.computed = known, len(known) * PAGE
+        if not self._grow(sequence, sequence.pending):
+            self.table.release(known)
+            sequence.restart()
+            return False
+        if not sequence.generated:
+            sequence.cached_tokens = sequence.computed
+        return True
+
+    def _prefill(self, others_decode: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        left = SHORT_CHUNK if others_decode else CHUNK
+        for sequence in [s for s in self.running if s.prefilling][: self.max_ce_batch_size]:
+            most = SHORT_CHUNK - sequence.computed % SHORT_CHUNK if self.exact else left
+            tokens = min(sequence.pending, most)
+            if tokens == 0 or pieces and tokens > left:
+                break
+            pieces.append(Piece(sequence, tokens))
+            left -= tokens
         return pieces

@@ -1,59 +1,73 @@
-"""A request under way: its tokens, what of them is computed, its cache. Knows no scheduling."""
+"""A request under way: its tokens, what of them is computed, its pages. Knows no scheduling."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 
 import torch
-from torch import Tensor
 
+from pixtral_cli.engine.pages import PageKeys
 from pixtral_cli.engine.request import FinishReason, Request
-from pixtral_cli.model.kv_cache import KVCache
+from pixtral_cli.model.kv_cache import PAGE, Span
 
 
 class Sequence:
-    """`token_ids` is the prompt and all that came after it; the first `cache.length` of them are computed.
+    """`token_ids` is the prompt and all that came after it; the first `computed` of them have keys and values.
 
     It ends after `max_tokens` new tokens at the latest.
     """
 
-    def __init__(self, request_id: int, request: Request, max_tokens: int, cache: KVCache) -> None:
+    def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int) -> None:
         self.id = request_id
+        self.request = request
         self.max_tokens = max_tokens
-        self.cache = cache
-        self.sampling, self.logprobs, self.end_token_ids = request.sampling, request.logprobs, request.end_token_ids
         self.prompt_length = len(request.token_ids)
         self.token_ids = list(request.token_ids)
-        self.seen = set(self.token_ids)
-        self.pictures = deque(request.pictures)  # not yet encoded
-        self.features: Tensor | None = None  # of those that are, until the prompt is computed
+        self.generated_counts: Counter[int] = Counter()
+        self.page_keys = PageKeys(request, image_token_id)
+        self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)  # one token is always left to compute
+        self.pages: list[int] = []
+        self.computed = 0
+        self.cached_tokens = 0
+        self.prefilling = True
         self.random = torch.Generator()
         if request.sampling.seed is None:
             self.random.seed()
         else:
             self.random.manual_seed(request.sampling.seed)
 
-    def append(self, token_id: int) -> None:
-        """Take the token that was chosen; the pictures have done their work."""
-        self.token_ids.append(token_id)
-        self.seen.add(token_id)
-        self.features = None
-
     @property
     def pending(self) -> int:
         """Tokens still to be computed: the rest of the prompt, or the one that was chosen last."""
-        return len(self.token_ids) - self.cache.length
+        return len(self.token_ids) - self.computed
 
     @property
     def generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
-    @property
-    def prefilling(self) -> bool:
-        return self.generated == 0
+    def span(self, tokens: int) -> Span:
+        """Where the next `tokens` pending tokens go; there are pages for them."""
+        return Span(self.pages, self.computed, tokens)
+
+    def advance(self, tokens: int) -> range:
+        """So many more are computed -> the places of the pages that this filled, which have keys now."""
+        full = self.computed // PAGE
+        self.computed += tokens
+        self.prefilling = self.pending > 0
+        self.page_keys.extend(self.token_ids, self.computed // PAGE)
+        return range(full, self.computed // PAGE)
+
+    def append(self, token_id: int) -> None:
+        """Take the token that was chosen."""
+        self.token_ids.append(token_id)
+        self.generated_counts[token_id] += 1
+
+    def restart(self) -> None:
+        """It has lost its pages: everything is to be computed again."""
+        self.pages, self.computed, self.prefilling = [], 0, True
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        if self.generated and self.token_ids[-1] in self.end_token_ids:
+        if self.generated and self.token_ids[-1] in self.request.end_token_ids:
             return "stop"
         return "length" if self.generated >= self.max_tokens else None

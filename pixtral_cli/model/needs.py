@@ -16,7 +16,6 @@ from pixtral_cli.model.placement import Placement, place
 from weights_cache.reader import TensorInfo
 
 WORKSPACE = 256 * 2**20  # bytes; activations and buffers beside the weights
-CACHE_STEP = 256  # tokens; the cache of a sequence has a multiple of this
 LENGTHS = (4096, 32768, 131072)  # tokens
 SMI_TIMEOUT = 5.0  # seconds
 
@@ -76,8 +75,8 @@ def _bytes(tensor: TensorInfo, encoding: str) -> int:
 
 
 def kv_bytes(config: TextConfig, tokens: int, width: int) -> int:
-    """Bytes of keys and values for `tokens` tokens in numbers of `width` bytes, as the cache makes room for them."""
-    return config.kv_numbers_per_token * -(-tokens // CACHE_STEP) * CACHE_STEP * width
+    """Bytes of keys and values for `tokens` tokens in numbers of `width` bytes."""
+    return config.kv_numbers_per_token * tokens * width
 
 
 def devices() -> list[Device]:

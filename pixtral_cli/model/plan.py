@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from pixtral_cli.encodings import CHOICES, ENCODINGS
-from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.kv_cache import rounded_up
 from pixtral_cli.model.needs import WORKSPACE, free_memory, kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.checkpoint import TensorInfo
 
 GIB = 2**30
+KV_SHARE = 0.9  # of what the weights leave: some is for pictures on their way
+LEAST = 256  # tokens, with which something can be asked
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -44,15 +45,22 @@ def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, devic
     )
 
 
-def check_prompts(config: TextConfig, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises RequestError when the keys and values of prompts of these lengths cannot fit on `device` together."""
-    need, free = kv_bytes(config, sum(map(rounded_up, lengths)), dtype.itemsize), free_bytes(device)
-    if free is None or need <= free:
-        return
-    several = len(lengths) > 1
-    prompts = f"{len(lengths)} prompts of {sum(lengths)} tokens" if several else f"A prompt of {lengths[0]} tokens"
-    raise RequestError(
-        f"{prompts} need{'' if several else 's'} {need / GIB:.1f} GiB for keys and values, "
-        f"and {device} has {free / GIB:.1f} GiB free.",
-        hint=("Lower --max-batch-size, or send" if several else "Send") + " shorter prompts or fewer pictures.",
-    )
+def kv_tokens(
+    tensors: Mapping[str, TensorInfo], placement: Placement, config: TextConfig, device: torch.device, wanted: int
+) -> int:
+    """Tokens whose keys and values fit on `device` beside weights that are not loaded yet: `wanted`, or fewer.
+
+    Raises ModelError when there is no room for as many as LEAST.
+    """
+    free = free_bytes(device)
+    if free is None:
+        return wanted
+    width = int(ENCODINGS[placement.dtype].bits) // 8
+    left = int((free - weight_bytes(tensors, placement) - WORKSPACE) * KV_SHARE)
+    room = left // kv_bytes(config, 1, width)
+    if room < min(LEAST, wanted):
+        raise ModelError(
+            f"The weights leave {max(left, 0) / GIB:.1f} GiB on {device} for keys and values: {max(room, 0)} tokens.",
+            hint="Free memory, or take a smaller encoding with --quantization-encoding.",
+        )
+    return min(room, wanted)

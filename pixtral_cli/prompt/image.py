@@ -7,8 +7,10 @@ then round its sides up to whole patches. H, W: height and width in pixels, mult
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from pixtral_cli.prompt.settings import Settings
@@ -119,6 +121,16 @@ class PreparedImage:
     def tokens(self) -> int:
         """Prompt tokens: a row is its columns and a break (or, at last, the end)."""
         return self.rows * (self.columns + 1)
+
+    @cached_property
+    def key(self) -> bytes:
+        """SHA-256 of what `pixels` depends on, and of nothing else: two pictures with one key are the same to a model."""
+        about = repr((self.recipe, self.spec, self.width, self.height, self.picture.size))
+        content = hashlib.sha256(about.encode())
+        for top in range(0, self.picture.height, STRIP_ROWS):
+            strip = (0, top, self.picture.width, min(top + STRIP_ROWS, self.picture.height))
+            content.update(self.picture.crop(strip).tobytes())
+        return content.digest()
 
     def pixels(self) -> torch.Tensor:
         """Normalised float32 [3, H, W] on the CPU."""

@@ -53,13 +53,12 @@ def test_the_bytes_of_the_weights_are_those_of_an_exported_file(call, tmp_path, 
 def test_the_cache_is_as_large_as_the_one_that_is_made(call):
     import torch
 
-    from pixtral_cli.model.kv_cache import KVCache
+    from pixtral_cli.model.kv_cache import KVCache, pages_for
     from pixtral_cli.source import Source
 
     text = Source.open("tiny").config.text
     for each in told(call, "tiny")["encodings"][0]["lengths"]:
-        cache = KVCache(text, torch.bfloat16, torch.device("meta"), text.max_length)
-        cache.reserve(each["tokens"])
+        cache = KVCache(text, torch.bfloat16, torch.device("meta"), pages_for(each["tokens"]))
         assert each["kv_cache_bytes"] == cache._store.nbytes
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixtral_cli.encodings import find
-from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.errors import ModelError
 from pixtral_cli.model import needs, plan
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.load import load
@@ -112,15 +112,16 @@ def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fi
     assert "--quantization-encoding bfloat16" in failure.value.hint
 
 
-def test_a_prompt_whose_cache_cannot_fit_is_refused(folder, monkeypatch):
-    config = ModelConfig.from_dict(checkpoint.open(folder).config).text
-    monkeypatch.setattr(plan, "free_bytes", lambda device: plan.kv_bytes(config, 256, 4))
-    plan.check_prompts(config, [256], torch.float32, CPU)
-    with pytest.raises(RequestError, match="257 tokens"):
-        plan.check_prompts(config, [257], torch.float32, CPU)
-    with pytest.raises(RequestError, match="2 prompts of 6 tokens") as failure:
-        plan.check_prompts(config, [3, 3], torch.float32, CPU)
-    assert "--max-batch-size" in failure.value.hint
+def test_keys_and_values_get_what_the_weights_leave_and_no_more_than_is_wanted(folder, monkeypatch):
+    tensors = checkpoint.open(folder).tensors
+    placement, config = place(tensors, find("float32")), ModelConfig.from_dict(checkpoint.open(folder).config).text
+    beside = plan.weight_bytes(tensors, placement) + plan.WORKSPACE
+    monkeypatch.setattr(plan, "free_bytes", lambda device: beside + plan.kv_bytes(config, 1000, 4))
+    assert plan.kv_tokens(tensors, placement, config, CPU, 500) == 500
+    assert plan.kv_tokens(tensors, placement, config, CPU, 10**6) == 900
+    monkeypatch.setattr(plan, "free_bytes", lambda device: beside + plan.kv_bytes(config, 100, 4))
+    with pytest.raises(ModelError, match="keys and values: 90 tokens"):
+        plan.kv_tokens(tensors, placement, config, CPU, 500)
 
 
 def test_a_containers_limit_counts(tmp_path):

@@ -1,0 +1,153 @@
+"""Which page of the KV cache belongs to whom, and which still holds what somebody may ask again. Knows no tensors.
+
+A page that is full and computed is known by its `key`, which stands for all tokens from the start of the prompt to its
+end. When nobody uses it any more it stays, until room is needed: then the page unused for longest goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+from pixtral_cli.engine.request import Request
+from pixtral_cli.model.kv_cache import PAGE
+
+SLACK = 16  # pages: a sequence begins where so many more are free, so that it can grow in one piece
+
+
+class PageTable:
+    """`count` pages: free, in use by one or several sequences, or unused but known."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = [True] * count
+        self._free_count = count
+        self._users: dict[int, int] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # known ones, the longest unused first
+
+    @property
+    def available(self) -> int:
+        """Pages that can be had."""
+        return self._free_count + len(self._unused)
+
+    @property
+    def in_use(self) -> int:
+        return len(self._users)
+
+    def take(self, count: int, after: int | None = None) -> list[int] | None:
+        """`count` pages, following page `after` and each other where possible; None if there are not so many."""
+        if count > self.available:
+            return None
+        taken: list[int] = []
+        for left in range(count, 0, -1):
+            after = self._next(after, left)
+            taken.append(after)
+            self._users[after] = 1
+        return taken
+
+    def _next(self, after: int | None, wanted: int) -> int:
+        page = self._follower(after)
+        if page is None:
+            page = self._start_of_run(wanted + SLACK)
+        if self._free[page]:
+            self._free[page] = False
+            self._free_count -= 1
+        else:
+            self._forget(page)
+        return page
+
+    def _follower(self, after: int | None) -> int | None:
+        follows = None if after is None else after + 1
+        return follows if follows is not None and follows < self.count and self._free[follows] else None
+
+    def _start_of_run(self, wanted: int) -> int:
+        """The first free page that so many free ones begin with, else of the longest run, else the oldest unused."""
+        if not self._free_count:
+            return next(iter(self._unused))
+        best, longest, run = 0, 0, 0
+        for page, free in enumerate(self._free):
+            run = run + 1 if free else 0
+            if run > longest:
+                best, longest = page - run + 1, run
+                if longest == wanted:
+                    break
+        return best
+
+    def _forget(self, page: int) -> None:
+        del self._unused[page]
+        del self._by_key[self._key_of.pop(page)]
+
+    def known(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages of the longest beginning of `keys` that is known."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more sequence uses these known pages."""
+        for page in pages:
+            self._unused.pop(page, None)
+            self._users[page] = self._users.get(page, 0) + 1
+
+    def name(self, page: int, key: bytes) -> None:
+        """The page, which is in use, is full and computed from now on; of two with one key the first is known."""
+        if key not in self._by_key and page not in self._key_of:
+            self._by_key[key] = page
+            self._key_of[page] = key
+
+    def release(self, pages: Sequence[int]) -> None:
+        """A sequence lets go of its pages; the end of what it knew goes before the beginning."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            del self._users[page]
+            if page in self._key_of:
+                self._unused[page] = None
+            else:
+                self._free[page] = True
+                self._free_count += 1
+
+
+class PageKeys:
+    """The keys of a sequence's full pages: a chain of SHA-256 over token ids, the pictures in them, and a salt.
+
+    A picture counts by its own key, in every page that has one of its image tokens.
+    """
+
+    def __init__(self, request: Request, image_token_id: int) -> None:
+        self._pictures = [picture.key for picture in request.pictures]
+        self._ends = list(accumulate(picture.features for picture in request.pictures))
+        self._image_token_id = image_token_id
+        self._image_tokens = 0  # in the pages that have keys
+        self._last = hashlib.sha256(request.cache_salt).digest()
+        self.keys: list[bytes] = []
+
+    def extend(self, token_ids: Sequence[int], full_pages: int) -> None:
+        """Make keys up to `full_pages` pages."""
+        for page in range(len(self.keys), full_pages):
+            ids = token_ids[page * PAGE : (page + 1) * PAGE]
+            content = hashlib.sha256(self._last + array("q", ids).tobytes())
+            for key in self._shown_in(ids):
+                content.update(key)
+            self._last = content.digest()
+            self.keys.append(self._last)
+
+    def _shown_in(self, ids: Sequence[int]) -> list[bytes]:
+        here = ids.count(self._image_token_id) if self._pictures else 0
+        if not here:
+            return []
+        first = bisect_right(self._ends, self._image_tokens)
+        self._image_tokens += here
+        last = bisect_right(self._ends, self._image_tokens - 1)
+        return self._pictures[first : last + 1]
