@@ -66,6 +66,22 @@ class PictureUnreadable(PictureError):
         self.reason = reason
 
 
+class PictureDamaged(PictureUnreadable):
+    """A decoder gave up; `.reason` is in its own words, which are not for strangers."""
+
+    default_hint = "Download or copy it again."
+
+
+class PictureRefused(PictureError):
+    """A server's rules do not let the picture in."""
+
+    default_hint = "Send the picture itself, as a data: URI."
+
+    def __init__(self, name: str, reason: str, hint: str | None = None):
+        super().__init__(name, f"The picture {name} is refused: {reason}.", hint)
+        self.reason = reason
+
+
 class PictureTooLarge(PictureError):
     """The header states more pixels, or the download has more bytes, than the limit."""
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import threading
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
 from pixtral_cli.prompt.settings import reason_of
+
+if TYPE_CHECKING:
+    from pixtral_cli.prompt.dialled import Dial, Line
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
 CONNECT_SECONDS = 10.0
@@ -18,11 +22,35 @@ MAX_BYTES = 32 * 2**20
 PIECE = 64 * 1024
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"BM")
 """How JPEG, PNG, WebP, GIF, TIFF and BMP files begin."""
+UNLABELLED = ("application/octet-stream", "binary/octet-stream")
+"""What storage services call a file whose kind nobody told them."""
 URL_CHARACTERS = ":/?#[]@!$&'()*+,;=%-._~"
 
 
+@dataclass(frozen=True)
+class Guard:
+    """For downloads that a stranger asks for: no proxies, no way from https to http, nothing but pictures."""
+
+    dial: Dial
+    """Makes every connection, and refuses those that should not be."""
+    redirects: int = 3
+
+
+@dataclass(frozen=True)
+class _Limits:
+    connect: float
+    total: float
+    max_bytes: int
+    guarded: bool
+
+
 def fetch(
-    url: str, *, connect: float = CONNECT_SECONDS, total: float = TOTAL_SECONDS, max_bytes: int = MAX_BYTES
+    url: str,
+    *,
+    connect: float = CONNECT_SECONDS,
+    total: float = TOTAL_SECONDS,
+    max_bytes: int = MAX_BYTES,
+    guard: Guard | None = None,
 ) -> bytes:
     """Download `url`.
 
@@ -30,17 +58,21 @@ def fetch(
         connect: seconds to wait for a connection, and for each piece of data.
         total: seconds for everything, name look-up and redirections included.
         max_bytes: more than this is refused.
+        guard: how connections are made; without one, anywhere, through the proxies of the environment.
 
     Raises:
         PictureFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
         PictureTooLarge: more than `max_bytes`.
     """
     _check_address(url)
+    limits, line = _Limits(connect, total, max_bytes, guard is not None), _line(guard)
     outcome: list[bytes | BaseException] = []
-    worker = threading.Thread(target=_into, args=(outcome, url, connect, total, max_bytes), daemon=True)
+    worker = threading.Thread(target=_into, args=(outcome, url, limits, line), daemon=True)
     worker.start()
     worker.join(total)
     if not outcome:
+        if line:
+            line.cut()
         raise _too_slow(url, total)
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
@@ -65,31 +97,39 @@ def _check_address(url: str) -> None:
         raise PictureFetchFailed(without_password(url), reason)
 
 
-def _into(outcome: list[bytes | BaseException], url: str, connect: float, total: float, max_bytes: int) -> None:
+def _line(guard: Guard | None) -> Line | None:
+    if guard is None:
+        return None
+    from pixtral_cli.prompt.dialled import Line
+
+    return Line(guard.dial, guard.redirects)
+
+
+def _into(outcome: list[bytes | BaseException], url: str, limits: _Limits, line: Line | None) -> None:
     try:
-        outcome.append(_download(url, connect, total, max_bytes))
+        outcome.append(_download(url, limits, line))
     except (PictureFetchFailed, PictureTooLarge) as error:
         outcome.append(error)
     except Exception as error:  # urllib and http.client raise a dozen kinds
-        outcome.append(PictureFetchFailed(url, _reason(error, connect)))
+        outcome.append(PictureFetchFailed(url, _reason(error, limits.connect)))
 
 
-def _download(url: str, connect: float, total: float, max_bytes: int) -> bytes:
+def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
     from urllib.request import Request
 
-    deadline = time.monotonic() + total
+    deadline = time.monotonic() + limits.total
     request = Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*"})
     data = bytearray()
-    with _opener().open(request, timeout=connect) as response:
+    with _opener(line).open(request, timeout=limits.connect) as response:
         while piece := response.read1(PIECE):
             if not data:
-                _refuse_page(url, response.headers.get_content_type(), piece)
+                _refuse_page(url, response.headers, piece, limits.guarded)
             data += piece
-            if len(data) > max_bytes:
-                limit = f"{max_bytes / 2**20:g} MiB"
-                raise PictureTooLarge(url, f"The picture {url} is larger than {limit}.")
+            if len(data) > limits.max_bytes:
+                most = f"{limits.max_bytes / 2**20:g} MiB"
+                raise PictureTooLarge(url, f"The picture {url} is larger than {most}.")
             if time.monotonic() > deadline:
-                raise _too_slow(url, total)
+                raise _too_slow(url, limits.total)
         _check_whole(url, response.headers.get("Content-Length"), len(data))
     return bytes(data)
 
@@ -104,27 +144,26 @@ def _too_slow(url: str, total: float) -> PictureFetchFailed:
     return PictureFetchFailed(url, f"it took more than {total:g} seconds")
 
 
-def _refuse_page(url: str, content_type: str, start: bytes) -> None:
+def _refuse_page(url: str, headers: Any, start: bytes, guarded: bool) -> None:
     """A page, said to be one and not a picture under a wrong name, need not be downloaded."""
-    if not content_type.startswith("image/") and not start.startswith(SIGNATURES):
-        raise PictureFetchFailed(url, f"the server sent {content_type}, not a picture")
+    packed = headers.get("Content-Encoding", "identity")
+    if packed.lower() != "identity":
+        raise PictureFetchFailed(url, f"the server packed it with {packed}, which was not asked for")
+    kind = headers.get_content_type()
+    may_be_one = not guarded or kind in UNLABELLED or "Content-Type" not in headers
+    if not kind.startswith("image/") and not (may_be_one and start.startswith(SIGNATURES)):
+        raise PictureFetchFailed(url, f"the server sent {kind}, not a picture")
 
 
-def _opener() -> Any:
+def _opener(line: Line | None) -> Any:
     """http and https only, redirections too: never a file, never ftp."""
     from urllib import request
 
     opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPDefaultErrorHandler,
-        request.HTTPErrorProcessor,
-        request.HTTPRedirectHandler,
-        request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
+    plain = (request.ProxyHandler, request.HTTPHandler, request.HTTPSHandler, request.HTTPRedirectHandler)
+    common = (request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor, request.UnknownHandler)
+    for handler in (*(line.handlers() if line else (kind() for kind in plain)), *(kind() for kind in common)):
+        opener.add_handler(handler)
     return opener
 
 

@@ -10,16 +10,18 @@ import sys
 import threading
 import warnings
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from pixtral_cli.prompt.errors import PictureNotFound, PictureTooLarge, PictureUnreadable
+from pixtral_cli.prompt.errors import PictureDamaged, PictureError, PictureNotFound, PictureTooLarge, PictureUnreadable
 from pixtral_cli.prompt.fetch import fetch as fetch_url
 from pixtral_cli.prompt.fetch import without_password
 from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.prompt.upright import upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,24 +32,11 @@ OTHER_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 STDIN = "-"
 FROM_ARRAY = "Of an array, PIL.Image.fromarray makes a picture."
-ORIENTATION = 0x0112
-TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
-"""EXIF orientation -> the PIL transposition that undoes it."""
 Fetch = Callable[[str], bytes]
+Turn = Callable[[int], AbstractContextManager[Any]]
+"""A number of pixels -> what is held while that many are decoded."""
 PIL_SETTINGS = threading.Lock()
 """Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
-INTEGER_RANGES = (0xFF, 0xFFFF, 0x7FFFFFFF)
-"""The highest value of 8, 16 and (signed) 32 bits."""
-TIFF_HIGHEST_VALUE = (281, 341)
-"""Tags MaxSampleValue and SMaxSampleValue."""
 
 
 def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:
@@ -64,9 +53,32 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
     """
     name = name_of(source)
     if hasattr(source, "convert") and hasattr(source, "size"):
-        return _guarded(name, lambda: _normalised(source, name, max_pixels))
-    with _file(source, name, fetch) as file:
-        return _guarded(name, lambda: _normalised(_open(file, name), name, max_pixels))
+        with _pil_set_up(), _sentences(name):
+            _check_size(source, name, max_pixels)
+            return upright_rgb(source)
+    with _file(source, name, fetch) as file, _pil_set_up():
+        return decode(file, name, max_pixels=max_pixels)
+
+
+def decode(
+    file: BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, turn: Turn = lambda pixels: nullcontext()
+) -> Image.Image:
+    """The picture in `file`, as `load` gives it.
+
+    PIL's own pixel check should be off (`Image.MAX_IMAGE_PIXELS` None) and warnings silent: both belong to the whole
+    process, so a server sets them once, and `load` around each picture.
+
+    Args:
+        turn: entered with the number of pixels that the header states, before they are decoded.
+
+    Raises:
+        PictureError: PictureUnreadable (PictureDamaged in a decoder's words) or PictureTooLarge.
+    """
+    with _sentences(name):
+        image = _open(file, name)
+        _check_size(image, name, max_pixels)
+        with turn(image.width * image.height):
+            return upright_rgb(image)
 
 
 def name_of(source: Any) -> str:
@@ -98,9 +110,9 @@ def _named(source: str, name: str, fetch: Fetch) -> BinaryIO:
     if scheme in ("http", "https"):
         return BytesIO(fetch(source))
     if scheme == "data":
-        return BytesIO(_data_uri(source, name))
+        return BytesIO(data_uri(source, name))
     if scheme == "file":
-        return _path(_file_address(source, name), name)
+        return _path(file_address(source, name), name)
     if source == "":
         raise PictureUnreadable(name, "it has no name")
     path = Path(source)
@@ -109,7 +121,8 @@ def _named(source: str, name: str, fetch: Fetch) -> BinaryIO:
     return _path(path if _exists(path) else _from_home(source), name)
 
 
-def _file_address(source: str, name: str) -> Path:
+def file_address(source: str, name: str) -> Path:
+    """The path in a file: address of this computer. Raises PictureUnreadable."""
     try:
         parts = urlsplit(source)
     except ValueError as error:
@@ -161,7 +174,8 @@ def _path(path: Path, name: str) -> BinaryIO:
         raise PictureNotFound(name) from error
 
 
-def _data_uri(uri: str, name: str) -> bytes:
+def data_uri(uri: str, name: str) -> bytes:
+    """What a data: URI holds. Raises PictureUnreadable."""
     head, comma, body = uri.partition(",")
     if not comma:
         raise PictureUnreadable(name, "a data: URI needs a comma before its data")
@@ -171,30 +185,40 @@ def _data_uri(uri: str, name: str) -> bytes:
     try:
         return b64decode(b"".join(data.split()) + b"==", altchars=b"-_" if b"-" in data or b"_" in data else None)
     except ValueError as error:
-        raise PictureUnreadable(name, f"its base64 is damaged ({error})") from error
+        raise PictureUnreadable(name, "its base64 is damaged") from error
 
 
-def _guarded(name: str, work: Callable[[], Image.Image]) -> Image.Image:
+@contextmanager
+def _pil_set_up() -> Iterator[None]:
+    """PIL's own size check off (ours states both numbers), and no warnings of odd metadata, which nobody can mend."""
+    from PIL import Image
+
+    with PIL_SETTINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _sentences(name: str) -> Iterator[None]:
     """Decoders of damaged files raise nearly anything; all of it means that the picture cannot be read."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with PIL_SETTINGS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata: nothing that the user can do anything about
-            return work()
-    except (PictureUnreadable, PictureTooLarge):
+        yield
+    except PictureError:
         raise
     except UnidentifiedImageError as error:
         raise PictureUnreadable(name, "it is not a picture of a known format") from error
-    except Image.DecompressionBombError as error:
-        raise PictureTooLarge(name, f"The picture {name} is larger than it says.") from error
     except Exception as error:
-        reason = reason_of(error)
-        raise PictureUnreadable(name, f"it is damaged or cut short ({reason})", "Download or copy it again.") from error
+        raise PictureDamaged(name, f"it is damaged or cut short ({reason_of(error)})") from error
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
-    """Read the header. PIL's own size check is off meanwhile (PIL_SETTINGS is held): ours states both numbers."""
+    """Read the header."""
     from PIL import Image
 
     if not file.seekable():  # a named pipe
@@ -202,11 +226,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
     if not file.read(1):
         raise PictureUnreadable(name, "it is empty", "Download or copy it again.")
     file.seek(0)
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        return Image.open(file, formats=FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    return Image.open(file, formats=FORMATS)
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -216,74 +236,3 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise PictureTooLarge(name, sentence)
     if not width or not height:
         raise PictureUnreadable(name, f"it has no pixels ({width}x{height})")
-
-
-def _normalised(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    _check_size(image, name, max_pixels)
-    image.load()
-    orientation = _orientation(image)
-    if image.mode == "RGB" and not image.info and orientation == 1:
-        return image
-    seen = _upright(_rgb(_eight_bit(image)), orientation)
-    seen.info = {}  # an orientation left in it would turn the picture again when it is loaded again
-    return seen
-
-
-def _orientation(image: Image.Image) -> int:
-    """1 to 8; a damaged EXIF block does not spoil the picture."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
-        return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    from PIL import Image
-
-    turn = TURNS.get(orientation)
-    return image.transpose(Image.Transpose[turn]) if turn else image
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Sixteen-bit, integer and float greys scaled to 8 bits, where PIL's own conversion would clip them."""
-    if not (image.mode == "F" or image.mode.startswith("I")):
-        return image
-    grey = image.convert("F")
-    scale = 255 / _white(image, *grey.getextrema())
-    return grey.point(lambda value: value * scale + 0.5).convert("L")
-
-
-def _white(image: Image.Image, low: float, high: float) -> float:
-    """The value that is white, of a grey picture whose values go from `low` to `high`.
-
-    ``I;16`` says that it is 65535. Mode ``I`` only says that values are kept in 32 bits, which programs do with
-    masks of 8 bits and scans of 16 as well: it is the smallest of these ranges that holds every value, and the
-    highest that a TIFF states. Floats are 0 to 1 if all of them are, else 0 to 255.
-    """
-    if image.mode == "F":
-        return 1.0 if 0 <= low and high <= 1 else 255.0
-    if image.mode != "I":
-        return INTEGER_RANGES[1]
-    highest = max(high, _stated_highest(image))
-    return next((top for top in INTEGER_RANGES if highest <= top), INTEGER_RANGES[-1])
-
-
-def _stated_highest(image: Image.Image) -> float:
-    """The highest value that a TIFF's header speaks of; 0 where it says nothing."""
-    tags = getattr(image, "tag_v2", {})
-    stated = (tags.get(tag, 0) for tag in TIFF_HIGHEST_VALUE)
-    return max(float(value[0] if isinstance(value, tuple) else value) for value in stated)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB, what is transparent composited on white the way mistral-common does it."""
-    from PIL import Image
-
-    if image.mode in ("La", "RGBa"):
-        image = image.convert(image.mode[:-1] + "A")
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.paste(image, (0, 0), image)
-    return white.convert("RGB")
