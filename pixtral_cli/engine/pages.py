@@ -16,7 +16,7 @@ from itertools import accumulate
 from pixtral_cli.engine.request import Request
 from pixtral_cli.model.kv_cache import PAGE
 
-SLACK = 16  # pages: a sequence begins where so many more are free, so that it can grow in one piece
+SLACK = 16  # pages kept free behind a sequence while there is room, so that it can grow in one piece
 
 
 class PageTable:
@@ -54,7 +54,7 @@ class PageTable:
     def _next(self, after: int | None, wanted: int) -> int:
         page = self._follower(after)
         if page is None:
-            page = self._start_of_run(wanted + SLACK)
+            page = self._start_of_run(wanted)
         if self._free[page]:
             self._free[page] = False
             self._free_count -= 1
@@ -67,7 +67,7 @@ class PageTable:
         return follows if follows is not None and follows < self.count and self._free[follows] else None
 
     def _start_of_run(self, wanted: int) -> int:
-        """The first free page that so many free ones begin with, else of the longest run, else the oldest unused."""
+        """Where so many free pages lie together with SLACK on both sides, else in the longest run, else the oldest."""
         if not self._free_count:
             return next(iter(self._unused))
         best, longest, run = 0, 0, 0
@@ -75,9 +75,9 @@ class PageTable:
             run = run + 1 if free else 0
             if run > longest:
                 best, longest = page - run + 1, run
-                if longest == wanted:
+                if longest == wanted + 2 * SLACK:
                     break
-        return best
+        return best + SLACK if best and longest >= wanted + SLACK else best
 
     def _forget(self, page: int) -> None:
         del self._unused[page]

@@ -1,0 +1,229 @@
+"""What requests share (pages, pictures, steps) changes how much is computed and never what comes out."""
+
+import hashlib
+import threading
+
+import builders
+import pytest
+import torch
+
+from pixtral_cli.encodings import find
+from pixtral_cli.engine import scheduler
+from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.request import Failure, Picture, Request, Sampling
+from pixtral_cli.engine.worker import Worker
+from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.kv_cache import PAGE
+from pixtral_cli.model.load import load
+from pixtral_cli.model.placement import place
+from weights_cache import checkpoint
+
+IMAGE, BREAK = 10, 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pixtral")
+    builders.pixtral(folder, sliding_window=200)
+    opened = checkpoint.open(folder)
+    config = ModelConfig.from_dict(opened.config)
+    return load(opened, config, place(opened.tensors, find("float32")), torch.device("cpu"))
+
+
+def words(seed, length):
+    return torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def picture(seed, rows=4, columns=5):
+    pixels = torch.randn(3, rows * 16, columns * 16, generator=torch.Generator().manual_seed(seed))
+    ids = ([IMAGE] * columns + [BREAK]) * rows
+    return ids, Picture(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels)
+
+
+def asked(*parts, tokens=12, **fields):
+    """A request of texts (lists of ids) and pictures (of `picture`), in order."""
+    ids, pictures = [], []
+    for part in parts:
+        ids += part if isinstance(part, list) else part[0]
+        pictures += [] if isinstance(part, list) else [part[1]]
+    return Request(tuple(ids), tokens, pictures=tuple(pictures), **fields)
+
+
+def run(engine, *requests):
+    events = {engine.submit(request): [] for request in requests}
+    while engine.busy:
+        for event in engine.step():
+            events[event.request_id].append(event)
+    return list(events.values())
+
+
+def tokens(events):
+    return [event.token_id for event in events]
+
+
+def loosely(engine):
+    """The engine as for other numbers than float32 on a CPU: everything that is known is shared."""
+    engine.scheduler.exact = engine.runner.exact = False
+    return engine
+
+
+CONTEXT = [words(1, 40), picture(2), words(3, 25)]
+
+
+def test_a_second_question_computes_only_what_is_new(model):
+    first, second = asked(*CONTEXT, words(4, 9)), asked(*CONTEXT, words(5, 30))
+    alone = tokens(run(loosely(Engine(model)), second)[0])
+    engine = loosely(Engine(model))
+    run(engine, first)
+    events = run(engine, second)[0]
+    shared = len(first.token_ids) - 9
+    assert tokens(events) == alone
+    assert events[0].cached_tokens == shared // PAGE * PAGE
+
+
+def test_the_next_turn_reuses_the_answer_too(model):
+    engine = loosely(Engine(model))
+    first = asked(*CONTEXT, tokens=40)
+    answer = tokens(run(engine, first)[0])
+    second = Request((*first.token_ids, *answer, *words(6, 8)), 12, pictures=first.pictures)
+    events = run(engine, second)[0]
+    assert events[0].cached_tokens >= len(first.token_ids) + 39 - PAGE
+    assert tokens(events) == tokens(run(loosely(Engine(model)), second)[0])
+
+
+def test_the_very_same_prompt_leaves_one_page_to_compute(model):
+    engine = loosely(Engine(model))
+    request = asked(words(7, 4 * PAGE))
+    first, second = (run(engine, request)[0] for _ in range(2))
+    assert tokens(first) == tokens(second) and second[0].cached_tokens == 3 * PAGE
+
+
+def test_another_picture_or_another_salt_shares_nothing_of_it(model):
+    engine = loosely(Engine(model))
+    run(engine, asked(*CONTEXT))
+    other = asked(CONTEXT[0], picture(9), CONTEXT[2])
+    events = run(engine, other)[0]
+    assert events[0].cached_tokens == 32  # the whole pages of words before it
+    assert tokens(events) == tokens(run(loosely(Engine(model)), other)[0])
+    assert run(engine, asked(*CONTEXT, cache_salt=b"another's"))[0][0].cached_tokens == 0
+
+
+def test_a_picture_is_encoded_once_however_often_it_is_shown(model, monkeypatch):
+    made, encode = [], model.encode_picture
+    monkeypatch.setattr(type(model), "encode_picture", lambda self, pixels: made.append(1) or encode(pixels))
+    engine = Engine(model)
+    for seed in range(3):
+        run(engine, asked(words(seed, 20), picture(2), words(seed, 5)))
+    assert len(made) == 1
+    run(engine, asked(words(1, 20), picture(2), cache_salt=b"another's"))
+    assert len(made) == 2
+
+
+def test_pictures_features_stay_within_their_limit(model):
+    one = 4 * 5 * model.config.text.hidden_size * 4
+    engine = Engine(model, image_cache=3 * one)
+    for seed in range(6):
+        run(engine, asked(words(seed, 20), picture(seed)))
+        assert engine.features.nbytes <= 3 * one
+
+
+def test_prompts_that_begin_alike_and_come_together_are_computed_once(model):
+    engine = loosely(Engine(model, max_batch_size=4))
+    prompts = [asked(words(1, 6 * PAGE), words(seed, 5), tokens=4) for seed in range(4)]
+    alone = [tokens(run(loosely(Engine(model)), prompt)[0]) for prompt in prompts]
+    events = run(engine, *prompts)
+    assert [tokens(each) for each in events] == alone
+    assert [each[0].cached_tokens for each in events] == [0, *[6 * PAGE] * 3]
+
+
+MANY = [
+    asked(words(seed, 20 + 37 * seed), *([picture(seed)] if seed % 2 else []), words(seed, 3), tokens=30 + seed)
+    for seed in range(7)
+]
+
+
+@pytest.mark.parametrize("pages", [28, 40])
+def test_with_too_little_memory_requests_wait_and_begin_again_and_none_fails(model, pages):
+    alone = [tokens(run(Engine(model), request)[0]) for request in MANY]
+    engine = Engine(model, max_batch_size=7, kv_tokens=pages * PAGE)
+    assert [tokens(events) for events in run(engine, *MANY)] == alone
+    assert engine.scheduler.preemptions > 0
+    assert engine.table.in_use == 0 and engine.table.available == pages
+
+
+def test_a_request_that_fills_the_whole_memory_ends_for_its_length(model):
+    engine = Engine(model, kv_tokens=4 * PAGE)
+    events = run(engine, asked(words(1, 30), tokens=None))[0]
+    assert events[-1].finish_reason == "length" and len(events) == 4 * PAGE - 30
+
+
+def details(events):
+    return [(event.token_id, event.logprob, event.alternatives) for event in events]
+
+
+def test_in_float32_on_a_cpu_an_answer_has_the_very_bits_it_has_alone(model, monkeypatch):
+    monkeypatch.setattr(scheduler, "SHORT_CHUNK", 64)
+    requests = [Request(r.token_ids, r.max_new_tokens, r.pictures, logprobs=5) for r in MANY]
+    alone = [details(run(Engine(model), request)[0]) for request in requests]
+    engine = Engine(model, max_batch_size=5)
+    assert [details(events) for events in run(engine, *requests)] == alone
+    events = run(engine, *reversed(requests))  # now much of it is known
+    assert [details(each) for each in reversed(events)] == alone
+    assert any(each[0].cached_tokens for each in events)
+
+
+def test_a_request_that_fails_leaves_the_others_as_they_are(model, monkeypatch):
+    def broken():
+        raise MemoryError
+
+    alone = [tokens(run(Engine(model), request)[0]) for request in MANY[:3]]
+    ids, good = picture(50)
+    bad = asked(words(50, 5), (ids, Picture(b"bad", good.features, broken)))
+    engine = Engine(model, max_batch_size=4)
+    *others, failed = run(engine, *MANY[:3], bad)
+    assert [tokens(events) for events in others] == alone
+    assert len(failed) == 1 and isinstance(failed[0], Failure) and isinstance(failed[0].error, MemoryError)
+    assert engine.table.in_use == 0 and tokens(run(engine, MANY[0])[0]) == alone[0]
+
+
+def test_cancelling_in_the_middle_of_a_prompt_frees_every_page(model, monkeypatch):
+    monkeypatch.setattr(scheduler, "SHORT_CHUNK", 16)
+    engine = Engine(model, max_batch_size=2)
+    submitted = [engine.submit(asked(words(seed, 100))) for seed in (1, 2)]
+    engine.step()
+    assert engine.table.in_use > 0
+    for request_id in submitted:
+        engine.cancel(request_id)
+    assert not engine.busy and engine.table.in_use == 0
+
+
+def test_a_worker_answers_threads_that_come_and_go(model):
+    alone = [tokens(run(Engine(model), request)[0]) for request in MANY]
+    worker = Worker(Engine(model, max_batch_size=3))
+    got, ended = [[] for _ in MANY], [threading.Event() for _ in MANY]
+
+    def sink(number):
+        def take(event):
+            got[number].append(event)
+            if event.finish_reason:
+                ended[number].set()
+
+        return take
+
+    def leave_early():
+        left = worker.submit(asked(words(99, 50), tokens=2000), lambda event: None)
+        worker.cancel(left)
+
+    for number, request in enumerate(MANY):
+        threading.Thread(target=worker.submit, args=(request, sink(number))).start()
+        threading.Thread(target=leave_early).start()
+    assert all(each.wait(30) for each in ended)
+    assert [tokens(events) for events in got] == alone
+    assert worker.alive and worker.stop(10) and not worker.alive
+    assert worker.engine.table.in_use == 0
+
+
+def test_sampling_draws_the_same_for_a_seed_whoever_else_is_there(model):
+    drawn = asked(words(8, 30), sampling=Sampling(temperature=1.0, top_k=0, seed=3))
+    alone = tokens(run(Engine(model), drawn)[0])
+    assert tokens(run(Engine(model, max_batch_size=8), *MANY[:5], drawn)[-1]) == alone
