@@ -38,6 +38,7 @@ class Stub:
     def reset(self):
         self.words = ["One", " picture", " says", " more."]
         self.pause = 0.0
+        self.allowed = float("inf")  # how many pieces of the stream may go out by now
         self.error = None  # (status, sentence)
         self.key = None
         self.ending = "stop"  # or "length", or "lost": the connection closes in the middle
@@ -69,8 +70,10 @@ class Stub:
 
     async def wire(self):
         try:
-            for piece in self.pieces or self.events():
+            for index, piece in enumerate(self.pieces or self.events()):
                 await asyncio.sleep(self.pause)
+                while index >= self.allowed:
+                    await asyncio.sleep(0.01)
                 yield piece
         except (asyncio.CancelledError, GeneratorExit):
             self.left.set()

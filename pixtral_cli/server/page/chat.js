@@ -39,8 +39,7 @@ async function meet() {
 async function costs(urls) {
   if (tooLarge()) return [];
   try {
-    await meet();
-    return (await pictureCosts(model.id, urls)) ?? [];
+    return await pictureCosts(urls);
   } catch (error) {
     tell(sentenceOf(error));
     return [];
@@ -65,7 +64,7 @@ async function answer(turn) {
   const run = (running = new AbortController());
   busy(true);
   turn.begin();
-  follow(true);
+  toEnd();
   const seen = { usage: null, started: performance.now(), first: null, last: null, ending: [], problem: "" };
   try {
     await meet();
@@ -76,9 +75,7 @@ async function answer(turn) {
     else if (turn.answer) seen.ending.push("stopped");
     else seen.problem = "Stopped before the first word.";
   }
-  const following = isAtEnd();
-  turn.end(figuresOf(seen), seen.problem);
-  follow(following);
+  following(() => turn.end(figuresOf(seen), seen.problem));
   if (running === run) busy(false);
 }
 
@@ -89,8 +86,7 @@ function take(turn, chunk, seen) {
   if (!choice?.delta?.content) return;
   seen.last = performance.now();
   seen.first ??= seen.last;
-  const following = isAtEnd();
-  turn.add(choice.delta.content, () => follow(following));
+  turn.add(choice.delta.content, following);
 }
 
 // Questions that failed without a word of answer are not history: a model expects each to be answered.
@@ -180,12 +176,15 @@ function sentenceOf(error) {
   return "The page did not understand the server’s answer.";
 }
 
-function isAtEnd() {
-  return innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+/** Who reads at the end stays there when `change` makes the page longer; who has scrolled up is left in peace. */
+function following(change) {
+  const isAtEnd = innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+  change();
+  if (isAtEnd) toEnd();
 }
 
-function follow(wanted) {
-  if (wanted) scrollTo(0, document.documentElement.scrollHeight);
+function toEnd() {
+  scrollTo(0, document.documentElement.scrollHeight);
 }
 
 /** The promise of a key, one for all who ask at once. */

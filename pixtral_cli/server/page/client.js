@@ -21,8 +21,8 @@ export async function firstModel() {
 }
 
 /** What each of these pictures (data: URLs) costs, in their order: `[{width, height, tokens}]`. */
-export async function pictureCosts(model, urls) {
-  const body = JSON.stringify({ model, messages: [{ role: "user", content: urls.map(picturePart) }] });
+export async function pictureCosts(urls) {
+  const body = JSON.stringify({ messages: [{ role: "user", content: urls.map(picturePart) }] });
   return (await (await call("tokenize", { body })).json()).images;
 }
 

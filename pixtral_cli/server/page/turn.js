@@ -37,13 +37,10 @@ export class Turn {
     this.#find(".problem").hidden = this.#find(".after").hidden = true;
   }
 
-  /** More of the answer; `shown()` is called when it is on the page. */
-  add(text, shown) {
+  /** More of the answer, on the page with the next frame: `around` is given what draws it. */
+  add(text, around) {
     this.answer += text;
-    this.#frame ||= requestAnimationFrame(() => {
-      this.#draw();
-      shown();
-    });
+    this.#frame ||= requestAnimationFrame(() => around(() => this.#draw()));
   }
 
   /** The answer is as whole as it will be; a `problem` is said below it, with a way to try again. */
@@ -87,8 +84,9 @@ export function figuresOf({ usage, started, first, last, ending }) {
   return [...said, ...ending].map(unbroken).join("\u00a0· ");
 }
 
+/** A line may break before a bracket and after a comma, nowhere else within one figure. */
 function unbroken(text) {
-  return text.replace(/ (?!\()/g, "\u00a0");
+  return text.replace(/([^,]) (?!\()/g, "$1\u00a0");
 }
 
 function details({ image_tokens: pictures, cached_tokens: cached } = {}) {
