@@ -156,6 +156,13 @@ class Engine:
                 self._deliver(event)
             return events
 
+    def fail(self, error: Exception) -> None:
+        """End every request with `error`; those that come later begin afresh."""
+        with self._lock:
+            self._welcome()
+            for request_id in list(self._sinks):
+                self._deliver(Failure(request_id, error))
+
     def _welcome(self) -> None:
         """Take in what was submitted and cancelled meanwhile, in that order."""
         while self._arrived:
@@ -197,9 +204,12 @@ class Engine:
 
     def _advance(self, sequence: Sequence, logits: Tensor, likeliest: int) -> TokenEvent:
         request, first = sequence.request, not sequence.generated
-        token_id = likeliest
-        if not request.sampling.greedy or request.sampling.alters_logits:
-            token_id = sampler.choose(logits, request.sampling, set(sequence.token_ids), sequence.random)
+        token_id, constraint = likeliest, request.constraint
+        if not request.sampling.greedy or request.sampling.alters_logits or constraint is not None:
+            prompt, answer = sequence.token_ids[: sequence.prompt_length], sequence.token_ids[sequence.prompt_length :]
+            token_id = sampler.choose(logits, request.sampling, prompt, answer, sequence.random, constraint)
+        if constraint is not None:
+            constraint.accept(token_id)
         sequence.append(token_id)
         self._count(sequence, first)
         logprob, alternatives = None, ()

@@ -48,6 +48,13 @@ class Worker:
         while not self._stopping:
             self._wake.wait()
             self._wake.clear()
-            self.engine.step()  # at least one, for what was cancelled
+            self._step()  # at least one, for what was cancelled
             while self.engine.busy and not self._stopping:
-                self.engine.step()
+                self._step()
+
+    def _step(self) -> None:
+        """A step that fails as a whole is a bug: who is there learns of it, and who comes next is answered."""
+        try:
+            self.engine.step()
+        except Exception as error:
+            self.engine.fail(error)

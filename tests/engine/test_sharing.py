@@ -227,3 +227,20 @@ def test_sampling_draws_the_same_for_a_seed_whoever_else_is_there(model):
     drawn = asked(words(8, 30), sampling=Sampling(temperature=1.0, top_k=0, seed=3))
     alone = tokens(run(Engine(model), drawn)[0])
     assert tokens(run(Engine(model, max_batch_size=8), *MANY[:5], drawn)[-1]) == alone
+
+
+def test_a_bug_in_a_step_ends_the_requests_that_are_there_and_not_the_worker(model, monkeypatch):
+    worker, events, ended = Worker(Engine(model)), [], threading.Event()
+
+    def sink(event):
+        events.append(event)
+        if isinstance(event, Failure) or event.finish_reason:
+            ended.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.engine.scheduler, "schedule", lambda: 1 / 0)
+        worker.submit(MANY[0], sink)
+        assert ended.wait(10) and isinstance(events[0].error, ZeroDivisionError)
+    ended.clear()
+    worker.submit(MANY[0], sink)
+    assert ended.wait(10) and events[-1].finish_reason == "length" and worker.stop(10)
