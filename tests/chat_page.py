@@ -9,7 +9,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync""".split()
+--disable-component-update --disable-sync --force-prefers-reduced-motion""".split()  # what fades in has no text yet
 
 
 def start_chromium(folder):
