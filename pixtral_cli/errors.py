@@ -2,6 +2,7 @@
 
 PixtralError
 ├── ModelError      the checkpoint cannot be run as asked
+│   └── BrokenLogits    it computes infinities, or what is no number
 ├── DeviceError     the device asked for is not there
 ├── RequestError    this request cannot be answered by this model
 └── PromptError     messages, templates and pictures (pixtral_cli.prompt.errors)
@@ -22,6 +23,16 @@ class PixtralError(Exception):
 
 class ModelError(PixtralError):
     """The checkpoint cannot be run as asked."""
+
+
+class BrokenLogits(ModelError):
+    """The model computed infinities, or what is no number, where the next token's scores should be."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model computed no usable scores for the next token.",
+            hint="Try another --quantization-encoding, or fetch the model again with --force-download.",
+        )
 
 
 class DeviceError(PixtralError):

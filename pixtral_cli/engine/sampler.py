@@ -1,34 +1,91 @@
 """Logits in, a token out. Knows no sequences.
 
-Filters come in the order of transformers (`generation/logits_process.py`): repetition penalty, temperature, top-k,
-top-p, min-p. V is the vocabulary's size.
+What alters the logits comes in the order of vLLM (`v1/sample/sampler.py`): the tokens that a grammar allows, logit
+bias, repetition penalty, frequency and presence penalty. Then the filters in the order of transformers
+(`generation/logits_process.py`): temperature, top-k, top-p, min-p. V is the vocabulary's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pixtral_cli.engine.request import Sampling
+from pixtral_cli.errors import BrokenLogits
+
+if TYPE_CHECKING:
+    from pixtral_cli.engine.grammar import Constraint
 
 
-def choose(logits: Tensor, sampling: Sampling, seen: Collection[int], random: torch.Generator) -> int:
-    """The next token for float32 logits [V]; `seen` are the different tokens that came before."""
-    logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    random: torch.Generator,
+    constraint: Constraint | None = None,
+) -> int:
+    """The next token for float32 logits [V] after the tokens of the prompt and of the answer so far.
+
+    Raises:
+        BrokenLogits: no token can be chosen, because the model computed numbers that are none.
+        RequestError: the constraint became too complex.
+    """
+    mask = None if constraint is None else constraint.mask()
+    logits = keep_allowed(logits, mask)
+    logits = add_bias(logits, sampling.logit_bias)
+    if sampling.repetition_penalty != 1:
+        logits = penalise_repetition(logits, {*prompt, *answer}, sampling.repetition_penalty)
+    logits = penalise_frequency(logits, answer, sampling.frequency_penalty, sampling.presence_penalty)
+    best, place = logits.max(0)
+    if not best.isfinite():
+        raise BrokenLogits
     if sampling.greedy:
-        return int(logits.argmax())
-    logits = (logits / sampling.temperature).cpu()
+        return int(place)
+    logits = ((logits - best) / sampling.temperature).cpu()
     logits = keep_top_k(logits, sampling.top_k)
     logits = keep_top_p(logits, sampling.top_p)
     logits = keep_min_p(logits, sampling.min_p)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=random))
 
 
+def keep_allowed(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Keep what the mask, bool [tokens of the tokenizer], allows; a model's further logits stand for no token."""
+    if mask is None:
+        return logits
+    allowed = torch.zeros(logits.numel(), dtype=torch.bool)
+    allowed[: mask.numel()] = mask[: logits.numel()]
+    return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
+def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Add to the logits of these tokens (OpenAI's `logit_bias`)."""
+    if not bias:
+        return logits
+    places = torch.tensor(list(bias), device=logits.device)
+    return logits.index_add(0, places, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device))
+
+
+def penalise_frequency(logits: Tensor, answer: Sequence[int], frequency: float, presence: float) -> Tensor:
+    """Subtract `frequency` for every time that a token was generated and `presence` once if it was.
+
+    Source: OpenAI's API reference, "frequency and presence penalties"; as there and in vLLM, the prompt is not counted.
+    """
+    if not answer or (frequency == 0 and presence == 0):
+        return logits
+    counts = Counter(answer)
+    places = torch.tensor(list(counts), device=logits.device)
+    times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+    return logits.index_add(0, places, -(times * frequency + presence))
+
+
 def penalise_repetition(logits: Tensor, seen: Collection[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of tokens already there (Keskar et al. 2019, section 4.1)."""
-    if penalty == 1:
+    if penalty == 1 or not seen:
         return logits
     places = torch.tensor(list(seen), device=logits.device)
     scores = logits[places]

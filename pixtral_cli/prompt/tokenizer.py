@@ -104,12 +104,12 @@ class Tokenizer:
     def _encode(self, text: str, at_start: bool) -> list[int]:
         model = self.text_model if at_start else self._inner_model
         encoding = model.encode(text, add_special_tokens=False)
-        if self._special_ids.isdisjoint(encoding.ids):
+        if self.special_ids.isdisjoint(encoding.ids):
             return encoding.ids
         return [
             id
             for found, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            for id in ([found] if found not in self._special_ids else self._letters(text[start:end]))
+            for id in ([found] if found not in self.special_ids else self._letters(text[start:end]))
         ]
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -149,7 +149,7 @@ class Tokenizer:
     def _letters(self, text: str) -> list[int]:
         """The ids of a text letter by letter, for the rare vocabulary whose BPE spells a control token."""
         ids = [id for letter in text for id in self._inner_model.encode(letter, add_special_tokens=False).ids]
-        return [id for id in ids if id not in self._special_ids]
+        return [id for id in ids if id not in self.special_ids]
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
@@ -161,7 +161,13 @@ class Tokenizer:
         return {control.id: control for control in self.controls.values()}
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def id_limit(self) -> int:
+        """Every id with an entry is below it."""
+        return max(*self.text_model.get_vocab().values(), *self._control_of) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Control tokens that are no part of an answer's text."""
         return frozenset(control.id for control in self.controls.values() if control.special)
 
     @cached_property

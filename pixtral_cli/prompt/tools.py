@@ -28,6 +28,8 @@ class Tool:
     name: str
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    """Whether a call that the model is free to make must keep to `parameters`; one that is forced always does."""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class ToolCall:
 def parse_tools(tools: Any) -> tuple[Tool, ...]:
     """Check ``[{"type": "function", "function": {"name": …, "description"?, "parameters"?, "strict"?}}, …]``.
 
-    None and an empty list are no tools. Whether `strict` or not, a forced call keeps to the parameters.
+    None and an empty list are no tools.
 
     Raises:
         InvalidTools: names the entry that is wrong, e.g. ``tools[1].function.name``.
@@ -80,7 +82,7 @@ def _tool(entry: Any, where: str) -> Tool:
         raise InvalidTools(f"{where}.parameters", "should be an object: a JSON schema")
     if not isinstance(function.get("strict"), bool | None):
         raise InvalidTools(f"{where}.strict", "should be true or false")
-    return Tool(name, description or "", parameters or {})
+    return Tool(name, description or "", parameters or {}, function.get("strict") or False)
 
 
 def fitting_id(id: str) -> str:

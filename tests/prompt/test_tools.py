@@ -15,7 +15,7 @@ def tool(**function):
 def test_a_tool_is_read_whatever_is_left_out():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     given = [tool(description="Adds.", parameters=schema, strict=True), tool(name="now"), {"function": {"name": "x"}}]
-    assert parse_tools(given) == (Tool("add", "Adds.", schema), Tool("now"), Tool("x"))
+    assert parse_tools(given) == (Tool("add", "Adds.", schema, strict=True), Tool("now"), Tool("x"))
     assert parse_tools(None) == parse_tools([]) == ()
 
 
