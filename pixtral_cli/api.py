@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pixtral_cli import constraints, generate
 from pixtral_cli import devices as device_names
-from pixtral_cli import generate
 from pixtral_cli.encodings import ENCODINGS, find
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
+from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, TextEvent
 from pixtral_cli.model import save
@@ -114,6 +116,11 @@ class Pixtral:
     def processor(self) -> Processor:
         return self.source.processor
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens as grammars need them."""
+        return constraints.vocabulary(self.processor.tokenizer, self.source.end_token_ids)
+
     @property
     def device(self) -> str:
         return str(self.engine.model.device)
@@ -123,12 +130,14 @@ class Pixtral:
         """Tokens of prompt and answer together."""
         return self.engine.max_length
 
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Reply:
-        """Answer OpenAI-style messages; `options` are the fields of GenerationOptions.
+    def chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+    ) -> Reply:
+        """Answer OpenAI-style messages, perhaps by calls of `tools`; `options` are the fields of GenerationOptions.
 
         Raises PromptError (messages, pictures, template) and RequestError (options, length, memory), both PixtralError.
         """
-        return _last(self.stream(messages, **options))
+        return _last(self.stream(messages, tools, **options))
 
     def complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Reply:
         """Continue plain text after the pictures, without a chat template. Raises as `chat`."""
@@ -141,12 +150,14 @@ class Pixtral:
         replies = {place: event.reply for place, event in events if event.reply is not None}
         return [replies[place] for place in range(len(prompts))]
 
-    def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> Generator[TextEvent]:
+    def stream(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, **options: Any
+    ) -> Generator[TextEvent]:
         """As `chat`, token by token; the last event carries the whole Reply. Closing it frees what it holds.
 
         Raises at once, as `chat`.
         """
-        return _only(self._run([self.source.chat(messages)], GenerationOptions.of(options)))
+        return _only(self._run([self.source.chat(messages, tools)], GenerationOptions.of(options)))
 
     def stream_complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Generator[TextEvent]:
         """As `complete`, token by token. Raises at once, as `chat`."""
@@ -163,7 +174,7 @@ class Pixtral:
         ends, tokenizer = self.source.end_token_ids, self.processor.tokenizer
         jobs = [
             (
-                generate.engine_request(prompt, options, ends),
+                generate.engine_request(prompt, options, ends, tokenizer, self.vocabulary),
                 Answering(self.name, prompt, options, tokenizer, self.load_seconds),
             )
             for prompt in prompts

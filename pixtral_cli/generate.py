@@ -9,18 +9,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from pixtral_cli.engine.request import Failure, FinishReason, Picture, Request, Sampling, TokenEvent
+from pixtral_cli import constraints
+from pixtral_cli.engine.request import Failure, Picture, Request, Sampling, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.prompt.stops import StopMatcher
-from pixtral_cli.prompt.tokenizer import ByteStream
+from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
     from pixtral_cli.engine.engine import Engine
+    from pixtral_cli.engine.grammar import Vocabulary
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,17 @@ class GenerationOptions:
     top_k: choose among that many likeliest tokens, 0 is off. None is 1 (greedy), or off with a temperature above 0.
     temperature: None is 0 (greedy), or 1 when a top_k above 1 is given.
     top_p, min_p, repetition_penalty: 1, 0 and 1 switch them off.
+    frequency_penalty, presence_penalty: from -2 to 2; taken off a token's score for every time that the answer has it,
+        and once if it does.
+    logit_bias: token ids, and what is added to their scores, from -100 to 100.
     seed: the same seed, the same choices; None draws a new one.
     stop: the answer ends before the first of these texts.
     ignore_eos: go on after the model's end-of-answer token.
     logprobs: True, or the number of alternatives to report beside each token.
+    response_format: OpenAI's, {"type": "text" | "json_object" | "json_schema", "json_schema": {"schema": …}}; the
+        answer keeps to it, `strict` or not.
+    tool_choice: OpenAI's, "auto", "none", "required" or {"type": "function", "function": {"name": …}}.
+    parallel_tool_calls: whether an answer may hold several calls.
     """
 
     max_new_tokens: int = -1
@@ -43,10 +55,16 @@ class GenerationOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int | str, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = ()
     ignore_eos: bool = False
     logprobs: bool | int = False
+    response_format: Mapping[str, Any] | None = None
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, "-1 or a whole number above 0")
@@ -55,6 +73,9 @@ class GenerationOptions:
         _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
         _check("repetition_penalty", self.repetition_penalty, float, lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000")
+        _check("frequency_penalty", self.frequency_penalty, float, lambda x: -2 <= x <= 2, "from -2 to 2")
+        _check("presence_penalty", self.presence_penalty, float, lambda x: -2 <= x <= 2, "from -2 to 2")
+        _check_bias(self.logit_bias)
         _check("seed", self.seed, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1", optional=True)
         if not isinstance(self.logprobs, bool):
             _check("logprobs", self.logprobs, int, lambda n: n >= 0, "True, False or a number of alternatives")
@@ -62,6 +83,10 @@ class GenerationOptions:
             raise RequestError(f"stop should be a text or a list of texts, not {self.stop!r}.")
         for stop in self.stops:
             _check("stop", stop, str, bool, "texts, none of them empty")
+        constraints.schema_of(self.response_format)
+        constraints.check_choice(self.tool_choice)
+        if not isinstance(self.parallel_tool_calls, bool):
+            raise RequestError(f"parallel_tool_calls should be true or false, not {self.parallel_tool_calls!r}.")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
@@ -81,7 +106,15 @@ class GenerationOptions:
         top_k = self.top_k if self.top_k is not None else (0 if self.temperature else 1)
         temperature = self.temperature if self.temperature is not None else (0.0 if top_k == 1 else 1.0)
         return Sampling(
-            temperature, top_k, self.top_p, self.min_p, repetition_penalty=self.repetition_penalty, seed=self.seed
+            temperature,
+            top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.frequency_penalty,
+            self.presence_penalty,
+            {int(token_id): float(bias) for token_id, bias in (self.logit_bias or {}).items()},
+            self.seed,
         )
 
     @property
@@ -125,7 +158,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer. `token_ids` are all that the model chose, its end token included; `text` has no stop string."""
+    """A whole answer. `token_ids` are all that the model chose, its end token included; `text` has no stop string.
+
+    The finish reason is "tool_calls" when the model ended its answer with `tool_calls`.
+    """
 
     model: str
     text: str
@@ -135,17 +171,21 @@ class Reply:
     usage: Usage
     timings: Timings
     logprobs: list[TokenLogprob] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextEvent:
-    """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back."""
+    """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back, and
+    what belongs to a tool call is told on the last event.
+    """
 
     text: str
     token_id: int
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     reply: Reply | None = None  # on the last event
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Answering:
@@ -156,7 +196,12 @@ class Answering:
     ) -> None:
         self.model, self.tokenizer, self.load_s = model, tokenizer, load_s
         self.prompt_token_ids, self.image_tokens = prompt.token_ids, prompt.image_tokens
-        self.utf8 = ByteStream(tokenizer, at_start=prompt.answer_starts_text)
+        self.reader = ToolCallReader(
+            tokenizer,
+            at_start=prompt.answer_starts_text,
+            reads_calls=bool(prompt.tools) and options.tool_choice != "none",
+            only_calls=prompt.call_form == "text" and constraints.is_forced(options.tool_choice),
+        )
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
         self.token_ids: list[int] = []
@@ -170,14 +215,19 @@ class Answering:
             self.first_token = time.perf_counter()
             self.cached_tokens = event.cached_tokens
         self.token_ids.append(event.token_id)
-        text, stopped = self.stops.push(self.utf8.push(event.token_id))
+        text, stopped = self.stops.push(self.reader.push(event.token_id))
+        calls: tuple[ToolCall, ...] = ()
         if event.finish_reason and not stopped:
-            rest, stopped = self.stops.push(self.utf8.finish())
+            rest, calls = self.reader.finish()
+            rest, stopped = self.stops.push(rest)
             text += rest if stopped else rest + self.stops.flush()
         self.text.append(text)
         logprob = self._logprob(event)
         finish: FinishReason | None = "stop" if stopped else event.finish_reason
-        return TextEvent(text, event.token_id, logprob, finish, self._reply(finish) if finish else None)
+        if calls and finish == "stop":
+            finish = "tool_calls"
+        reply = self._reply(finish, calls) if finish else None
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls)
 
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
         if self.logprobs is None:
@@ -191,11 +241,19 @@ class Answering:
         token = self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         return TokenLogprob(token_id, token, logprob, top)
 
-    def _reply(self, finish: FinishReason) -> Reply:
+    def _reply(self, finish: FinishReason, calls: tuple[ToolCall, ...]) -> Reply:
         usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
         text = "".join(self.text)
         return Reply(
-            self.model, text, self.token_ids, self.prompt_token_ids, finish, usage, self._timings(), self.logprobs
+            self.model,
+            text,
+            self.token_ids,
+            self.prompt_token_ids,
+            finish,
+            usage,
+            self._timings(),
+            self.logprobs,
+            calls,
         )
 
     def _timings(self) -> Timings:
@@ -211,15 +269,28 @@ class Answering:
         )
 
 
-def engine_request(prompt: Prompt, options: GenerationOptions, ends: frozenset[int]) -> Request:
-    """The engine's form of a prompt; pictures become pixels only when the engine gets to them."""
+def engine_request(
+    prompt: Prompt, options: GenerationOptions, ends: frozenset[int], tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> Request:
+    """The engine's form of a prompt; pictures become pixels only when the engine gets to them.
+
+    A schema is compiled here, which may take seconds: not on the engine's thread. Of several answers to one prompt,
+    each needs a constraint of its own, `constraint.fresh()`. Raises RequestError.
+    """
+    banned = constraints.banned(prompt, options.tool_choice, tokenizer)
+    if outside := [token_id for token_id in options.sampling.logit_bias if token_id >= vocabulary.size]:
+        raise RequestError(f"logit_bias has token {outside[0]}, and the model knows {vocabulary.size}.")
+    sampling = options.sampling
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
         pictures=tuple(Picture(image.key, image.rows * image.columns, image.pixels) for image in prompt.images),
-        sampling=options.sampling,
+        sampling=replace(sampling, logit_bias={**sampling.logit_bias, **banned}),
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
+        constraint=constraints.constraint(
+            prompt, options.response_format, options.tool_choice, options.parallel_tool_calls, tokenizer, vocabulary
+        ),
     )
 
 
@@ -263,3 +334,12 @@ def _check(
     kinds = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
         raise RequestError(f"{name} should be {wanted}, not {value!r}.", hint=f"Change {name}, or leave it out.")
+
+
+def _check_bias(bias: Any) -> None:
+    if not isinstance(bias, Mapping | None):
+        raise RequestError(f"logit_bias should be an object of token ids and numbers, not {bias!r}.")
+    for token_id, value in (bias or {}).items():
+        if not (isinstance(token_id, int) or isinstance(token_id, str) and token_id.isdecimal()) or int(token_id) < 0:
+            raise RequestError(f"The keys of logit_bias should be token ids, not {token_id!r}.")
+        _check("logit_bias", value, float, lambda x: -100 <= x <= 100, "numbers from -100 to 100")

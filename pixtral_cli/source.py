@@ -17,6 +17,7 @@ from pixtral_cli.model.needs import Device, Need
 from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
+from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import checkpoint, hub, layout, serialized, stamps
 from weights_cache.checkpoint import Checkpoint, Form
 from weights_cache.serialized_checkpoint import SerializedCheckpoint
@@ -161,11 +162,14 @@ class Source:
         eos = self.processor.tokenizer.eos_id
         return frozenset() if eos is None else frozenset([eos])
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> Prompt:
-        """The prompt for OpenAI-style messages. Raises PromptError or RequestError."""
+    def chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> Prompt:
+        """The prompt for OpenAI-style messages and tools. Raises PromptError or RequestError."""
+        offered = parse_tools(tools)
         conversation = parse(messages)
         self._check_pictures(len(conversation.pictures))
-        return self.processor.chat(conversation)
+        return self.processor.chat(conversation, offered)
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""

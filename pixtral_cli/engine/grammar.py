@@ -21,7 +21,7 @@ from torch import Tensor
 from pixtral_cli.errors import RequestError
 
 WHITE_SPACE = r"(\n {0,20}|\n\t{0,8}| )?"
-"""Between JSON's tokens: a space, or a line's end and an indentation. Without a bound a model may write no end of it."""
+"""Between JSON's tokens: a space, or a line's end and an indentation. Unbounded, a model may write no end of it."""
 MOST_NODES, MOST_LEVELS, MOST_TEXT, LONGEST_TEXT = 5_000, 64, 256 * 1024, 16 * 1024
 """Of all schemas of a request. llguidance walks a chain of references recursively: each node may take 10 KB of stack;
 and at each step it goes through all the text that is forced."""

@@ -1,0 +1,177 @@
+"""`response_format` and `tool_choice` in, the engine's constraint on an answer out. Joins prompt and engine.
+
+A forced call is written as the model writes its own: in which form, the prompt says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pixtral_cli.engine import grammar
+from pixtral_cli.engine.grammar import Constraint, Vocabulary
+from pixtral_cli.errors import RequestError
+from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS
+from pixtral_cli.prompt.tools import Tool
+
+if TYPE_CHECKING:
+    from pixtral_cli.prompt.processor import Prompt
+    from pixtral_cli.prompt.tokenizer import Tokenizer
+
+FORMATS = ("text", "json_object", "json_schema")
+CHOICES = ("auto", "none", "required")
+MOST_CALLS = 16
+ANY_OBJECT = {"type": "object"}
+FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}.'
+CHOICE_HINT = 'Give "auto", "none", "required" or {"type": "function", "function": {"name": "…"}}.'
+
+
+def vocabulary(tokenizer: Tokenizer, end_ids: Collection[int]) -> Vocabulary:
+    """A model's tokens as grammars need them; nothing is computed until the first one asks."""
+    return Vocabulary(
+        tokenizer.id_limit,
+        tokenizer.token_bytes,
+        lambda text: tokenizer.encode(text, at_start=False),
+        end_ids,
+        tokenizer.special_ids | set(_marks(tokenizer).values()),
+    )
+
+
+def _marks(tokenizer: Tokenizer) -> dict[str, int]:
+    return {name: tokenizer.control(name) for name in (CALLS, CALL_ID, ARGS) if name in tokenizer.controls}
+
+
+def schema_of(response_format: Any) -> Mapping[str, Any] | None:
+    """The schema that OpenAI's `response_format` asks for; None for plain text. Raises RequestError."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind not in FORMATS:
+        raise RequestError(f"The type of response_format should be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    described = response_format.get("json_schema")
+    schema = described.get("schema") if isinstance(described, Mapping) else None
+    if not isinstance(schema, dict):
+        raise RequestError("response_format.json_schema.schema should be an object: a JSON schema.", hint=FORMAT_HINT)
+    return schema
+
+
+def check_choice(tool_choice: Any) -> None:
+    """Raise RequestError for what is no `tool_choice` of OpenAI's."""
+    if tool_choice not in CHOICES and _chosen_name(tool_choice) is None:
+        raise RequestError(f"tool_choice should be {', '.join(CHOICES)} or name a function.", hint=CHOICE_HINT)
+
+
+def _chosen_name(tool_choice: Any) -> str | None:
+    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def is_forced(tool_choice: Any) -> bool:
+    """Whether the answer must be a call."""
+    return tool_choice not in ("auto", "none")
+
+
+def banned(prompt: Prompt, tool_choice: Any, tokenizer: Tokenizer) -> dict[int, float]:
+    """The bias that keeps a model from calling the tools that it knows of: minus infinity for what begins a call."""
+    marks = _marks(tokenizer)
+    return {marks[CALLS]: float("-inf")} if prompt.tools and tool_choice == "none" and CALLS in marks else {}
+
+
+def constraint(
+    prompt: Prompt,
+    response_format: Any,
+    tool_choice: Any,
+    several_calls: bool,
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+) -> Constraint | None:
+    """What the answer is bound to; None when it is free.
+
+    Raises:
+        RequestError: a schema cannot be followed or is too large, or `tool_choice` and the tools do not match.
+    """
+    schema = schema_of(response_format)
+    tools = _callable(prompt.tools, tool_choice)
+    several = several_calls and _chosen_name(tool_choice) is None
+    calls = CallRules(prompt, tools, several, _marks(tokenizer)) if tools else None
+    if calls and is_forced(tool_choice):
+        return calls.compile(vocabulary, "start: calls")
+    can_call = calls is not None and prompt.call_form != "text"
+    if schema is not None:
+        grammar.check_schemas([schema], "response_format")
+        answer = f"answer: {grammar.json_rule(schema)}"
+        if can_call:
+            return calls.compile(vocabulary, f"start: answer | calls\n{answer}", "response_format or tools")
+        return grammar.compile(vocabulary, f"start: answer\n{answer}", "response_format")
+    return calls.when_begun(vocabulary) if can_call else None
+
+
+def _callable(tools: tuple[Tool, ...], tool_choice: Any) -> tuple[Tool, ...]:
+    """Those that the choice leaves."""
+    if tool_choice == "none":
+        return ()
+    if is_forced(tool_choice) and not tools:
+        raise RequestError("tool_choice asks for a call, and there are no tools.", hint="Give tools as well.")
+    name = _chosen_name(tool_choice)
+    chosen = tuple(tool for tool in tools if name in (None, tool.name))
+    if tools and not chosen:
+        raise RequestError(f"tool_choice names {name}, which is none of the tools.", hint="Name one of them.")
+    return chosen
+
+
+class CallRules:
+    """The grammar of calls of these tools, in the form that the prompt says."""
+
+    def __init__(self, prompt: Prompt, tools: tuple[Tool, ...], several: bool, marks: Mapping[str, int]) -> None:
+        self.form, self.tools, self.marks = prompt.call_form, tools, marks
+        self.more = MOST_CALLS - 1 if several else 0
+
+    def compile(self, vocabulary: Vocabulary, start: str, subject: str = "tools", at: int | None = None) -> Constraint:
+        """Of a Lark grammar whose `start` uses the rule `calls`. Raises RequestError."""
+        grammar.check_schemas([tool.parameters for tool in self.tools], "tools")
+        rules = [start, *self._calls()]
+        for index, tool in enumerate(self.tools):
+            rules.append(f"arguments_{index}: {grammar.json_rule({**tool.parameters, 'type': 'object'})}")
+        return grammar.compile(vocabulary, "\n".join(rules), subject, at)
+
+    def when_begun(self, vocabulary: Vocabulary) -> Constraint | None:
+        """Text is free, and a call that the model begins by itself keeps to the tools.
+
+        Where their schemas say more than grammars know, calls are free as well, unless a tool is strict.
+        """
+        try:
+            return self.compile(vocabulary, "start: calls", at=self.marks[CALLS])
+        except RequestError:
+            if any(tool.strict for tool in self.tools):
+                raise
+            return None
+
+    def _calls(self) -> list[str]:
+        if self.form in ("list", "text"):
+            more = f' (", " call){{0,{self.more}}}' if self.more else ""
+            return [
+                f'calls: {self._mark(CALLS)} "[" call{more} "]"',
+                r'call: "{\"name\": " named ID? "}"',
+                self._one_of('"\\"{name}\\", \\"arguments\\": "'),
+                r'ID: /, "id": "[a-zA-Z0-9]{9}"/',
+            ]
+        id = f" {self._mark(CALL_ID)} ID" if self.form == "named with id" else ""
+        return [
+            f"calls: call{{1,{1 + self.more}}}",
+            f"call: {self._mark(CALLS)} named",
+            self._one_of(f'"{{name}}"{id} {self._mark(ARGS)}'),
+            *(["ID: /[a-zA-Z0-9]{9}/"] if id else []),
+        ]
+
+    def _one_of(self, head: str) -> str:
+        """Each tool's name, as `head` has it, with its arguments."""
+        ways = (f"{head.replace('{name}', tool.name)} arguments_{index}" for index, tool in enumerate(self.tools))
+        return f"named: {' | '.join(ways)}"
+
+    def _mark(self, name: str) -> str:
+        return f"<[{self.marks[name]}]>" if name in self.marks else ""
