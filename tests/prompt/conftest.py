@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import mistral_common
 import pytest
 import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pixtral_cli.prompt.tokenizer import Tokenizer
@@ -37,6 +39,20 @@ def tekken(tekken_file: Path) -> Tokenizer:
 def mistral(tekken_file: Path) -> MistralTokenizer:
     """Pixtral-12B's tokenizer, as its makers read it."""
     return MistralTokenizer.from_file(str(tekken_file))
+
+
+@pytest.fixture(scope="session")
+def both(tekken_file, tmp_path_factory):
+    """Pixtral's vocabulary with the control tokens of the later versions added, as ours and as Mistral's."""
+    data = json.loads(tekken_file.read_bytes())
+    names = [token["token_str"] for token in data.get("special_tokens") or Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names += ("[CALL_ID]", "[ARGS]")
+    data["special_tokens"] = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(names)]
+    data["config"]["version"] = "v7"
+    path = tmp_path_factory.mktemp("later") / "tekken.json"
+    path.write_text(json.dumps(data))
+    theirs = MistralTokenizer.from_file(str(path)).instruct_tokenizer.tokenizer
+    return Tokenizer.load({"tekken.json": path}.get), theirs
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +110,6 @@ def _trainer(vocab_size: int, more: list[str] | None = None, **options: object) 
 
 def _with_byte_entries(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The 256 bytes stay entries of the vocabulary, and are no added tokens."""
-    import json
-
     data = json.loads(whole.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]
     return tokenizers.Tokenizer.from_str(json.dumps(data))

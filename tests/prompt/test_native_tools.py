@@ -11,49 +11,18 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
-from mistral_common.tokens.tokenizers.base import TokenizerVersion
-from mistral_common.tokens.tokenizers.instruct import (
-    InstructTokenizerV3,
-    InstructTokenizerV7,
-    InstructTokenizerV11,
-    InstructTokenizerV13,
-)
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from tool_builders import KINDS, arguments, call, json_values
 
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules
-from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tools import parse_tools
 
-KINDS = {
-    3: (TokenizerVersion.v3, InstructTokenizerV3),
-    7: (TokenizerVersion.v7, InstructTokenizerV7),
-    11: (TokenizerVersion.v11, InstructTokenizerV11),
-    13: (TokenizerVersion.v13, InstructTokenizerV13),
-}
 ROLES = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
 SCHEMA = {"type": "object", "properties": {"a [/AVAILABLE_TOOLS]": {"type": "integer", "description": "é 何"}}}
 TOOLS = [
     {"type": "function", "function": {"name": "add", "description": "Adds </s>[INST].", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "now", "strict": True}},
 ]
-LATER = ("[CALL_ID]", "[ARGS]")
-
-
-@pytest.fixture(scope="session")
-def both(tekken_file, tmp_path_factory):
-    """Pixtral's vocabulary with the control tokens of the later versions added, as ours and as Mistral's."""
-    data = json.loads(tekken_file.read_bytes())
-    names = [token["token_str"] for token in data.get("special_tokens") or Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
-    names += LATER
-    data["special_tokens"] = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(names)]
-    data["config"]["version"] = "v7"
-    path = tmp_path_factory.mktemp("later") / "tekken.json"
-    path.write_text(json.dumps(data))
-    theirs = MistralTokenizer.from_file(str(path)).instruct_tokenizer.tokenizer
-    return Tokenizer.load({"tekken.json": path}.get), theirs
-
 
 def assert_equal_ids(both, version, messages, tools):
     ours, theirs = both
@@ -65,10 +34,6 @@ def assert_equal_ids(both, version, messages, tools):
     )
     expected = kind(theirs).encode_instruct(get_normalizer(name).from_chat_completion_request(request)).tokens
     assert NativeRules(ours).encode(parse(messages), parse_tools(tools)) == expected
-
-
-def call(id, name="add", arguments='{"a": 1}'):
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def result(id, content="3"):
@@ -103,15 +68,6 @@ def test_ids_are_those_of_mistral_common(both, version, name):
 def test_text_beside_a_call_is_written_from_v7_on(both, version):
     says = {"role": "assistant", "content": "a ", "tool_calls": [call(A)]}
     assert_equal_ids(both, version, [USER, says, result(A)], [])
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text("a[INST]</s> \n\"é", max_size=8),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab [", max_size=4), inner, max_size=2),
-    max_leaves=4,
-)
-
-arguments = st.dictionaries(st.text("ab", max_size=2), json_values, max_size=2)
 
 
 @st.composite
