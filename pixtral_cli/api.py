@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,7 @@ from pixtral_cli.encodings import ENCODINGS, find
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
-from pixtral_cli.generate import Answering, GenerationOptions, Reply, TextEvent
+from pixtral_cli.generate import Answering, GenerationOptions, Reply, Request, TextEvent
 from pixtral_cli.model import save
 from pixtral_cli.model.load import load
 from pixtral_cli.model.needs import kv_bytes
@@ -163,6 +164,22 @@ class Pixtral:
         """As `complete`, token by token. Raises at once, as `chat`."""
         return _only(self._run([self.source.complete(prompt, images)], GenerationOptions.of(options)))
 
+    def jobs(
+        self, prompt: Prompt, options: GenerationOptions, answers: int = 1, cache_salt: bytes = b""
+    ) -> list[tuple[Request, Answering]]:
+        """For each answer to a prompt: what the engine is asked, and what makes text of its tokens.
+
+        Each makes its own choices: of answers with a seed, the next has the next seed. Raises RequestError.
+        """
+        tokenizer = self.processor.tokenizer
+        request = generate.engine_request(prompt, options, self.source.end_token_ids, tokenizer, self.vocabulary)
+        self.engine.check(request)
+        request = replace(request, cache_salt=cache_salt)
+        return [
+            (generate.nth(request, place), Answering(self.name, prompt, options, tokenizer, self.load_seconds))
+            for place in range(answers)
+        ]
+
     def _numbered(self, place: int, messages: Sequence[dict[str, Any]]) -> Prompt:
         try:
             return self.source.chat(messages)
@@ -171,14 +188,7 @@ class Pixtral:
             raise
 
     def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Generator[tuple[int, TextEvent]]:
-        ends, tokenizer = self.source.end_token_ids, self.processor.tokenizer
-        jobs = [
-            (
-                generate.engine_request(prompt, options, ends, tokenizer, self.vocabulary),
-                Answering(self.name, prompt, options, tokenizer, self.load_seconds),
-            )
-            for prompt in prompts
-        ]
+        jobs = [job for prompt in prompts for job in self.jobs(prompt, options)]
         return generate.run(self.engine, jobs)
 
 

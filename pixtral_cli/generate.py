@@ -294,6 +294,14 @@ def engine_request(
     )
 
 
+def nth(request: Request, place: int) -> Request:
+    """The same request for another answer: the next seed, and the grammar from its beginning."""
+    sampling, constraint = request.sampling, request.constraint
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=(sampling.seed + place) % 2**63)
+    return replace(request, sampling=sampling, constraint=constraint and constraint.fresh())
+
+
 def run(engine: Engine, jobs: Sequence[tuple[Request, Answering]]) -> Generator[tuple[int, TextEvent]]:
     """Run the requests together -> (place in `jobs`, event) as they come, until all have ended.
 

@@ -1,0 +1,85 @@
+"""Text events in, server-sent events out: the chunks of OpenAI's streams. Knows no engine and no event loop.
+
+A chunk is put together from prepared text, and only what the model wrote is encoded: at a thousand tokens a second
+anything more would be felt.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.server import wire
+from pixtral_cli.server.wire import Envelope, TokenBytes
+
+DONE = b"data: [DONE]\n\n"
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+class Chunks:
+    """Turns the events of `answers` answers into bytes of a stream."""
+
+    def __init__(self, envelope: Envelope, answers: int, n: int, token_bytes: TokenBytes, include_usage: bool) -> None:
+        self.envelope, self.n, self.token_bytes, self.include_usage = envelope, n, token_bytes, include_usage
+        head = compact(envelope.head(chunk=True))[:-1]
+        self.head = f'data: {head},"choices":['
+        self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
+        self.replies: list[Reply | None] = [None] * answers
+        self.held: list[list[TokenLogprob]] = [[] for _ in range(answers)]
+        self.written = [0] * answers
+        self.is_chat = envelope.kind == "chat"
+
+    def opening(self) -> bytes:
+        """A chat's first chunk of each answer, which has the role."""
+        if not self.is_chat:
+            return b""
+        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return "".join(self._chunk(f'{{"index":{place},{delta}}}') for place in range(len(self.replies))).encode()
+
+    def of(self, events: list[tuple[int, TextEvent]]) -> bytes:
+        """The chunks of what came together; b"" while nothing can be shown."""
+        return "".join(self._event(place, event) for place, event in events).encode()
+
+    def closing(self) -> bytes:
+        """After the last event."""
+        end = b""
+        if self.include_usage:
+            usage = wire.usage([reply for reply in self.replies if reply is not None], self.n)
+            end = f'{self.head}],"usage":{compact(usage)}}}\n\n'.encode()
+        return end + DONE
+
+    def _event(self, place: int, event: TextEvent) -> str:
+        if event.logprob is not None:
+            self.held[place].append(event.logprob)
+        chunks = self._text(place, event.text) if event.text or event.finish_reason and self.held[place] else ""
+        if event.finish_reason:
+            self.replies[place] = event.reply
+            chunks += self._end(place, event)
+        return chunks
+
+    def _text(self, place: int, text: str) -> str:
+        logprobs = self._logprobs(place) if self.held[place] else "null"
+        self.written[place] += len(text)
+        said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
+        return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
+
+    def _end(self, place: int, event: TextEvent) -> str:
+        chunks = "".join(self._call(place, number, call) for number, call in enumerate(event.tool_calls))
+        said = '"delta":{}' if self.is_chat else '"text":""'
+        ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{event.finish_reason}"}}'
+        return chunks + self._chunk(ending)
+
+    def _call(self, place: int, number: int, call: Any) -> str:
+        delta = compact({"tool_calls": [{"index": number, **wire.tool_call(call)}]})
+        return self._chunk(f'{{"index":{place},"delta":{delta},"logprobs":null,"finish_reason":null}}')
+
+    def _logprobs(self, place: int) -> str:
+        """Of the tokens since the last chunk."""
+        held, self.held[place] = self.held[place], []
+        if self.is_chat:
+            return compact(wire.chat_logprobs(held, self.token_bytes))
+        return compact(wire.text_logprobs(held, self.written[place]))
+
+    def _chunk(self, choice: str) -> str:
+        return f"{self.head}{choice}{self.tail}"
