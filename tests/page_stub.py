@@ -41,7 +41,9 @@ class Stub:
         self.allowed = float("inf")  # how many pieces of the stream may go out by now
         self.error = None  # (status, sentence)
         self.key = None
-        self.ending = "stop"  # or "length", or "lost": the connection closes in the middle
+        self.ending = (
+            "stop"  # or "length"; or "lost", the connection breaks, or "silent", it closes as if all were said
+        )
         self.pieces = None  # bytes of the wire, each sent on its own, instead of `words`
         self.asked = []  # bodies of chat completions
         self.priced = []  # bodies of /tokenize
@@ -84,7 +86,7 @@ class Stub:
     def events(self):
         for word in self.words:
             yield event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
-        if self.ending == "lost":
+        if self.ending in ("lost", "silent"):
             return
         yield event({"choices": [{"index": 0, "delta": {}, "finish_reason": self.ending}]})
         yield event({"choices": [], "usage": USAGE})

@@ -49,7 +49,7 @@ def test_the_stream_is_read_right_wherever_its_bytes_are_cut(page, size):
     wire = b": a comment\n\n" + b"".join(
         event({"choices": [{"index": 0, "delta": {"content": word}}]}) for word in ["Grüße ", "🦊 ", "日本\n", "end"]
     )
-    wire = wire.replace(b"\n\n", b"\r\n\r\n", 2) + b"event: message\rdata:[DONE]\r\r"
+    wire = wire.replace(b"\n\n", b"\r\n\r\n", 2).replace(b'": [', b'":\r\ndata: [') + b"event: message\rdata:[DONE]\r\r"
     page.until(lambda: page.text("#model"))
     page.script(ANSWER_IN_PIECES, list(wire), size)
     page.ask("Hello")

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from chat_page import Page
 from page_stub import Stub, event, serving
 from selenium.webdriver.common.keys import Keys
@@ -65,8 +66,9 @@ def test_a_failed_question_is_not_part_of_the_next_request(page, server):
     assert server.asked[1]["messages"] == [{"role": "user", "content": "Second"}]
 
 
-def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(page, server):
-    server.ending, server.pause = "lost", 0.05
+@pytest.mark.parametrize("ending", ["lost", "silent"])
+def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(page, server, ending):
+    server.ending, server.pause = ending, 0.05
     page.ask("Hello")
     assert page.text(".answer") == "One picture says more."
     assert "lost before the answer was complete" in page.text(".turn .problem span")
