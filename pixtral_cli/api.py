@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +21,22 @@ from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, Request, TextEvent
 from pixtral_cli.model import save
+from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.load import load
-from pixtral_cli.model.needs import kv_bytes
+from pixtral_cli.model.needs import kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.model.plan import check_weights, kv_tokens
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
+
+
+class Memory(NamedTuple):
+    """Bytes that a loaded model takes, and those that its caches may take; tokens that `kv_cache` bytes hold."""
+
+    weights: int
+    kv_cache: int
+    kv_tokens: int
+    image_cache: int
 
 
 class Pixtral:
@@ -108,6 +118,13 @@ class Pixtral:
     def notes(self) -> list[str]:
         """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding."""
         return [note for note in (self.source.checkpoint.note, *self.placement.notes) if note]
+
+    @property
+    def memory(self) -> Memory:
+        engine = self.engine
+        tokens = engine.table.count * PAGE
+        kept = kv_bytes(self.source.config.text, tokens, engine.model.dtype.itemsize)
+        return Memory(weight_bytes(self.source.checkpoint.tensors, self.placement), kept, tokens, engine.features.limit)
 
     @property
     def name(self) -> str:

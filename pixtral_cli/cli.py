@@ -17,6 +17,7 @@ from pixtral_cli.commands import download as download_command
 from pixtral_cli.commands import export as export_command
 from pixtral_cli.commands import inspect as inspect_command
 from pixtral_cli.commands import run as run_command
+from pixtral_cli.commands import serve as serve_command
 from pixtral_cli.commands import tokenize as tokenize_command
 from pixtral_cli.commands import verify as verify_command
 from pixtral_cli.errors import PixtralError
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     (run_command, run_command.run),
+    (serve_command, serve_command.serve),
     (tokenize_command, tokenize_command.tokenize),
     (download_command, download_command.download),
     (inspect_command, inspect_command.inspect),
@@ -80,6 +82,7 @@ def run_program(arguments: list[str]) -> int:
     """
     if not (sys.warnoptions or os.environ.get(DEBUG)):
         warnings.simplefilter("ignore")  # libraries' notes to programmers; ours to users are sentences
+    arguments = _spelt_out(arguments)
     try:
         command = app(arguments, prog_name="pixtral", standalone_mode=False)
     except _TyperError as error:
@@ -92,6 +95,13 @@ def run_program(arguments: list[str]) -> int:
         return _exit_code(error)
     code = _run(command) if callable(command) else int(command or 0)
     return code if console.flush_stdout() else code or FAILED
+
+
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """`run --serve …`, as MAX spells it, is `serve …`."""
+    if arguments[:1] == ["run"] and "--serve" in arguments:
+        return ["serve", *(argument for argument in arguments[1:] if argument != "--serve")]
+    return arguments
 
 
 def _refuse(error: Any, arguments: list[str]) -> int:

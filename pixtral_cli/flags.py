@@ -8,8 +8,10 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from ipaddress import ip_network
 from typing import Any
 
 import typer
@@ -17,6 +19,8 @@ import typer
 from pixtral_cli import devices
 from pixtral_cli.errors import DeviceError
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt](?:ib)?)?", re.IGNORECASE)
+UNITS = {"b": 1} | {unit + end: 1024**power for power, unit in enumerate("kmgt", 1) for end in ("", "ib")}
 
 class UsageError(Exception):
     """Flags that do not go together: exit code 2. `hint` says what to write instead."""
@@ -63,11 +67,30 @@ def device_text(value: str | None) -> str | None:
     return value
 
 
-def token_limit(value: int) -> int:
+def token_limit(value: int | None) -> int | None:
     """A check for a number of tokens, or -1."""
-    if value == -1 or value > 0:
+    if value is None or value == -1 or value > 0:
         return value
     raise typer.BadParameter(f"{value} is not a number of tokens; -1 means until the end of the context.")
+
+
+def size(text: str) -> int:
+    """``8GiB``, ``512 MiB``, ``1.5g`` or a plain number of bytes -> bytes: a parser for Typer."""
+    written = SIZE.fullmatch(text.strip())
+    found = int(float(written[1]) * UNITS[(written[2] or "b").lower()]) if written else 0
+    if found < 1:
+        raise typer.BadParameter(f"{text!r} is not a size; write 8GiB, 512MiB or a number of bytes.")
+    return found
+
+
+def networks(values: list[str] | None) -> list[str]:
+    """A check that `ipaddress.ip_network` reads each: ``10.0.0.0/8``, or one address."""
+    for value in values or ():
+        try:
+            ip_network(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}; write a network as 10.0.0.0/8, or one address.") from None
+    return values or []
 
 
 def whole_text(value: str | None) -> str | None:

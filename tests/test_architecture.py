@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"commands", "help", "weights_cache"} | PRINTING,
     "commands": {"server", "prompt", "weights_cache"} | API | PRINTING,
-    "server": {"prompt"} | API,
+    "server": {"prompt", "engine"} | API,
     "api": {"constraints", "generate", "source", "engine", "model", "prompt"},
     "generate": {"constraints", "engine", "model", "prompt"},
     "constraints": {"engine", "prompt"},

@@ -11,7 +11,7 @@ from pixtral_cli.options import SourceFlags, WeightFlags
 NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is never run."
 
 
-def load(source: SourceFlags, weights: WeightFlags, console: Console) -> Any:
+def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: Any) -> Any:
     """The model that the flags name, with bars while it downloads, loads and is saved; what was chosen is told."""
     file, beside = weights.serialized_model_path, (source.model_path, weights.weight_path, source.weights_format)
     if file is not None and any(beside):
@@ -33,6 +33,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console) -> Any:
             image_preprocessing=source.image_preprocessing,
             force_download=source.force_download,
             progress=progress,
+            **more,
         )
         if weights.save_to_serialized_model_path is not None:
             model.save(weights.save_to_serialized_model_path, progress)

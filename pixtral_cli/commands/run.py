@@ -19,7 +19,7 @@ Examples:
   curl -s https://example.org/cat.jpg | pixtral run -i - -p "What is this?" --json
 
 Text on standard input goes before the prompt. Without -p it is the prompt and is waited for; with -p, a
-pipe in which nothing comes is not.
+pipe in which nothing comes is not. `pixtral run --serve` means `pixtral serve`.
 """
 SILENT_PIPE = (
     "nothing came on standard input in time, so the prompt goes alone. "

@@ -1,0 +1,128 @@
+"""`pixtral serve`: a model behind HTTP until a signal ends it. Joins flags, model and server; knows no route."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from ipaddress import ip_network
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pixtral_cli import console as printing
+from pixtral_cli.commands.loading import NO_REMOTE_CODE, load, model_path
+from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
+from pixtral_cli.console import Console
+from pixtral_cli.options import SourceFlags
+
+if TYPE_CHECKING:
+    from pixtral_cli.server.assembly import Settings
+    from pixtral_cli.server.lifecycle import Loaded
+
+EXAMPLES = """\
+Examples:
+
+\b
+  pixtral serve --model-path tiny
+  PIXTRAL_API_KEY=$(openssl rand -hex 16) pixtral serve --host 0.0.0.0 --port 80
+  pixtral serve --quantization-encoding q4_k --kv-cache-memory 8GiB --served-model-name pixtral
+
+Any OpenAI client works with the base URL http://127.0.0.1:8000/v1, and a chat page is at http://127.0.0.1:8000.
+SIGTERM or Ctrl-C ends it when what runs is finished; a second one, at once.
+"""
+GIB = 2**30
+
+
+def serve(
+    listen: ListenFlags,
+    source: SourceFlags,
+    defaults: DefaultFlags,
+    guard: GuardFlags,
+    limits: LimitFlags,
+    weights: ServedWeightFlags,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API and as a chat page."""
+    console = Console(quiet=listen.quiet)
+    if source.trust_remote_code:
+        console.notice(NO_REMOTE_CODE)
+    from pixtral_cli.server import guard as guarding
+    from pixtral_cli.server import lifecycle, listening
+
+    guarding.check_binding(listen.host, guard.api_key or (), guard.insecure)
+    listener = listening.listen(listen.host, listen.port)
+    address = listening.url(listen.host, listener)
+    console.notice(f"loading {weights.serialized_model_path or model_path(source, weights) or 'a GGUF'}")
+
+    def start() -> Loaded:
+        from pixtral_cli.server.assembly import assemble
+
+        model = load(source, weights, console, **_memory(weights))
+        settings = _settings(served_names(model, listen), listen, guard, limits, defaults)
+        loaded = assemble(model, settings)
+        console.detail(banner(model, address, settings, weights.max_batch_size))
+        return loaded
+
+    outside = lifecycle.Outside(console.detail, printing.tell_error, _leave)
+    lifecycle.serve(listener, start, listen.drain_timeout, outside)
+
+
+def banner(model: Any, address: str, settings: Settings, batch: int) -> str:
+    """What a person wants to know who has just started a server, and a first request to paste."""
+    memory, limits, needs_key = model.memory, settings.limits, bool(settings.keys)
+    rows = {
+        "serving": f"{', '.join(settings.names)}: {model.encoding} on {model.device}, "
+        f"{model.max_length:,} tokens of context",
+        "address": f"{address} (chat page), {address}/v1 (OpenAI's API)",
+        "memory": f"weights {_size(memory.weights)}, KV cache {_size(memory.kv_cache)} ({memory.kv_tokens:,} tokens), "
+        f"pictures' features {_size(memory.image_cache)}",
+        "limits": f"{batch} requests at once, {limits.max_queue} waiting; each {settings.max_body_bytes // 2**20} MiB "
+        f"and {limits.max_images} pictures",
+        "key": "needed, but not by the page itself, /health and /ready" if needs_key else "none is asked for",
+        "try": curl_line(address, settings.names[0], needs_key),
+    }
+    return "\n".join(f"{name:8} {text}" for name, text in rows.items())
+
+
+def served_names(model: Any, listen: ListenFlags) -> tuple[str, ...]:
+    """What requests may call the model."""
+    return tuple(listen.served_model_name or (model.name,))
+
+
+def curl_line(address: str, name: str, needs_key: bool) -> str:
+    """A request to paste into a shell."""
+    body = {"model": name, "max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]}
+    key = ' -H "Authorization: Bearer $PIXTRAL_API_KEY"' if needs_key else ""
+    json_type = "-H 'Content-Type: application/json'"
+    return f"curl {address}/v1/chat/completions {json_type}{key} -d {shlex.quote(json.dumps(body))}"
+
+
+def _settings(
+    names: tuple[str, ...], listen: ListenFlags, guard: GuardFlags, limits: LimitFlags, defaults: DefaultFlags
+) -> Settings:
+    from pixtral_cli.server.assembly import Settings
+    from pixtral_cli.server.pictures import PicturePolicy
+    from pixtral_cli.server.service import Limits
+
+    networks = tuple(ip_network(text) for text in guard.allow_private_media or ())
+    return Settings(
+        listen.host,
+        names,
+        tuple(guard.api_key or ()),
+        defaults.given(),
+        Limits(limits.max_images, limits.max_queue),
+        limits.max_body_mib * 2**20,
+        PicturePolicy(tuple(guard.allow_media_domain or ()), networks, guard.media_path),
+    )
+
+
+def _memory(weights: ServedWeightFlags) -> dict[str, int]:
+    wanted = {"kv_cache_memory": weights.kv_cache_memory, "image_cache_memory": weights.image_cache_memory}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _leave(code: int) -> NoReturn:
+    printing.restore_terminal()
+    os._exit(code)

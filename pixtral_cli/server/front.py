@@ -1,0 +1,138 @@
+"""The outermost ASGI app: what runs, what is told of it, and what is answered before the model is there and after.
+
+While the model loads, `/health` says that the process lives and all else is 503. While the server drains, what is new
+is 503 and what runs goes on. Knows no route but the few that others watch a server by, and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, refuse
+from pixtral_cli.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
+WATCHED = ("/health", "/ready", "/metrics")
+"""Asked for every few seconds by machines: told only where something is wrong, and answered also in the drain."""
+LOADING_SECONDS, DRAINING_SECONDS = 5, 10
+LEFT = 499
+"""nginx's status for a client that did not wait for an answer."""
+EVENT_STREAM = b"text/event-stream"
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One request and what became of it."""
+
+    scope: Scope
+    send_on: Send
+    begun: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    streams_events: bool = False
+    ended: bool = False
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.streams_events = any(
+                name.lower() == b"content-type" and value.startswith(EVENT_STREAM)
+                for name, value in message.get("headers", ())
+            )
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body")
+        await self.send_on(message)
+
+    async def end(self, error: ApiError, receive: Receive) -> None:
+        """Say what went wrong in the way that is left: an answer, a stream's last event, or by breaking off."""
+        if not self.status:
+            await refuse(error, receive, self.send)
+        elif self.streams_events and not self.ended:
+            event = b"data: " + error.as_response().body + b"\n\n"
+            await self.send({"type": "http.response.body", "body": event, "more_body": False})
+
+    def __str__(self) -> str:
+        path = self.scope["raw_path"].decode("ascii", "backslashreplace")
+        took = (time.perf_counter() - self.begun) * 1000
+        tokens = self.scope.get("state", {}).get("tokens")
+        used = f", {tokens[0]} + {tokens[1]} tokens" if tokens else ""
+        return f"{self.scope['method']} {path} {self.status or LEFT}, {took:.0f} ms{used}"
+
+
+class Front:
+    """Give it `app` once that is there. `say` gets a line for each request that was answered."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.app: App | None = None
+        self.draining = False
+        self.answered: Callable[[str, int], None] = lambda route, status: None
+        self.running: set[Exchange] = set()
+        self._say = say
+        self._cutting = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, send)
+        watched = scope["path"] in WATCHED
+        if not watched:
+            self.running.add(exchange)
+        try:
+            await self._answer(exchange, receive)
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            await exchange.end(_stopped(), receive)
+        except Exception as error:
+            logger.error("a request failed", exc_info=error)
+            await exchange.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
+        finally:
+            self.running.discard(exchange)
+        self.answered(getattr(scope.get("route"), "path", "other"), exchange.status or LEFT)
+        if not (watched and exchange.status == 200):
+            self._say(str(exchange))
+
+    async def _answer(self, exchange: Exchange, receive: Receive) -> None:
+        path = exchange.scope["path"]
+        if self.app is None:
+            if path == "/health":
+                return await JSONResponse({"status": "ok"})(exchange.scope, receive, exchange.send)
+            return await refuse(_loading(), receive, exchange.send)
+        if self.draining and path not in ("/health", "/metrics"):
+            return await refuse(stopping(), receive, exchange.send)
+        await self.app(exchange.scope, receive, exchange.send)
+
+    async def idle(self, seconds: float) -> bool:
+        """Wait, so long at most, until nothing runs -> whether that is so."""
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not self.running
+
+    def cut(self) -> None:
+        """End what still runs, with an error."""
+        self._cutting = True
+        for exchange in self.running:
+            if exchange.task is not None:
+                exchange.task.cancel()
+
+
+def _loading() -> ApiError:
+    return _unavailable("The model is still loading.", "loading", LOADING_SECONDS)
+
+
+def stopping() -> ApiError:
+    """For a request that comes, or still waits, while the server drains."""
+    return _unavailable("The server is stopping.", "stopping", DRAINING_SECONDS)
+
+
+def _stopped() -> ApiError:
+    return _unavailable("The server stopped before this answer was finished.", "stopping", DRAINING_SECONDS)
+
+
+def _unavailable(message: str, code: str, seconds: int) -> ApiError:
+    return ApiError(503, message, "server_error", code=code, headers=[("Retry-After", str(seconds))])

@@ -1,0 +1,99 @@
+"""What the server and its engine do, as Prometheus reads it; knows no HTTP and no model.
+
+The names: `pixtral_…`, in seconds and tokens, as https://prometheus.io/docs/practices/naming/ asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from pixtral_cli.engine.engine import Engine
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+KINDS = {
+    401: "authentication",
+    403: "permission",
+    404: "not_found",
+    408: "timeout",
+    413: "too_large",
+    429: "queue_full",
+    499: "client_left",
+    503: "unavailable",
+}
+"""What an error counts as, by its status; "invalid_request" and "server_error" are the rest."""
+PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """One server's. Any thread may count."""
+
+    def __init__(self, engine: Engine) -> None:
+        disable_created_metrics()  # a second series for each, of when it began
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineState(engine))
+        self._requests = Counter(
+            "pixtral_requests", "Requests answered.", ("route", "status"), registry=self.registry
+        )
+        self._errors = Counter("pixtral_errors", "Requests that failed.", ("kind",), registry=self.registry)
+        self._first_token = Histogram(
+            "pixtral_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=FIRST_TOKEN,
+            registry=self.registry,
+        )
+        self._per_token = Histogram(
+            "pixtral_time_per_token_seconds",
+            "From each token of an answer to the next.",
+            buckets=PER_TOKEN,
+            registry=self.registry,
+        )
+
+    def answered(self, route: str, status: int) -> None:
+        """A request to `route`, one of the server's own or "other", was answered."""
+        self._requests.labels(route, status).inc()
+        if status >= 400:
+            self.error(KINDS.get(status, "invalid_request" if status < 500 else "server_error"))
+
+    def error(self, kind: str) -> None:
+        """A request failed; `kind` is one of a few words."""
+        self._errors.labels(kind).inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self._per_token.observe(seconds)
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format, of type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+
+class _EngineState(Collector):
+    """Read from the engine when somebody asks: nothing is counted twice, nothing is forgotten."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, done = self.engine, self.engine.counters
+        used = engine.table.in_use / engine.table.count
+        yield GaugeMetricFamily("pixtral_requests_running", "Requests being computed.", engine.running)
+        yield GaugeMetricFamily("pixtral_requests_queued", "Requests that wait for their turn.", engine.waiting)
+        yield GaugeMetricFamily("pixtral_kv_cache_used_ratio", "Share of the KV cache that requests hold.", used)
+        yield CounterMetricFamily("pixtral_prompt_tokens", "Tokens of prompts.", value=done.prompt_tokens)
+        yield CounterMetricFamily(
+            "pixtral_cached_tokens", "Tokens of prompts that had been computed before.", value=done.cached_tokens
+        )
+        yield CounterMetricFamily("pixtral_generated_tokens", "Tokens of answers.", value=done.generated_tokens)
+        yield CounterMetricFamily(
+            "pixtral_preemptions",
+            "Requests put back into the queue because the KV cache was full.",
+            value=engine.scheduler.preemptions,
+        )
