@@ -23,15 +23,15 @@ def running_stub():
 
 
 @pytest.fixture
-def server(running_stub):
+def stub(running_stub):
     running_stub.reset()
     return running_stub
 
 
 @pytest.fixture
-def page(browser, server):
+def page(browser, stub):
     """The page, freshly opened; a test also fails on any complaint of the browser, the policy's included."""
-    opened = Page(browser, server.url)
+    opened = Page(browser, stub.url)
     opened.open()
     yield opened
     assert opened.complaints() == []

@@ -52,8 +52,8 @@ def test_everything_is_reached_with_the_tab_key_and_has_a_name(page, picture):
 
 
 @pytest.mark.parametrize("width", [360, 1100])
-def test_nothing_is_wider_than_the_window_and_no_field_makes_a_phone_zoom(page, server, picture, width):
-    server.words = ["a" * 300 + " \n```\n" + "b" * 300 + "\n```\n"]
+def test_nothing_is_wider_than_the_window_and_no_field_makes_a_phone_zoom(page, stub, picture, width):
+    stub.words = ["a" * 300 + " \n```\n" + "b" * 300 + "\n```\n"]
     page.emulated("setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=width < 500)
     try:
         page.choose(picture, picture, picture)
@@ -70,12 +70,12 @@ def test_nothing_is_wider_than_the_window_and_no_field_makes_a_phone_zoom(page, 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground_in_both_schemes(page, server, picture, scheme):
+def test_text_stands_out_from_its_ground_in_both_schemes(page, stub, picture, scheme):
     page.emulated("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     try:
         page.choose(picture)
         page.until(lambda: page.shows("#pictures .cost"))
-        server.ending = "lost"
+        stub.ending = "lost"
         page.ask("Hello")
         page.find("#settings summary").click()
         time.sleep(0.3)  # colours move for 0.15 s
@@ -87,8 +87,8 @@ def test_text_stands_out_from_its_ground_in_both_schemes(page, server, picture, 
         page.emulated("setEmulatedMedia", features=[])
 
 
-def test_nothing_moves_for_those_who_want_it_still(page, server):
-    server.words, server.pause = [" slow"] * 500, 0.05
+def test_nothing_moves_for_those_who_want_it_still(page, stub):
+    stub.words, stub.pause = [" slow"] * 500, 0.05
     moving = "return document.getAnimations().length"
     try:
         for wish, expected in [("reduce", False), ("no-preference", True)]:
@@ -101,13 +101,13 @@ def test_nothing_moves_for_those_who_want_it_still(page, server):
         page.emulated("setEmulatedMedia", features=[])
 
 
-def test_who_has_scrolled_up_is_left_in_peace_and_who_reads_at_the_end_stays_there(page, server):
-    server.words, server.allowed = ["line\n"] * 200, 100
+def test_who_has_scrolled_up_is_left_in_peace_and_who_reads_at_the_end_stays_there(page, stub):
+    stub.words, stub.allowed = ["line\n"] * 200, 100
     page.write("Hello" + Keys.ENTER)
     page.until(lambda: page.text(".answer").count("line") == 100)
     left = "return document.documentElement.scrollHeight - innerHeight - scrollY"
     assert page.script(left) < 2
     page.script("scrollTo(0, 300)")
-    server.allowed = 300
+    stub.allowed = 300
     page.until(page.is_idle)
     assert page.script("return scrollY") == 300 and page.script(left) > 1000

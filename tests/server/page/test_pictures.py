@@ -14,21 +14,21 @@ def sent_picture(part):
     return b64decode(data)
 
 
-def test_chosen_pictures_show_what_they_cost_and_go_out_whole_before_the_words(page, server, picture, tmp_path):
+def test_chosen_pictures_show_what_they_cost_and_go_out_whole_before_the_words(page, stub, picture, tmp_path):
     Image.new("RGB", (200, 20), "teal").save(tmp_path / "wide.png")
     page.choose(picture, tmp_path / "wide.png")
     page.until(lambda: [cost.text for cost in page.all("#pictures .cost")] == ["1,000 tokens", "1,001 tokens"])
     assert page.script("return [...document.querySelectorAll('#pictures img')].map((i) => i.naturalWidth)") == [64, 200]
     page.ask("What is it?")
-    first, second, words = server.asked[0]["messages"][0]["content"]
+    first, second, words = stub.asked[0]["messages"][0]["content"]
     assert sent_picture(first) == picture.read_bytes()
     assert sent_picture(second) == (tmp_path / "wide.png").read_bytes()
     assert words == {"type": "text", "text": "What is it?"}
-    assert len(server.priced) == 1 and not page.shows("#pictures img")
+    assert len(stub.priced) == 1 and not page.shows("#pictures img")
     assert [cost.text for cost in page.all(".question .cost")] == ["1,000 tokens", "1,001 tokens"]
 
 
-def test_a_picture_can_be_removed_and_chosen_again(page, server, picture):
+def test_a_picture_can_be_removed_and_chosen_again(page, stub, picture):
     page.choose(picture)
     page.until(lambda: page.shows("#pictures .remove"))
     page.find("#pictures [aria-label='Remove disc.png']").send_keys(Keys.ENTER)
@@ -37,7 +37,7 @@ def test_a_picture_can_be_removed_and_chosen_again(page, server, picture):
     page.choose(picture)
     page.until(lambda: page.shows("#pictures img"))
     page.ask("")
-    assert [part["type"] for part in server.asked[0]["messages"][0]["content"]] == ["image_url"]
+    assert [part["type"] for part in stub.asked[0]["messages"][0]["content"]] == ["image_url"]
 
 
 def test_a_pasted_picture_is_one_of_the_message(page, picture):
@@ -73,7 +73,7 @@ def test_dropped_pictures_are_taken_and_other_files_are_named(page):
     page.until(lambda: page.text("#pictures .cost") == "1,000 tokens")
 
 
-def test_more_than_the_server_takes_is_said_before_it_is_sent(page, server, tmp_path):
+def test_more_than_the_server_takes_is_said_before_it_is_sent(page, stub, tmp_path):
     (tmp_path / "huge.png").write_bytes(bytes(49 * 2**20))
     page.write("Look")
     page.choose(tmp_path / "huge.png")
@@ -82,4 +82,4 @@ def test_more_than_the_server_takes_is_said_before_it_is_sent(page, server, tmp_
     page.write(Keys.ENTER)
     page.find("#pictures .remove").click()
     assert not page.shows("#notice") and page.find("#words").get_attribute("value") == "Look"
-    assert server.asked == server.priced == []
+    assert stub.asked == stub.priced == []

@@ -22,18 +22,18 @@ def test_the_model_and_its_context_are_named(page):
     page.until(lambda: page.text("#model") == "stub-12b · 128k context")
 
 
-def test_each_word_is_shown_before_the_next_is_sent(page, server):
-    server.words, server.allowed = [" One", " word", " after", " another"], 0
+def test_each_word_is_shown_before_the_next_is_sent(page, stub):
+    stub.words, stub.allowed = [" One", " word", " after", " another"], 0
     page.write("Hello" + Keys.ENTER)
-    for server.allowed, text in enumerate(["", "One", "One word", "One word after", "One word after another"]):
+    for stub.allowed, text in enumerate(["", "One", "One word", "One word after", "One word after another"]):
         page.until(lambda text=text: page.text(".answer") == text)
         assert not page.is_idle() and not page.shows(".figures")
-    server.allowed = 100
+    stub.allowed = 100
     page.until(page.is_idle)
 
 
-def test_the_figures_below_an_answer_are_the_server_s_counts_and_the_reader_s_clock(page, server):
-    server.words, server.pause = [" slow"] * 5, 0.1
+def test_the_figures_below_an_answer_are_the_server_s_counts_and_the_reader_s_clock(page, stub):
+    stub.words, stub.pause = [" slow"] * 5, 0.1
     started = time.monotonic()
     page.ask("Hello")
     elapsed = time.monotonic() - started
@@ -57,9 +57,9 @@ def test_the_stream_is_read_right_wherever_its_bytes_are_cut(page, size):
     assert not page.shows(".turn .problem")
 
 
-def test_the_request_streams_with_usage_and_only_the_settings_that_were_made(page, server):
+def test_the_request_streams_with_usage_and_only_the_settings_that_were_made(page, stub):
     page.ask("First")
-    assert server.asked[0] == {
+    assert stub.asked[0] == {
         "model": "stub-12b",
         "messages": [{"role": "user", "content": "First"}],
         "stream": True,
@@ -69,8 +69,8 @@ def test_the_request_streams_with_usage_and_only_the_settings_that_were_made(pag
     for selector, value in [("#temperature", "0.5"), ("#max-tokens", "64"), ("#system", "Be brief.")]:
         page.find(selector).send_keys(value)
     page.ask("Second", turn=2)
-    assert (server.asked[1]["temperature"], server.asked[1]["max_tokens"]) == (0.5, 64)
-    assert server.asked[1]["messages"] == [
+    assert (stub.asked[1]["temperature"], stub.asked[1]["max_tokens"]) == (0.5, 64)
+    assert stub.asked[1]["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "First"},
         {"role": "assistant", "content": "One picture says more."},
@@ -79,39 +79,39 @@ def test_the_request_streams_with_usage_and_only_the_settings_that_were_made(pag
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
-def test_stopping_ends_the_request_and_keeps_what_has_come(page, server, how):
-    server.words, server.pause = [" slow"] * 500, 0.05
-    server.left.clear()
+def test_stopping_ends_the_request_and_keeps_what_has_come(page, stub, how):
+    stub.words, stub.pause = [" slow"] * 500, 0.05
+    stub.left.clear()
     page.write("Hello" + Keys.ENTER)
     page.until(lambda: "slow slow" in page.text(".answer"))
     page.find("#send").click() if how == "button" else page.write(Keys.ESCAPE)
-    assert server.left.wait(5)
+    assert stub.left.wait(5)
     page.until(page.is_idle)
     assert page.text(".answer").startswith("slow slow") and page.text(".figures").endswith(" · stopped")
-    server.words, server.pause = ["On."], 0
+    stub.words, stub.pause = ["On."], 0
     page.ask("Again", turn=2)
-    assert server.asked[1]["messages"][1]["content"].startswith(" slow slow")
+    assert stub.asked[1]["messages"][1]["content"].startswith(" slow slow")
 
 
-def test_enter_sends_shift_enter_breaks_the_line_and_nothing_is_not_sent(page, server):
+def test_enter_sends_shift_enter_breaks_the_line_and_nothing_is_not_sent(page, stub):
     page.write("  " + Keys.ENTER)
     page.write(Keys.BACKSPACE * 2 + "One" + Keys.SHIFT + Keys.ENTER + Keys.SHIFT + "Two")
-    assert page.find("#words").get_attribute("value") == "One\nTwo" and server.asked == []
+    assert page.find("#words").get_attribute("value") == "One\nTwo" and stub.asked == []
     page.write(Keys.ENTER)
     page.until(lambda: page.shows(".figures"))
-    assert [asked["messages"] for asked in server.asked] == [[{"role": "user", "content": "One\nTwo"}]]
+    assert [asked["messages"] for asked in stub.asked] == [[{"role": "user", "content": "One\nTwo"}]]
     assert page.text(".words") == "One\nTwo" and page.find("#words").get_attribute("value") == ""
 
 
-def test_an_answer_cut_off_by_its_length_says_so(page, server):
-    server.ending = "length"
+def test_an_answer_cut_off_by_its_length_says_so(page, stub):
+    stub.ending = "length"
     page.ask("Hello")
     assert page.text(".figures").endswith(" · cut off at max tokens")
 
 
-def test_an_answer_is_copied_as_it_was_written(page, server):
+def test_an_answer_is_copied_as_it_was_written(page, stub):
     page.allow_clipboard()
-    server.words = ["Look:\n\n```\nx = 1\n```\n", "Done."]
+    stub.words = ["Look:\n\n```\nx = 1\n```\n", "Done."]
     page.ask("Hello")
     page.find(".copy").click()
     page.until(lambda: page.text(".copy") == "Copied")
@@ -119,22 +119,22 @@ def test_an_answer_is_copied_as_it_was_written(page, server):
     assert page.browser.execute_async_script(read) == "Look:\n\n```\nx = 1\n```\nDone."
 
 
-def test_clearing_stops_the_answer_forgets_the_conversation_and_keeps_the_draft(page, server):
-    server.words, server.pause = [" slow"] * 500, 0.05
-    server.left.clear()
+def test_clearing_stops_the_answer_forgets_the_conversation_and_keeps_the_draft(page, stub):
+    stub.words, stub.pause = [" slow"] * 500, 0.05
+    stub.left.clear()
     page.write("Hello" + Keys.ENTER)
     page.until(lambda: page.text(".answer"))
     page.write("next")
     page.find("#clear").click()
-    assert server.left.wait(5)
+    assert stub.left.wait(5)
     assert page.all(".turn") == [] and page.shows("#welcome") and not page.shows("#clear")
-    server.words, server.pause = ["Yes."], 0
+    stub.words, stub.pause = ["Yes."], 0
     page.ask("")
-    assert server.asked[1]["messages"] == [{"role": "user", "content": "next"}]
+    assert stub.asked[1]["messages"] == [{"role": "user", "content": "next"}]
 
 
-def test_an_example_fills_in_the_message(page, server):
+def test_an_example_fills_in_the_message(page, stub):
     page.all(".example")[1].click()
     assert page.find("#words").get_attribute("value") == "Hello! What can you do?"
     page.ask("")
-    assert server.asked[0]["messages"][0]["content"] == "Hello! What can you do?"
+    assert stub.asked[0]["messages"][0]["content"] == "Hello! What can you do?"

@@ -8,8 +8,8 @@ from page_stub import Stub, event, serving
 from selenium.webdriver.common.keys import Keys
 
 
-def test_the_key_is_asked_for_kept_for_the_tab_and_sent(page, server):
-    server.key = "sesame"
+def test_the_key_is_asked_for_kept_for_the_tab_and_sent(page, stub):
+    stub.key = "sesame"
     page.browser.refresh()
     page.until(lambda: page.shows("#key-dialog"))
     page.find("#key").send_keys("wrong" + Keys.ENTER)
@@ -23,8 +23,8 @@ def test_the_key_is_asked_for_kept_for_the_tab_and_sent(page, server):
     assert not page.shows("#key-dialog") and page.script("return localStorage.length") == 0
 
 
-def test_without_a_key_the_refusal_is_said_and_can_be_tried_again(page, server):
-    server.key = "sesame"
+def test_without_a_key_the_refusal_is_said_and_can_be_tried_again(page, stub):
+    stub.key = "sesame"
     page.browser.refresh()
     page.until(lambda: page.shows("#key-dialog"))
     page.find("#key").send_keys(Keys.ESCAPE)
@@ -35,20 +35,20 @@ def test_without_a_key_the_refusal_is_said_and_can_be_tried_again(page, server):
     page.until(lambda: page.text("#model").startswith("stub-12b") and not page.shows("#notice"))
 
 
-def test_an_error_is_a_sentence_and_trying_again_sends_the_same(page, server, picture):
-    server.error = (400, "The prompt is too long.")
+def test_an_error_is_a_sentence_and_trying_again_sends_the_same(page, stub, picture):
+    stub.error = (400, "The prompt is too long.")
     page.choose(picture)
     page.until(lambda: page.shows("#pictures .cost"))
     page.ask("What is it?")
     assert page.text(".turn .problem span") == "The prompt is too long." and page.text(".words") == "What is it?"
-    server.error = None
+    stub.error = None
     page.find(".retry").click()
     page.until(lambda: page.text(".answer") == "One picture says more." and page.is_idle())
-    assert server.asked[0] == server.asked[1] and not page.shows(".turn .problem")
+    assert stub.asked[0] == stub.asked[1] and not page.shows(".turn .problem")
 
 
-def test_editing_a_failed_question_gives_back_its_words_and_pictures(page, server, picture):
-    server.error = (500, "Something broke.")
+def test_editing_a_failed_question_gives_back_its_words_and_pictures(page, stub, picture):
+    stub.error = (500, "Something broke.")
     page.choose(picture)
     page.until(lambda: page.shows("#pictures .cost"))
     page.ask("What is it?")
@@ -58,26 +58,26 @@ def test_editing_a_failed_question_gives_back_its_words_and_pictures(page, serve
     assert page.shows("#pictures img") and page.all(".turn") == []
 
 
-def test_a_failed_question_is_not_part_of_the_next_request(page, server):
-    server.error = (429, "Too many ask at once.")
+def test_a_failed_question_is_not_part_of_the_next_request(page, stub):
+    stub.error = (429, "Too many ask at once.")
     page.ask("First")
-    server.error = None
+    stub.error = None
     page.ask("Second", turn=2)
-    assert server.asked[1]["messages"] == [{"role": "user", "content": "Second"}]
+    assert stub.asked[1]["messages"] == [{"role": "user", "content": "Second"}]
 
 
 @pytest.mark.parametrize("ending", ["lost", "silent"])
-def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(page, server, ending):
-    server.ending, server.pause = ending, 0.05
+def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(page, stub, ending):
+    stub.ending, stub.pause = ending, 0.05
     page.ask("Hello")
     assert page.text(".answer") == "One picture says more."
     assert "lost before the answer was complete" in page.text(".turn .problem span")
     assert page.shows(".retry") and page.text(".words") == "Hello"
 
 
-def test_an_error_in_the_middle_of_the_stream_is_said(page, server):
+def test_an_error_in_the_middle_of_the_stream_is_said(page, stub):
     first = event({"choices": [{"index": 0, "delta": {"content": "Half"}}]})
-    server.pieces = [first, event({"error": {"message": "Out of memory.", "type": "server_error"}})]
+    stub.pieces = [first, event({"error": {"message": "Out of memory.", "type": "server_error"}})]
     page.ask("Hello")
     assert (page.text(".answer"), page.text(".turn .problem span")) == ("Half", "Out of memory.")
 
@@ -95,9 +95,9 @@ def test_a_server_that_is_gone_is_said_and_the_question_waits_for_its_return(pag
         gone.until(lambda: gone.text(".answer") == "One picture says more.")
 
 
-def test_what_the_model_writes_is_text_never_markup(page, server):
+def test_what_the_model_writes_is_text_never_markup(page, stub):
     attack = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
-    server.words = [attack[:20], attack[20:], "\n```html\n<b>bold</b>\n", "```\nEnd"]
+    stub.words = [attack[:20], attack[20:], "\n```html\n<b>bold</b>\n", "```\nEnd"]
     page.ask(attack)
     assert page.text(".answer p") == attack and page.text(".words") == attack
     assert page.text(".answer pre") == "<b>bold</b>" and page.text(".answer p:last-child") == "End"
