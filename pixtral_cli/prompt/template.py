@@ -26,6 +26,9 @@ Protect = Callable[[str], str]
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 OWN_TEXT, OWN_TIMES = 2**20, 16
 """A template may write so many characters of its own, and everything in the messages so many times."""
+TYPE = re.compile(r"""['"]type['"]|\.type\b""")
+CHUNK_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
+CHUNK_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
 BROKEN = "Fetch the model again with --force-download, or use --raw (in Python: complete)."
 
 
@@ -179,7 +182,10 @@ class ChatTemplate:
 
     @cached_property
     def _knows_chunks(self) -> bool:
-        return re.search(r"""['"]type['"]|\.type\b""", self.source) is not None
+        """Whether content may be a list; a template that only describes tools has the word type as well."""
+        return CHUNK_TYPE.search(self.source) is not None or (
+            TYPE.search(self.source) is not None and CHUNK_LOOP.search(self.source) is not None
+        )
 
     @cached_property
     def _knows_strings(self) -> bool:
