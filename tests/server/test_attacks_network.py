@@ -65,8 +65,9 @@ def test_the_allowed_side_can_be_reached(site):
         "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]",
         "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]", "[::ffff:169.254.169.254]", "[fe80::1%25lo]", "①②⑦.⓪.⓪.①",
         "127。0。0。1", "%31%32%37.0.0.1", "127.0.0.1%00.example.org", "127.0.0.1%2f@example.org",
-        "example.org@127.0.0.1", "example.org\\@127.0.0.1", "127.0.0.1#@example.org", "127.0.0.1?@example.org", "10.0.0.1", "192.168.0.1",
-        "172.16.0.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "[fc00::1]", "[fd00:ec2::254]",
+        "example.org@127.0.0.1", "example.org\\@127.0.0.1", "127.0.0.1#@example.org", "127.0.0.1?@example.org",
+        "10.0.0.1", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "224.0.0.1",
+        "255.255.255.255", "[fc00::1]", "[fd00:ec2::254]",
     ],
 )  # fmt: skip
 def test_no_spelling_reaches_this_machine_or_its_network(site, host):
@@ -193,7 +194,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_left_in_time_and_holds_no_th
                 except OSError:
                     pass
 
-        dripping = threading.Thread(target=drip)
+        dripping = threading.Thread(target=drip, daemon=True)
         dripping.start()
         scheme = "https" if endless == "handshake" else "http"
         refused(f"{scheme}://127.0.0.1:{port}/x", match="more than 0.5 seconds", total_seconds=0.5)

@@ -70,7 +70,8 @@ def test_files_below_the_media_path_are_read_by_address_and_by_name(folder, monk
     monkeypatch.chdir("/")
     load = GuardedPictures(PicturePolicy(media_path=folder)).load
     names = ["a b.png", "sub/c.png", "./sub/../a b.png", "inner.png", f"file://{folder}/a%20b.png"]
-    assert all(same(load(name)) for name in [*names, f"file://localhost{folder}/sub/c.png", f"FILE://{folder}/inner.png"])
+    names += [f"file://localhost{folder}/sub/c.png", f"FILE://{folder}/inner.png"]
+    assert all(same(load(name)) for name in names)
 
 
 def test_a_media_path_that_is_itself_a_link_is_fine(folder, tmp_path):
