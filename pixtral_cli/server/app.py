@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from pixtral_cli import __version__
-from pixtral_cli.server import page, wire
+from pixtral_cli.generate import Reply
+from pixtral_cli.server import openapi, page, replies, wire
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.json_body import parse_json
-from pixtral_cli.server.service import Events, Service
+from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
+from pixtral_cli.server.openapi import OPERATIONS
+from pixtral_cli.server.problems import refusal_of
+from pixtral_cli.server.replies import Envelope
+from pixtral_cli.server.service import Events, Metrics, Service
 from pixtral_cli.server.stream import Chunks
-from pixtral_cli.server.wire import Ask, Envelope
+from pixtral_cli.server.wire import Ask
 
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -28,9 +32,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 LARGE_BODY = 256 * 1024
-METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 Result = TypeVar("Result")
-access = logging.getLogger("pixtral.access")
 
 
 class ClientLeft(Exception):
@@ -39,14 +41,17 @@ class ClientLeft(Exception):
 
 def create_app(service: Service) -> FastAPI:
     """The app; what guards it is put around it (`guard.guarded`)."""
-    app = FastAPI(title="pixtral", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="pixtral", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     routes = Routes(service)
-    for path, method, endpoint in routes.table():
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    for operation in OPERATIONS:
+        methods = ["GET", "HEAD"] if operation.method == "GET" else [operation.method]
+        path, endpoint = operation.path.replace("{name}", "{name:path}"), getattr(routes, operation.name)
+        app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    app.add_route("/openapi.json", routes.openapi)
+    app.add_route("/docs", routes.docs)
     app.router.routes.extend(page.routes())
-    app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(HTTPException, _not_routed)
-    app.add_exception_handler(Exception, _failed)
+    for kind, handler in HANDLERS:
+        app.add_exception_handler(kind, handler)
     return app
 
 
@@ -57,21 +62,6 @@ class Routes:
         self.service = service
         self.fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
 
-    def table(self) -> list[tuple[str, str, Any]]:
-        return [
-            ("/v1/chat/completions", "POST", self.chat),
-            ("/v1/completions", "POST", self.completions),
-            ("/v1/models", "GET", self.models),
-            ("/v1/models/{name:path}", "GET", self.model),
-            ("/predict", "POST", self.predict),
-            ("/tokenize", "POST", self.tokenize),
-            ("/detokenize", "POST", self.detokenize),
-            ("/health", "GET", self.health),
-            ("/ready", "GET", self.ready),
-            ("/metrics", "GET", self.metrics),
-            ("/version", "GET", self.version),
-        ]
-
     async def chat(self, request: Request) -> Response:
         return await self.respond(request, await self._parsed(request, wire.chat))
 
@@ -81,10 +71,11 @@ class Routes:
     async def predict(self, request: Request) -> Response:
         return await self.respond(request, await self._parsed(request, wire.predict))
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self.service.names]})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
         self.service.check_name(name)
         return JSONResponse(self._model(name))
 
@@ -93,7 +84,7 @@ class Routes:
         self.service.check_name(given.model)
         body = given.model_dump(exclude_none=True, by_alias=True)
         made = self.service.prompt(given.prompt, body.get("messages"), body.get("tools"))
-        prompt = await until_left(request, made)
+        prompt = await while_there(request.receive, made)
         answer: dict[str, Any] = {
             "tokens": prompt.token_ids,
             "count": len(prompt.token_ids),
@@ -110,32 +101,45 @@ class Routes:
         self.service.check_name(given.model)
         return JSONResponse({"prompt": await self.service.text_of(given.tokens)})
 
-    async def health(self) -> Response:
+    async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def ready(self) -> Response:
+    async def ready(self, request: Request) -> Response:
         if not self.service.ready:
             raise ApiError(503, "The server is not ready.", "server_error", code="not_ready")
         return JSONResponse({"status": "ready"})
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(self.service.metrics.exposition(), media_type=METRICS_TYPE)
 
-    async def version(self) -> Response:
+    async def version(self, request: Request) -> Response:
         return JSONResponse({"version": __version__})
 
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.document(OPERATIONS, "pixtral", __version__))
+
+    async def docs(self, request: Request) -> Response:
+        return HTMLResponse(openapi.page(OPERATIONS, "pixtral", __version__), headers=openapi.DOCS_HEADERS)
+
     async def respond(self, request: Request, ask: Ask) -> Response:
-        """The answer as one object or as a stream, which begins with the first token: until then errors have a status."""
-        self.service.check_name(ask.model)
-        salt = request.scope.get("state", {}).get("key_salt", b"")
-        envelope = Envelope.new(ask.kind, ask.model or self.service.names[0], self.fingerprint)
-        token_bytes = self.service.model.processor.tokenizer.token_bytes
-        events = self.service.answer(ask, salt)
-        if not ask.stream:
-            replies = await until_left(request, _whole(events, ask.answers))
-            return JSONResponse(wire.answer(envelope, replies, ask.n, token_bytes))
-        first = await until_left(request, anext(events))
-        return EventStream(first, events, Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage))
+        """The answer as one object or as a stream.
+
+        A stream begins with the first token: what fails before that has an HTTP status of its own.
+        """
+        service = self.service
+        service.check_name(ask.model)
+        state = request.scope.setdefault("state", {})
+        events = service.answer(ask, state.get("key_salt", b""))
+        envelope = Envelope.new(ask.kind, ask.model or service.names[0], self.fingerprint)
+        token_bytes = service.model.processor.tokenizer.token_bytes
+        if ask.stream:
+            first = await while_there(request.receive, anext(events))
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage)
+            return EventStream(first, events, chunks, service.metrics)
+        whole = await while_there(request.receive, _whole(events, ask.answers))
+        answer = replies.answer(envelope, whole, ask.n, token_bytes)
+        state["tokens"] = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
+        return JSONResponse(answer)
 
     async def _parsed(self, request: Request, parse: Any) -> Any:
         body = await request.body()
@@ -156,26 +160,36 @@ class Routes:
 class EventStream(Response):
     """Sends what comes until it ends or the client leaves; then nothing of it is computed any longer."""
 
-    def __init__(self, first: Events, events: AsyncGenerator[Events], chunks: Chunks) -> None:
+    def __init__(self, first: Events, events: AsyncGenerator[Events], chunks: Chunks, metrics: Metrics) -> None:
         super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
-        self.first, self.events, self.chunks = first, events, chunks
+        self.first, self.events, self.chunks, self.metrics = first, events, chunks, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.events):
             with suppress(ClientLeft):
-                await while_there(receive, self._send(send))
+                await while_there(receive, self._send(scope, send))
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await _write(send, self.chunks.opening() + self.chunks.of(self.first))
         try:
             async for events in self.events:
                 await _write(send, self.chunks.of(events))
-            await _write(send, self.chunks.closing())
         except ApiError as error:
+            self.metrics.error("server_error")
             await _write(send, b"data: " + error.as_response().body + b"\n\n")
+        else:
+            used = self.chunks.usage()
+            scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]
+            await _write(send, self.chunks.closing())
         await send({"type": "http.response.body", "body": b""})
+
+
+class NoResponse(Response):
+    """For a client that has left."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 async def _write(send: Send, data: bytes) -> None:
@@ -183,13 +197,12 @@ async def _write(send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-async def until_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` gives; it is cancelled when the client leaves. Raises ClientLeft."""
-    return await while_there(request.receive, work)
+async def while_there(receive: Receive, work: Awaitable[Result]) -> Result:
+    """What `work` gives; it is cancelled when the client leaves. `receive` has no body left to give.
 
-
-async def while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """As `until_left`; `receive` has no body left to give."""
+    Raises:
+        ClientLeft: nobody waits any longer.
+    """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -207,14 +220,11 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-async def _whole(events: AsyncGenerator[Events], answers: int) -> list[Any]:
-    replies: list[Any] = [None] * answers
+async def _whole(events: AsyncGenerator[Events], answers: int) -> list[Reply]:
+    """The replies in order."""
     async with aclosing(events):
-        async for batch in events:
-            for place, event in batch:
-                if event.reply is not None:
-                    replies[place] = event.reply
-    return replies
+        found = {place: event.reply async for batch in events for place, event in batch if event.reply is not None}
+    return [found[place] for place in range(answers)]
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -224,16 +234,21 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        refusal = ApiError(404, f"There is nothing at {request.url.path}.", code="unknown_path")
-    elif error.status_code == 405:
-        refusal = ApiError(
-            405, f"{request.method} is not for {request.url.path}.", code="wrong_method", headers=(error.headers or {}).items()
-        )
+    path = request.url.path[:200]
+    if error.status_code == 405:
+        allowed = (error.headers or {}).items()
+        refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
     else:
-        refusal = ApiError(error.status_code, str(error.detail))
+        refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
     return refusal.as_response()
 
 
+async def _nobody(request: Request, error: Exception) -> Response:
+    return NoResponse()
+
+
 async def _failed(request: Request, error: Exception) -> Response:
-    return ApiError(500, "The server failed to answer this request.", "server_error", code="internal_error").as_response()
+    return refusal_of(error).as_response()
+
+
+HANDLERS = ((ApiError, _refused), (HTTPException, _not_routed), (ClientLeft, _nobody), (Exception, _failed))

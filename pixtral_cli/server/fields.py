@@ -17,6 +17,7 @@ MAX_ALTERNATIVES = 20
 MAX_ID = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
+IdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Text = Annotated[str, Field(min_length=1)]
 NoneGiven = Annotated[None, Field(description="Taken back from answers that have it; only null.")]
 
@@ -147,7 +148,7 @@ class Sampled(Strict):
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[IdText, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token ids, as strings, and what is added to their scores.", examples=[{"42": -100}]
     )
     ignore_eos: bool | None = Field(None, description="Go on after the model's end-of-answer token.")

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pixtral_cli.errors import PixtralError, RequestError
 from pixtral_cli.prompt.errors import InvalidEntry, NoChatTemplate, PromptError, TemplateFailed, TokenizerUnreadable
 from pixtral_cli.server.errors import ApiError
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 RAW = "Use /v1/completions to write the prompt yourself."
+RETRY_SECONDS = 5
+RETRY = [("Retry-After", str(RETRY_SECONDS))]
+
+
+def leaving() -> ApiError:
+    """For who comes, or still waits, when the server is about to end."""
+    return ApiError(503, "The server is stopping.", "server_error", code="stopping", headers=RETRY)
+
+
+def queue_full(max_queue: int) -> ApiError:
+    sentence = f"The queue is full: {max_queue} requests wait already, and --max-queue allows no more."
+    return ApiError(429, sentence, "rate_limit_error", code="queue_full", headers=RETRY)
+
+
+def unknown_model(name: str, known: Iterable[str]) -> ApiError:
+    sentence = f"There is no model {name[:200]!r} here; there is {', '.join(known)}."
+    return ApiError(404, sentence, param="model", code="model_not_found")
 
 
 def refusal_of(error: Exception) -> ApiError:

@@ -10,8 +10,8 @@ import json
 from typing import Any
 
 from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
-from pixtral_cli.server import wire
-from pixtral_cli.server.wire import Envelope, TokenBytes
+from pixtral_cli.server import replies
+from pixtral_cli.server.replies import Envelope, TokenBytes
 
 DONE = b"data: [DONE]\n\n"
 compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -43,11 +43,13 @@ class Chunks:
 
     def closing(self) -> bytes:
         """After the last event."""
-        end = b""
-        if self.include_usage:
-            usage = wire.usage([reply for reply in self.replies if reply is not None], self.n)
-            end = f'{self.head}],"usage":{compact(usage)}}}\n\n'.encode()
-        return end + DONE
+        if not self.include_usage:
+            return DONE
+        return f'{self.head}],"usage":{compact(self.usage())}}}\n\n'.encode() + DONE
+
+    def usage(self) -> replies.Json:
+        """Of all answers, when they have ended."""
+        return replies.usage([reply for reply in self.replies if reply is not None], self.n)
 
     def _event(self, place: int, event: TextEvent) -> str:
         if event.logprob is not None:
@@ -71,15 +73,15 @@ class Chunks:
         return chunks + self._chunk(ending)
 
     def _call(self, place: int, number: int, call: Any) -> str:
-        delta = compact({"tool_calls": [{"index": number, **wire.tool_call(call)}]})
+        delta = compact({"tool_calls": [{"index": number, **replies.tool_call(call)}]})
         return self._chunk(f'{{"index":{place},"delta":{delta},"logprobs":null,"finish_reason":null}}')
 
     def _logprobs(self, place: int) -> str:
         """Of the tokens since the last chunk."""
         held, self.held[place] = self.held[place], []
         if self.is_chat:
-            return compact(wire.chat_logprobs(held, self.token_bytes))
-        return compact(wire.text_logprobs(held, self.written[place]))
+            return compact(replies.chat_logprobs(held, self.token_bytes))
+        return compact(replies.text_logprobs(held, self.written[place]))
 
     def _chunk(self, choice: str) -> str:
         return f"{self.head}{choice}{self.tail}"

@@ -1,0 +1,119 @@
+"""The engine's events in, text events out, on the event loop: the answers of one ask. Knows no JSON and no queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence, Set
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pixtral_cli.generate import Answering, Failure, Request, TextEvent
+from pixtral_cli.server.problems import leaving
+
+if TYPE_CHECKING:
+    from pixtral_cli.server.service import Metrics, Worker
+
+Events = list[tuple[int, TextEvent]]
+"""What came together: the answer's place, and what its next token adds."""
+
+
+class Arrival(NamedTuple):
+    """An event of the engine for the answer `place`, and when it came (of `time.perf_counter`)."""
+
+    answers: Answers
+    place: int
+    event: Any
+    at: float
+
+
+class Handover:
+    """Events from the engine's thread to the event loop: one call into the loop for all that a step gives."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[Arrival] = deque()
+        self._called = False
+
+    def put(self, answers: Answers, place: int, event: Any) -> None:
+        """A sink, on the engine's thread."""
+        self._arrived.append(Arrival(answers, place, event, time.perf_counter()))
+        if not self._called:
+            self._called = True
+            answers.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the deque is emptied: who puts after this calls again
+        while self._arrived:
+            arrival = self._arrived.popleft()
+            arrival.answers.receive(arrival)
+
+
+class Answers:
+    """One ask's answers on their way."""
+
+    def __init__(self, worker: Worker, metrics: Metrics) -> None:
+        self.worker, self.metrics = worker, metrics
+        self.loop = asyncio.get_running_loop()
+        self.running: dict[int, int] = {}
+        """Places of the answers that have not ended, and the engine's ids."""
+        self._answerings: list[Answering] = []
+        self._begun = time.perf_counter()
+        self._latest: dict[int, float] = {}  # when each answer's last token came
+        self._arrived: list[Arrival] = []
+        self._wake = asyncio.Event()
+        self._sent_away = False
+
+    def submit(self, jobs: Sequence[tuple[Request, Answering]], handover: Handover) -> None:
+        """Queue them all. Raises ApiError when the server ends."""
+        if self._sent_away:
+            raise leaving()
+        self._answerings = [answering for _, answering in jobs]
+        for place, (request, _) in enumerate(jobs):
+            self.running[place] = self.worker.submit(request, partial(handover.put, self, place))
+
+    def send_away_unless(self, begun: Set[int]) -> None:
+        """Let them fail, unless the engine has begun one of them."""
+        if not self._latest and not self._arrived and begun.isdisjoint(self.running.values()):
+            self._sent_away = True
+            self._wake.set()
+
+    def receive(self, arrival: Arrival) -> None:
+        self._arrived.append(arrival)
+        self._wake.set()
+
+    async def next(self) -> Events:
+        """What has come since, at least one event. Raises ApiError, and what the engine failed with."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._sent_away:
+                raise leaving()
+            arrived, self._arrived = self._arrived, []
+            events = [(arrival.place, self._told(arrival)) for arrival in arrived if arrival.place in self.running]
+            if events:
+                return events
+
+    def cancel(self) -> None:
+        """What still runs ends with the engine's step."""
+        for request_id in self.running.values():
+            self.worker.cancel(request_id)
+        self.running.clear()
+
+    def _told(self, arrival: Arrival) -> TextEvent:
+        place, event = arrival.place, arrival.event
+        if isinstance(event, Failure):
+            raise event.error
+        self._measure(place, arrival.at)
+        told = self._answerings[place].push(event)
+        if told.finish_reason:
+            self.worker.cancel(self.running.pop(place))  # a stop string ends it before the engine would
+        return told
+
+    def _measure(self, place: int, now: float) -> None:
+        before = self._latest.get(place)
+        if before is None:
+            self.metrics.first_token(now - self._begun)
+        else:
+            self.metrics.next_token(now - before)
+        self._latest[place] = now

@@ -1,0 +1,112 @@
+"""Whole replies in, OpenAI's JSON of answers out; knows no streams and no HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pixtral_cli.generate import Reply, TokenLogprob
+
+LOWEST_LOGPROB = -9999.0
+"""What OpenAI writes for a token that cannot come: JSON has no infinities."""
+Json = dict[str, Any]
+TokenBytes = Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What every part of one answer carries."""
+
+    kind: Literal["chat", "text"]
+    model: str
+    fingerprint: str
+    id: str
+    created: int
+
+    @classmethod
+    def new(cls, kind: Literal["chat", "text"], model: str, fingerprint: str) -> Envelope:
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        return cls(kind, model, fingerprint, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
+
+    def head(self, chunk: bool = False) -> Json:
+        name = ("chat.completion.chunk" if chunk else "chat.completion") if self.kind == "chat" else "text_completion"
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def answer(envelope: Envelope, replies: Sequence[Reply], n: int, token_bytes: TokenBytes) -> Json:
+    """A whole answer; `replies` in order, `n` to each prompt."""
+    choice = chat_choice if envelope.kind == "chat" else text_choice
+    choices = [choice(index, reply, token_bytes) for index, reply in enumerate(replies)]
+    return {**envelope.head(), "choices": choices, "usage": usage(replies, n)}
+
+
+def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
+    message: Json = {"role": "assistant", "content": reply.text, "refusal": None}
+    if reply.tool_calls:
+        message["content"] = reply.text or None
+        message["tool_calls"] = [tool_call(call) for call in reply.tool_calls]
+    logprobs = None if reply.logprobs is None else chat_logprobs(reply.logprobs, token_bytes)
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
+
+
+def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
+    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, 0)
+    return {"index": index, "text": reply.text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
+
+
+def tool_call(call: Any) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> Json:
+    content = [
+        {**_logprob(entry, token_bytes), "top_logprobs": [_logprob(other, token_bytes) for other in entry.top]}
+        for entry in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> Json:
+    data = list(token_bytes(entry.token_id))
+    return {"token": entry.token, "logprob": max(entry.logprob, LOWEST_LOGPROB), "bytes": data}
+
+
+def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> Json:
+    """`offset`: characters of the answer before the first of them."""
+    offsets = []
+    for entry in logprobs:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in logprobs],
+        "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in logprobs],
+        "top_logprobs": [
+            {other.token: max(other.logprob, LOWEST_LOGPROB) for other in entry.top} for entry in logprobs
+        ],
+        "text_offset": offsets,
+    }
+
+
+def usage(replies: Sequence[Reply], n: int) -> Json:
+    """Of all answers; a prompt counts once, however many answers it has."""
+    prompts = [reply.usage for reply in replies[::n]]
+    prompt_tokens = sum(each.prompt_tokens for each in prompts)
+    completion_tokens = sum(reply.usage.completion_tokens for reply in replies)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(each.cached_tokens for each in prompts),
+            "image_tokens": sum(each.image_tokens for each in prompts),
+        },
+    }
