@@ -33,11 +33,11 @@ def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout
     )
 
 
-def imported_by(*arguments, **environment):
-    """The heavy modules that a run of the program has imported when it ends."""
+def imported_by(*arguments, among=HEAVY, **environment):
+    """Those of the modules `among` that a run of the program has imported when it ends."""
     program = (
         "import atexit, json, sys\n"
-        f"atexit.register(lambda: print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr))\n"
+        f"atexit.register(lambda: print(json.dumps([m for m in {among!r} if m in sys.modules]), file=sys.stderr))\n"
         f"sys.argv = {['pixtral', *arguments]!r}\n"
         "from pixtral_cli.__main__ import main\nmain()\n"
     )

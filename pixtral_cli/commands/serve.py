@@ -50,9 +50,9 @@ def serve(
     guarding.check_binding(listen.host, guard.api_key or (), guard.insecure)
     listener = listening.listen(listen.host, listen.port)
     address = listening.url(listen.host, listener)
-    console.notice(f"loading {weights.serialized_model_path or model_path(source, weights) or 'a GGUF'}")
 
     def start() -> Loaded:
+        console.notice(f"loading {weights.serialized_model_path or model_path(source, weights) or 'a GGUF'}")
         from pixtral_cli.server.assembly import assemble
 
         model = load(source, weights, console, **_memory(weights))

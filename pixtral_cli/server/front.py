@@ -20,7 +20,7 @@ from pixtral_cli.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
 WATCHED = ("/health", "/ready", "/metrics")
-"""Asked for every few seconds by machines: told only where something is wrong, and answered also in the drain."""
+"""Asked for every few seconds by machines: told only where something is wrong with the asking."""
 LOADING_SECONDS, DRAINING_SECONDS = 5, 10
 LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
@@ -86,14 +86,14 @@ class Front:
         except asyncio.CancelledError:
             if not self._cutting:
                 raise
-            await exchange.end(_stopped(), receive)
+            await exchange.end(_cut_off(), receive)
         except Exception as error:
             logger.error("a request failed", exc_info=error)
             await exchange.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
         finally:
             self.running.discard(exchange)
         self.answered(getattr(scope.get("route"), "path", "other"), exchange.status or LEFT)
-        if not (watched and exchange.status == 200):
+        if not (watched and exchange.status in (200, 503)):
             self._say(str(exchange))
 
     async def _answer(self, exchange: Exchange, receive: Receive) -> None:
@@ -103,7 +103,7 @@ class Front:
                 return await JSONResponse({"status": "ok"})(exchange.scope, receive, exchange.send)
             return await refuse(_loading(), receive, exchange.send)
         if self.draining and path not in ("/health", "/metrics"):
-            return await refuse(stopping(), receive, exchange.send)
+            return await refuse(_draining(), receive, exchange.send)
         await self.app(exchange.scope, receive, exchange.send)
 
     async def idle(self, seconds: float) -> bool:
@@ -125,13 +125,12 @@ def _loading() -> ApiError:
     return _unavailable("The model is still loading.", "loading", LOADING_SECONDS)
 
 
-def stopping() -> ApiError:
-    """For a request that comes, or still waits, while the server drains."""
-    return _unavailable("The server is stopping.", "stopping", DRAINING_SECONDS)
+def _draining() -> ApiError:
+    return _unavailable("The server is about to end.", "draining", DRAINING_SECONDS)
 
 
-def _stopped() -> ApiError:
-    return _unavailable("The server stopped before this answer was finished.", "stopping", DRAINING_SECONDS)
+def _cut_off() -> ApiError:
+    return _unavailable("The server ended before this answer was finished.", "draining", DRAINING_SECONDS)
 
 
 def _unavailable(message: str, code: str, seconds: int) -> ApiError:

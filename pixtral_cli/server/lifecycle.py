@@ -56,7 +56,14 @@ def serve(listener: socket.socket, load: Callable[[], Loaded], drain_seconds: fl
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # `Front` tells what there is to tell
     logging.getLogger("pixtral_cli").addHandler(_ErrorLines(outside.tell_error))
     server = _Server(Front(outside.say), listener, drain_seconds, outside)
+    for number in _wanted_signals():  # an exception would tear a half-made event loop
+        signal.signal(number, lambda number, frame: server.on_signal(signal.Signals(number)))
     asyncio.run(server.run(load))
+
+
+def _wanted_signals() -> list[signal.Signals]:
+    """Those of SIGNALS that the process was not started to ignore, as under nohup."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class _ErrorLines(logging.Handler):
@@ -100,9 +107,8 @@ class _Server(uvicorn.Server):
 
     async def run(self, load: Callable[[], Loaded]) -> None:  # type: ignore[override]
         loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                loop.add_signal_handler(number, self._on_signal, number)
+        for number in _wanted_signals():
+            loop.add_signal_handler(number, self.on_signal, number)
         serving = asyncio.create_task(self.serve(sockets=[self.listener]))
         try:
             self.loaded = await asyncio.to_thread(load)
@@ -115,7 +121,8 @@ class _Server(uvicorn.Server):
         if not self.loaded.stop(CUT_SECONDS):
             self.outside.leave(0)  # a step that takes long, and nobody waits for it any more
 
-    def _on_signal(self, number: signal.Signals) -> None:
+    def on_signal(self, number: signal.Signals) -> None:
+        """The first drains, if there is something to drain; else, and from the second on, leave at once."""
         if self._draining is not None or self.loaded is None:
             nothing_lost = self._draining is None and number == signal.SIGTERM
             self.outside.leave(0 if nothing_lost else 128 + number)

@@ -13,7 +13,11 @@ FLAGS = """--model-path --weight-path --weights-format --quantize-vision --quant
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["run", "--help"], ["tokenize", "--help"], ["--version"], ["run", "--top-k", "x"]]
+    "arguments",
+    [
+        *([], ["--help"], ["--version"], ["run", "--top-k", "x"]),
+        *([command, "--help"] for command in ("run", "serve", "tokenize")),
+    ],
 )
 def test_help_version_and_usage_errors_import_nothing_heavy(arguments):
     assert imported_by(*arguments) == []
@@ -45,7 +49,7 @@ def test_version_is_the_packages_version(program):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("pixtral ", {"run", "tokenize", "download", "export", "verify", "cache", "inspect"}),
+        ("pixtral ", {"run", "serve", "tokenize", "download", "export", "verify", "cache", "inspect"}),
         ("pixtral run --quantization-encoding q4", {"q4_0", "q4_k"}),
         ("pixtral run --image-preprocessing ", {"hf", "native"}),
         ("pixtral run --model-path t", {"tiny"}),

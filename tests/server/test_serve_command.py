@@ -1,0 +1,150 @@
+"""`pixtral serve` as people start it: what it says, what it refuses, what its flags mean."""
+
+import json
+import re
+import socket
+import subprocess
+
+import pytest
+from processes import PROGRAM, imported_by, run_process
+from served import hello, served
+
+from pixtral_cli.errors import PixtralError
+from pixtral_cli.server.listening import listen, url
+
+SERVER_MODULES = ["fastapi", "prometheus_client", "starlette", "uvicorn"]
+KEYS = {"PIXTRAL_API_KEY": "first-key second-key"}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    with served("--max-new-tokens", "5", "--kv-cache-memory", "64MiB", "--image-cache-memory", "1000000") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def keyed():
+    with served("--host", "0.0.0.0", "--served-model-name", "it's", "--served-model-name", "eyes", env=KEYS) as server:
+        yield server
+
+
+def line_to_try(server):
+    return re.search(r"^try +(.*)$", server.said(), re.M)[1]
+
+
+def run_in_shell(line, **env):
+    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=60, env={"PATH": "/usr/bin:/bin"} | env)
+
+
+def test_it_is_live_and_ready_and_serves_the_page(plain):
+    assert [plain.open(path).status for path in ("/health", "/ready", "/", "/version")] == [200] * 4
+
+
+def test_the_start_tells_address_model_encoding_memory_and_limits(plain):
+    said = plain.said()
+    for words in ("tiny: bfloat16 on cpu", plain.url + "/v1", "weights 13.9 MiB", "KV cache 64.0 MiB", "64 MiB and 32"):
+        assert words in said
+    assert "16 requests at once, 512 waiting" in said and "none is asked for" in said
+
+
+def test_the_line_to_try_gets_an_answer_when_it_is_pasted(plain):
+    done = run_in_shell(line_to_try(plain))
+    assert done.returncode == 0 and json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def test_with_keys_the_line_to_try_works_once_the_key_is_set(keyed):
+    line = line_to_try(keyed)
+    assert "first-key" not in keyed.said()
+    assert json.loads(run_in_shell(line).stdout)["error"]["type"] == "authentication_error"
+    answer = json.loads(run_in_shell(line, PIXTRAL_API_KEY="second-key").stdout)
+    assert answer["model"] == "it's" and answer["choices"][0]["message"]["content"]
+
+
+def test_the_model_has_the_names_that_it_was_given(keyed):
+    listed = keyed.json("/v1/models", headers={"Authorization": "Bearer first-key"})
+    assert [model["id"] for model in listed["data"]] == ["it's", "eyes"]
+
+
+def test_flags_for_answers_hold_where_a_request_does_not_say(plain):
+    def length(**more):
+        return plain.json("/v1/chat/completions", hello(ignore_eos=True, **more))["usage"]["completion_tokens"]
+
+    assert [length(), length(max_tokens=7)] == [5, 7]
+
+
+def test_each_request_is_told_in_one_line_with_its_tokens(plain):
+    usage = plain.json("/v1/chat/completions", hello(max_tokens=3, ignore_eos=True))["usage"]
+    assert plain.open("/nowhere?secret=1").status == 404
+    told = plain.wait_for(r"(?m)^GET /nowhere .*$")
+    assert re.fullmatch(r"GET /nowhere 404, \d+ ms", told[0])
+    answered = [line for line in plain.said().splitlines() if line.startswith("POST /v1/chat")][-1]
+    assert re.fullmatch(rf"POST /v1/chat/completions 200, \d+ ms, {usage['prompt_tokens']} \+ 3 tokens", answered)
+    assert "GET /health" not in plain.said() and "GET /ready" not in plain.said()
+
+
+@pytest.mark.parametrize("command", [["serve"], ["run", "--serve"]])
+def test_a_busy_port_is_one_sentence_before_anything_is_loaded(command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_process(PROGRAM, [*command, "--model-path", "/no/such/model", "--port", port])
+    sentence, hint = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and sentence == f"pixtral: error: Port {port} of 127.0.0.1 is in use."
+    assert "--port" in hint and done.stdout == b""
+
+
+def test_a_model_that_cannot_be_loaded_is_a_sentence_and_exit_code_1():
+    done = run_process(PROGRAM, ["serve", "--model-path", "/no/such/model", "--port", "0"])
+    assert done.returncode == 1 and "/no/such/model" in done.stderr.decode().splitlines()[-2]
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_address_that_others_reach_is_refused_without_a_key():
+    done = run_process(PROGRAM, ["serve", "--model-path", "/no/such/model", "--host", "0.0.0.0", "--port", "0"])
+    sentence, hint = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and "no API key" in sentence and "--api-key" in hint and "--insecure" in hint
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", ""])
+def test_an_address_that_is_not_this_machines_is_a_sentence(host):
+    flags = ["serve", "--model-path", "/no/such/model", "--host", host, "--insecure", "--port", "0"]
+    done = run_process(PROGRAM, flags)
+    assert done.returncode == 1 and b"--host" in done.stderr and b"/no/such/model" not in done.stderr
+
+
+def test_a_port_without_the_right_to_it_is_a_sentence(monkeypatch):
+    def refuse(self, address):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(PixtralError, match="Port 80 needs rights") as refused:
+        listen("127.0.0.1", 80)
+    assert "1024" in refused.value.hint
+
+
+def test_the_address_told_is_one_that_a_browser_here_can_open():
+    for host, shown in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]")):
+        with listen(host, 0) as listener:
+            assert url(host, listener) == f"http://{shown}:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--kv-cache-memory", "8GB"], "--kv-cache-memory"),
+        (["--kv-cache-memory", "0"], "not a size"),
+        (["--image-cache-memory", "lots"], "8GiB, 512MiB or a number of bytes"),
+        (["--allow-private-media", "10.0.0.1/8"], "host bits"),
+        (["--port", "65536"], "at most 65535"),
+        (["--drain-timeout", "-1"], "at least 0"),
+        (["--media-path", "/no/such/folder"], "--media-path"),
+        (["-p", "Hello"], "No such option: -p"),
+    ],
+)
+def test_a_flag_that_cannot_be_meant_so_is_named(flags, words):
+    done = run_process(PROGRAM, ["run", "--serve", *flags])
+    assert done.returncode == 2 and words in done.stderr.decode() and "pixtral serve --help" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--help"], ["tokenize", "--model-path", "tiny", "-p", "Hello"]])
+def test_what_does_not_serve_imports_nothing_of_a_server(arguments):
+    assert imported_by(*arguments, among=SERVER_MODULES) == []
