@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
 from pixtral_cli.engine.runner import Runner
 from pixtral_cli.engine.scheduler import Piece, Scheduler
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.errors import RequestError
+from pixtral_cli.errors import BrokenLogits, RequestError
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.llava import Llava
 
@@ -193,11 +194,14 @@ class Engine:
         ready = [piece.sequence for piece in pieces if piece.completes]
         for piece in pieces:
             self.scheduler.computed(piece)
-        likeliest = logits.argmax(-1).tolist()  # one wait for the device, however many requests
-        return [self._next(*each) for each in zip(ready, logits, likeliest, strict=True)]
+        likeliest = logits.argmax(-1, keepdim=True)
+        scores = logits.gather(-1, likeliest).flatten().tolist()  # one wait for the device, however many requests
+        return [self._next(*each) for each in zip(ready, logits, likeliest.flatten().tolist(), scores, strict=True)]
 
-    def _next(self, sequence: Sequence, logits: Tensor, likeliest: int) -> Event:
+    def _next(self, sequence: Sequence, logits: Tensor, likeliest: int, score: float) -> Event:
         try:
+            if not math.isfinite(score):  # so it is as well where a single score is no number
+                raise BrokenLogits
             return self._advance(sequence, logits, likeliest)
         except Exception as error:
             return Failure(sequence.id, error)

@@ -12,6 +12,7 @@ from pixtral_cli.engine import scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Picture, Request, Sampling
 from pixtral_cli.engine.worker import Worker
+from pixtral_cli.errors import BrokenLogits
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.load import load
@@ -184,6 +185,26 @@ def test_a_request_that_fails_leaves_the_others_as_they_are(model, monkeypatch):
     assert [tokens(events) for events in others] == alone
     assert len(failed) == 1 and isinstance(failed[0], Failure) and isinstance(failed[0].error, MemoryError)
     assert engine.table.in_use == 0 and tokens(run(engine, MANY[0])[0]) == alone[0]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=0, seed=1)])
+def test_scores_that_are_no_numbers_fail_the_request_that_has_them_and_no_other(model, score, sampling):
+    alone = tokens(run(Engine(model), MANY[0])[0])
+    engine = Engine(model, max_batch_size=2)
+    compute = engine.runner.run
+
+    def spoilt(pieces):
+        logits = compute(pieces).clone()
+        ready = [piece.sequence.request for piece in pieces if piece.completes]
+        logits[[place for place, request in enumerate(ready) if request is bad], 77] = score
+        return logits
+
+    bad = asked(words(51, 9), sampling=sampling)
+    engine.runner.run = spoilt
+    events, (failed,) = run(engine, MANY[0], bad)
+    assert isinstance(failed, Failure) and isinstance(failed.error, BrokenLogits)
+    assert tokens(events) == alone and engine.table.in_use == 0
 
 
 def test_cancelling_in_the_middle_of_a_prompt_frees_every_page(model, monkeypatch):
