@@ -154,8 +154,9 @@ class CallRules:
     def _calls(self) -> list[str]:
         if self.form in ("list", "text"):
             more = f' (", " call){{0,{self.more}}}' if self.more else ""
+            begin = self._mark(CALLS) if self.form == "list" else ""
             return [
-                f'calls: {self._mark(CALLS)} "[" call{more} "]"',
+                f'calls: {begin} "[" call{more} "]"',
                 r'call: "{\"name\": " named ID? "}"',
                 self._one_of('"\\"{name}\\", \\"arguments\\": "'),
                 r'ID: /, "id": "[a-zA-Z0-9]{9}"/',
@@ -174,4 +175,4 @@ class CallRules:
         return f"named: {' | '.join(ways)}"
 
     def _mark(self, name: str) -> str:
-        return f"<[{self.marks[name]}]>" if name in self.marks else ""
+        return f"<[{self.marks[name]}]>"

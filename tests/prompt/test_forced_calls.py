@@ -1,0 +1,92 @@
+"""Calls forced on a model of random scores, with a real vocabulary, in each form in which models write them."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+import torch
+
+from pixtral_cli import constraints
+from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import choose
+from pixtral_cli.prompt.processor import Prompt
+from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tools import Tool
+
+UNITS = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/u"}}, "$defs": {"u": {"enum": ["é 何", "m"]}}}
+TOOLS = (
+    Tool("add", parameters={**UNITS, "required": ["unit"], "additionalProperties": False}),
+    Tool("add-2", parameters={"properties": {"a": {"type": "boolean"}}, "additionalProperties": False}),
+)
+SCHEMAS = {tool.name: tool.parameters for tool in TOOLS}
+END = 2
+FORMS = ("list", "named with id", "named", "text")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(both):
+    return constraints.vocabulary(both[0], {END})
+
+
+def written(constraint, seed, begun=()):
+    """The ids of an answer that begins with `begun`, until the model ends it, which it does as soon as it may."""
+    random, sampling = torch.Generator().manual_seed(seed), Sampling(temperature=1.0, top_k=0)
+    ids = []
+    for place in range(2000):
+        logits = torch.randn(131072 + 100, generator=random)
+        logits[END] += 4  # rather than one call more
+        free = place >= len(begun)
+        ids.append(choose(logits, sampling, [], [], random, constraint) if free else begun[place])
+        constraint.accept(ids[-1])
+        if ids[-1] == END:
+            return ids
+    raise AssertionError("no end")
+
+
+def read(tokenizer, ids, only_calls):
+    reader = ToolCallReader(tokenizer, reads_calls=True, only_calls=only_calls)
+    shown = "".join(map(reader.push, ids))
+    rest, calls = reader.finish()
+    return shown + rest, calls
+
+
+def assert_kept(calls):
+    assert 1 <= len(calls) <= constraints.MOST_CALLS
+    for call in calls:
+        jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+    assert len({call.id for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_required_call_is_read_back_and_keeps_to_its_tool(both, vocabulary, form, seed):
+    tokenizer = both[0]
+    prompt = Prompt([1], [], tools=TOOLS, call_form=form)
+    bound = constraints.constraint(prompt, None, "required", True, tokenizer, vocabulary)
+    ids = written(bound, seed)
+    assert (tokenizer.control("[TOOL_CALLS]") in ids) == (form != "text")
+    text, calls = read(tokenizer, ids, form == "text")
+    assert text == ""
+    assert_kept(calls)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "text"])
+def test_a_call_that_the_model_begins_keeps_to_the_tools_and_what_stands_before_is_free(both, vocabulary, form):
+    tokenizer = both[0]
+    prompt = Prompt([1], [], tools=TOOLS, call_form=form)
+    bound = constraints.constraint(prompt, None, "auto", False, tokenizer, vocabulary)
+    begun = [*tokenizer.encode("I'll add [é]: "), tokenizer.control("[TOOL_CALLS]")]
+    text, calls = read(tokenizer, written(bound, 1, begun), False)
+    assert text == "I'll add [é]: " and len(calls) == 1
+    assert_kept(calls)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_named_function_is_called_once(both, vocabulary, form):
+    prompt = Prompt([1], [], tools=TOOLS, call_form=form)
+    choice = {"type": "function", "function": {"name": "add-2"}}
+    bound = constraints.constraint(prompt, None, choice, True, both[0], vocabulary)
+    _, (call,) = read(both[0], written(bound, 5), form == "text")
+    assert call.name == "add-2"
