@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse
 
 from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, refuse
 from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.problems import leaving
 
 logger = logging.getLogger(__name__)
 WATCHED = ("/health", "/ready", "/metrics")
 """Asked for every few seconds by machines: told only where something is wrong with the asking."""
-LOADING_SECONDS, DRAINING_SECONDS = 5, 10
+RETRY_SECONDS = 5
 LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
 EVENT_STREAM = b"text/event-stream"
@@ -88,7 +89,7 @@ class Front:
                 raise
             await exchange.end(_cut_off(), receive)
         except Exception as error:
-            logger.error("a request failed", exc_info=error)
+            logger.error("A request failed.", exc_info=error)
             await exchange.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
         finally:
             self.running.discard(exchange)
@@ -103,7 +104,7 @@ class Front:
                 return await JSONResponse({"status": "ok"})(exchange.scope, receive, exchange.send)
             return await refuse(_loading(), receive, exchange.send)
         if self.draining and path not in ("/health", "/metrics"):
-            return await refuse(_draining(), receive, exchange.send)
+            return await refuse(leaving(), receive, exchange.send)
         await self.app(exchange.scope, receive, exchange.send)
 
     async def idle(self, seconds: float) -> bool:
@@ -122,16 +123,12 @@ class Front:
 
 
 def _loading() -> ApiError:
-    return _unavailable("The model is still loading.", "loading", LOADING_SECONDS)
-
-
-def _draining() -> ApiError:
-    return _unavailable("The server is about to end.", "draining", DRAINING_SECONDS)
+    return _unavailable("The model is still loading.", "loading")
 
 
 def _cut_off() -> ApiError:
-    return _unavailable("The server ended before this answer was finished.", "draining", DRAINING_SECONDS)
+    return _unavailable("The server ended before this answer was finished.", leaving().code)
 
 
-def _unavailable(message: str, code: str, seconds: int) -> ApiError:
-    return ApiError(503, message, "server_error", code=code, headers=[("Retry-After", str(seconds))])
+def _unavailable(message: str, code: str | None) -> ApiError:
+    return ApiError(503, message, "server_error", code=code, headers=[("Retry-After", str(RETRY_SECONDS))])

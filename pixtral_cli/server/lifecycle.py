@@ -75,7 +75,7 @@ class _ErrorLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        reason = f": {type(error).__name__}: {error}" if error else ""
+        reason = f" {type(error).__name__}: {error}" if error else ""
         self.tell(f"{record.getMessage()}{reason}")
         if error and os.environ.get("PIXTRAL_DEBUG"):
             traceback.print_exception(error)

@@ -11,6 +11,7 @@ from served import hello, served, starting
 
 from pixtral_cli.server.front import Front
 
+DRAINING = "stopping"
 LONG = {"max_tokens": 400, "ignore_eos": True}
 ENDLESS = {"max_tokens": 12_000, "ignore_eos": True}
 
@@ -29,7 +30,7 @@ def test_what_runs_is_finished_and_what_waits_or_comes_is_refused():
         answers.append(server.open("/v1/chat/completions", hello()))
         waiting.join()
         assert [(answer.status, int(answer.headers["Retry-After"]) > 0) for answer in answers] == [(503, True)] * 2
-        assert all(json.load(answer)["error"]["code"] == "draining" for answer in answers)
+        assert all(json.load(answer)["error"]["code"] == DRAINING for answer in answers)
         assert (server.open("/health").status, server.open("/ready").status) == (200, 503)
         *_, last, done = running
         assert json.loads(last)["choices"][0]["finish_reason"] == "length" and done == "[DONE]"
@@ -50,7 +51,7 @@ def test_after_the_drain_timeout_a_stream_ends_with_an_error_and_an_answer_is_50
             next(stream)
         server.process.send_signal(signal.SIGINT)
         *_, last = stream
-        assert json.loads(last)["error"]["code"] == "draining"
+        assert json.loads(last)["error"]["code"] == DRAINING
         whole.join()
         assert answers[0].status == 503 and json.load(answers[0])["error"]["type"] == "server_error"
         assert server.process.wait(30) == 0
@@ -110,7 +111,7 @@ def test_a_bug_behind_it_is_told_and_answered_with_500(caplog):
 
     answer = asyncio.run(ask())
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
-    assert "a bug" not in answer.text and "a request failed" in caplog.text
+    assert "a bug" not in answer.text and "A request failed" in caplog.text
 
 
 def free_port():
