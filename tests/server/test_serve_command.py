@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from processes import PROGRAM, imported_by, run_process
@@ -148,3 +149,10 @@ def test_a_flag_that_cannot_be_meant_so_is_named(flags, words):
 @pytest.mark.parametrize("arguments", [["serve", "--help"], ["tokenize", "--model-path", "tiny", "-p", "Hello"]])
 def test_what_does_not_serve_imports_nothing_of_a_server(arguments):
     assert imported_by(*arguments, among=SERVER_MODULES) == []
+
+
+def test_the_python_of_the_readme_streams_an_answer(plain, capsys):
+    section = (Path(__file__).resolve().parents[2] / "README.md").read_text().partition("\n## Server\n")[2]
+    program = re.search(r"```python\n(.*?)```", section, re.S)[1].replace("http://127.0.0.1:8000", plain.url)
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out
