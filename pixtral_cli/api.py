@@ -91,7 +91,8 @@ class Pixtral:
                 progress=progress,
             )
         context = _context(source.config.text.max_length, max_length)
-        _ = source.processor, source.end_token_ids  # what cannot be read fails now, not at the first question
+        source.processor.tokenizer.room = context
+        _ = source.end_token_ids  # what cannot be read fails now, not at the first question
         placement = source.placement(wanted, quantize_vision)
         check_weights(source.checkpoint.tensors, placement, device)
         kv_tokens = _kv_tokens(source, placement, device, kv_cache_memory, context * max_batch_size)

@@ -1,5 +1,7 @@
 """`Pixtral` from end to end: messages and pictures in, the very tokens of transformers out."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import builders
@@ -7,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixtral_cli import Pixtral, PixtralError
+from pixtral_cli import GenerationOptions, Pixtral, PixtralError
 from pixtral_cli.errors import ModelError, RequestError
 from pixtral_cli.prompt.image import PreparedImage
 
@@ -319,3 +321,19 @@ def test_the_older_parameter_names_load_as_the_newer(oracle, ours, tmp_path):
     save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     reply = Pixtral.load(tmp_path, devices="cpu").chat(CONVERSATIONS["picture"], **OPTIONS)
     assert reply.token_ids == ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids
+
+
+def test_a_large_picture_is_let_go_of_before_the_engine_gets_to_it(ours):
+    large, small = Image.new("RGB", (3000, 2000), "teal"), Image.new("RGB", (60, 40), "teal")
+    gone = []
+    for picture in (large, small):
+        message = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]}
+        prompt = ours.source.chat([message])
+        weakref.finalize(prompt.images[0].picture, gone.append, picture.size)
+        jobs = ours.jobs(prompt, GenerationOptions())
+        expected = prompt.images[0].pixels()
+        del prompt
+        torch.testing.assert_close(jobs[0][0].pictures[0].pixels(), expected, rtol=0, atol=0)
+    del large, small, picture, message
+    gc.collect()
+    assert gone == [(3000, 2000)]

@@ -99,6 +99,16 @@ class PictureFetchFailed(PictureError):
         self.reason = reason
 
 
+class TextTooLong(PromptError):
+    """A text cannot fit into the context, which was found before all of it was tokenised."""
+
+    def __init__(self, letters: int, room: int):
+        super().__init__(
+            f"A text of {letters:,} characters has more tokens than the context has room for, which is {room:,}.",
+            hint="Shorten it.",
+        )
+
+
 class TokenizerUnreadable(PromptError):
     """The checkpoint has no tokenizer that can be read here."""
 

@@ -124,7 +124,7 @@ class PreparedImage:
 
     @cached_property
     def key(self) -> bytes:
-        """SHA-256 of what `pixels` depends on, and of nothing else: two pictures with one key are the same to a model."""
+        """SHA-256 of all that `pixels` depends on: two pictures with one key are the same to a model."""
         about = repr((self.recipe, self.spec, self.width, self.height, self.picture.size))
         content = hashlib.sha256(about.encode())
         for top in range(0, self.picture.height, STRIP_ROWS):

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from pixtral_cli.prompt import tekken
-from pixtral_cli.prompt.errors import TokenizerUnreadable
+from pixtral_cli.prompt.errors import TextTooLong, TokenizerUnreadable
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.token_bytes import speller
 
@@ -26,6 +26,8 @@ Files = Callable[[str], Path | None]
 """A side file's name -> its path, or None: `Checkpoint.file`."""
 BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 PIECE = 16 * 1024
+LETTERS_A_TOKEN = 8
+"""More than any real text has on average: what is longer for its room is not worth tokenising."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Tokenizer:
     """Of Mistral's chat rules, where the file says it (tekken.json)."""
     image: Settings = field(default_factory=Settings)
     """tekken.json's ``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; nothing where it has none."""
+    room: int | None = None
+    """The tokens of a text beyond which `encode` gives it up; None encodes it however long it takes."""
 
     @classmethod
     def load(cls, file: Files) -> Tokenizer:
@@ -96,10 +100,17 @@ class Tokenizer:
 
         Args:
             at_start: whether nothing stands before `text`: SentencePiece vocabularies may then add a space.
+
+        Raises:
+            TextTooLong: it has more tokens than `room`.
         """
         text = _without_surrogates(text)
-        pieces = _pieces(text) if self._words_stand_alone else [text]
-        return [id for index, piece in enumerate(pieces) for id in self._encode(piece, at_start and not index)]
+        ids: list[int] = []
+        for piece in _pieces(text) if self._words_stand_alone else [text]:
+            if self.room is not None and len(ids) + len(piece) // LETTERS_A_TOKEN > self.room:
+                raise TextTooLong(len(text), self.room)
+            ids += self._encode(piece, at_start and not ids)
+        return ids
 
     def _encode(self, text: str, at_start: bool) -> list[int]:
         model = self.text_model if at_start else self._inner_model

@@ -10,8 +10,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixtral_cli.prompt.errors import TokenizerUnreadable
+from pixtral_cli.prompt.errors import TextTooLong, TokenizerUnreadable
 from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
+from pixtral_cli.source import Source
 
 TEXTS = [
     "Hello, world! 12345 3.14 don't I'LL",
@@ -199,3 +200,17 @@ def test_a_tekken_pattern_that_is_none_is_one_sentence(tmp_path):
 def test_a_folder_without_a_tokenizer_is_one_sentence():
     with pytest.raises(TokenizerUnreadable, match=r"tokenizer\.json"):
         Tokenizer.load(lambda name: None)
+
+
+@pytest.mark.parametrize("text", ["word " * 400_000, "w" * 1_000_000, "字" * 1_000_000], ids=["words", "word", "han"])
+def test_a_text_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(text, monkeypatch):
+    tokenizer = Source.open("tiny").processor.tokenizer
+    seen, encode = [], type(tokenizer)._encode
+    monkeypatch.setattr(
+        type(tokenizer), "_encode", lambda self, piece, start: seen.append(len(piece)) or encode(self, piece, start)
+    )
+    tokenizer.room = 4096
+    with pytest.raises(TextTooLong, match="4,096"):
+        tokenizer.encode(text)
+    assert sum(seen) < 40_000
+    assert len(tokenizer.encode("word " * 1000)) < 4096
