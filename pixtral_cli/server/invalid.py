@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,11 +12,13 @@ from pixtral_cli.server.errors import ApiError
 
 SHOULD = re.compile(r"^\w+ should ")
 LONGEST = 64
+MOST = 200
+"""Problems that are looked at: a body may have a hundred thousand."""
 
 
 def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
     """The refusal of `body`: a field that nobody knows, else what is wrong furthest inside."""
-    found = [(_path(problem, body), problem) for problem in error.errors(include_url=False)]
+    found = [(_path(problem, body), problem) for problem in error.errors(include_url=False)[:MOST]]
     for path, problem in found:
         if problem["type"] == "extra_forbidden":
             return ApiError(400, f"The field {path} is not supported.", param=path, code="unknown_parameter")
@@ -28,19 +30,34 @@ def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
 
 
 def _inside(problem: Mapping[str, Any], body: Any) -> list[int | str]:
-    """The keys and indices on the way to the problem; pydantic's place names the branches of unions as well."""
-    steps: list[int | str] = []
-    *places, last = problem["loc"] or ("",)
-    for place in (*places, last):
-        here = isinstance(body, dict) and isinstance(place, str) and place in body
-        if here or isinstance(body, list) and isinstance(place, int):
-            body = body[place]
-            steps.append(place)
+    """The keys and indices on the way to the problem."""
+    *before, last = problem["loc"] or ("",)
     if problem["type"] == "missing":
-        steps.append(last)
+        return [*_steps(body, before), last]
+    steps = _steps(body, [*before, last])
     if problem["type"].startswith("union_tag"):
         steps.append(problem["ctx"]["discriminator"].strip("'"))
     return steps
+
+
+def _steps(body: Any, places: Sequence[int | str]) -> list[int | str]:
+    """Those of the places that are in the body; pydantic's name the branches of unions as well, some as a key is named.
+
+    What leads furthest is meant, to the last place if it can be.
+    """
+    return max(_ways(body, places), key=lambda steps: (steps[-1:] == list(places[-1:]), len(steps)))
+
+
+def _ways(body: Any, places: Sequence[int | str]) -> Iterator[list[int | str]]:
+    """Every choice of places that are keys and not names of branches."""
+    if not places:
+        yield []
+        return
+    place, *rest = places
+    if isinstance(body, dict) and place in body or isinstance(body, list) and isinstance(place, int):
+        yield from ([place, *steps] for steps in _ways(body[place], rest))
+    if isinstance(place, str):
+        yield from _ways(body, rest)
 
 
 def _path(problem: Mapping[str, Any], body: Any) -> str:

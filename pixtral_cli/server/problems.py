@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pixtral_cli.errors import PixtralError, RequestError
-from pixtral_cli.prompt.errors import InvalidEntry, NoChatTemplate, PromptError, TemplateFailed, TokenizerUnreadable
+from pixtral_cli.prompt.errors import (
+    InvalidEntry,
+    InvalidMessages,
+    NoChatTemplate,
+    PromptError,
+    TemplateFailed,
+    TokenizerUnreadable,
+)
 from pixtral_cli.server.errors import ApiError
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -45,7 +52,10 @@ def refusal_of(error: Exception) -> ApiError:
 
 
 def _joined(error: PixtralError) -> str:
+    """Hints for Python and the command line give way to those for HTTP."""
     hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
+    if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
+        hint = None
     return f"{error} {hint}" if hint else str(error)
 
 

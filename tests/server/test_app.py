@@ -1,0 +1,379 @@
+"""The routes over a real socket: shapes, statuses, streams byte by byte, and clients that leave."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from app_server import serving
+
+from pixtral_cli.engine.worker import Worker
+from pixtral_cli.server.service import Limits, Service, checkpoint_defaults
+
+HELLO = [{"role": "user", "content": "What can you do?"}]
+LONG = {"model": "tiny", "messages": HELLO, "max_tokens": 4000, "ignore_eos": True}
+POSTS = ["/v1/chat/completions", "/v1/completions", "/predict", "/tokenize", "/detokenize"]
+SQUARE = (
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAQCAIAAAD4YuoOAAAAHklEQVR4nGP8"
+    "z0BbwERj80ctGLVg1IJRC0YtoAoAAHBbAR/iw2C0AAAAAElFTkSuQmCC"
+)
+"""A PNG of 32x16 pixels."""
+GETS = ["/v1/models", "/v1/models/tiny", "/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs", "/"]
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def own(tiny):
+    """Another server of the same model, for tests that stop or limit it; call it with the service's fields."""
+    started = []
+
+    def start(**fields):
+        worker = Worker(tiny.engine)
+        running = serving(Service(tiny, worker, ("tiny",), **fields))
+        started.append((running, worker))
+        return running.__enter__()
+
+    yield start
+    for running, worker in started:
+        running.__exit__(None, None, None)
+        worker.stop(10)
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+def picture(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_what_can_be_read_is_there(http, path):
+    assert http.get(path).status_code == 200
+    assert http.head(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_wrong_method_is_405_in_openais_shape(http, path):
+    assert error_of(http.get(path), 405)["code"] == "wrong_method"
+    assert http.get(path).headers["allow"] == "POST"
+
+
+def test_an_unknown_path_is_404_in_openais_shape(http):
+    assert error_of(http.get("/v1/engines"), 404)["code"] == "unknown_path"
+    assert error_of(http.get("/page/../../secret"), 404)
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"model": NaN}', b"\xff", b"[" * 1000, b'{"a": 1, "a": 1}'])
+def test_a_body_that_is_no_json_object_is_400(http, path, body):
+    answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert error_of(answer, 400)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_an_unknown_field_is_400_with_its_name(http, path):
+    error = error_of(http.post(path, json={"colour": "red"}), 400)
+    assert error["param"] == "colour" and "colour" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [1]}),
+        ("/predict", {"messages": HELLO}),
+    ],
+)
+def test_another_models_name_is_404(http, path, body):
+    error = error_of(http.post(path, json={**body, "model": "other"}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+
+
+def test_every_served_name_is_answered_to_and_given_back(own):
+    running = own()
+    running.service.names = ("small", "org/small")
+    with httpx.Client(base_url=running.url, timeout=60) as http:
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["small", "org/small"]
+        assert http.get("/v1/models/org/small").json()["id"] == "org/small"
+        body = {"messages": HELLO, "max_tokens": 1}
+        assert http.post("/v1/chat/completions", json={**body, "model": "org/small"}).json()["model"] == "org/small"
+        error_of(http.post("/v1/chat/completions", json={**body, "model": "tiny"}), 404)
+        assert http.post("/predict", json=body).json()["model"] == "small"
+
+
+def test_tokens_of_a_prompt_come_back_as_that_prompt(http, tiny):
+    text = "How many tokens, käse 🧀?"
+    answer = http.post("/tokenize", json={"prompt": text}).json()
+    assert answer == {
+        "tokens": tiny.source.complete(text).token_ids,
+        "count": len(tiny.source.complete(text).token_ids),
+        "max_model_len": tiny.max_length,
+    }
+    assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+
+
+def test_tokens_of_messages_are_those_that_an_answer_is_charged_for(http):
+    square = "data:image/png;base64," + SQUARE
+    messages = [{"role": "user", "content": [picture(square), {"type": "text", "text": "What is this?"}]}]
+    tokenized = http.post("/tokenize", json={"messages": messages}).json()
+    assert tokenized["images"] == [{"width": 32, "height": 16, "tokens": 3}]
+    usage = http.post("/predict", json={"messages": messages, "max_tokens": 1}).json()["usage"]
+    assert tokenized["count"] == len(tokenized["tokens"]) == usage["prompt_tokens"]
+    assert usage["prompt_tokens_details"]["image_tokens"] == 3
+
+
+def test_a_token_that_the_model_does_not_know_is_400(http):
+    assert "no token" in error_of(http.post("/detokenize", json={"tokens": [10**6]}), 400)["message"]
+    error_of(http.post("/v1/completions", json={"model": "tiny", "prompt": [10**6]}), 400)
+    picture_mark = http.post("/v1/completions", json={"model": "tiny", "prompt": [1, 10]})
+    assert "picture" in error_of(picture_mark, 400)["message"]
+
+
+def test_a_prompt_longer_than_the_context_is_400(http, tiny):
+    ids = [5] * tiny.max_length
+    message = error_of(http.post("/v1/completions", json={"model": "tiny", "prompt": ids}), 400)["message"]
+    assert str(tiny.max_length) in message
+
+
+def test_more_pictures_than_allowed_are_refused_before_one_is_fetched(http):
+    messages = [{"role": "user", "content": [picture("http://127.0.0.1:9/never.png")] * 33}]
+    assert "--max-images" in error_of(http.post("/predict", json={"messages": messages}), 400)["message"]
+
+
+def test_a_stream_is_events_that_nothing_may_hold_back(http):
+    body = {"messages": HELLO, "max_tokens": 3, "stream": True, "temperature": 0}
+    with http.stream("POST", "/predict", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["x-accel-buffering"] == "no"
+        events = answer.read().decode().split("\n\n")
+    assert events.pop() == ""
+    assert events.pop() == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_half_a_character_is_never_sent(http, tiny):
+    cheese = tiny.processor.tokenizer.encode("🧀")
+    assert len(cheese) > 1
+    for text in ("🧀", "é"):
+        first = tiny.processor.tokenizer.encode(text)[0]
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 6, "logit_bias": {str(first): 100}, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            raw = answer.read()
+        events = [event for event in raw.decode().split("\n\n") if event.startswith("data: {")]
+        texts = [json.loads(event[6:])["choices"][0]["text"] for event in events]
+        assert len([text for text in texts if text]) <= 6
+
+
+def test_the_description_names_every_route_and_field(http):
+    document = http.get("/openapi.json").json()
+    assert set(document["paths"]) == {path for path in GETS + POSTS if path not in ("/openapi.json", "/docs", "/")} - {
+        "/v1/models/tiny"
+    } | {"/v1/models/{name}"}
+    fields = document["components"]["schemas"]["ChatRequest"]
+    assert {"messages", "model", "min_p", "logit_bias", "ignore_eos"} <= set(fields["properties"])
+    assert fields["required"] == ["model", "messages"] and fields["additionalProperties"] is False
+    page = http.get("/docs")
+    assert "script" not in page.text and "//" not in page.text.replace("https://platform.openai.com", "")
+    assert all(path in page.text for path in document["paths"])
+
+
+def test_a_stream_that_its_reader_leaves_frees_all_it_held(http, server):
+    before = server.engine.table.in_use
+    with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True, "n": 4}) as answer:
+        next(answer.iter_raw())
+        assert server.engine.running == 4
+    assert server.wait_until_idle(2)
+    assert server.engine.running == 0 and server.engine.table.in_use == before
+
+
+def leave_after(server, body, condition, path="/v1/chat/completions"):
+    """Ask, wait until `condition`, then cut the connection."""
+    data = json.dumps(body).encode()
+    lines = f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}"
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall("\r\n".join((*lines, "", "")).encode() + data)
+        assert wait_for(condition)
+
+
+def test_a_client_that_leaves_without_a_stream_frees_all_it_held(server):
+    before = server.engine.table.in_use
+    leave_after(server, LONG, lambda: server.engine.running == 1)
+    assert server.wait_until_idle(2)
+    assert server.engine.table.in_use == before
+
+
+def test_a_client_that_leaves_while_its_prompt_is_computed_frees_all_it_held(server):
+    before = server.engine.table.in_use
+    words = " ".join(str(number) for number in range(2500))
+    body = {"model": "tiny", "prompt": words, "max_tokens": 4000}
+    generated = server.engine.counters.generated_tokens
+    leave_after(server, body, lambda: server.engine.running == 1, "/v1/completions")
+    assert server.wait_until_idle(5)
+    assert server.engine.table.in_use == before
+    assert server.engine.counters.generated_tokens == generated
+
+
+def test_a_client_that_leaves_the_queue_is_never_computed(server):
+    with ThreadPoolExecutor(1) as pool:
+        blocking = pool.submit(
+            httpx.post, f"{server.url}/predict", json={**LONG, "n": 16, "max_tokens": 120}, timeout=60
+        )
+        assert wait_for(lambda: server.engine.running == 16)
+        leave_after(server, LONG, lambda: server.engine.waiting == 1)
+        assert wait_for(lambda: server.engine.waiting == 0, 2)
+        assert server.engine.running == 16
+        assert blocking.result().status_code == 200
+    assert server.wait_until_idle()
+
+
+def test_a_client_that_leaves_while_its_picture_is_fetched_is_forgotten_at_once(own, tiny, monkeypatch):
+    running = own()
+    fetching, go_on = threading.Event(), threading.Event()
+
+    def load(source):
+        fetching.set()
+        go_on.wait(20)
+        raise AssertionError("nobody waits for it")
+
+    monkeypatch.setattr(tiny.processor, "load_picture", load)
+    body = {**LONG, "messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
+    leave_after(running, body, fetching.is_set)
+    assert wait_for(lambda: running.service.accepted == 0, 2)
+    assert not running.service.idle
+    go_on.set()
+    assert running.wait_until_idle(2)
+
+
+def test_a_full_queue_is_429_and_names_the_flag(own):
+    running = own(limits=Limits(max_queue=1))
+    room = running.engine.scheduler.max_batch_size + 1
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=running.url, timeout=60) as http:
+        first = pool.submit(http.post, "/predict", json={"messages": HELLO, "n": 16, "max_tokens": 100})
+        assert wait_for(lambda: running.service.accepted == 16)
+        second = pool.submit(http.post, "/predict", json={"messages": HELLO, "max_tokens": 3})
+        assert wait_for(lambda: running.service.accepted == room)
+        refused = http.post("/predict", json={"messages": HELLO, "max_tokens": 3})
+        assert "--max-queue" in error_of(refused, 429)["message"]
+        assert int(refused.headers["retry-after"]) > 0
+        assert first.result().status_code == second.result().status_code == 200
+        assert http.post("/predict", json={"messages": HELLO, "max_tokens": 3}).status_code == 200
+
+
+def test_who_waits_when_the_server_drains_is_503_and_who_runs_is_finished(own):
+    running = own()
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=running.url, timeout=60) as http:
+        first = pool.submit(http.post, "/predict", json={"messages": HELLO, "n": 16, "max_tokens": 60})
+        assert wait_for(lambda: running.engine.running == 16)
+        second = pool.submit(http.post, "/predict", json={"messages": HELLO})
+        assert wait_for(lambda: running.engine.waiting == 1)
+        running.call(running.service.drain)
+        assert error_of(second.result(), 503)["code"] == "stopping"
+        assert int(second.result().headers["retry-after"]) > 0
+        error_of(http.post("/predict", json={"messages": HELLO}), 503)
+        error_of(http.get("/ready"), 503)
+        assert http.get("/health").status_code == 200
+        assert all(choice["finish_reason"] for choice in first.result().json()["choices"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB at secret.py"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (ValueError("secret"), "internal_error"),
+    ],
+)
+def test_a_failure_in_one_request_is_500_without_its_inside_and_the_next_one_works(
+    http, server, monkeypatch, error, code
+):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.runner, "run", fail)
+        for stream in (False, True):
+            told = error_of(http.post("/predict", json={"messages": HELLO, "stream": stream}), 500)
+            assert told["type"] == "server_error" and told["code"] == code
+            assert "secret" not in told["message"]
+    assert http.post("/predict", json={"messages": HELLO, "max_tokens": 2}).status_code == 200
+    assert server.wait_until_idle()
+
+
+def test_a_failure_in_a_stream_is_its_last_event(http, server, monkeypatch):
+    run = server.engine.runner.run
+    steps = iter(range(100))
+
+    def fail_later(pieces):
+        if next(steps) > 3:
+            raise ValueError("secret")
+        return run(pieces)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.runner, "run", fail_later)
+        with http.stream("POST", "/predict", json={"messages": HELLO, "stream": True}) as answer:
+            *chunks, last, rest = answer.read().decode().split("\n\n")
+    assert rest == "" and len(chunks) > 1
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["type"] == "server_error" and "secret" not in error["message"]
+    assert server.wait_until_idle()
+
+
+def test_what_a_request_does_not_say_comes_from_the_flags_and_then_from_the_checkpoint(own, tiny, monkeypatch):
+    monkeypatch.setitem(tiny.source.checkpoint.generation_config, "do_sample", True)
+    monkeypatch.setitem(tiny.source.checkpoint.generation_config, "temperature", 1.9)
+    monkeypatch.setitem(tiny.source.checkpoint.generation_config, "min_p", 0.3)
+    running = own(defaults={"temperature": 0.4})
+    asked = []
+    submit = running.service.worker.submit
+    running.service.worker.submit = lambda request, sink: asked.append(request) or submit(request, sink)
+    for given in ({}, {"temperature": 0.1}):
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **given}
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 200
+    assert [(request.sampling.temperature, request.sampling.min_p) for request in asked] == [(0.4, 0.3), (0.1, 0.3)]
+
+
+def test_a_checkpoint_samples_only_where_it_says_so():
+    assert checkpoint_defaults({"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}) == {
+        "repetition_penalty": 1.1
+    }
+    assert checkpoint_defaults({"do_sample": True, "temperature": 0.7, "eos_token_id": 2}) == {"temperature": 0.7}
+
+
+def test_the_caches_of_different_keys_are_apart(tiny):
+    worker = Worker(tiny.engine)
+    with serving(Service(tiny, worker, ("tiny",)), keys=("one", "two")) as running:
+        body = {"messages": [{"role": "user", "content": "A secret. " * 400}], "max_tokens": 1}
+
+        def cached(key):
+            answer = httpx.post(f"{running.url}/predict", json=body, headers={"Authorization": f"Bearer {key}"})
+            return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert cached("one") == 0
+        assert cached("two") == 0
+        assert cached("one") > 0
+    worker.stop(10)

@@ -1,0 +1,259 @@
+"""OpenAI's JSON becomes what is asked of the engine; what is not supported is refused by its name."""
+
+import pytest
+
+from pixtral_cli.server import wire
+from pixtral_cli.server.errors import ApiError
+
+HELLO = [{"role": "user", "content": "Hello"}]
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def chat(**fields):
+    return wire.chat({"model": "m", "messages": HELLO, **fields})
+
+
+def completion(**fields):
+    return wire.completion({"model": "m", "prompt": "Hello", **fields})
+
+
+def refused(make, *args, **fields):
+    with pytest.raises(ApiError) as caught:
+        make(*args, **fields)
+    assert caught.value.status == 400
+    assert caught.value.type == "invalid_request_error"
+    return caught.value
+
+
+def test_every_sampling_field_reaches_the_engine_under_its_own_name():
+    given = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "frequency_penalty": -1.5,
+        "presence_penalty": 1,
+        "repetition_penalty": 1.2,
+        "seed": 3,
+        "stop": ["a", "b"],
+        "logit_bias": {"17": -100},
+        "ignore_eos": True,
+    }
+    assert chat(**given).options == given
+    assert completion(**given).options == {**given, "max_new_tokens": 16}
+
+
+def test_what_is_not_given_is_left_to_the_server():
+    assert chat().options == {}
+    nothing = ("temperature", "seed", "stop", "n", "tools", "response_format", "max_tokens", "stream_options", "user")
+    assert chat(**dict.fromkeys(nothing)) == chat()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "somebody"},
+        {"metadata": {"a": "b"}},
+        {"store": True},
+        {"service_tier": "auto"},
+    ],
+)
+def test_what_changes_no_answer_is_accepted_and_changes_nothing(fields):
+    assert chat(**fields) == chat()
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"functions": []}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"audio": {}}, "audio"),
+        ({"modalities": ["text"]}, "modalities"),
+        ({"prediction": {}}, "prediction"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "messages[0].colour"),
+        ({"messages": [{"role": "user", "content": [{**PICTURE, "size": 3}]}]}, "messages[0].content[0].size"),
+        ({"tools": [{**TOOL, "server": "x"}]}, "tools[0].server"),
+        ({"stream": True, "stream_options": {"obfuscate": True}}, "stream_options.obfuscate"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+    ],
+)
+def test_a_field_that_is_not_supported_is_refused_by_its_name(fields, name):
+    error = refused(chat, **fields)
+    assert error.param == name
+    assert name in error.message
+
+
+@pytest.mark.parametrize("field", ["echo", "suffix", "best_of"])
+def test_completions_refuse_what_they_cannot_do(field):
+    assert refused(completion, **{field: 1}).param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "0.5"),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("min_p", 2),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", -3),
+        ("repetition_penalty", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("n", 0),
+        ("n", 17),
+        ("n", True),
+        ("max_tokens", 0),
+        ("max_completion_tokens", "9"),
+        ("top_logprobs", 21),
+        ("stop", 5),
+        ("stop", ["a"] * 17),
+        ("logit_bias", [1]),
+        ("stream", 1),
+        ("tools", {}),
+        ("tool_choice", "sometimes"),
+        ("response_format", "json"),
+        ("messages", []),
+        ("messages", "Hello"),
+        ("model", 5),
+    ],
+)
+def test_a_value_of_another_type_or_out_of_range_is_refused_by_its_field(field, value):
+    error = refused(chat, **{field: value})
+    assert error.param.split(".")[0].split("[")[0] == field
+    assert error.message.startswith(field) and error.message.endswith(".")
+
+
+@pytest.mark.parametrize("bias", [{"a": 1}, {"-1": 1}, {"1": 101}, {"1": "x"}, {"٣": 1}])
+def test_a_bias_names_token_ids_and_scores_within_reason(bias):
+    assert refused(chat, logit_bias=bias).param.startswith("logit_bias")
+
+
+def test_what_is_missing_is_named():
+    assert refused(wire.chat, {"model": "m"}).param == "messages"
+    assert refused(wire.chat, {"messages": HELLO}).param == "model"
+    assert refused(wire.completion, {"model": "m"}).param == "prompt"
+    assert refused(wire.chat, {"model": "m", "messages": [{"role": "tool", "content": "3"}]}).param == (
+        "messages[0].tool_call_id"
+    )
+
+
+def test_an_error_is_about_the_innermost_thing_that_is_wrong():
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 5}}]
+    assert refused(chat, messages=[{"role": "user", "content": parts}]).param == "messages[0].content[1].image_url.url"
+    assert refused(completion, prompt=[[1, 2], [3, "x"]]).param == "prompt[1][1]"
+    assert refused(chat, messages=[{"role": "robot", "content": "a"}]).param == "messages[0].role"
+
+
+def test_a_strangers_text_is_not_echoed_at_length():
+    error = refused(chat, **{"x" * 10_000: 1})
+    assert len(error.message) < 200 and len(error.param) < 200
+
+
+def test_the_two_names_of_the_longest_answer_may_not_differ():
+    assert chat(max_tokens=5).options["max_new_tokens"] == 5
+    assert chat(max_completion_tokens=6).options["max_new_tokens"] == 6
+    assert chat(max_tokens=7, max_completion_tokens=7).options["max_new_tokens"] == 7
+    assert refused(chat, max_tokens=7, max_completion_tokens=8).param == "max_completion_tokens"
+
+
+def test_logprobs_of_chats_and_of_completions():
+    assert chat(logprobs=True).options["logprobs"] is True
+    assert chat(logprobs=True, top_logprobs=3).options["logprobs"] == 3
+    assert "logprobs" not in chat(logprobs=False).options
+    assert refused(chat, top_logprobs=3).param == "top_logprobs"
+    assert completion(logprobs=0).options["logprobs"] == 0
+    assert refused(completion, logprobs=True).param == "logprobs"
+
+
+def test_options_of_a_stream_are_only_for_streams():
+    assert refused(chat, stream_options={"include_usage": True}).param == "stream_options"
+    ask = chat(stream=True, stream_options={"include_usage": True})
+    assert ask.stream and ask.include_usage
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_a_completion_has_one_prompt_or_several_of_text_or_tokens(prompt, prompts):
+    ask = completion(prompt=prompt, n=2)
+    assert ask.prompts == prompts
+    assert ask.answers == 2 * len(prompts)
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [-1], ["a", 1], [[1], "a"], [1.0], None, ["a"] * 65])
+def test_other_prompts_are_refused(prompt):
+    assert refused(completion, prompt=prompt).param.startswith("prompt")
+
+
+def test_answers_of_one_request_are_bounded():
+    assert refused(completion, prompt=["a"] * 64, n=16).param == "n"
+
+
+def test_a_prediction_is_a_chat_with_its_own_defaults():
+    ask = wire.predict({"messages": HELLO})
+    assert ask.model is None
+    assert ask.options == {"temperature": 0.7, "max_new_tokens": 512}
+    assert wire.predict({"messages": HELLO, "max_completion_tokens": 5}).options["max_new_tokens"] == 5
+    assert wire.predict({"messages": HELLO, "temperature": 0, "max_tokens": 9}).options == {
+        "temperature": 0,
+        "max_new_tokens": 9,
+    }
+
+
+def test_tools_and_schemas_are_passed_on_as_they_were_written():
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True}}
+    choice = {"type": "function", "function": {"name": "add"}}
+    ask = chat(tools=[TOOL], tool_choice=choice, response_format=schema, parallel_tool_calls=False)
+    assert ask.tools == [TOOL]
+    assert ask.options == {"tool_choice": choice, "response_format": schema, "parallel_tool_calls": False}
+
+
+def test_messages_that_the_openai_package_gave_back_are_accepted():
+    given = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": "{}"}}],
+    }
+    result = {"role": "tool", "tool_call_id": "abcdefghi", "content": "3", "name": "add"}
+    assert chat(messages=[*HELLO, given, result]).messages == [*HELLO, given, result]
+
+
+def test_low_detail_is_refused_because_pictures_are_seen_in_full():
+    for detail in ("auto", "high"):
+        part = {"type": "image_url", "image_url": {"url": "data:,", "detail": detail}}
+        assert chat(messages=[{"role": "user", "content": [part]}])
+    part["image_url"]["detail"] = "low"
+    assert refused(chat, messages=[{"role": "user", "content": [part]}]).param == (
+        "messages[0].content[0].image_url.detail"
+    )
+
+
+def test_pictures_are_counted_over_all_messages():
+    messages = [{"role": "user", "content": [PICTURE, {"type": "text", "text": "a"}, PICTURE]}, *HELLO]
+    assert wire.count_pictures(chat(messages=messages).messages) == 2
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": HELLO}, {"prompt": "a", "tools": [TOOL]}])
+def test_tokens_are_counted_of_a_prompt_or_of_messages(body):
+    refused(wire.tokenize, body)
+    assert wire.tokenize({"prompt": ""}).prompt == ""
+    assert wire.tokenize({"messages": HELLO, "tools": [TOOL]}).tools
