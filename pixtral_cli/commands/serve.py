@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +24,7 @@ Examples:
 
 \b
   pixtral serve --model-path tiny
-  PIXTRAL_API_KEY=$(openssl rand -hex 16) pixtral serve --host 0.0.0.0 --port 80
+  PIXTRAL_API_KEY=$(openssl rand -hex 16) pixtral serve --host 0.0.0.0
   pixtral serve --quantization-encoding q4_k --kv-cache-memory 8GiB --served-model-name pixtral
 
 Any OpenAI client works with the base URL http://127.0.0.1:8000/v1, and a chat page is at http://127.0.0.1:8000.
@@ -57,9 +58,7 @@ def serve(
 
         model = load(source, weights, console, **_memory(weights))
         settings = _settings(served_names(model, listen), listen, guard, limits, defaults)
-        loaded = assemble(model, settings)
-        console.detail(banner(model, address, settings, weights.max_batch_size))
-        return loaded
+        return replace(assemble(model, settings), greeting=banner(model, address, settings, weights.max_batch_size))
 
     outside = lifecycle.Outside(console.detail, printing.tell_error, _leave)
     lifecycle.serve(listener, start, listen.drain_timeout, outside)

@@ -40,6 +40,8 @@ class Loaded:
     """Called at the end, with seconds -> whether all work has ended in them."""
     answered: Callable[[str, int], None]
     """Called with each answer's route and status."""
+    greeting: str = ""
+    """Said once requests are answered."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class _Server(uvicorn.Server):
         try:
             self.loaded = await asyncio.to_thread(load)
             self.front.answered, self.front.app = self.loaded.answered, self.loaded.app
+            self.outside.say(self.loaded.greeting)
         except BaseException:
             self.should_exit = True
             raise
@@ -129,6 +132,12 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain(self.loaded))
 
     async def _drain(self, loaded: Loaded) -> None:
+        try:
+            await self._finish(loaded)
+        finally:
+            self.should_exit = True
+
+    async def _finish(self, loaded: Loaded) -> None:
         self.front.draining = True
         loaded.drain()
         if self.front.running:
@@ -137,4 +146,3 @@ class _Server(uvicorn.Server):
             self.outside.say("stopping: --drain-timeout has passed, what still runs is cut")
             self.front.cut()
             await self.front.idle(CUT_SECONDS)
-        self.should_exit = True

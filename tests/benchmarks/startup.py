@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,29 @@ def pairs(picture: Path, model: str) -> dict[str, tuple[list[str], list[str]]]:
         "pixtral run --help, beside python -c pass": ([*PROGRAM, "run", "--help"], nothing),
         "pixtral tokenize, beside python -c pass": ([*PROGRAM, "tokenize", *question], nothing),
         "pixtral run, beside python -c 'import torch'": ([*PROGRAM, "run", *short], torch),
+        "pixtral serve until /ready, beside python -c 'import torch'": (
+            [sys.executable, __file__, "--serve-until-ready", "--model-path", model],
+            torch,
+        ),
     }
+
+
+def serve_until_ready(model: str) -> None:
+    """Start `pixtral serve` and end it as soon as /ready is 200."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen([*PROGRAM, "serve", "--model-path", model, "--port", str(port), "--quiet"]) as process:
+        while not answers(f"http://127.0.0.1:{port}/ready") and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+
+
+def answers(url: str) -> bool:
+    """Whether a GET gives 200."""
+    try:
+        return urllib.request.urlopen(url).status == 200
+    except OSError:
+        return False
 
 
 def summary(values: list[float]) -> str:
@@ -50,7 +74,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model-path", default="tiny")
     parser.add_argument("--picture", type=Path, default=next(iter(sorted(ROOT.glob("examples/*.png"))), None))
+    parser.add_argument("--serve-until-ready", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve_until_ready:
+        return serve_until_ready(options.model_path)
     if options.picture is None:
         parser.error("there is no picture in examples/: name one with --picture")
     print(f"{options.rounds} rounds, {os.cpu_count()} cores; median (middle half), in seconds")
