@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WriteFailed
+from .errors import CheckpointCorrupt, DiskFull, WriteFailed
 from .json_file import parse_json_object
+from .manifest import Manifest, check_version, read_hashes
 from .reader import TensorInfo
 from .safetensors_reader import LENGTH_BYTES, SafetensorsFile
 
@@ -28,25 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "pixtral"
-VERSION = 1
 FILE_PREFIX = "file/"
 SEAL = "seal"
 HASH_HEX = 64  # characters of a SHA-256
 ALIGNMENT = 64  # bytes; where the data begins
 DTYPE_WORDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8"}
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides the picture
-    recipe; `tensors` gives each weight's codec name and true shape."""
-
-    model: str
-    form: str
-    encoding: str
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -190,14 +178,13 @@ class SerializedFile:
         metadata = self._file.metadata.get(KEY)
         if metadata is None:
             raise CheckpointCorrupt(self.path, "it is no serialized model (it has no manifest)")
-        raw = parse_json_object(self.path, metadata.encode(), "its manifest")
-        if raw.get("version") != VERSION:
-            raise SerializedTooNew(self.path, raw.get("version"), VERSION)
-        if SEAL not in self._file.tensors or bytes(_bytes_of(self._file.tensor(SEAL))) != self.seal:
+        raw = parse_json_object(self.path, metadata.encode(errors="surrogatepass"), "its manifest")
+        check_version(self.path, raw.get("version"))
+        stored = self._file.tensors
+        if SEAL not in stored or bytes(_bytes_of(self._file.tensor(SEAL))) != self.seal:
             raise CheckpointCorrupt(self.path, "its header was altered")
-        tensors = {name: (encoding, tuple(shape)) for name, (encoding, shape) in raw["tensors"].items()}
-        manifest = Manifest(raw["model"], raw["form"], raw["encoding"], tensors)
-        return manifest, raw["sha256"]
+        hashes = read_hashes(self.path, raw, stored.keys() - {SEAL})
+        return Manifest.read(self.path, raw, stored), hashes
 
     @property
     def seal(self) -> bytes:
