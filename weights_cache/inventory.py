@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import large_file, layout, own_cache, serialized, store
+from . import large_file, layout, own_cache, serialized, stamps, store
 from .errors import WeightsError
 from .gguf_reader import GgufFile
 from .json_file import read_json_object
@@ -30,7 +30,8 @@ class Model:
 
     `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what a download that broke off left.
     `encoding` is that of most of its weights, or None. `nbytes` is what the disk holds, `used` seconds since 1970,
-    `known` whether this program has asked for it (the Hub's cache serves other programs as well).
+    `known` whether it is this program's to prune: in our own folder, or in the Hub's cache, which serves other programs
+    as well, and asked for by this one. A serialized model elsewhere is the user's, and its name is its path.
     """
 
     name: str
@@ -190,13 +191,25 @@ def _side(snapshot: Path, form: Form) -> list[Path]:
 
 
 def _own() -> Iterator[Model]:
+    """Serialized models in our own folder, named by their place in it, and those that were written elsewhere."""
     folder = own_cache.models_folder()
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
-            name, encoding = path.relative_to(folder).as_posix(), None
-            with suppress(WeightsError):
-                encoding = serialized.SerializedFile(path).manifest.encoding
-            yield Model(name, SERIALIZED, path, (path,), encoding, _size(path), path.stat().st_atime, True)
+    inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    for path in inside:
+        if not path.name.startswith("."):
+            yield _serialized(path.relative_to(folder).as_posix(), path, known=True)
+    here = {path.resolve() for path in inside}
+    for path in stamps.files():
+        if path not in here:
+            yield _serialized(str(path), path, known=False)
+
+
+def _serialized(name: str, path: Path, *, known: bool) -> Model:
+    encoding = None
+    with suppress(WeightsError):
+        encoding = serialized.SerializedFile(path).manifest.encoding
+    found = path.stat()
+    used = stamps.last_used(path) or found.st_mtime
+    return Model(name, SERIALIZED, path, (path,), encoding, found.st_size, used, known)
 
 
 def _encoding(path: Path, snapshot: Path) -> str | None:

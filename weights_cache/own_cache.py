@@ -3,7 +3,7 @@
     <own>/hub/models--owner--name/<commit>.json    what the repository holds: {file name: bytes}
     <own>/hub/models--owner--name/<commit>.used    empty; its time is when the model was last asked for
     <own>/models/                                  models that were encoded once and saved here
-    <own>/verified/                                see stamps.py
+    <own>/stamps/                                  see stamps.py
 
 Listings say what a snapshot lacks without a network call. All of it can be deleted at any time.
 """
