@@ -52,13 +52,14 @@ class Source:
         chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
-        folder: Path | None = None
+        folder, notes = None, []
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
         elif name is not None:
-            wanted = {"weights": weights and not paths, "force": force_download, "form": weights_format}
-            folder = hub.fetch(name, progress=progress, **wanted)
+            wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
+            folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
         opened = checkpoint.open(folder, paths, weights_format)
+        opened.note = " ".join([*notes, *([opened.note] if opened.note else [])]) or None
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
     @classmethod

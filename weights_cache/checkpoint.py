@@ -234,13 +234,17 @@ def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None
 
 
 def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
-    """The picture part that lies in the folder of `text`, the first by name of those that fit; and what to say."""
-    found = [GgufFile(path) for path in layout.picture_parts(text.path.parent)]
-    fitting = [file for file in found if gguf_config.fits(text, file)]
+    """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
+    say."""
+    snapshot = store.snapshot_of(text.path)
+    paths = layout.picture_parts(text.path.parent) or (layout.picture_parts(snapshot, deep=True) if snapshot else [])
+    found = {str(path): GgufFile(path) for path in paths}
+    fitting = {name: file for name, file in found.items() if gguf_config.fits(text, file)}
     if not fitting:
         return None, f"No picture part beside {text.path.name} fits it." if found else None
-    said = f"Of {len(fitting)} picture parts beside {text.path.name}, {fitting[0].path.name} is read."
-    return fitting[0], said if len(fitting) > 1 else None
+    best = fitting[layout.best_picture_part({name: file.path.stat().st_size for name, file in fitting.items()})]
+    said = f"Of {len(fitting)} picture parts beside {text.path.name}, {best.path.name} is read."
+    return best, said if len(fitting) > 1 else None
 
 
 def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:

@@ -5,12 +5,14 @@ header serves them for names, shapes and encodings; the rest is a hole, which ta
 """
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 from . import layout
 from .errors import CheckpointCorrupt, DownloadFailed
-from .gguf_reader import GgufFile
+from .gguf_header import LEAST_BYTES, Header
+from .reader import map_file
 from .safetensors_reader import LENGTH_BYTES, MAX_HEADER_BYTES
 
 FIRST = {layout.SAFETENSORS: 2**18, layout.GGUF: 2**23}
@@ -20,11 +22,20 @@ MOST = MAX_HEADER_BYTES + LENGTH_BYTES
 
 
 def write(transfer: Any, name: str, path: Path) -> None:
-    """Write the header of `name` to `path`. Raises DownloadFailed, and the library's errors."""
+    """Write the header of `name` to `path`, whole or not at all. Raises DownloadFailed, and the library's errors."""
     size = transfer.contents[name].size
     if size is None:
         raise DownloadFailed(transfer.label, f"the Hub does not say how long {name} is")
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{secrets.token_hex(4)}{path.suffix}")
+    try:
+        _write(transfer, name, size, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(transfer: Any, name: str, size: int, path: Path) -> None:
     have, wanted = 0, min(FIRST.get(path.suffix, LENGTH_BYTES), size)
     with path.open("wb") as file:
         os.truncate(file.fileno(), size)
@@ -61,7 +72,7 @@ def _needed(path: Path, have: int) -> int:
         with path.open("rb") as file:
             return LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
     try:
-        GgufFile(path)
+        Header(path, map_file(path, LEAST_BYTES, "GGUF"))
     except CheckpointCorrupt:
         return 2 * have
     return have

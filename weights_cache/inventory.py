@@ -258,8 +258,11 @@ def _forget(repo: str, commit: str, root: Path) -> None:
         if _text(ref) == commit:
             ref.unlink()
     (root / "trees" / f"{commit}.json").unlink(missing_ok=True)
+    shutil.rmtree(own_cache.headers_folder(repo, commit), ignore_errors=True)
     for suffix in (".json", ".used"):
         (own_cache.repo_folder(repo) / f"{commit}{suffix}").unlink(missing_ok=True)
+    with suppress(OSError):
+        own_cache.headers_folder(repo, commit).parent.rmdir()
     with suppress(OSError):
         own_cache.repo_folder(repo).rmdir()
 

@@ -2,6 +2,7 @@
 
     <own>/hub/models--owner--name/<commit>.json    what the repository holds: {file name: bytes}
     <own>/hub/models--owner--name/<commit>.used    empty; its time is when the model was last asked for
+    <own>/hub/models--owner--name/snapshots/<commit>/<file>.gguf    as long as the file, with its header only
     <own>/models/                                  models that were encoded once and saved here
     <own>/stamps/                                  see stamps.py
 
@@ -36,6 +37,11 @@ def models_folder() -> Path:
 def repo_folder(repo: str) -> Path:
     """What is remembered of the repository `owner/name`."""
     return own_cache_folder() / "hub" / ("models--" + repo.replace("/", "--"))
+
+
+def headers_folder(repo: str, commit: str) -> Path:
+    """Where the headers of its GGUF files lie that were fetched without the rest."""
+    return repo_folder(repo) / "snapshots" / commit
 
 
 def write_listing(repo: str, commit: str, files: Listing) -> None:
