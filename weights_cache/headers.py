@@ -5,7 +5,6 @@ header serves them for names, shapes and encodings; the rest is a hole, which ta
 """
 
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from . import layout
 from .errors import CheckpointCorrupt, DownloadFailed
 from .gguf_header import LEAST_BYTES, Header
 from .reader import map_file
+from .replacing import replacing
 from .safetensors_reader import LENGTH_BYTES, MAX_HEADER_BYTES
 
 FIRST = {layout.SAFETENSORS: 2**18, layout.GGUF: 2**23}
@@ -26,17 +26,12 @@ def write(transfer: Any, name: str, path: Path) -> None:
     size = transfer.contents[name].size
     if size is None:
         raise DownloadFailed(transfer.label, f"the Hub does not say how long {name} is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{secrets.token_hex(4)}{path.suffix}")
-    try:
-        _write(transfer, name, size, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        _write(transfer, name, size, temporary)
 
 
 def _write(transfer: Any, name: str, size: int, path: Path) -> None:
-    have, wanted = 0, min(FIRST.get(path.suffix, LENGTH_BYTES), size)
+    have, wanted = 0, min(FIRST.get(Path(name).suffix, LENGTH_BYTES), size)
     with path.open("wb") as file:
         os.truncate(file.fileno(), size)
         while have < wanted:
@@ -45,7 +40,7 @@ def _write(transfer: Any, name: str, size: int, path: Path) -> None:
                 raise DownloadFailed(transfer.label, f"{name} is shorter than the Hub's listing says")
             file.write(data)
             file.flush()
-            have, wanted = wanted, min(_needed(path, wanted), size, MOST)
+            have, wanted = wanted, min(_needed(name, path, wanted), size, MOST)
 
 
 def _piece(transfer: Any, name: str, begin: int, end: int) -> bytes:
@@ -66,9 +61,9 @@ def _piece(transfer: Any, name: str, begin: int, end: int) -> bytes:
     return bytes(data[skipped : skipped + end - begin])
 
 
-def _needed(path: Path, have: int) -> int:
+def _needed(name: str, path: Path, have: int) -> int:
     """How many bytes the header takes, by what is known from `have` of them; twice as many while nobody knows."""
-    if path.suffix == layout.SAFETENSORS:
+    if name.endswith(layout.SAFETENSORS):
         with path.open("rb") as file:
             return LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
     try:

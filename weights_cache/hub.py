@@ -92,8 +92,9 @@ def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress
     weights = _weight_names(transfer, selection, force=False)
     small = [*selection.side, *([selection.index] if selection.index else [])]
     _get(transfer, selection.side, force=False)
-    for small_file in small:
-        store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
+    with transfer.our_errors():
+        for small_file in small:
+            store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
     transfer.get_headers(weights, folder)
     return selection.path(folder)
 
@@ -153,7 +154,8 @@ def _download(
         _get(transfer, wanted, force)
     own_cache.write_listing(repo.name, transfer.commit, sizes)
     own_cache.mark_used(repo.name, transfer.commit)
-    store.write_ref(repo.name, repo.revision, transfer.commit)
+    with transfer.our_errors():
+        store.write_ref(repo.name, repo.revision, transfer.commit)
     return selection.path(folder)
 
 

@@ -11,13 +11,13 @@ Listings say what a snapshot lacks without a network call. All of it can be dele
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import CheckpointCorrupt
 from .json_file import read_json_object
+from .replacing import replacing
 
 Listing = Mapping[str, int | None]
 """A repository's file names -> sizes in bytes, None where nobody said."""
@@ -46,12 +46,8 @@ def headers_folder(repo: str, commit: str) -> Path:
 
 def write_listing(repo: str, commit: str, files: Listing) -> None:
     """Remember what the repository holds; without it all works, with more questions to the Hub."""
-    path = repo_folder(repo) / f"{commit}.json"
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError), replacing(repo_folder(repo) / f"{commit}.json") as temporary:
         temporary.write_text(json.dumps(dict(files)))
-        temporary.replace(path)
 
 
 def listing(repo: str, commit: str) -> Listing | None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .own_cache import own_cache_folder
+from .replacing import replacing
 
 FOLDER = "stamps"
 FIELDS = 4  # before the path
@@ -29,12 +30,8 @@ def known(path: Path, content: bytes) -> bool:
 
 def remember(path: Path, content: bytes) -> None:
     """Note that the file is whole as it stands. Without a writable cache it will be checked again, no more."""
-    with suppress(OSError):
-        stamp = _stamp(path)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        partial = stamp.with_name(f".{stamp.name}.{os.getpid()}")
-        partial.write_bytes(_line(path, content))
-        partial.replace(stamp)
+    with suppress(OSError), replacing(_stamp(path)) as temporary:
+        temporary.write_bytes(_line(path, content))
 
 
 def files() -> Iterator[Path]:

@@ -9,7 +9,6 @@ Reading this needs no import of huggingface_hub (0.1 s), so a cached model start
 
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from .errors import CheckpointCorrupt, WeightsError
 from .json_file import read_json_object
 from .layout import Form
 from .own_cache import Listing
+from .replacing import replacing
 from .safetensors_reader import SafetensorsFile
 from .selection import CONFIGS, SIDE_FILES, Selection, select
 
@@ -125,22 +125,17 @@ def write_ref(repo: str, revision: str, commit: str) -> None:
     """Records that `revision` of `repo` is `commit`; a reader sees the old line or the new one, never half."""
     if revision == commit:
         return
-    path = repo_folder(repo) / "refs" / revision
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(commit)
-    temporary.replace(path)
+    with replacing(repo_folder(repo) / "refs" / revision) as temporary:
+        temporary.write_text(commit)
 
 
 def link(source: Path, target: Path) -> None:
     """Make `target` lead to `source`; a copy where there are no links. It is there whole, or as it was."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.symlink_to(os.path.relpath(source, target.parent))
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        try:
+            temporary.symlink_to(os.path.relpath(source, target.parent))
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def _names_in(folder: Path) -> list[str]:
