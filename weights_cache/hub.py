@@ -144,6 +144,7 @@ def _download(
     selection = select(str(repo), sizes, form=form, file=repo.file, weights=weights)
     if selection.note and tell:
         tell(selection.note)
+    own_cache.mark_used(repo.name, transfer.commit)
     wanted, folder = list(selection.side), store.snapshot(repo.name, transfer.commit)
     if weights or selection.entry:
         wanted += _weight_names(transfer, selection, force)
@@ -153,7 +154,6 @@ def _download(
     else:
         _get(transfer, wanted, force)
     own_cache.write_listing(repo.name, transfer.commit, sizes)
-    own_cache.mark_used(repo.name, transfer.commit)
     with transfer.our_errors():
         store.write_ref(repo.name, repo.revision, transfer.commit)
     return selection.path(folder)

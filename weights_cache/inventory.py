@@ -5,9 +5,9 @@ Knows no terminal. Only folders are trusted to say what is ours to remove: links
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import large_file, layout, own_cache, serialized, stamps, store
@@ -22,13 +22,14 @@ from .selection import CONFIGS, SIDE_FILES, select
 INCOMPLETE = "incomplete"
 SERIALIZED = "serialized"
 SHA256_HEX, SHA1_HEX = 64, 40
+BLOCK = 512  # bytes that a file system counts as one: of a file with nothing but its header, fewer than it is long
 
 
 @dataclass(frozen=True)
 class Model:
     """A model in a cache. `path` is what to open; `files` are what it consists of, as they are named there.
 
-    `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what a download that broke off left.
+    `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what has not all of its weights.
     `encoding` is that of most of its weights, or None. `nbytes` is what the disk holds, `used` seconds since 1970,
     `known` whether it is this program's to prune: in our own folder, or in the Hub's cache, which serves other programs
     as well, and asked for by this one. A serialized model elsewhere is the user's, and its name is its path.
@@ -88,6 +89,7 @@ def remove(model: Model) -> None:
     _remove_unused_blobs(root, partials=model.format == INCOMPLETE)
     if not _snapshots(root) and not any((root / "blobs").glob("*")):
         shutil.rmtree(root)
+        shutil.rmtree(own_cache.repo_folder(model.repo), ignore_errors=True)
 
 
 def _shared(model: Model) -> set[Path]:
@@ -104,29 +106,42 @@ def _from_hub() -> Iterator[Model]:
             continue
         repo = root.name.removeprefix("models--").replace("--", "/", 1)
         found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
-        broken = [path for path in (root / "blobs").glob("*.incomplete") if path.is_file()]
+        parts = [path for path in (root / "blobs").glob("*.incomplete") if path.is_file()]
+        broken = next((model for model in found if model.format == INCOMPLETE), None)
+        if broken:
+            found[found.index(broken)] = replace(
+                broken, files=(*broken.files, *parts), nbytes=broken.nbytes + sum(map(_size, parts))
+            )
+        elif rest := _rest(repo, root, parts, any_model=bool(found)):
+            found.append(rest)
         yield from found
-        if broken and not any(model.format == INCOMPLETE for model in found):
-            yield _broken_off(repo, root, broken)
 
 
 def _snapshots(root: Path) -> list[Path]:
     return sorted(each for each in (root / "snapshots").glob("*") if each.is_dir() and not each.is_symlink())
 
 
-def _broken_off(repo: str, root: Path, broken: Sequence[Path]) -> Model:
-    """What a download left before any of its weights was whole; the Hub's own library removes its parts itself."""
-    used = max(path.stat().st_mtime for path in broken)
-    ours = all(path.name.endswith(".pixtral.incomplete") for path in broken)
-    return Model(repo, INCOMPLETE, root, tuple(broken), None, sum(map(_size, broken)), used, ours, repo)
+def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | None:
+    """What a download left before any of its weights was whole; and where there is no model, the small files and
+    headers of one whose weights this program never wanted."""
+    ours = all(path.name.endswith(".pixtral.incomplete") for path in parts)
+    noted = own_cache.repo_folder(repo)
+    if not parts and not any_model and noted.is_dir():
+        parts = [path for folder in (root / "snapshots", noted) for path in folder.rglob("*") if path.is_file()]
+    if not parts:
+        return None
+    nbytes = sum(min(path.stat().st_size, path.stat().st_blocks * BLOCK) for path in parts)
+    used = max(path.stat().st_mtime for path in parts)
+    return Model(repo, INCOMPLETE, root, tuple(parts), None, nbytes, used, ours, repo)
 
 
 def _suffix(root: Path, commit: str) -> str:
-    """What follows the repository's name: nothing for main, else a branch, a tag or the commit after an @."""
+    """What follows the repository's name: nothing for main, and nothing before a first download has ended; else a
+    branch, a tag or the commit after an @."""
     refs = root / "refs"
     files = sorted(path for path in refs.rglob("*") if path.is_file())
     names = [path.relative_to(refs).as_posix() for path in files if _text(path) == commit]
-    return "" if "main" in names else f"@{names[0] if names else commit}"
+    return "" if "main" in names or not files else f"@{names[0] if names else commit}"
 
 
 def _text(path: Path) -> str:
