@@ -78,7 +78,7 @@ def remove(model: Model) -> None:
         model.path.unlink()
         return
     root = store.repo_folder(model.repo)
-    shared = _shared(model)
+    shared, parts = _shared(model), [] if model.format == INCOMPLETE else _parts(root)
     for path in model.files:
         if path not in shared:
             path.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def remove(model: Model) -> None:
         if snapshot.name == (model.commit or snapshot.name) and not _forms_in(snapshot):
             shutil.rmtree(snapshot)
             _forget(model.repo, snapshot.name, root)
-    _remove_unused_blobs(root, partials=model.format == INCOMPLETE)
+    _remove_unused_blobs(root, keep=parts)
     if not _snapshots(root) and not any((root / "blobs").glob("*")):
         shutil.rmtree(root)
         shutil.rmtree(own_cache.repo_folder(model.repo), ignore_errors=True)
@@ -106,7 +106,7 @@ def _from_hub() -> Iterator[Model]:
             continue
         repo = root.name.removeprefix("models--").replace("--", "/", 1)
         found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
-        parts = [path for path in (root / "blobs").glob("*.incomplete") if path.is_file()]
+        parts = _parts(root)
         broken = next((model for model in found if model.format == INCOMPLETE), None)
         if broken:
             found[found.index(broken)] = replace(
@@ -119,6 +119,13 @@ def _from_hub() -> Iterator[Model]:
 
 def _snapshots(root: Path) -> list[Path]:
     return sorted(each for each in (root / "snapshots").glob("*") if each.is_dir() and not each.is_symlink())
+
+
+def _parts(root: Path) -> list[Path]:
+    """What has arrived of contents that are not whole; what the Hub's library left of others is only debris."""
+    blobs = root / "blobs"
+    parts = [path for path in blobs.glob("*.incomplete") if path.is_file()]
+    return [path for path in parts if not (blobs / path.name.partition(".")[0]).is_file()]
 
 
 def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | None:
@@ -282,13 +289,13 @@ def _forget(repo: str, commit: str, root: Path) -> None:
         own_cache.repo_folder(repo).rmdir()
 
 
-def _remove_unused_blobs(root: Path, *, partials: bool) -> None:
-    """Contents to which no snapshot leads; what is only half here goes with `partials`."""
+def _remove_unused_blobs(root: Path, keep: list[Path]) -> None:
+    """Contents to which no snapshot leads, apart from those to `keep`."""
     used = {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
+    used |= {path.resolve() for path in keep}
     blobs = root / "blobs"
     if blobs.is_symlink():
         return
     for blob in blobs.glob("*"):
-        is_partial = blob.name.endswith(".incomplete")
-        if blob.resolve() not in used and (partials or not is_partial) and not blob.is_dir():
+        if blob.resolve() not in used and not blob.is_dir():
             blob.unlink(missing_ok=True)
