@@ -19,6 +19,7 @@ from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from weights_cache import checkpoint, hub, layout, serialized, stamps
 from weights_cache.checkpoint import Checkpoint, Form
+from weights_cache.errors import WriteFailed
 from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
@@ -122,6 +123,8 @@ class Source:
         from pixtral_cli.model.load import check_names, empty, encoded
 
         opened = self.checkpoint
+        if path.resolve() in {info.file.resolve() for info in opened.tensors.values()}:
+            raise WriteFailed(path, "it is what the model is read from")
         names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()

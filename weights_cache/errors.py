@@ -189,7 +189,7 @@ class CheckpointCorrupt(WeightsError):
 
     @property
     def hint(self) -> str:
-        return "Fetch it again: --force-download does so for a model from the Hub."
+        return "Fetch or export it again: --force-download fetches a model from the Hub anew."
 
 
 @dataclass(eq=False)
