@@ -20,6 +20,8 @@ BLOCKS = {kind.encoding: (kind.block, kind.block_bytes) for kind in TYPES.values
 BLOCKS["nf4"] = 2, 1
 """Encodings of packed tensors -> weights in a block, and its bytes (of nf4: of the codes)."""
 
+NF4_ROWS = 32  # that lie together where nf4 is in the order of the CPU's kernel: weights_cache.nf4 knows it
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -84,4 +86,7 @@ def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[in
     block, nbytes = BLOCKS.get(encoding, (0, 0))
     if not block or info.dtype != "U8" or len(shape) < 1 or shape[-1] % block:
         return None
-    return prod(shape[:-1]), shape[-1] // block * nbytes
+    rows, width = prod(shape[:-1]), shape[-1] // block * nbytes
+    if encoding == "nf4" and len(info.shape) == 3 and rows % NF4_ROWS == 0:
+        return rows // NF4_ROWS, width, NF4_ROWS
+    return rows, width
