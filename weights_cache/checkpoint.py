@@ -215,7 +215,10 @@ def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None
     if path.suffix != layout.GGUF:
         if path.suffix in layout.PICKLES:
             raise PickleRefused(path)
-        advice = "Give the model's folder, or a .gguf file; weights for a folder's config go to --weight-path."
+        advice = (
+            "Give the model's folder, or a .gguf file; what `pixtral export` wrote goes to --serialized-model-path, "
+            "and weights for a folder's config go to --weight-path."
+        )
         raise WeightsNotFound(path, "config of its own", advice)
     path = path.with_name(layout.first_shard(path.name))
     given = [path, *(each for each in weight_paths if each != path)]

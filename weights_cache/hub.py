@@ -22,6 +22,7 @@ NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?",
     re.ASCII,
 )
+FILES = (layout.GGUF, layout.SAFETENSORS)
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -102,9 +103,9 @@ def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress
 def parse(name: str) -> Repo:
     """`owner/name[@revision][:file.gguf]`. Raises ModelNotFound for what looks like a path, or like no name."""
     match = NAME.fullmatch(name)
-    if match and ".." not in name:
+    if match and ".." not in name and not match["repo"].endswith(FILES):
         return Repo(match["repo"], match["revision"] or "main", match["file"])
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+    if name.startswith(("/", ".", "~")) or name.endswith(FILES) or name.count("/") > 1 or "\\" in name:
         raise ModelNotFound(name, "no such file or folder", "Check the path, or give a Hub name such as owner/name.")
     advice = "Give a folder that exists, or a name such as mistral-community/pixtral-12b."
     raise ModelNotFound(name, "it is no folder here, and no Hub name, which is owner/name", advice)

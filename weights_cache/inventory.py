@@ -102,19 +102,23 @@ def _shared(model: Model) -> set[Path]:
 
 def _from_hub() -> Iterator[Model]:
     for root in sorted(store.cache_folder().glob("models--*--*")):
-        if root.is_symlink() or not root.is_dir():  # what is elsewhere is not the cache's
-            continue
-        repo = root.name.removeprefix("models--").replace("--", "/", 1)
-        found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
-        parts = _parts(root)
-        broken = next((model for model in found if model.format == INCOMPLETE), None)
-        if broken:
-            found[found.index(broken)] = replace(
-                broken, files=(*broken.files, *parts), nbytes=broken.nbytes + sum(map(_size, parts))
-            )
-        elif rest := _rest(repo, root, parts, any_model=bool(found)):
-            found.append(rest)
-        yield from found
+        if root.is_dir() and not root.is_symlink():  # what is elsewhere is not the cache's
+            with suppress(PermissionError):
+                yield from _in_repo(root)
+
+
+def _in_repo(root: Path) -> list[Model]:
+    repo = root.name.removeprefix("models--").replace("--", "/", 1)
+    found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
+    parts = _parts(root)
+    broken = next((model for model in found if model.format == INCOMPLETE), None)
+    if broken:
+        found[found.index(broken)] = replace(
+            broken, files=(*broken.files, *parts), nbytes=broken.nbytes + sum(map(_size, parts))
+        )
+    elif rest := _rest(repo, root, parts, any_model=bool(found)):
+        found.append(rest)
+    return found
 
 
 def _snapshots(root: Path) -> list[Path]:
@@ -215,7 +219,9 @@ def _side(snapshot: Path, form: Form) -> list[Path]:
 def _own() -> Iterator[Model]:
     """Serialized models in our own folder, named by their place in it, and those that were written elsewhere."""
     folder = own_cache.models_folder()
-    inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    inside: list[Path] = []
+    with suppress(PermissionError):
+        inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     for path in inside:
         if not path.name.startswith("."):
             yield _serialized(path.relative_to(folder).as_posix(), path, known=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from .errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, PickleRefused, Unreadable, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
 
 CONFIG = "config.json"
@@ -140,8 +140,11 @@ def shards(index: Path) -> dict[str, set[str]]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The names of the files in `folder`, sorted; folders in it are left out."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
+    """The names of the files in `folder`, sorted; folders in it are left out. Raises Unreadable."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise Unreadable(folder, error.strerror or str(error)) from error
 
 
 def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:

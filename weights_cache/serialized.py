@@ -203,7 +203,8 @@ class SerializedFile:
     def _read_manifest(self) -> tuple[Manifest, dict[str, str]]:
         metadata = self._file.metadata.get(KEY)
         if metadata is None:
-            raise CheckpointCorrupt(self.path, "it is no serialized model (it has no manifest)")
+            advice = "Give a file that `pixtral export` wrote; other forms are opened by --model-path."
+            raise WeightsNotFound(self.path, "manifest, so it is no serialized model", advice)
         raw = parse_json_object(self.path, metadata.encode(errors="surrogatepass"), "its manifest")
         check_version(self.path, raw.get("version"))
         stored = self._file.tensors
