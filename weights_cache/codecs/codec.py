@@ -59,8 +59,8 @@ class Codec(ABC):
 
         Exact in float32: bit for bit gguf-py's `dequantize`, infinities included (where the bytes say "not a number"
         there is a NaN, but which of the many is not specified). A narrower `dtype` rounds that once. They are written
-        into `out`, where that is given: contiguous and of their shape, its dtype counts. A third of the time of decoding
-        into fresh memory is the system's, for handing it out.
+        into `out`, where that is given: contiguous and of their shape, its dtype counts. A third of the time of
+        decoding into fresh memory is the system's, for handing it out.
         Raises WidthNotDivisible when a row is no whole number of blocks.
         """
 
