@@ -15,7 +15,7 @@ import torch
 
 from pixtral_cli import constraints, generate
 from pixtral_cli import devices as device_names
-from pixtral_cli.encodings import ENCODINGS, find
+from pixtral_cli.encodings import ENCODINGS, asked_for
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
@@ -58,6 +58,7 @@ class Pixtral:
         serialized_model_path: str | PathLike[str] | None = None,
         quantization_encoding: str | None = None,
         quantize_vision: bool = False,
+        double_quantization: bool = False,
         devices: str | None = None,
         max_length: int | None = None,
         max_batch_size: int = 32,
@@ -77,7 +78,7 @@ class Pixtral:
         """
         begun = time.perf_counter()
         _positive(max_length=max_length, max_batch_size=max_batch_size, max_ce_batch_size=max_ce_batch_size)
-        wanted = find(quantization_encoding) if quantization_encoding else None
+        wanted = asked_for(quantization_encoding, double_quantization)
         device = torch.device(_device(devices))
         if serialized_model_path is not None:
             source = Source.open_serialized(serialized_model_path, image_preprocessing)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pixtral_cli.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """`bits` a weight, scales included. Rows that are no multiple of `block` weights take `fallback` instead."""
+    """`bits` a weight, scales included. Rows that are no multiple of `block` weights take `fallback` instead.
+
+    `double_quantization` packs nf4's scales as well: 4.13 bits.
+    """
 
     name: str
     bits: float
     block: int = 1
     fallback: str | None = None
+    double_quantization: bool = False
 
     @property
     def packed(self) -> bool:
@@ -48,3 +52,13 @@ def find(name: str) -> Encoding:
     if name not in CHOICES:
         raise ModelError(f"The encoding {name!r} is not known.", hint=f"Known encodings: {', '.join(CHOICES)}.")
     return ENCODINGS[name]
+
+
+def asked_for(name: str | None, double_quantization: bool = False) -> Encoding | None:
+    """The encoding asked for, None where none is. Raises ModelError when it cannot be had in that way."""
+    if double_quantization and name != "nf4":
+        raise ModelError(
+            f"Double quantisation is a form of nf4, and {name or 'no encoding'} is asked for.",
+            hint="Ask for --quantization-encoding nf4, or leave --double-quantization out.",
+        )
+    return None if name is None else replace(find(name), double_quantization=double_quantization)

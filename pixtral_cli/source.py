@@ -20,6 +20,7 @@ from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import checkpoint, hub, layout, serialized, stamps
 from weights_cache.checkpoint import Checkpoint, Form
+from weights_cache.errors import WriteFailed
 from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
@@ -53,13 +54,14 @@ class Source:
         chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
-        folder: Path | None = None
+        folder, notes = None, []
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
         elif name is not None:
-            wanted = {"weights": weights and not paths, "force": force_download, "form": weights_format}
-            folder = hub.fetch(name, progress=progress, **wanted)
+            wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
+            folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
         opened = checkpoint.open(folder, paths, weights_format)
+        opened.note = " ".join([*notes, *([opened.note] if opened.note else [])]) or None
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
     @classmethod
@@ -122,6 +124,8 @@ class Source:
         from pixtral_cli.model.load import check_names, empty, encoded
 
         opened = self.checkpoint
+        if path.resolve() in {info.file.resolve() for info in opened.tensors.values()}:
+            raise WriteFailed(path, "it is what the model is read from")
         names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()

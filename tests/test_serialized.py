@@ -2,10 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import builders
 import pytest
@@ -13,9 +9,13 @@ import torch
 from safetensors import safe_open
 
 from pixtral_cli import Pixtral, PixtralError
+from pixtral_cli.encodings import find
+from pixtral_cli.model import nf4
 from pixtral_cli.model.linear import PackedLinear
+from pixtral_cli.source import Source
 from weights_cache import codecs, serialized
 from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
+from weights_cache.nf4 import NF4
 from weights_cache.serialized_checkpoint import verify_path
 
 PACKED = ["q4_0", "q4_k", "q6_k"]
@@ -77,6 +77,48 @@ def test_exporting_writes_the_very_file_that_saving_writes(folder, tmp_path):
     model.save(tmp_path / "saved")
     model.source.save(tmp_path / "exported", model.placement)
     assert (tmp_path / "saved").read_bytes() == (tmp_path / "exported").read_bytes()
+
+
+def test_double_quantisation_is_saved_and_loaded_as_it_is_and_takes_less_room(folder, tmp_path):
+    plain, double, exported = (tmp_path / name for name in ("plain", "double", "exported"))
+    Pixtral.load(folder, quantization_encoding="nf4").save(plain)
+    model = Pixtral.load(folder, quantization_encoding="nf4", double_quantization=True)
+    model.save(double)
+    model.source.save(exported, model.placement)
+    assert double.read_bytes() == exported.read_bytes() and double.stat().st_size < plain.stat().st_size
+    again = Pixtral.load(serialized_model_path=double)
+    assert again.engine.model.language_model.layers[0].mlp.up_proj.weight.nested
+    first, second = (m.chat(QUESTION, logprobs=5, **OPTIONS) for m in (model, again))
+    assert (second.token_ids, second.logprobs) == (first.token_ids, first.logprobs)
+    again.save(exported)
+    assert double.read_bytes() == exported.read_bytes()
+
+
+@pytest.mark.parametrize("name", [None, "q4_k"])
+def test_double_quantisation_is_refused_for_anything_but_nf4(folder, name):
+    with pytest.raises(PixtralError, match="nf4") as refused:
+        Pixtral.load(folder, quantization_encoding=name, double_quantization=True)
+    assert "--double-quantization" in refused.value.hint
+
+
+def test_each_matrix_is_encoded_once_for_a_file_in_nf4(folder, tmp_path, monkeypatch):
+    source = Source.open(folder)
+    encoded, encode = [], nf4.encode
+    monkeypatch.setattr(nf4, "encode", lambda weight, double: encoded.append(weight.shape) or encode(weight, double))
+    source.save(tmp_path / "model", source.placement(find("nf4")))
+    assert len(encoded) == 3 * 7 + 1
+
+
+def test_nf4_lies_in_the_file_in_the_order_of_the_kernel(folder, tmp_path):
+    path = tmp_path / "model"
+    model = Pixtral.load(folder, quantization_encoding="nf4")
+    model.save(path)
+    name = "language_model.layers.1.mlp.up_proj.weight"
+    with safe_open(path, "pt") as file:
+        codes = file.get_tensor(name)
+    stored = NF4(codes, torch.ones(codes.numel() * 2 // 64))
+    weight = model.engine.model.get_submodule(name.removesuffix(".weight")).weight
+    assert stored.codes.ndim == 3 and torch.equal(stored.in_rows().codes, weight.in_rows().codes)
 
 
 def test_any_safetensors_tool_opens_it_and_finds_the_packed_bytes(folder, saved):
@@ -176,22 +218,3 @@ def test_a_failed_save_keeps_the_file_that_was_there(folder, saved, monkeypatch)
         model.save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir() if p.is_file()] == [saved.name]
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_nothing_half_written_is_used(folder, tmp_path):
-    target = tmp_path / "model.pixtral"
-    code = f"from pixtral_cli import Pixtral; m = Pixtral.load({str(folder)!r}); print('go', flush=True)"
-    code += f"; m.save({str(target)!r})"
-    whole = 0
-    for step in range(25):
-        target.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(step * 0.004)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if target.exists():
-            verify_path(target)
-            whole += 1
-    assert whole < 25

@@ -215,7 +215,10 @@ def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None
     if path.suffix != layout.GGUF:
         if path.suffix in layout.PICKLES:
             raise PickleRefused(path)
-        advice = "Give the model's folder, or a .gguf file; weights for a folder's config go to --weight-path."
+        advice = (
+            "Give the model's folder, or a .gguf file; what `pixtral export` wrote goes to --serialized-model-path, "
+            "and weights for a folder's config go to --weight-path."
+        )
         raise WeightsNotFound(path, "config of its own", advice)
     path = path.with_name(layout.first_shard(path.name))
     given = [path, *(each for each in weight_paths if each != path)]
@@ -234,13 +237,17 @@ def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None
 
 
 def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
-    """The picture part that lies in the folder of `text`, the first by name of those that fit; and what to say."""
-    found = [GgufFile(path) for path in layout.picture_parts(text.path.parent)]
-    fitting = [file for file in found if gguf_config.fits(text, file)]
+    """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
+    say."""
+    snapshot = store.snapshot_of(text.path)
+    paths = layout.picture_parts(text.path.parent) or (layout.picture_parts(snapshot, deep=True) if snapshot else [])
+    found = {str(path): GgufFile(path) for path in paths}
+    fitting = {name: file for name, file in found.items() if gguf_config.fits(text, file)}
     if not fitting:
         return None, f"No picture part beside {text.path.name} fits it." if found else None
-    said = f"Of {len(fitting)} picture parts beside {text.path.name}, {fitting[0].path.name} is read."
-    return fitting[0], said if len(fitting) > 1 else None
+    best = fitting[layout.best_picture_part({name: file.path.stat().st_size for name, file in fitting.items()})]
+    said = f"Of {len(fitting)} picture parts beside {text.path.name}, {best.path.name} is read."
+    return best, said if len(fitting) > 1 else None
 
 
 def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:

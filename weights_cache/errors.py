@@ -10,6 +10,7 @@ WeightsError
 ├── NotYetSupported      a known format that has no reader yet
 ├── PickleRefused        a file that could run code when opened
 ├── CheckpointCorrupt    a file that contradicts itself or is cut short
+│   └── Unreadable       a file or folder that this user may not read, or that is not there
 ├── TensorsMissing       the model needs tensors that the checkpoint lacks
 ├── TensorsUnexpected    the checkpoint holds tensors that the model has no place for
 ├── TensorShapeMismatch  a tensor of another shape than the config says
@@ -189,7 +190,19 @@ class CheckpointCorrupt(WeightsError):
 
     @property
     def hint(self) -> str:
-        return "Fetch it again: --force-download does so for a model from the Hub."
+        return "Fetch or export it again: --force-download fetches a model from the Hub anew."
+
+
+@dataclass(eq=False)
+class Unreadable(CheckpointCorrupt):
+    """The system does not let `path` be read, for `reason`."""
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be read ({self.reason})."
+
+    @property
+    def hint(self) -> str:
+        return "Check the path, and who may read it."
 
 
 @dataclass(eq=False)

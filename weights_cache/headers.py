@@ -10,7 +10,9 @@ from typing import Any
 
 from . import layout
 from .errors import CheckpointCorrupt, DownloadFailed
-from .gguf_reader import GgufFile
+from .gguf_header import LEAST_BYTES, Header
+from .reader import map_file
+from .replacing import replacing
 from .safetensors_reader import LENGTH_BYTES, MAX_HEADER_BYTES
 
 FIRST = {layout.SAFETENSORS: 2**18, layout.GGUF: 2**23}
@@ -20,12 +22,16 @@ MOST = MAX_HEADER_BYTES + LENGTH_BYTES
 
 
 def write(transfer: Any, name: str, path: Path) -> None:
-    """Write the header of `name` to `path`. Raises DownloadFailed, and the library's errors."""
+    """Write the header of `name` to `path`, whole or not at all. Raises DownloadFailed, and the library's errors."""
     size = transfer.contents[name].size
     if size is None:
         raise DownloadFailed(transfer.label, f"the Hub does not say how long {name} is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have, wanted = 0, min(FIRST.get(path.suffix, LENGTH_BYTES), size)
+    with replacing(path) as temporary:
+        _write(transfer, name, size, temporary)
+
+
+def _write(transfer: Any, name: str, size: int, path: Path) -> None:
+    have, wanted = 0, min(FIRST.get(Path(name).suffix, LENGTH_BYTES), size)
     with path.open("wb") as file:
         os.truncate(file.fileno(), size)
         while have < wanted:
@@ -34,7 +40,7 @@ def write(transfer: Any, name: str, path: Path) -> None:
                 raise DownloadFailed(transfer.label, f"{name} is shorter than the Hub's listing says")
             file.write(data)
             file.flush()
-            have, wanted = wanted, min(_needed(path, wanted), size, MOST)
+            have, wanted = wanted, min(_needed(name, path, wanted), size, MOST)
 
 
 def _piece(transfer: Any, name: str, begin: int, end: int) -> bytes:
@@ -55,13 +61,13 @@ def _piece(transfer: Any, name: str, begin: int, end: int) -> bytes:
     return bytes(data[skipped : skipped + end - begin])
 
 
-def _needed(path: Path, have: int) -> int:
+def _needed(name: str, path: Path, have: int) -> int:
     """How many bytes the header takes, by what is known from `have` of them; twice as many while nobody knows."""
-    if path.suffix == layout.SAFETENSORS:
+    if name.endswith(layout.SAFETENSORS):
         with path.open("rb") as file:
             return LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
     try:
-        GgufFile(path)
+        Header(path, map_file(path, LEAST_BYTES, "GGUF"))
     except CheckpointCorrupt:
         return 2 * have
     return have

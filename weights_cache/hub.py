@@ -7,7 +7,7 @@ network is needed. One format is fetched, never two, and never a file that no on
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?",
     re.ASCII,
 )
+FILES = (layout.GGUF, layout.SAFETENSORS)
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -43,7 +44,9 @@ def fetch(
     *,
     weights: bool = True,
     force: bool = False,
+    headers: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
     form: Form | None = None,
 ) -> Path:
     """What to open as the model `name`: a local folder, or a GGUF file.
@@ -52,7 +55,8 @@ def fetch(
     another branch, tag or commit, `owner/name:file.gguf` for a GGUF in it, which brings its picture part along. Of
     several forms `form` is fetched, or else the first of "hf", "native", "gguf". What is cached completely is used
     without any network call: a newer version on the Hub is not looked for, unless `force` fetches everything anew.
-    `weights=False` asks for the small files only (a GGUF has none: all of it is fetched).
+    `weights=False` asks for the small files only. A GGUF has none, so all of it is fetched, or with `headers` a file
+    of its length that holds its header only. `tell` is called with a sentence when one of several files was chosen.
 
     Raises ModelNotFound, Offline (HF_HUB_OFFLINE), Gated, DownloadFailed, DiskFull, and WeightsNotFound or
     PickleRefused for a repository without weights that can be read.
@@ -61,11 +65,11 @@ def fetch(
     if os.path.exists(path):  # unlike Path.exists, False for what can be no path at all
         return Path(path)
     repo = parse(name)
-    if not force and (found := _cached(repo, weights, form)):
+    if not force and (found := _cached(repo, weights, form, headers)):
         return found
     if is_offline():
         raise Offline(str(repo), store.cache_folder(), forced=force)
-    return _download(repo, weights=weights, force=force, progress=progress, form=form)
+    return _download(repo, weights, force, form, headers, progress=progress, tell=tell)
 
 
 def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress: Progress | None = None) -> Path:
@@ -85,11 +89,13 @@ def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress
     transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
     sizes = transfer.listing()
     selection = select(str(repo), sizes, form=form, file=repo.file)
+    folder = folder / store.SNAPSHOTS / transfer.commit
     weights = _weight_names(transfer, selection, force=False)
     small = [*selection.side, *([selection.index] if selection.index else [])]
     _get(transfer, selection.side, force=False)
-    for small_file in small:
-        store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
+    with transfer.our_errors():
+        for small_file in small:
+            store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
     transfer.get_headers(weights, folder)
     return selection.path(folder)
 
@@ -97,9 +103,9 @@ def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress
 def parse(name: str) -> Repo:
     """`owner/name[@revision][:file.gguf]`. Raises ModelNotFound for what looks like a path, or like no name."""
     match = NAME.fullmatch(name)
-    if match and ".." not in name:
+    if match and ".." not in name and not match["repo"].endswith(FILES):
         return Repo(match["repo"], match["revision"] or "main", match["file"])
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+    if name.startswith(("/", ".", "~")) or name.endswith(FILES) or name.count("/") > 1 or "\\" in name:
         raise ModelNotFound(name, "no such file or folder", "Check the path, or give a Hub name such as owner/name.")
     advice = "Give a folder that exists, or a name such as mistral-community/pixtral-12b."
     raise ModelNotFound(name, "it is no folder here, and no Hub name, which is owner/name", advice)
@@ -111,16 +117,25 @@ def is_offline() -> bool:
     return value.upper() in TRUE
 
 
-def _cached(repo: Repo, weights: bool, form: Form | None) -> Path | None:
+def _cached(repo: Repo, weights: bool, form: Form | None, headers: bool = False) -> Path | None:
     """What is here completely; without a network, a form that is here rather than the preferred one that is not."""
     others = layout.FORMS if form is None and repo.file is None and is_offline() else ()
     for each in (form, *others):
-        if found := store.find(repo.name, repo.revision, weights=weights, form=each, file=repo.file):
+        if found := store.find(repo.name, repo.revision, weights=weights, form=each, file=repo.file, headers=headers):
             return found
     return None
 
 
-def _download(repo: Repo, *, weights: bool, force: bool, progress: Progress | None, form: Form | None) -> Path:
+def _download(
+    repo: Repo,
+    weights: bool,
+    force: bool,
+    form: Form | None,
+    headers: bool,
+    *,
+    progress: Progress | None,
+    tell: Callable[[str], None] | None,
+) -> Path:
     """Small files first, the config the last of them, then the weights; then only does the revision point here.
 
     An index comes before all: it says which weights there are, and so how many bytes.
@@ -128,14 +143,21 @@ def _download(repo: Repo, *, weights: bool, force: bool, progress: Progress | No
     transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
     sizes = transfer.listing()
     selection = select(str(repo), sizes, form=form, file=repo.file, weights=weights)
-    wanted = list(selection.side)
+    if selection.note and tell:
+        tell(selection.note)
+    own_cache.mark_used(repo.name, transfer.commit)
+    wanted, folder = list(selection.side), store.snapshot(repo.name, transfer.commit)
     if weights or selection.entry:
         wanted += _weight_names(transfer, selection, force)
-    _get(transfer, wanted, force)
+    if headers and selection.entry:
+        folder = own_cache.headers_folder(repo.name, transfer.commit)
+        transfer.get_headers(wanted, folder)
+    else:
+        _get(transfer, wanted, force)
     own_cache.write_listing(repo.name, transfer.commit, sizes)
-    own_cache.mark_used(repo.name, transfer.commit)
-    store.write_ref(repo.name, repo.revision, transfer.commit)
-    return selection.path(store.snapshot(repo.name, transfer.commit))
+    with transfer.our_errors():
+        store.write_ref(repo.name, repo.revision, transfer.commit)
+    return selection.path(folder)
 
 
 def _weight_names(transfer: Transfer, selection: Selection, force: bool) -> list[str]:

@@ -5,12 +5,12 @@ Knows no terminal. Only folders are trusted to say what is ours to remove: links
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import large_file, layout, own_cache, serialized, store
+from . import large_file, layout, own_cache, serialized, stamps, store
 from .errors import WeightsError
 from .gguf_reader import GgufFile
 from .json_file import read_json_object
@@ -22,15 +22,17 @@ from .selection import CONFIGS, SIDE_FILES, select
 INCOMPLETE = "incomplete"
 SERIALIZED = "serialized"
 SHA256_HEX, SHA1_HEX = 64, 40
+BLOCK = 512  # bytes that a file system counts as one: of a file with nothing but its header, fewer than it is long
 
 
 @dataclass(frozen=True)
 class Model:
     """A model in a cache. `path` is what to open; `files` are what it consists of, as they are named there.
 
-    `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what a download that broke off left.
+    `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what has not all of its weights.
     `encoding` is that of most of its weights, or None. `nbytes` is what the disk holds, `used` seconds since 1970,
-    `known` whether this program has asked for it (the Hub's cache serves other programs as well).
+    `known` whether it is this program's to prune: in our own folder, or in the Hub's cache, which serves other programs
+    as well, and asked for by this one. A serialized model elsewhere is the user's, and its name is its path.
     """
 
     name: str
@@ -76,7 +78,7 @@ def remove(model: Model) -> None:
         model.path.unlink()
         return
     root = store.repo_folder(model.repo)
-    shared = _shared(model)
+    shared, parts = _shared(model), [] if model.format == INCOMPLETE else _parts(root)
     for path in model.files:
         if path not in shared:
             path.unlink(missing_ok=True)
@@ -84,9 +86,10 @@ def remove(model: Model) -> None:
         if snapshot.name == (model.commit or snapshot.name) and not _forms_in(snapshot):
             shutil.rmtree(snapshot)
             _forget(model.repo, snapshot.name, root)
-    _remove_unused_blobs(root, partials=model.format == INCOMPLETE)
+    _remove_unused_blobs(root, keep=parts)
     if not _snapshots(root) and not any((root / "blobs").glob("*")):
         shutil.rmtree(root)
+        shutil.rmtree(own_cache.repo_folder(model.repo), ignore_errors=True)
 
 
 def _shared(model: Model) -> set[Path]:
@@ -99,33 +102,57 @@ def _shared(model: Model) -> set[Path]:
 
 def _from_hub() -> Iterator[Model]:
     for root in sorted(store.cache_folder().glob("models--*--*")):
-        if root.is_symlink() or not root.is_dir():  # what is elsewhere is not the cache's
-            continue
-        repo = root.name.removeprefix("models--").replace("--", "/", 1)
-        found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
-        broken = [path for path in (root / "blobs").glob("*.incomplete") if path.is_file()]
-        yield from found
-        if broken and not any(model.format == INCOMPLETE for model in found):
-            yield _broken_off(repo, root, broken)
+        if root.is_dir() and not root.is_symlink():  # what is elsewhere is not the cache's
+            with suppress(PermissionError):
+                yield from _in_repo(root)
+
+
+def _in_repo(root: Path) -> list[Model]:
+    repo = root.name.removeprefix("models--").replace("--", "/", 1)
+    found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
+    parts = _parts(root)
+    broken = next((model for model in found if model.format == INCOMPLETE), None)
+    if broken:
+        found[found.index(broken)] = replace(
+            broken, files=(*broken.files, *parts), nbytes=broken.nbytes + sum(map(_size, parts))
+        )
+    elif rest := _rest(repo, root, parts, any_model=bool(found)):
+        found.append(rest)
+    return found
 
 
 def _snapshots(root: Path) -> list[Path]:
     return sorted(each for each in (root / "snapshots").glob("*") if each.is_dir() and not each.is_symlink())
 
 
-def _broken_off(repo: str, root: Path, broken: Sequence[Path]) -> Model:
-    """What a download left before any of its weights was whole; the Hub's own library removes its parts itself."""
-    used = max(path.stat().st_mtime for path in broken)
-    ours = all(path.name.endswith(".pixtral.incomplete") for path in broken)
-    return Model(repo, INCOMPLETE, root, tuple(broken), None, sum(map(_size, broken)), used, ours, repo)
+def _parts(root: Path) -> list[Path]:
+    """What has arrived of contents that are not whole; what the Hub's library left of others is only debris."""
+    blobs = root / "blobs"
+    parts = [path for path in blobs.glob("*.incomplete") if path.is_file()]
+    return [path for path in parts if not (blobs / path.name.partition(".")[0]).is_file()]
+
+
+def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | None:
+    """What a download left before any of its weights was whole; and where there is no model, the small files and
+    headers of one whose weights this program never wanted."""
+    ours = all(path.name.endswith(".pixtral.incomplete") for path in parts)
+    noted = own_cache.repo_folder(repo)
+    if not parts and not any_model and noted.is_dir():
+        parts = [path for folder in (root / "snapshots", noted) for path in folder.rglob("*") if path.is_file()]
+    if not parts:
+        return None
+    nbytes = sum(min(path.stat().st_size, path.stat().st_blocks * BLOCK) for path in parts)
+    used = max(path.stat().st_mtime for path in parts)
+    return Model(repo, INCOMPLETE, root, tuple(parts), None, nbytes, used, ours, repo)
 
 
 def _suffix(root: Path, commit: str) -> str:
-    """What follows the repository's name: nothing for main, else a branch, a tag or the commit after an @."""
+    """What follows the repository's name: nothing for main, and nothing before a first download has ended; else a
+    branch, a tag or the commit after an @."""
     refs = root / "refs"
     files = sorted(path for path in refs.rglob("*") if path.is_file())
     names = [path.relative_to(refs).as_posix() for path in files if _text(path) == commit]
-    return "" if "main" in names else f"@{names[0] if names else commit}"
+    return "" if "main" in names or not files else f"@{names[0] if names else commit}"
 
 
 def _text(path: Path) -> str:
@@ -190,13 +217,27 @@ def _side(snapshot: Path, form: Form) -> list[Path]:
 
 
 def _own() -> Iterator[Model]:
+    """Serialized models in our own folder, named by their place in it, and those that were written elsewhere."""
     folder = own_cache.models_folder()
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
-            name, encoding = path.relative_to(folder).as_posix(), None
-            with suppress(WeightsError):
-                encoding = serialized.SerializedFile(path).manifest.encoding
-            yield Model(name, SERIALIZED, path, (path,), encoding, _size(path), path.stat().st_atime, True)
+    inside: list[Path] = []
+    with suppress(PermissionError):
+        inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    for path in inside:
+        if not path.name.startswith("."):
+            yield _serialized(path.relative_to(folder).as_posix(), path, known=True)
+    here = {path.resolve() for path in inside}
+    for path in stamps.files():
+        if path not in here:
+            yield _serialized(str(path), path, known=False)
+
+
+def _serialized(name: str, path: Path, *, known: bool) -> Model:
+    encoding = None
+    with suppress(WeightsError):
+        encoding = serialized.SerializedFile(path).manifest.encoding
+    found = path.stat()
+    used = stamps.last_used(path) or found.st_mtime
+    return Model(name, SERIALIZED, path, (path,), encoding, found.st_size, used, known)
 
 
 def _encoding(path: Path, snapshot: Path) -> str | None:
@@ -245,19 +286,22 @@ def _forget(repo: str, commit: str, root: Path) -> None:
         if _text(ref) == commit:
             ref.unlink()
     (root / "trees" / f"{commit}.json").unlink(missing_ok=True)
+    shutil.rmtree(own_cache.headers_folder(repo, commit), ignore_errors=True)
     for suffix in (".json", ".used"):
         (own_cache.repo_folder(repo) / f"{commit}{suffix}").unlink(missing_ok=True)
+    with suppress(OSError):
+        own_cache.headers_folder(repo, commit).parent.rmdir()
     with suppress(OSError):
         own_cache.repo_folder(repo).rmdir()
 
 
-def _remove_unused_blobs(root: Path, *, partials: bool) -> None:
-    """Contents to which no snapshot leads; what is only half here goes with `partials`."""
+def _remove_unused_blobs(root: Path, keep: list[Path]) -> None:
+    """Contents to which no snapshot leads, apart from those to `keep`."""
     used = {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
+    used |= {path.resolve() for path in keep}
     blobs = root / "blobs"
     if blobs.is_symlink():
         return
     for blob in blobs.glob("*"):
-        is_partial = blob.name.endswith(".incomplete")
-        if blob.resolve() not in used and (partials or not is_partial) and not blob.is_dir():
+        if blob.resolve() not in used and not blob.is_dir():
             blob.unlink(missing_ok=True)

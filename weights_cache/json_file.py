@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointCorrupt
+from .errors import CheckpointCorrupt, Unreadable
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -12,7 +12,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise CheckpointCorrupt(path, f"it cannot be read ({error.strerror})") from error
+        raise Unreadable(path, error.strerror or str(error)) from error
     return parse_json_object(path, text)
 
 

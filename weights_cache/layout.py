@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from .errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, PickleRefused, Unreadable, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
 
 CONFIG = "config.json"
@@ -26,6 +26,7 @@ GGUF = ".gguf"
 PICTURE_PART = "mmproj"
 """In the name of a GGUF file that holds a model's vision tower and projector."""
 
+PICTURE_TYPES = ("bf16", "f16", "f32")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 Form = Literal["hf", "native", "gguf"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -66,9 +67,21 @@ def is_picture_part(name: str) -> bool:
     return name.endswith(GGUF) and PICTURE_PART in name.rpartition("/")[2].lower()
 
 
-def picture_parts(folder: Path) -> list[Path]:
-    """The GGUF files in `folder` that are by their names the picture parts of models."""
-    return [folder / n for n in file_names(folder) if is_picture_part(n)]
+def picture_parts(folder: Path, *, deep: bool = False) -> list[Path]:
+    """The GGUF files in `folder` that are by their names the picture parts of models; `deep`: in its folders too."""
+    paths = folder.rglob(f"*{GGUF}") if deep else folder.glob(f"*{GGUF}")
+    return sorted(path for path in paths if is_picture_part(path.name) and path.is_file())
+
+
+def best_picture_part(sizes: Mapping[str, int | None]) -> str:
+    """Of several picture parts, names -> bytes: bf16 by its name, then f16, then f32, then the largest."""
+
+    def rank(name: str) -> tuple[int, int, str]:
+        words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
+        kinds = [number for number, kind in enumerate(PICTURE_TYPES) if kind in words]
+        return min(kinds, default=len(PICTURE_TYPES)), -(sizes[name] or 0), name
+
+    return min(sizes, key=rank)
 
 
 def forms(names: Iterable[str]) -> list[Form]:
@@ -127,8 +140,11 @@ def shards(index: Path) -> dict[str, set[str]]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The names of the files in `folder`, sorted; folders in it are left out."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
+    """The names of the files in `folder`, sorted; folders in it are left out. Raises Unreadable."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise Unreadable(folder, error.strerror or str(error)) from error
 
 
 def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:

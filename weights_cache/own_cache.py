@@ -2,21 +2,22 @@
 
     <own>/hub/models--owner--name/<commit>.json    what the repository holds: {file name: bytes}
     <own>/hub/models--owner--name/<commit>.used    empty; its time is when the model was last asked for
+    <own>/hub/models--owner--name/snapshots/<commit>/<file>.gguf    as long as the file, with its header only
     <own>/models/                                  models that were encoded once and saved here
-    <own>/verified/                                see stamps.py
+    <own>/stamps/                                  see stamps.py
 
 Listings say what a snapshot lacks without a network call. All of it can be deleted at any time.
 """
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import CheckpointCorrupt
 from .json_file import read_json_object
+from .replacing import replacing
 
 Listing = Mapping[str, int | None]
 """A repository's file names -> sizes in bytes, None where nobody said."""
@@ -38,14 +39,15 @@ def repo_folder(repo: str) -> Path:
     return own_cache_folder() / "hub" / ("models--" + repo.replace("/", "--"))
 
 
+def headers_folder(repo: str, commit: str) -> Path:
+    """Where the headers of its GGUF files lie that were fetched without the rest."""
+    return repo_folder(repo) / "snapshots" / commit
+
+
 def write_listing(repo: str, commit: str, files: Listing) -> None:
     """Remember what the repository holds; without it all works, with more questions to the Hub."""
-    path = repo_folder(repo) / f"{commit}.json"
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError), replacing(repo_folder(repo) / f"{commit}.json") as temporary:
         temporary.write_text(json.dumps(dict(files)))
-        temporary.replace(path)
 
 
 def listing(repo: str, commit: str) -> Listing | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import CheckpointCorrupt
+from .errors import CheckpointCorrupt, Unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def map_file(path: Path, least: int, kind: str) -> mmap.mmap:
             flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
-        raise CheckpointCorrupt(path, f"it cannot be read ({error.strerror})") from error
+        raise Unreadable(path, error.strerror or str(error)) from error
 
 
 def mapped_tensor(buffer: mmap.mmap, begin: int, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointCorrupt
+from .errors import CheckpointCorrupt, WeightsNotFound
 from .json_file import parse_json_object
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 LENGTH_BYTES = 8
+GGUF_MAGIC = b"GGUF"  # as a length it would be that of a petabyte
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
 MAX_DIMENSION = 2**63 - 1
 
@@ -103,6 +104,8 @@ class SafetensorsFile:
 
 
 def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
+    if buffer[: len(GGUF_MAGIC)] == GGUF_MAGIC:
+        raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it a name that ends in .gguf.")
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
     room = len(buffer) - LENGTH_BYTES
     if length > room:

@@ -7,8 +7,10 @@ tensor is U8 [rows, bytes of a row], and the manifest says its encoding and its 
 """
 
 import ctypes
+import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WriteFailed
+from .errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed
 from .json_file import parse_json_object
+from .manifest import Manifest, check_version, read_hashes
 from .reader import TensorInfo
 from .safetensors_reader import LENGTH_BYTES, SafetensorsFile
 
@@ -28,25 +31,13 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "pixtral"
-VERSION = 1
 FILE_PREFIX = "file/"
 SEAL = "seal"
 HASH_HEX = 64  # characters of a SHA-256
 ALIGNMENT = 64  # bytes; where the data begins
+MAX_WIDTH = 4  # bytes of the widest dtype
 DTYPE_WORDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8"}
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides the picture
-    recipe; `tensors` gives each weight's codec name and true shape."""
-
-    model: str
-    form: str
-    encoding: str
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -79,13 +70,18 @@ def write(
     """
     manifest = Manifest(model, form, encoding, {w.name: (w.encoding, w.shape) for w in weights})
     header = _Header(manifest, weights, files)
+    if os.path.isdir(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise WriteFailed(path, "it is a folder or a device")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         free = shutil.disk_usage(path.parent).free
         if header.file_bytes > free:
             raise DiskFull(path.name, path.parent, header.file_bytes, free)
         with partial.open("wb") as file:
+            with suppress(OSError):  # not every file system has locks
+                _lock(file)
             hashes = _write_data(file, header, weights, files, progress)
             _write_header(file, header, hashes)
             file.flush()
@@ -98,13 +94,29 @@ def write(
             partial.unlink()
 
 
+def _remove_abandoned(path: Path) -> None:
+    """Remove what a process that was killed left of the same file: nobody holds its lock any more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), left.open("rb+") as file:
+            _lock(file)
+            left.unlink()
+
+
+def _lock(file: Any) -> None:
+    """Take the file for this process while it is open. Raises OSError when another has it."""
+    with suppress(ImportError):  # Windows removes no file that is open
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class _Header:
-    """Where every tensor will lie. Wide dtypes come first, so that each lies at a multiple of its own size."""
+    """Where every tensor will lie: in the order given, but for those whose length would put the next at no multiple of
+    its dtype's width, which come last."""
 
     def __init__(self, manifest: Manifest, weights: Sequence[Weight], files: Mapping[str, bytes]) -> None:
         self.manifest = manifest
-        widths = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-        self.order = sorted(weights, key=lambda weight: -widths[weight.dtype])
+        self.order = sorted(weights, key=lambda weight: -math.gcd(weight.nbytes, MAX_WIDTH))
         self.entries: dict[str, dict[str, Any]] = {}
         self.position = 0
         for weight in self.order:
@@ -177,10 +189,12 @@ def _span(entry: Mapping[str, Any]) -> int:
 class SerializedFile:
     """An opened serialized model: header and seal checked, the rest as it is touched. A `Reader` of weights.
 
-    Raises CheckpointCorrupt (no such file, cut short, altered header) and SerializedTooNew.
+    Raises WeightsNotFound (no such file), CheckpointCorrupt (cut short, altered header) and SerializedTooNew.
     """
 
     def __init__(self, path: Path) -> None:
+        if not os.path.isfile(path):
+            raise WeightsNotFound(f"{path} is no file, so it", "model", "Check the path.")
         self.path = path
         self._file = SafetensorsFile(path)
         self._header = self._file.header_bytes
@@ -189,15 +203,15 @@ class SerializedFile:
     def _read_manifest(self) -> tuple[Manifest, dict[str, str]]:
         metadata = self._file.metadata.get(KEY)
         if metadata is None:
-            raise CheckpointCorrupt(self.path, "it is no serialized model (it has no manifest)")
-        raw = parse_json_object(self.path, metadata.encode(), "its manifest")
-        if raw.get("version") != VERSION:
-            raise SerializedTooNew(self.path, raw.get("version"), VERSION)
-        if SEAL not in self._file.tensors or bytes(_bytes_of(self._file.tensor(SEAL))) != self.seal:
+            advice = "Give a file that `pixtral export` wrote; other forms are opened by --model-path."
+            raise WeightsNotFound(self.path, "manifest, so it is no serialized model", advice)
+        raw = parse_json_object(self.path, metadata.encode(errors="surrogatepass"), "its manifest")
+        check_version(self.path, raw.get("version"))
+        stored = self._file.tensors
+        if SEAL not in stored or bytes(_bytes_of(self._file.tensor(SEAL))) != self.seal:
             raise CheckpointCorrupt(self.path, "its header was altered")
-        tensors = {name: (encoding, tuple(shape)) for name, (encoding, shape) in raw["tensors"].items()}
-        manifest = Manifest(raw["model"], raw["form"], raw["encoding"], tensors)
-        return manifest, raw["sha256"]
+        hashes = read_hashes(self.path, raw, stored.keys() - {SEAL})
+        return Manifest.read(self.path, raw, stored), hashes
 
     @property
     def seal(self) -> bytes:

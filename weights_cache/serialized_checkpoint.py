@@ -89,7 +89,11 @@ class SerializedCheckpoint(Checkpoint):
         from .nf4 import NF4
 
         names = [each for each in self._file.tensors if each == name or each.startswith(f"{name}.")]
-        return NF4.from_tensors(name, {each: self._file.tensor(each) for each in names})
+        parts = {each: self._file.tensor(each) for each in names}
+        if not _fit(name, parts):
+            reason = f"what belongs to {name[:200]!r} is missing or of another size"
+            raise CheckpointCorrupt(self._file.path, reason)
+        return NF4.from_tensors(name, parts)
 
     def packed(self, name: str) -> "torch.Tensor":
         return self._file.packed(name)
@@ -102,9 +106,24 @@ class SerializedCheckpoint(Checkpoint):
         return None if data is None else parse_json_object(self._file.path, data, f"its {name}")
 
 
+def _fit(name: str, parts: Mapping[str, "torch.Tensor"]) -> bool:
+    """Whether the tensors beside a matrix's codes are those that its size asks for (see `nf4.NF4`)."""
+    from .nf4 import BLOCKS, NESTED_BLOCK
+
+    found = {each.removeprefix(name): (str(part.dtype), part.numel()) for each, part in parts.items()}
+    blocks = found.get(".absmax", ("", 0))[1]
+    if blocks not in {-(-2 * parts[name].numel() // size) for size in BLOCKS}:
+        return False
+    beside = {".absmax": ("torch.float32", blocks)}
+    if len(found) > 2:
+        beside = {".absmax": ("torch.uint8", blocks), ".nested_absmax": ("torch.float32", -(-blocks // NESTED_BLOCK))}
+        beside |= {".nested_quant_map": ("torch.float32", 256), ".nested_offset": ("torch.float32", 1)}
+    return found == {"": found[""]} | beside
+
+
 def verify(file: SerializedFile) -> None:
     """Check every hash, and remember that the file is whole. Raises CheckpointCorrupt naming what was altered."""
-    if altered := file.altered():
+    if altered := [f"{name[:200]!r}" for name in file.altered()]:
         raise CheckpointCorrupt(file.path, f"{listed(altered)} {'was' if len(altered) == 1 else 'were'} altered")
     stamps.remember(file.path, file.seal)
 

@@ -9,7 +9,6 @@ Reading this needs no import of huggingface_hub (0.1 s), so a cached model start
 
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,12 @@ from .errors import CheckpointCorrupt, WeightsError
 from .json_file import read_json_object
 from .layout import Form
 from .own_cache import Listing
+from .replacing import replacing
 from .safetensors_reader import SafetensorsFile
 from .selection import CONFIGS, SIDE_FILES, Selection, select
 
 TOKENIZERS = ("tokenizer.json", "tekken.json")
+SNAPSHOTS = "snapshots"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -40,7 +41,7 @@ def repo_folder(repo: str) -> Path:
 
 
 def snapshot(repo: str, commit: str) -> Path:
-    return repo_folder(repo) / "snapshots" / commit
+    return repo_folder(repo) / SNAPSHOTS / commit
 
 
 def blob(repo: str, etag: str) -> Path:
@@ -53,10 +54,18 @@ def partial_blob(repo: str, etag: str) -> Path:
     return blob(repo, f"{etag}.pixtral.incomplete")
 
 
-def find(repo: str, revision: str, *, weights: bool, form: Form | None = None, file: str | None = None) -> Path | None:
+def snapshot_of(path: Path) -> Path | None:
+    """The snapshot in which the file `path` lies, in the Hub's cache or in our own."""
+    return next((folder for folder in path.absolute().parents if folder.parent.name == SNAPSHOTS), None)
+
+
+def find(
+    repo: str, revision: str, *, weights: bool, form: Form | None = None, file: str | None = None, headers: bool = False
+) -> Path | None:
     """What to open of `repo` at `revision` (a branch, tag or commit) if it is here and complete, else None.
 
-    `form` and `file` choose as in `select`. Where nobody remembers what the repository holds, a GGUF must be named.
+    `form` and `file` choose as in `select`; of a GGUF, `headers` that were fetched without the rest will do. Where
+    nobody remembers what the repository holds, a GGUF must be named.
     """
     commit = _commit(repo, revision)
     if not commit:
@@ -70,6 +79,8 @@ def find(repo: str, revision: str, *, weights: bool, form: Form | None = None, f
         return None
     if listing is None and selection.form == "gguf" and file is None and form is None:
         return None
+    if headers and not is_complete(folder, selection, listing or {}, weights=weights):
+        folder = own_cache.headers_folder(repo, commit)
     if _lacks_listed(repo, commit, selection) or not is_complete(folder, selection, listing or {}, weights=weights):
         return None
     own_cache.mark_used(repo, commit)
@@ -114,22 +125,17 @@ def write_ref(repo: str, revision: str, commit: str) -> None:
     """Records that `revision` of `repo` is `commit`; a reader sees the old line or the new one, never half."""
     if revision == commit:
         return
-    path = repo_folder(repo) / "refs" / revision
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(commit)
-    temporary.replace(path)
+    with replacing(repo_folder(repo) / "refs" / revision) as temporary:
+        temporary.write_text(commit)
 
 
 def link(source: Path, target: Path) -> None:
     """Make `target` lead to `source`; a copy where there are no links. It is there whole, or as it was."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.symlink_to(os.path.relpath(source, target.parent))
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        try:
+            temporary.symlink_to(os.path.relpath(source, target.parent))
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def _names_in(folder: Path) -> list[str]:

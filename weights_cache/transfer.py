@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import headers, large_file, store
+from . import headers, large_file, own_cache, store
 from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
 from .meter import Meter, Progress, counting
 
 PUBLIC_ENDPOINT = "https://huggingface.co"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LISTING_TIMEOUT = 30.0  # seconds
 
 
@@ -47,7 +47,7 @@ class Transfer:
         """One request: the repository's file names -> sizes in bytes."""
         from huggingface_hub import HfApi
 
-        with self._our_errors():
+        with self.our_errors():
             api = HfApi(endpoint=self.endpoint)
             info = api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=LISTING_TIMEOUT)
         if not info.sha:
@@ -77,14 +77,14 @@ class Transfer:
         sizes = [self.sizes.get(name) for name in names]
         meter = Meter(self.label, None if None in sizes else sum(sizes), None if quietly else self._report)
         for name, size in zip(names, sizes, strict=True):
-            with self._our_errors():
+            with self.our_errors():
                 self._get_one(name, meter, force)
             meter.finish_file(size)
 
     def get_headers(self, names: Iterable[str], folder: Path) -> None:
         """Writes into `folder`, for each of the weights files `names`, a file of its length with its header only."""
         for name in names:
-            with self._our_errors():
+            with self.our_errors():
                 headers.write(self, name, folder / name)
 
     def _get_one(self, name: str, meter: Meter, force: bool) -> None:
@@ -118,7 +118,7 @@ class Transfer:
         return store.snapshot(self.repo, self.commit) / name
 
     @contextmanager
-    def _our_errors(self) -> Iterator[None]:
+    def our_errors(self) -> Iterator[None]:
         """Inside, the library's errors become ours, and its warnings (of each retry, say) are not printed."""
         logger = logging.getLogger("huggingface_hub")
         level = logger.level
@@ -176,10 +176,7 @@ class Transfer:
         """No answer came, or this machine's disk refused it; None if the error is of neither kind."""
         for cause in chain:
             if isinstance(cause, OSError) and (cause.filename or cause.errno in NO_ROOM):
-                advice = "Make room there, or set HF_HUB_CACHE to a folder that can be written."
-                return DownloadFailed(
-                    self.label, f"{store.cache_folder()} cannot be written ({cause.strerror})", advice
-                )
+                return self._unwritable(cause)
         network = [c for c in chain if isinstance(c, OSError) or type(c).__module__.startswith(("httpx", "httpcore"))]
         if not network:
             return None
@@ -190,6 +187,13 @@ class Transfer:
         if "ConnectError" in kinds or "ConnectionRefused" in kinds:
             return DownloadFailed(self.label, f"{self.endpoint} cannot be reached ({text})")
         return DownloadFailed(self.label, f"the connection to {self.endpoint} broke ({text})")
+
+    def _unwritable(self, error: OSError) -> DownloadFailed:
+        folder, variable = store.cache_folder(), "HF_HUB_CACHE"
+        if Path(str(error.filename)).is_relative_to(own_cache.own_cache_folder()):
+            folder, variable = own_cache.own_cache_folder(), "PIXTRAL_CACHE"
+        advice = f"Make room there, or set {variable} to a folder that can be written."
+        return DownloadFailed(self.label, f"{folder} cannot be written ({error.strerror})", advice)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

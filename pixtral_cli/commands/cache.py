@@ -1,10 +1,13 @@
 """`pixtral cache`: what lies in the caches in, a table, a check or a removal out. Loads no model and no torch."""
 
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,7 +52,8 @@ class NamesArguments:
     """Which models; all if none is named."""
 
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Names as `pixtral cache list` prints them.")
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Names as `pixtral cache list` prints them, or paths."),
     ] = None
 
 
@@ -57,7 +61,9 @@ class NamesArguments:
 class SomeArguments:
     """Which models; at least one."""
 
-    names: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as `pixtral cache list` prints them.")]
+    names: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Names as `pixtral cache list` prints them, or paths.")
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +128,7 @@ def verify(arguments: NamesArguments, output: OutputFlags) -> None:
     if console.json:
         console.object({"models": results})
     if damaged := [result["name"] for result in results if result["altered"]]:
-        again = f"Remove it with `pixtral cache remove {damaged[0]}`, then fetch it again."
+        again = f"Remove it with `pixtral cache remove {quote(damaged[0])}`, then fetch or export it again."
         raise PixtralError(f"{_count(len(damaged))} damaged: {', '.join(damaged)}.", again)
 
 
@@ -148,10 +154,16 @@ def chosen(names: Sequence[str] | None) -> "list[Model]":
     found = inventory.models()
     if names is None or not names:
         return found
-    there = {model.name for model in found}
-    if absent := [name for name in names if name not in there]:
+    wanted = {name: _named(found, name) for name in names}
+    if absent := [name for name, models in wanted.items() if not models]:
         raise PixtralError(f"There is no {absent[0]!r} in the caches.", "`pixtral cache list` shows what there is.")
-    return [model for model in found if model.name in names]
+    return [model for model in found if any(model in models for models in wanted.values())]
+
+
+def _named(models: "Sequence[Model]", name: str) -> "list[Model]":
+    """The models of that name; where there are none, the serialized model at that path."""
+    path = Path(os.path.expanduser(name)).absolute()
+    return [m for m in models if m.name == name] or [m for m in models if m.repo is None and m.path == path.resolve()]
 
 
 def _remove(models: "list[Model]", yes: bool, console: Console) -> None:

@@ -38,19 +38,22 @@ def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlag
     """Fetch a model beforehand, and print where it lies."""
     console = Console(json=output.json, quiet=output.quiet)
     with console.progress(f"looking for {arguments.model}") as progress:
-        path = fetched(arguments.model, fetch, progress)
+        notes: list[str] = []
+        path = fetched(arguments.model, fetch, progress, notes.append)
+    for note in notes:
+        console.notice(note)
     if console.json:
         console.object({"model": arguments.model, "path": str(path)})
     else:
         console.write(f"{path}\n")
 
 
-def fetched(model: str, fetch: FetchFlags, progress: Progress | None) -> Path:
-    """Where the model lies, fetched if need be."""
+def fetched(model: str, fetch: FetchFlags, progress: Progress | None, tell: Callable[[str], None]) -> Path:
+    """Where the model lies, fetched if need be; `tell` is called with what was chosen among several."""
     if model == BUILT_IN:
         from pixtral_cli.source import Source
 
         return Source.open(model).checkpoint.folder
     from weights_cache import hub
 
-    return hub.fetch(model, force=fetch.force_download, progress=progress, form=fetch.weights_format)
+    return hub.fetch(model, force=fetch.force_download, progress=progress, tell=tell, form=fetch.weights_format)

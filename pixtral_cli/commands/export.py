@@ -30,10 +30,11 @@ class ExportArguments:
 
 def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlags, output: OutputFlags) -> None:
     """Write a model as one file that starts at once."""
-    from pixtral_cli.encodings import find
+    from pixtral_cli.encodings import asked_for
     from pixtral_cli.source import Source
 
     console = Console(json=output.json, quiet=output.quiet)
+    wanted = asked_for(encoding.quantization_encoding, encoding.double_quantization)
     with console.progress(f"exporting {arguments.model}") as progress:
         source = Source.open(
             arguments.model,
@@ -43,7 +44,6 @@ def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlag
             progress=progress,
         )
         _ = source.config, source.processor  # what cannot be run later is refused now
-        wanted = find(encoding.quantization_encoding) if encoding.quantization_encoding else None
         placement = source.placement(wanted, encoding.quantize_vision)
         source.save(arguments.file, placement, progress=progress)
     for note in (source.checkpoint.note, *placement.notes):

@@ -26,6 +26,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
             serialized_model_path=file,
             quantization_encoding=weights.quantization_encoding,
             quantize_vision=weights.quantize_vision,
+            double_quantization=weights.double_quantization,
             devices=weights.devices,
             max_length=weights.max_length,
             max_batch_size=weights.max_batch_size,

@@ -1,7 +1,9 @@
 """Linear layers and embeddings whose weights stay packed in memory. Knows codecs, and no checkpoint.
 
 This is the reference path: it decodes a tile of rows into ordinary numbers and multiplies, which every codec and
-device can do. Letters: N tokens, C columns (inputs), R rows (outputs).
+device can do. torch's int4 product (`_weight_int4pack_mm_for_cpu`) is no substitute: its order of the codes belongs to
+the processor, and has no way back to the bytes of the file or to tiles for long prompts, so they would stay in memory
+beside it. Letters: N tokens, C columns (inputs), R rows (outputs).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from weights_cache.codecs import Codec
 
-TILE = 1024  # rows decoded at a time: fresh memory is dear, and a tile of this size is reused from the cache
+TILE = 2**22  # weights decoded at a time, into the same memory: fresh memory is dear
 
 
 class PackedLinear(nn.Module):
@@ -25,11 +27,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C] -> [N, R]."""
-        rows = self.packed.shape[0]
+        rows, columns = self.packed.shape[0], x.shape[1]
         y = x.new_empty(x.shape[0], rows)
-        for start in range(0, rows, TILE):
-            tile = self.codec.decode(self.packed[start : start + TILE], x.dtype)  # [tile, C]
-            y[:, start : start + TILE] = x @ tile.T
+        tile = x.new_empty(max(1, min(rows, TILE // columns)), columns)
+        for part, packed in zip(y.split(len(tile), 1), self.packed.split(len(tile)), strict=True):
+            part[:] = x @ self.codec.decode(packed, out=tile[: len(packed)]).T
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

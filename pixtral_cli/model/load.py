@@ -72,16 +72,16 @@ def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor |
     if target == stored and target not in DTYPES:
         return checkpoint.nf4(name) if target == "nf4" else checkpoint.packed(name)
     weight = checkpoint.tensor(name)
-    converted = _converted(weight, target)
+    converted = _converted(weight, target, placement.double_quantization)
     if converted is not weight:
         checkpoint.release(name)  # so that peak memory stays near the final size
     return converted
 
 
-def _converted(weight: Tensor, target: str) -> Tensor | NF4:
+def _converted(weight: Tensor, target: str, double: bool) -> Tensor | NF4:
     if target in DTYPES:
         return weight.to(DTYPES[target])
-    return nf4.encode(weight) if target == "nf4" else codecs.get(target).encode(weight)
+    return nf4.encode(weight, double) if target == "nf4" else codecs.get(target).encode(weight)
 
 
 def _put(model: Llava, name: str, weight: Tensor | NF4, placement: Placement, device: torch.device) -> None:

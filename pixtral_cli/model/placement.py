@@ -19,12 +19,14 @@ class Placement:
     """`encodings` names the codec of every tensor; `dtype` is what the model computes in.
 
     `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, once each.
+    `double_quantization` is of the matrices that are put into nf4.
     """
 
     label: str
     dtype: str
     encodings: Mapping[str, str]
     fallbacks: tuple[tuple[str, int, str], ...] = ()
+    double_quantization: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -56,7 +58,7 @@ def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_v
         for name, encoding in chosen.items()
         if encoding != wanted.name and packable(tensors[name], quantize_vision) and not _looked_up(name, wanted)
     }
-    return Placement(wanted.name, "bfloat16", chosen, tuple(sorted(fallbacks)))
+    return Placement(wanted.name, "bfloat16", chosen, tuple(sorted(fallbacks)), wanted.double_quantization)
 
 
 def packable(tensor: TensorInfo, quantize_vision: bool) -> bool:

@@ -184,6 +184,61 @@ def test_files_of_our_own_are_listed_and_removed(caches, call, tmp_path):
     assert call("cache", "remove", "tiny.q8", "--yes")[0] == 0 and listed(call) == {}
 
 
+@pytest.fixture
+def exported(caches, call, tmp_path):
+    """A serialized model in a folder of the user's."""
+    file = tmp_path / "my models" / "größe \u00e9.q4"
+    assert call("export", "tiny", str(file), "--quantization-encoding", "bfloat16")[0] == 0
+    return file
+
+
+def test_an_export_is_listed_wherever_it_lies_and_forgotten_when_it_is_gone(exported, call):
+    path, size = str(exported), exported.stat().st_size
+    found = listed(call)[path]
+    assert time.time() - found.pop("last_used") < 60
+    wanted = {"format": "serialized", "encoding": "bfloat16", "bytes": size, "path": path, "name": path}
+    assert found == wanted and path in call("cache", "list")[1]
+    again = exported.with_name("again")
+    assert call("export", "tiny", str(again))[0] == 0 and set(listed(call)) == {path, str(again)}
+    exported.unlink()
+    assert set(listed(call)) == {str(again)}
+    again.rename(again.with_name("elsewhere"))
+    assert listed(call) == {} and not [*Path(os.environ["PIXTRAL_CACHE"]).glob("stamps/*")]
+
+
+def test_an_export_that_is_loaded_was_used_then(exported, call):
+    stamps = [*Path(os.environ["PIXTRAL_CACHE"]).glob("stamps/*")]
+    for path in [exported, *stamps]:
+        os.utime(path, (1e9, exported.stat().st_mtime if path == exported else 1e9))
+    assert listed(call)[str(exported)]["last_used"] == 1e9 and len(stamps) == 1
+    assert call("inspect", str(exported))[0] == 0
+    assert time.time() - listed(call)[str(exported)]["last_used"] < 60
+
+
+def test_an_altered_or_overwritten_export_is_found_by_verify(exported, call):
+    assert call("cache", "verify")[:2] == (0, f"{exported}: whole\n")
+    content = exported.read_bytes()
+    for damaged in (content[:-1] + b"x", content[:1000], b"a letter"):
+        exported.write_bytes(damaged)
+        code, out, err = call("cache", "verify")
+        assert code == 1 and out.startswith(f"{exported}: damaged") and f"'{exported}'" in err
+
+
+def test_an_export_goes_only_when_it_is_named_by_its_path(exported, call, monkeypatch):
+    assert call("cache", "prune", "--older-than", "0h", "--yes")[0] == 0 and exported.exists()
+    assert call("cache", "remove", exported.name, "--yes")[0] == 1 and exported.exists()
+    assert call("cache", "remove", str(exported))[0] == 2 and exported.exists()
+    monkeypatch.chdir(exported.parent)
+    assert call("cache", "remove", exported.name, "--yes")[0] == 0 and not exported.exists()
+    assert listed(call) == {} and exported.parent.exists()
+
+
+def test_no_other_file_is_removed_by_its_path(caches, call, tmp_path):
+    (tmp_path / "letter").write_text("dear")
+    code, _, err = call("cache", "remove", str(tmp_path / "letter"), "--yes")
+    assert code == 1 and "letter" in err and (tmp_path / "letter").exists()
+
+
 def test_the_folders_are_the_hubs_and_ours(caches, call, tmp_path):
     assert call("cache", "path")[1].splitlines() == [str(caches), str(tmp_path / "own")]
     assert json.loads(call("cache", "path", "--json")[1]) == {"hub": str(caches), "own": str(tmp_path / "own")}

@@ -1,6 +1,8 @@
 """`pixtral export` and `verify`, and the flags of `run` that write and read the same file."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -46,6 +48,41 @@ def test_an_altered_file_is_refused_with_a_sentence(call, tmp_path):
         assert (code, out) == (1, "") and "altered" in err and len(err.splitlines()) == 2
 
 
-def test_a_place_that_cannot_be_written_is_a_sentence(call):
-    code, out, err = call("export", "tiny", "/dev/null/model.pixtral")
-    assert (code, out) == (1, "") and "cannot be written" in err
+@pytest.mark.parametrize("place", ["/dev/null/model.pixtral", ".", "", "..", "fifo", "x" * 300, "folder/", "folder"])
+def test_a_place_that_cannot_be_written_is_a_sentence_and_stays_as_it_is(call, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    code, out, err = call("export", "tiny", place)
+    assert (code, out) == (1, "") and "cannot be written" in err and len(err.splitlines()) == 2
+    assert (tmp_path / "fifo").is_fifo() and {path.name for path in tmp_path.iterdir()} <= {"folder", "fifo", "cache"}
+
+
+def test_the_file_that_a_model_is_read_from_is_never_overwritten(call, tmp_path):
+    from pixtral_cli.tiny import FOLDER
+
+    shutil.copytree(FOLDER, tmp_path / "model")
+    weights = next((tmp_path / "model").glob("*.safetensors"))
+    before = weights.read_bytes()
+    (tmp_path / "link").symlink_to(weights)
+    for place in (weights, tmp_path / "model/../model" / weights.name, tmp_path / "link"):
+        code, _, err = call("export", str(tmp_path / "model"), str(place))
+        assert code == 1 and "read from" in err and weights.read_bytes() == before
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(call, tmp_path):
+    import fcntl
+
+    dead, busy = tmp_path / ".[a] b.q4.4711.partial", tmp_path / ".[a] b.q4.4712.partial"
+    dead.write_bytes(b"x" * 100)
+    with busy.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert call("export", "tiny", str(tmp_path / "[a] b.q4"))[0] == 0
+    assert not dead.exists() and busy.exists()
+
+
+@pytest.mark.parametrize("path", ["absent", ".", "/dev/null", "y" * 300])
+def test_what_is_no_file_is_said_to_be_none(call, path):
+    for command in (["verify", path], ["run", "--serialized-model-path", path, *ASK]):
+        code, out, err = call(*command)
+        assert (code, out) == (1, "") and f"{path} is no file" in err and len(err.splitlines()) == 2

@@ -75,7 +75,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
     flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--repetition-penalty", "1.2", "--devices", "cpu"]
     flags += ["--weight-path", "w", "--max-batch-size", "2", "--max-ce-batch-size", "3", "--force-download"]
     flags += ["--image-preprocessing", "native", "--quantization-encoding", "float32", "--model-path", "some/name"]
-    flags += ["--weights-format", "native", "--quantize-vision"]
+    flags += ["--weights-format", "native", "--quantize-vision", "--double-quantization"]
     done = fake("run", "-p", "options", "--json", *flags)
     answer = json.loads(done.stdout)
     assert answer["model"] == "some/name"
@@ -94,6 +94,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
         "weights_format": "native",
         "serialized_model_path": None,
         "quantize_vision": True,
+        "double_quantization": True,
         "quantization_encoding": "float32",
         "devices": "cpu",
         "max_length": 99,

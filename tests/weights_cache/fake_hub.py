@@ -63,6 +63,10 @@ class FakeHub:
     listed: dict[str, bytes] = field(default_factory=dict)
     """Files whose content the listing describes otherwise than it is served."""
     ranges: bool = True
+    prefix: str = ""
+    """Where on the server the Hub begins."""
+    targets: list[str] = field(default_factory=list)
+    """What stood after GET and HEAD: paths, or whole URLs when the client takes this server for its proxy."""
 
     def commit(self, repo: str) -> str:
         digest = hashlib.sha1()
@@ -84,6 +88,10 @@ def serving(hub: FakeHub):
         def do_HEAD(self) -> None:
             self._serve()
 
+        def do_CONNECT(self) -> None:
+            hub.targets.append(self.path)
+            self._answer(502, {})
+
         def do_GET(self) -> None:
             self._serve()
 
@@ -91,7 +99,9 @@ def serving(hub: FakeHub):
             pass
 
         def _serve(self) -> None:
+            hub.targets.append(self.path)
             path = unquote(urlsplit(self.path).path)
+            path = path.removeprefix(hub.prefix) if path.startswith(hub.prefix) else "/elsewhere"
             hub.requests.append((self.command, path, {k.lower(): v for k, v in self.headers.items()}))
             fault = hub.fault(self.command, path) or Fault()
             threading.Event().wait(fault.wait)  # not time.sleep, which tests replace

@@ -71,6 +71,19 @@ def test_every_kind_of_float16_scale_decodes_as_in_gguf_py(name):
     assert_decodes_as_gguf_does(name, data)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", codecs.NAMES)
+def test_decoding_into_memory_that_is_there_gives_the_same_weights_in_it(name, dtype):
+    codec = codecs.get(name)
+    data = torch.from_numpy(np.tile(random_blocks(name, 40, seed=3), (1, 2)))
+    expected = codec.decode(data, dtype)
+    memory = torch.full((42, expected.shape[1]), 7.0, dtype=dtype)
+    found = codec.decode(data, out=memory[1:41])
+    assert found.data_ptr() == memory[1].data_ptr()
+    torch.testing.assert_close(memory[1:41], expected, rtol=0, atol=0, equal_nan=True)
+    assert (memory[[0, 41]] == 7).all()
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_every_16_bit_float_decodes_as_in_gguf_py(name):
     assert_decodes_as_gguf_does(name, np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(64, -1))

@@ -55,6 +55,31 @@ def test_one_form_is_fetched_and_then_found_without_a_request(repo, form: str, e
 
 
 @pytest.mark.parametrize(
+    ("entry", "parts", "taken"),
+    [
+        ("q4/model.gguf", {"mmproj.gguf": 1}, "mmproj.gguf"),
+        ("model.gguf", {"pictures/mmproj.gguf": 1}, "pictures/mmproj.gguf"),
+        ("q4/model.gguf", {"pictures/mmproj.gguf": 1}, "pictures/mmproj.gguf"),
+        ("q4/model.gguf", {"mmproj.gguf": 1, "pictures/mmproj-bf16.gguf": 2}, "mmproj.gguf"),
+        ("model.gguf", {"mmproj-f32.gguf": 9, "mmproj-F16.gguf": 5, "mmproj-BF16.gguf": 5}, "mmproj-BF16.gguf"),
+        ("model.gguf", {"mmproj-f32.gguf": 9, "mmproj-model-f16.gguf": 5, "mmproj.gguf": 99}, "mmproj-model-f16.gguf"),
+        ("model.gguf", {"mmproj-f32.gguf": 9, "mmproj-q8_0.gguf": 5, "mmproj-big.gguf": 99}, "mmproj-f32.gguf"),
+        ("model.gguf", {"mmproj-q8_0.gguf": 5, "mmproj-big.gguf": 99}, "mmproj-big.gguf"),
+    ],
+)
+def test_a_picture_part_elsewhere_in_the_repository_is_fetched_too(hub, entry, parts, taken):
+    content = {name: b"GGUF" + b"x" * size for name, size in parts.items()}
+    hub.repos["acme/apart"] = {entry: b"GGUF", **content}
+    said: list[str] = []
+    fetch(f"acme/apart:{entry}", tell=said.append)
+    assert set(hub.fetched()) == {entry, taken}
+    chosen = len([name for name in parts if Path(name).parent == Path(taken).parent]) > 1
+    assert len(said) == chosen and all(taken in each and "bf16 before f16" in each for each in said)
+    fetch(f"acme/apart:{entry}", tell=said.append)
+    assert len(said) == chosen
+
+
+@pytest.mark.parametrize(
     ("file", "expected"),
     [
         ("a-Q4_K.gguf", {"a-Q4_K.gguf", "mmproj-a-F16.gguf"}),

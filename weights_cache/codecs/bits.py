@@ -1,15 +1,38 @@
 """Small fields of bytes in, numbers out, and back. Knows no encoding.
 
-Everywhere `blocks` is uint8 [n, bytes of a block].
+Everywhere `blocks` is uint8 [n, bytes of a block], and can be looked at as numbers of two bytes.
 """
 
 import torch
 from torch import Tensor
 
+from .groups import Scratch
+
+
+def aligned(data: Tensor, size: int) -> Tensor:
+    """`data` as it is, or a copy where its bytes cannot be looked at in place as numbers of `size` bytes."""
+    places = (data.storage_offset(), data.data_ptr(), *data.stride()[:-1])
+    whole = data.stride(-1) == 1 and not any(place % size for place in places)
+    return data if whole else data.clone(memory_format=torch.contiguous_format)
+
 
 def half(blocks: Tensor, at: int) -> Tensor:
     """The float16 in the bytes `at` and `at + 1` of each block, as float32 [n, 1]."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return blocks[:, at : at + 2].view(torch.float16).float()
+
+
+def halves(blocks: Tensor, *at: int) -> list[Tensor]:
+    """`half` of each of those places."""
+    return [half(blocks, place) for place in at]
+
+
+def nibbles(data: Tensor, run: int, codes: Tensor, scratch: Scratch) -> None:
+    """`fields` of width 4, quicker, into float32 `codes` [n, 2 * bytes]: whole arrays at a time, none of them fresh."""
+    codes = codes.view(len(data), -1, 2, run)
+    data = data.unflatten(1, (-1, run))
+    part = scratch.array("part", *data.shape, dtype=torch.uint8)
+    codes[:, :, 0] = torch.bitwise_and(data, 15, out=part)
+    codes[:, :, 1] = torch.bitwise_right_shift(data, 4, out=part)
 
 
 def half_bytes(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import bits
 from .codec import Codec
 
 
@@ -22,24 +23,18 @@ class FloatCodec(Codec):
     def encodes(self) -> bool:
         return True
 
-    def decode(self, data: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(self, data: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """As Codec.decode; where `dtype` is the bytes' own, the result looks at the same memory."""
         assert data.dtype == torch.uint8, f"packed weights are uint8, not {data.dtype}"
         self.columns(data.shape[-1])
-        return _aligned(data, self.block_bytes).view(self.dtype).to(dtype)
+        weights = bits.aligned(data, self.block_bytes).view(self.dtype)
+        return weights.to(dtype) if out is None else out.copy_(weights)
 
     @torch.no_grad()
     def encode(self, weights: Tensor) -> Tensor:
         """As Codec.encode, each number rounded to the nearest (ties to even); infinities and NaN are kept."""
         assert weights.is_floating_point(), f"weights are floating-point numbers, not {weights.dtype}"
         return weights.to(self.dtype).contiguous().view(torch.uint8)
-
-
-def _aligned(data: Tensor, size: int) -> Tensor:
-    """`data` as it is, or a copy where its bytes cannot be looked at in place as numbers of `size` bytes."""
-    places = (data.storage_offset(), data.data_ptr(), *data.stride()[:-1])
-    whole = data.stride(-1) == 1 and not any(place % size for place in places)
-    return data if whole else data.clone(memory_format=torch.contiguous_format)
 
 
 CODECS: tuple[Codec, ...] = (

@@ -22,10 +22,10 @@ class Scratch:
         self.device = device
         self._arrays: dict[str, Tensor] = {}
 
-    def array(self, name: str, *shape: int) -> Tensor:
-        """The float32 array `name`, with whatever was last in it; a new one when the shape has changed."""
+    def array(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The array `name`, with whatever was last in it; a new one when the shape has changed."""
         if name not in self._arrays or self._arrays[name].shape != shape:
-            self._arrays[name] = torch.empty(shape, device=self.device)
+            self._arrays[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return self._arrays[name]
 
 

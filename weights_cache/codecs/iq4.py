@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import bits
 from .codec import BlockCodec, Codec
+from .groups import Scratch
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GROUP = 32
@@ -22,24 +23,31 @@ SUPER = 256
 
 
 def _values(data: Tensor) -> Tensor:
-    """The values that the nibbles of each run of 16 bytes name: float32 [n, runs, 32]."""
+    """The values that the nibbles of each run of 16 bytes name: float32 [n, 2 * bytes]."""
     table = torch.tensor(VALUES, dtype=torch.float32, device=data.device)
     codes = bits.fields(data, 4, GROUP // 2)
-    return table.index_select(0, codes.flatten().int()).view(len(data), -1, GROUP)
+    return table.index_select(0, codes.flatten().int()).view(len(data), -1)
 
 
-def _unpack_iq4_nl(blocks: Tensor) -> Tensor:
-    return _values(blocks[:, 2:])[:, 0].mul_(bits.half(blocks, 0))
+def _iq4_nl_scales(blocks: Tensor) -> tuple[Tensor, None]:
+    return bits.half(blocks, 0), None
 
 
-def _unpack_iq4_xs(blocks: Tensor) -> Tensor:
+def _iq4_nl_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    codes.copy_(_values(blocks[:, 2:]))
+
+
+def _iq4_xs_scales(blocks: Tensor) -> tuple[Tensor, None]:
     upper = bits.fields(blocks[:, 2:4], 2, 1).view(-1, 8)
     lower = bits.fields(blocks[:, 4:8], 4, 1).view(-1, 8)
-    scales = (lower | (upper << 4)).float().sub_(32).mul_(bits.half(blocks, 0))
-    return _values(blocks[:, 8:]).mul_(scales.unsqueeze(2)).view(-1, SUPER)
+    return (lower | (upper << 4)).float().sub_(32).mul_(bits.half(blocks, 0)), None
+
+
+def _iq4_xs_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    codes.copy_(_values(blocks[:, 8:]))
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("iq4_nl", GROUP, 18, _unpack_iq4_nl),
-    BlockCodec("iq4_xs", SUPER, 136, _unpack_iq4_xs),
+    BlockCodec("iq4_nl", GROUP, 18, _iq4_nl_scales, _iq4_nl_codes),
+    BlockCodec("iq4_xs", SUPER, 136, _iq4_xs_scales, _iq4_xs_codes),
 )

@@ -35,23 +35,18 @@ Q6_RUN = 64
 SIX_BITS = 12  # bytes of packed 6-bit scales
 
 
-def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
-    """float32 [n, 256]: integer codes [n, ...] times their group's scale, float32 [n, groups]."""
-    grouped = codes.reshape(*scales.shape, -1).float()
-    return grouped.mul_(scales.unsqueeze(2)).view(-1, SUPER)
-
-
-def _lowered(weights: Tensor, offsets: Tensor) -> Tensor:
-    """float32 [n, 256] less their group's offset, float32 [n, groups]; in place."""
-    return weights.view(*offsets.shape, -1).sub_(offsets.unsqueeze(2)).view(-1, SUPER)
-
-
-def _scales_and_offsets(data: Tensor) -> tuple[Tensor, Tensor]:
-    """The 8 scales and 8 offsets 0..63 in 12 bytes: two of uint8 [n, 8]."""
-    first, second, third = data.view(-1, 3, 4).unbind(1)
-    scales = torch.cat([first & 63, (third & 15) | (first >> 2 & 48)], dim=1)
-    offsets = torch.cat([second & 63, (third >> 4) | (second >> 2 & 48)], dim=1)
-    return scales, offsets
+def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """q4_k and q5_k: d and e, each times the 8 integers 0..63 that the 12 bytes after them hold. Four at a time."""
+    first, second, third = blocks[:, 4:16].view(torch.int32).unbind(1)
+    packed = torch.stack([
+        first & 0x3F3F3F3F,
+        third & 0x0F0F0F0F | first >> 2 & 0x30303030,
+        second & 0x3F3F3F3F,
+        third >> 4 & 0x0F0F0F0F | second >> 2 & 0x30303030,
+    ], dim=1)  # fmt: skip
+    scales, offsets = packed.view(torch.uint8).float().view(-1, 2, 8).unbind(1)
+    scale, offset = bits.halves(blocks, 0, 2)
+    return scales.mul_(scale), offsets.mul_(offset)
 
 
 def _pack_scales_and_offsets(scales: Tensor, offsets: Tensor) -> Tensor:
@@ -62,40 +57,58 @@ def _pack_scales_and_offsets(scales: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([first, second, third], dim=1)
 
 
-def _unpack_q2_k(blocks: Tensor) -> Tensor:
-    scales, offsets = bits.fields(blocks[:, :16], 4, 16).unbind(2)
-    weights = _scaled(bits.fields(blocks[:, 16:80], 2, RUN), scales[:, 0] * bits.half(blocks, 80))
-    return _lowered(weights, offsets[:, 0] * bits.half(blocks, 82))
+def _q2_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    scales, offsets = bits.fields(blocks[:, :16], 4, 16)[:, 0].unbind(1)
+    scale, offset = bits.halves(blocks, 80, 82)
+    return scales * scale, offsets * offset
 
 
-def _unpack_q3_k(blocks: Tensor) -> Tensor:
-    third = bits.fields(blocks[:, :32], 1, RUN).view(-1, SUPER)
-    codes = bits.fields(blocks[:, 32:96], 2, RUN).view(-1, SUPER).view(torch.int8) - (third ^ 1).view(torch.int8) * 4
+def _q2_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    codes.copy_(bits.fields(blocks[:, 16:80], 2, RUN).view(-1, SUPER))
+
+
+def _q3_k_scales(blocks: Tensor) -> tuple[Tensor, None]:
     lower = bits.fields(blocks[:, 96:104], 4, 8).view(-1, 16)
     upper = bits.fields(blocks[:, 104:108], 2, 4).view(-1, 16)
     scales = (lower | (upper << 4)).float().sub_(32)
-    return _scaled(codes, scales.mul_(bits.half(blocks, 108)))
+    return scales.mul_(bits.half(blocks, 108)), None
 
 
-def _unpack_q4_k(blocks: Tensor) -> Tensor:
-    scales, offsets = _scales_and_offsets(blocks[:, 4:16])
-    weights = _scaled(bits.fields(blocks[:, 16:], 4, RUN), scales * bits.half(blocks, 0))
-    return _lowered(weights, offsets * bits.half(blocks, 2))
+def _q3_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    third = bits.fields(blocks[:, :32], 1, RUN).view(-1, SUPER)
+    lower = bits.fields(blocks[:, 32:96], 2, RUN).view(-1, SUPER)
+    codes.copy_(lower).sub_(third ^ 1, alpha=4)
 
 
-def _unpack_q5_k(blocks: Tensor) -> Tensor:
-    scales, offsets = _scales_and_offsets(blocks[:, 4:16])
-    fifth = bits.fields(blocks[:, 16:48], 1, RUN).view(-1, SUPER)
-    codes = bits.fields(blocks[:, 48:], 4, RUN).view(-1, SUPER) | (fifth << 4)
-    return _lowered(_scaled(codes, scales * bits.half(blocks, 0)), offsets * bits.half(blocks, 2))
+def _q4_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    bits.nibbles(blocks[:, 16:], RUN, codes, scratch)
 
 
-def _unpack_q6_k(blocks: Tensor) -> Tensor:
-    lower = bits.fields(blocks[:, :128], 4, Q6_RUN).view(-1, SUPER)
-    upper = bits.fields(blocks[:, 128:192], 2, RUN).view(-1, SUPER)
-    codes = (lower | (upper << 4)).view(torch.int8) - 32
-    scales = blocks[:, 192:208].view(torch.int8) * bits.half(blocks, 208)
-    return _scaled(codes, scales)
+def _q5_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    bits.nibbles(blocks[:, 48:], RUN, codes, scratch)
+    codes.add_(bits.fields(blocks[:, 16:48], 1, RUN).view(-1, SUPER), alpha=16)
+
+
+def _q6_k_scales(blocks: Tensor) -> tuple[Tensor, None]:
+    return blocks[:, 192:208].view(torch.int8) * bits.half(blocks, 208), None
+
+
+def _q6_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    """Each half of 128 weights is four times 32: the low nibbles of two runs of bytes, then their high nibbles, all
+    of them under the four pairs of upper bits of one run."""
+    halves = (len(blocks), 2, RUN)
+    lower, pairs, code, upper = (
+        scratch.array(name, count, *halves, dtype=torch.uint8)
+        for name, count in (("lower", 2), ("pairs", 1), ("code", 4), ("upper", 4))
+    )
+    lower.copy_(blocks[:, :128].unflatten(1, (2, 2, RUN)).permute(2, 0, 1, 3))
+    pairs.copy_(blocks[:, 128:192].unflatten(1, (2, RUN)))
+    torch.bitwise_and(lower, 15, out=code[:2])
+    torch.bitwise_right_shift(lower, 4, out=code[2:])
+    for index, part in enumerate(upper):
+        torch.bitwise_right_shift(pairs[0], 2 * index, out=part)
+    code.bitwise_or_(upper.bitwise_and_(3).bitwise_left_shift_(4)).sub_(32)
+    codes.view(-1, 2, 4, RUN).copy_(code.view(torch.int8).permute(1, 2, 0, 3))
 
 
 def _pack_q4_k(weights: Tensor, scratch: Scratch) -> Tensor:
@@ -120,9 +133,9 @@ def _pack_q6_k(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("q2_k", SUPER, 84, _unpack_q2_k),
-    BlockCodec("q3_k", SUPER, 110, _unpack_q3_k),
-    BlockCodec("q4_k", SUPER, 144, _unpack_q4_k, _pack_q4_k),
-    BlockCodec("q5_k", SUPER, 176, _unpack_q5_k),
-    BlockCodec("q6_k", SUPER, 210, _unpack_q6_k, _pack_q6_k),
+    BlockCodec("q2_k", SUPER, 84, _q2_k_scales, _q2_k_codes),
+    BlockCodec("q3_k", SUPER, 110, _q3_k_scales, _q3_k_codes),
+    BlockCodec("q4_k", SUPER, 144, _six_bit_scales, _q4_k_codes, _pack_q4_k),
+    BlockCodec("q5_k", SUPER, 176, _six_bit_scales, _q5_k_codes),
+    BlockCodec("q6_k", SUPER, 210, _q6_k_scales, _q6_k_codes, _pack_q6_k),
 )

@@ -23,39 +23,44 @@ from .codec import BlockCodec, Codec
 from .groups import Scratch
 
 BLOCK = 32
+RUN = 16  # bytes of nibbles
 
 
-def _nibbles(data: Tensor) -> Tensor:
-    """The codes 0..15 of 16 bytes: uint8 [n, 32]."""
-    return bits.fields(data, 4, BLOCK // 2).view(-1, BLOCK)
+def _scale(blocks: Tensor) -> tuple[Tensor, None]:
+    return bits.half(blocks, 0), None
 
 
-def _five_bits(high: Tensor, low: Tensor) -> Tensor:
-    """The codes 0..31 of 4 bytes of fifth bits and 16 bytes of nibbles: uint8 [n, 32]."""
-    fifth = bits.fields(high, 1, 1).view(-1, BLOCK)
-    return _nibbles(low) | (fifth << 4)
+def _scale_and_offset(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    scale, offset = bits.halves(blocks, 0, 2)
+    return scale, -offset
 
 
-def _unpack_q8_0(blocks: Tensor) -> Tensor:
-    codes = blocks[:, 2:].contiguous().view(torch.int8).float()
-    return codes.mul_(bits.half(blocks, 0))
+def _five_bits(high: Tensor, low: Tensor, codes: Tensor, scratch: Scratch) -> Tensor:
+    """The codes 0..31 of 4 bytes of fifth bits and 16 bytes of nibbles."""
+    bits.nibbles(low, RUN, codes, scratch)
+    return codes.add_(bits.fields(high, 1, 1).view(-1, BLOCK), alpha=16)
 
 
-def _unpack_q4_0(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks[:, 2:]).float().sub_(8).mul_(bits.half(blocks, 0))
+def _q8_0_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    codes.copy_(blocks[:, 2:].view(torch.int8))
 
 
-def _unpack_q4_1(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks[:, 4:]).float().mul_(bits.half(blocks, 0)).add_(bits.half(blocks, 2))
+def _q4_0_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    together = scratch.array("together", len(blocks), RUN, dtype=torch.uint8)
+    bits.nibbles(together.copy_(blocks[:, 2:]), RUN, codes, scratch)
+    codes.sub_(8)
 
 
-def _unpack_q5_0(blocks: Tensor) -> Tensor:
-    return _five_bits(blocks[:, 2:6], blocks[:, 6:]).float().sub_(16).mul_(bits.half(blocks, 0))
+def _q4_1_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    bits.nibbles(blocks[:, 4:], RUN, codes, scratch)
 
 
-def _unpack_q5_1(blocks: Tensor) -> Tensor:
-    codes = _five_bits(blocks[:, 4:8], blocks[:, 8:]).float()
-    return codes.mul_(bits.half(blocks, 0)).add_(bits.half(blocks, 2))
+def _q5_0_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    _five_bits(blocks[:, 2:6], blocks[:, 6:], codes, scratch).sub_(16)
+
+
+def _q5_1_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
+    _five_bits(blocks[:, 4:8], blocks[:, 8:], codes, scratch)
 
 
 def _pack_q8_0(weights: Tensor, scratch: Scratch) -> Tensor:
@@ -65,13 +70,13 @@ def _pack_q8_0(weights: Tensor, scratch: Scratch) -> Tensor:
 
 def _pack_q4_0(weights: Tensor, scratch: Scratch) -> Tensor:
     scale, x = fit.signed_nibbles(weights, scratch)
-    return torch.cat([bits.half_bytes(scale), bits.join(x.rows(BLOCK, offset=8), 4, BLOCK // 2)], dim=1)
+    return torch.cat([bits.half_bytes(scale), bits.join(x.rows(BLOCK, offset=8), 4, RUN)], dim=1)
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("q8_0", BLOCK, 34, _unpack_q8_0, _pack_q8_0),
-    BlockCodec("q4_0", BLOCK, 18, _unpack_q4_0, _pack_q4_0),
-    BlockCodec("q4_1", BLOCK, 20, _unpack_q4_1),
-    BlockCodec("q5_0", BLOCK, 22, _unpack_q5_0),
-    BlockCodec("q5_1", BLOCK, 24, _unpack_q5_1),
+    BlockCodec("q8_0", BLOCK, 34, _scale, _q8_0_codes, _pack_q8_0),
+    BlockCodec("q4_0", BLOCK, 18, _scale, _q4_0_codes, _pack_q4_0),
+    BlockCodec("q4_1", BLOCK, 20, _scale_and_offset, _q4_1_codes),
+    BlockCodec("q5_0", BLOCK, 22, _scale, _q5_0_codes),
+    BlockCodec("q5_1", BLOCK, 24, _scale_and_offset, _q5_1_codes),
 )

@@ -1,0 +1,62 @@
+"""Promises about the way to the Hub: proxies, mirrors with a path, and what does not go through them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weights_cache.errors import DownloadFailed
+from weights_cache.hub import fetch, fetch_headers
+
+REPO = "acme/pixtral-small"
+
+
+def fetch_elsewhere(**environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own, since the library reads the environment once."""
+    code = f"from weights_cache.hub import fetch; print(fetch({REPO!r}))"
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "hub_offline"))}
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, cwd=root, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_every_byte_goes_through_the_proxy(hub, variable: str):
+    done = fetch_elsewhere(HF_ENDPOINT="http://hub.test", **{variable: hub.url})
+    assert done.returncode == 0, done.stderr
+    assert len(hub.fetched()) == 11 and all(each.startswith("http://hub.test/") for each in hub.targets)
+
+
+def test_a_secure_endpoint_is_reached_through_the_proxy_for_those(hub):
+    done = fetch_elsewhere(HF_ENDPOINT="https://hub.test", HTTPS_PROXY=hub.url, HTTP_PROXY="http://127.0.0.1:1")
+    assert done.returncode == 1 and "DownloadFailed" in done.stderr and "hub.test" in done.stderr
+    assert set(hub.targets) == {"hub.test:443"}
+
+
+def test_what_no_proxy_names_is_asked_directly(hub):
+    done = fetch_elsewhere(HTTP_PROXY="http://127.0.0.1:1", NO_PROXY="127.0.0.1,localhost")
+    assert done.returncode == 0, done.stderr
+    assert len(hub.fetched()) == 11 and all(each.startswith("/") for each in hub.targets)
+
+
+def test_a_proxy_that_is_not_there_is_a_sentence(hub):
+    done = fetch_elsewhere(HF_ENDPOINT="http://hub.test", HTTP_PROXY="http://127.0.0.1:1")
+    assert "DownloadFailed" in done.stderr and "cannot be reached" in done.stderr and hub.targets == []
+
+
+@pytest.mark.parametrize("ending", ["", "/", "//"])
+@pytest.mark.parametrize("prefix", ["", "/mirrors/hf"])
+def test_a_mirror_may_have_a_path_and_a_slash_at_its_end(hub, monkeypatch, tmp_path: Path, prefix: str, ending: str):
+    hub.prefix = prefix
+    monkeypatch.setenv("HF_ENDPOINT", hub.url + prefix + ending)
+    assert fetch_headers(REPO, tmp_path / "skeleton") and len(list(fetch(REPO).iterdir())) == 11
+    assert all(each.startswith(f"{prefix}/") and "//" not in each for each in hub.targets)
+
+
+def test_a_mirror_without_its_path_is_a_sentence(hub):
+    hub.prefix = "/mirrors/hf"
+    with pytest.raises(DownloadFailed, match="404"):
+        fetch(REPO)

@@ -1,0 +1,92 @@
+"""What a serialized model says of itself, as JSON, in; a Manifest that agrees with the file's tensors out.
+
+A seal says that a file is as it was written, not that its writer meant well: so every field is checked here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointCorrupt, SerializedTooNew
+from .fields import Fields
+from .gguf_types import TYPES
+from .layout import FORMS
+from .reader import TensorInfo
+
+VERSION = 1
+BLOCKS = {kind.encoding: (kind.block, kind.block_bytes) for kind in TYPES.values() if kind.block > 1}
+BLOCKS["nf4"] = 2, 1
+"""Encodings of packed tensors -> weights in a block, and its bytes (of nf4: of the codes)."""
+
+NF4_ROWS = 32  # that lie together where nf4 is in the order of the CPU's kernel: weights_cache.nf4 knows it
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides the picture
+    recipe; `tensors` gives each weight's codec name and true shape."""
+
+    model: str
+    form: str
+    encoding: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    version: int = VERSION
+
+    @classmethod
+    def read(cls, path: Path, raw: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> "Manifest":
+        """The manifest `raw` of a file that has the tensors `stored`. Raises CheckpointCorrupt."""
+        fields = Fields(path, raw)
+        model, form, encoding = (fields.text(key) for key in ("model", "form", "encoding"))
+        if form not in FORMS:
+            raise CheckpointCorrupt(path, f"its manifest names the form {form[:40]!r}, and there is none")
+        described = raw.get("tensors")
+        if not isinstance(described, dict):
+            raise CheckpointCorrupt(path, "its manifest does not say what its tensors are")
+        return cls(model, form, encoding, {name: _tensor(path, name, said, stored) for name, said in described.items()})
+
+
+def check_version(path: Path, found: Any) -> None:
+    """Raises SerializedTooNew, and CheckpointCorrupt for what is no version."""
+    if type(found) is not int:
+        raise CheckpointCorrupt(path, f"its manifest has {str(found)[:40]!r} for a version")
+    if found != VERSION:
+        raise SerializedTooNew(path, found, VERSION)
+
+
+def read_hashes(path: Path, raw: Mapping[str, Any], wanted: set[str]) -> dict[str, str]:
+    """The hashes that `raw` gives, one for each of the tensors `wanted`. Raises CheckpointCorrupt."""
+    hashes = raw.get("sha256")
+    if not isinstance(hashes, dict) or hashes.keys() != wanted:
+        raise CheckpointCorrupt(path, "its manifest does not have a hash for each of its tensors")
+    return hashes
+
+
+def _tensor(path: Path, name: str, said: Any, stored: Mapping[str, TensorInfo]) -> tuple[str, tuple[int, ...]]:
+    """A tensor's encoding and true shape, if it is stored as they ask for."""
+
+    def corrupt(reason: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(path, f"its manifest {reason} {name[:200]!r}")
+
+    if name not in stored:
+        raise corrupt("names a tensor that it does not hold:")
+    encoding, shape = said if isinstance(said, list) and len(said) == 2 else (None, None)
+    if not isinstance(encoding, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise corrupt("does not give an encoding and a shape of")
+    if _stored_shape(stored[name], encoding, shape) != stored[name].shape:
+        raise corrupt(f"gives {encoding[:40]!r} {str(shape)[:80]} for another content of")
+    return encoding, tuple(shape)
+
+
+def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[int, ...] | None:
+    """How a tensor of that encoding and shape is stored: as it is, or packed as bytes; None for neither."""
+    if encoding == info.encoding:
+        return tuple(shape)
+    block, nbytes = BLOCKS.get(encoding, (0, 0))
+    if not block or info.dtype != "U8" or len(shape) < 1 or shape[-1] % block:
+        return None
+    rows, width = prod(shape[:-1]), shape[-1] // block * nbytes
+    if encoding == "nf4" and len(info.shape) == 3 and rows % NF4_ROWS == 0:
+        return rows // NF4_ROWS, width, NF4_ROWS
+    return rows, width
