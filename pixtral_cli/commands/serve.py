@@ -73,8 +73,8 @@ def banner(model: Any, address: str, settings: Settings, batch: int) -> str:
         "address": f"{address} (chat page), {address}/v1 (OpenAI's API)",
         "memory": f"weights {_size(memory.weights)}, KV cache {_size(memory.kv_cache)} ({memory.kv_tokens:,} tokens), "
         f"pictures' features {_size(memory.image_cache)}",
-        "limits": f"{batch} requests at once, {limits.max_queue} waiting; each {settings.max_body_bytes // 2**20} MiB "
-        f"and {limits.max_images} pictures",
+        "limits": f"{batch} requests at once, {limits.max_queue} waiting; "
+        f"a request: up to {settings.max_body_bytes // 2**20} MiB, pictures up to {limits.max_images}",
         "key": "needed, but not by the page itself, /health and /ready" if needs_key else "none is asked for",
         "try": curl_line(address, settings.names[0], needs_key),
     }

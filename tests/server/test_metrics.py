@@ -9,7 +9,7 @@ from pixtral_cli.server.metrics import Metrics
 
 @pytest.fixture(scope="module")
 def server():
-    with served("--max-images", "1") as server:
+    with served() as server:
         yield server
 
 

@@ -4,6 +4,9 @@ import json
 import re
 import socket
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,20 +16,43 @@ from served import hello, served
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server.listening import listen, url
 
+ROOT = Path(__file__).resolve().parents[2]
 SERVER_MODULES = ["fastapi", "prometheus_client", "starlette", "uvicorn"]
 KEYS = {"PIXTRAL_API_KEY": "first-key second-key"}
 
 
+MEMORY = ("--kv-cache-memory", "64MiB", "--image-cache-memory", "1000000")
+LIMITS = ("--max-body-mib", "1", "--max-images", "1", "--max-queue", "7")
+MEDIA = ("--media-path", str(ROOT / "examples"), "--allow-private-media", "127.0.0.0/8")
+
+
 @pytest.fixture(scope="module")
 def plain():
-    with served("--max-new-tokens", "5", "--kv-cache-memory", "64MiB", "--image-cache-memory", "1000000") as server:
+    with served("--max-new-tokens", "5", *MEMORY, *LIMITS, *MEDIA) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def keyed():
-    with served("--host", "0.0.0.0", "--served-model-name", "it's", "--served-model-name", "eyes", env=KEYS) as server:
+    names = ("--served-model-name", "it's", "--served-model-name", "eyes")
+    with served("--host", "0.0.0.0", *names, "--allow-media-domain", "pictures.example", env=KEYS) as server:
         yield server
+
+
+@pytest.fixture
+def pictures_at():
+    """The address of an HTTP server on this machine that has the example pictures."""
+    handler = partial(SimpleHTTPRequestHandler, directory=ROOT / "examples")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def about(*pictures, model="tiny"):
+    """A question about pictures."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    return {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": parts}]}
 
 
 def line_to_try(server):
@@ -43,9 +69,10 @@ def test_it_is_live_and_ready_and_serves_the_page(plain):
 
 def test_the_start_tells_address_model_encoding_memory_and_limits(plain):
     said = plain.said()
-    for words in ("tiny: bfloat16 on cpu", plain.url + "/v1", "weights 13.9 MiB", "KV cache 64.0 MiB", "64 MiB and 32"):
+    for words in ("tiny: bfloat16 on cpu", plain.url + "/v1", "weights 13.9 MiB", "KV cache 64.0 MiB", "1.0 MiB"):
         assert words in said
-    assert "16 requests at once, 512 waiting" in said and "none is asked for" in said
+    assert "16 requests at once, 7 waiting; a request: up to 1 MiB, pictures up to 1" in said
+    assert "none is asked for" in said
 
 
 def test_the_line_to_try_gets_an_answer_when_it_is_pasted(plain):
@@ -64,6 +91,23 @@ def test_with_keys_the_line_to_try_works_once_the_key_is_set(keyed):
 def test_the_model_has_the_names_that_it_was_given(keyed):
     listed = keyed.json("/v1/models", headers={"Authorization": "Bearer first-key"})
     assert [model["id"] for model in listed["data"]] == ["it's", "eyes"]
+
+
+def test_limits_are_those_of_the_flags_and_errors_name_them(plain):
+    large = plain.open("/v1/chat/completions", about("data:image/png;base64," + "A" * 2**20))
+    many = plain.open("/v1/chat/completions", about("shapes.png", "sign.png"))
+    assert large.status == 413 and "--max-body-mib 1" in json.load(large)["error"]["message"]
+    assert many.status == 400 and "--max-images is 1" in json.load(many)["error"]["message"]
+
+
+def test_pictures_come_from_where_the_flags_allow(plain, keyed, pictures_at):
+    web = pictures_at + "/sign.png"
+    key = {"Authorization": "Bearer first-key"}
+    assert [plain.open("/v1/chat/completions", about(name)).status for name in ("sign.png", web)] == [200, 200]
+    for name in ("sign.png", web):
+        refused = keyed.open("/v1/chat/completions", about(name, model="eyes"), key)
+        assert refused.status == 400, name
+    assert "not allowed" in json.load(refused)["error"]["message"]
 
 
 def test_flags_for_answers_hold_where_a_request_does_not_say(plain):
@@ -152,7 +196,7 @@ def test_what_does_not_serve_imports_nothing_of_a_server(arguments):
 
 
 def test_the_python_of_the_readme_streams_an_answer(plain, capsys):
-    section = (Path(__file__).resolve().parents[2] / "README.md").read_text().partition("\n## Server\n")[2]
+    section = (ROOT / "README.md").read_text().partition("\n## Server\n")[2]
     program = re.search(r"```python\n(.*?)```", section, re.S)[1].replace("http://127.0.0.1:8000", plain.url)
     exec(compile(program, "README.md", "exec"), {})
     assert capsys.readouterr().out
