@@ -106,6 +106,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, places = logits.sort(descending=True)
     probabilities = ordered.softmax(-1)
     beyond = probabilities.cumsum(-1) - probabilities >= p  # what came before it reaches p already
+    beyond[0] = False  # a p that float32 rounds to 0 is reached by nothing at all
     return logits.index_fill(0, places[beyond], -torch.inf)
 
 

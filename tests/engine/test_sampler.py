@@ -34,6 +34,11 @@ def test_top_p_as_transformers(logits, p):
     assert torch.equal(sampler.keep_top_p(logits, p), theirs(TopPLogitsWarper(p), logits))
 
 
+def test_the_smallest_top_p_that_a_number_can_be_keeps_the_likeliest(logits):
+    sampling = Sampling(temperature=1.0, top_k=0, top_p=5e-324)
+    assert sampler.choose(logits, sampling, [], [], torch.Generator()) == int(logits.argmax())
+
+
 @pytest.mark.parametrize("p", [0.01, 0.2, 1.0])
 def test_min_p_as_transformers(logits, p):
     assert torch.equal(sampler.keep_min_p(logits, p), theirs(MinPLogitsWarper(p), logits))
