@@ -25,7 +25,7 @@ from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.load import load
 from pixtral_cli.model.needs import kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement
-from pixtral_cli.model.plan import check_weights, kv_tokens
+from pixtral_cli.model.plan import LEAST, check_weights, kv_tokens
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
 
@@ -232,8 +232,13 @@ def _kv_tokens(source: Source, placement: Placement, device: torch.device, memor
     """Tokens of all requests that there is room for: what `memory` bytes hold, else what fits, at most `wanted`."""
     if memory is None:
         return kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, wanted)
-    width = int(ENCODINGS[placement.dtype].bits) // 8
-    return min(memory // kv_bytes(source.config.text, 1, width), wanted)
+    token = kv_bytes(source.config.text, 1, int(ENCODINGS[placement.dtype].bits) // 8)
+    if memory // token < min(LEAST, wanted):
+        raise ModelError(
+            f"--kv-cache-memory has room for {memory // token} tokens.",
+            hint=f"Give at least {-(-LEAST * token // 2**20)}MiB; the longest prompt and its answer must fit.",
+        )
+    return min(memory // token, wanted)
 
 
 def _context(model: int, wanted: int | None) -> int:

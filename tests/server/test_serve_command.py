@@ -13,6 +13,7 @@ import pytest
 from processes import PROGRAM, imported_by, run_process
 from served import hello, served
 
+from pixtral_cli import Pixtral
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server.listening import listen, url
 
@@ -154,6 +155,13 @@ def test_an_address_that_is_not_this_machines_is_a_sentence(host):
     flags = ["serve", "--model-path", "/no/such/model", "--host", host, "--insecure", "--port", "0"]
     done = run_process(PROGRAM, flags)
     assert done.returncode == 1 and b"--host" in done.stderr and b"/no/such/model" not in done.stderr
+
+
+def test_a_kv_cache_that_holds_next_to_nothing_is_refused_with_what_would_do():
+    with pytest.raises(PixtralError, match="--kv-cache-memory has room for [0-9]+ tokens") as refused:
+        Pixtral.load("tiny", kv_cache_memory=1024)
+    enough = int(re.search(r"(\d+)MiB", refused.value.hint)[1]) * 2**20
+    assert Pixtral.load("tiny", kv_cache_memory=enough).max_length >= 256
 
 
 def test_a_port_without_the_right_to_it_is_a_sentence(monkeypatch):
