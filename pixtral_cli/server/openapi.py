@@ -167,8 +167,9 @@ def _success(operation: Operation) -> dict[str, Any]:
         return {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     content = {"application/json": {"schema": _ref(operation.result)}}
     if operation.event is not None:
-        events = f"Server-sent events, each {operation.event.__name__}; the last is [DONE]."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+        data = {"type": "string", "description": f"JSON of {operation.event.__name__}; the last event's is [DONE]."}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}  # of each event, as readers of OpenAPI 3.1 take it
     return {"description": "As asked.", "content": content}
 
 
