@@ -21,7 +21,7 @@ from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, Request, TextEvent
 from pixtral_cli.model import save
-from pixtral_cli.model.kv_cache import PAGE
+from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
 from pixtral_cli.model.needs import kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement
@@ -96,7 +96,7 @@ class Pixtral:
         _ = source.end_token_ids  # what cannot be read fails now, not at the first question
         placement = source.placement(wanted, quantize_vision)
         check_weights(source.checkpoint.tensors, placement, device)
-        kv_tokens = _kv_tokens(source, placement, device, kv_cache_memory, context * max_batch_size)
+        kv_tokens = _kv_tokens(source, placement, device, kv_cache_memory, pages_for(context) * PAGE * max_batch_size)
         model = load(source.checkpoint, source.config, placement, device, progress)
         engine = Engine(
             model, context, max_batch_size, max_ce_batch_size, kv_tokens=kv_tokens, image_cache=image_cache_memory
