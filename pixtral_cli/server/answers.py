@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Awaitable, Sequence, Set
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pixtral_cli.generate import Answering, Failure, Request, TextEvent
 from pixtral_cli.server.problems import leaving
@@ -15,6 +15,7 @@ from pixtral_cli.server.problems import leaving
 if TYPE_CHECKING:
     from pixtral_cli.server.service import Metrics, Worker
 
+Result = TypeVar("Result")
 Events = list[tuple[int, TextEvent]]
 """What came together: the answer's place, and what its next token adds."""
 
@@ -63,11 +64,21 @@ class Answers:
         self._arrived: list[Arrival] = []
         self._wake = asyncio.Event()
         self._sent_away = False
+        self._making: asyncio.Future[Any] | None = None
+
+    async def unless_sent_away(self, making: Awaitable[Result]) -> Result:
+        """What `making` gives, without which nothing can be queued. Raises ApiError if the server ends before."""
+        self._making = asyncio.ensure_future(making)
+        try:
+            return await self._making
+        except asyncio.CancelledError:
+            if self._sent_away:
+                raise leaving() from None
+            raise
 
     def submit(self, jobs: Sequence[tuple[Request, Answering]], handover: Handover) -> None:
-        """Queue them all. Raises ApiError when the server ends."""
-        if self._sent_away:
-            raise leaving()
+        """Queue them all; their pictures are not kept here."""
+        self._making = None
         self._answerings = [answering for _, answering in jobs]
         for place, (request, _) in enumerate(jobs):
             self.running[place] = self.worker.submit(request, partial(handover.put, self, place))
@@ -77,6 +88,8 @@ class Answers:
         if not self._latest and not self._arrived and begun.isdisjoint(self.running.values()):
             self._sent_away = True
             self._wake.set()
+            if self._making is not None:
+                self._making.cancel()
 
     def receive(self, arrival: Arrival) -> None:
         self._arrived.append(arrival)

@@ -40,7 +40,7 @@ def assemble(model: Pixtral, settings: Settings) -> Loaded:
     )
 
     def stop(seconds: float) -> bool:
-        service.close()
-        return worker.stop(seconds)
+        free = service.close()  # the interpreter would wait for a thread that still fetches a picture
+        return worker.stop(seconds) and free
 
     return Loaded(app, service.drain, stop, metrics.answered)

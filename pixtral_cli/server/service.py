@@ -135,8 +135,8 @@ class Service:
         self.accepted += ask.answers
         self._open.add(answers)
         try:
-            jobs = await self.work(partial(self._jobs, ask, salt), slow=ask.is_slow)
-            answers.submit(jobs, self.handover)
+            making = self.work(partial(self._jobs, ask, salt), slow=ask.is_slow)
+            answers.submit(await answers.unless_sent_away(making), self.handover)
             while answers.running:
                 yield await answers.next()
         except Exception as error:
@@ -167,7 +167,8 @@ class Service:
         """How a failure is told to who asked; what is not theirs is logged."""
         refusal = refusal_of(error)
         if refusal is not error and refusal.status >= 500:
-            logger.error("A request failed.", exc_info=error)
+            logger.error("A request failed: %s: %.300s", type(error).__name__, error)
+            logger.debug("It came from here.", exc_info=error)
         return refusal
 
     def _check_room(self) -> None:

@@ -14,7 +14,8 @@ from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
 DONE = b"data: [DONE]\n\n"
-compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""In ASCII: many a client takes U+2028 and its like for the end of a line."""
 
 
 class Chunks:

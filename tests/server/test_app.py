@@ -300,6 +300,21 @@ def test_who_waits_when_the_server_drains_is_503_and_who_runs_is_finished(own):
         assert all(choice["finish_reason"] for choice in first.result().json()["choices"])
 
 
+def test_who_waits_for_a_picture_when_the_server_drains_is_503_at_once(own, tiny, monkeypatch):
+    running = own()
+    fetching, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(tiny.processor, "load_picture", lambda source: fetching.set() or go_on.wait(20))
+    body = {"messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=60)
+        assert fetching.wait(10)
+        running.call(running.service.drain)
+        assert error_of(asking.result(5), 503)["code"] == "stopping"
+        assert not running.service.idle
+        go_on.set()
+    assert running.wait_until_idle(2)
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

@@ -1,0 +1,85 @@
+"""Chunks of a stream, read as an SSE client reads them, are the answer again."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixtral_cli.generate import Reply, TextEvent, Timings, TokenLogprob, Usage
+from pixtral_cli.prompt.tools import ToolCall
+from pixtral_cli.server.replies import Envelope
+from pixtral_cli.server.stream import DONE, Chunks
+
+letters = st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\u2028\x85\"\\\0")
+texts = st.lists(st.text(letters, max_size=5))
+
+
+def events(pieces, logprobs=False, calls=(), usage=(7, 3)):
+    """One event for each piece and a last one without text, which ends the answer."""
+    given = [TokenLogprob(token, piece, -0.5) if logprobs else None for token, piece in enumerate([*pieces, ""])]
+    reply = Reply("m", "".join(pieces), [], [], "stop", Usage(*usage, 2, 1), Timings(0, 0, 0, 0, 0), None, calls)
+    for token, piece in enumerate(pieces):
+        yield TextEvent(piece, token, given[token])
+    yield TextEvent("", len(pieces), given[-1], "tool_calls" if calls else "stop", reply, calls)
+
+
+def streamed(kind, answers, batch=1, **options):
+    """The data of every event but the last, which is [DONE]; `answers` are lists of events."""
+    chunks = Chunks(Envelope.new(kind, "m", "f"), len(answers), 1, lambda token: b"x", **options)
+    together = [(place, event) for place, answer in enumerate(answers) for event in answer]
+    body = chunks.opening()
+    for start in range(0, len(together), batch):
+        body += chunks.of(together[start : start + batch])
+    body += chunks.closing()
+    assert body.endswith(DONE)
+    lines = body.decode("ascii").splitlines()  # at whatever Unicode calls the end of a line
+    assert lines[1::2] == [""] * (len(lines) // 2)
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2:2]]
+
+
+@given(st.lists(texts, min_size=1, max_size=3), st.integers(1, 5), st.sampled_from(["chat", "text"]))
+def test_what_is_streamed_adds_up_to_each_answer_however_it_is_cut(answers, batch, kind):
+    said = [""] * len(answers)
+    for chunk in streamed(kind, [list(events(pieces)) for pieces in answers], batch, include_usage=False):
+        (choice,) = chunk["choices"]
+        said[choice["index"]] += (choice["delta"].get("content") or "") if kind == "chat" else choice["text"]
+    assert said == ["".join(pieces) for pieces in answers]
+
+
+@given(texts)
+def test_no_chunk_is_sent_for_a_token_without_text(pieces):
+    chunks = streamed("chat", [list(events(pieces))], include_usage=False)
+    assert len(chunks) == 1 + sum(map(bool, pieces)) + 1
+
+
+@given(texts, st.sampled_from(["chat", "text"]))
+def test_every_token_has_its_log_probability_once_also_when_its_text_was_held_back(pieces, kind):
+    tokens = []
+    for chunk in streamed(kind, [list(events(pieces, logprobs=True))], include_usage=False):
+        told = chunk["choices"][0]["logprobs"]
+        if told:
+            tokens += [entry["token"] for entry in told["content"]] if kind == "chat" else told["tokens"]
+    assert tokens == [*pieces, ""]
+
+
+def test_the_usage_is_that_of_all_answers_and_comes_last_with_no_choice():
+    chunks = streamed("chat", [list(events(["a"])), list(events(["b"]))], include_usage=True)
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 14,
+        "completion_tokens": 6,
+        "total_tokens": 20,
+        "prompt_tokens_details": {"cached_tokens": 2, "image_tokens": 4},
+    }
+
+
+def test_several_calls_are_told_apart_by_their_index():
+    calls = ToolCall("abcdefghi", "add", '{"a": 1}'), ToolCall("jklmnopqr", "add", "{}")
+    chunks = streamed("chat", [list(events([], calls=calls))], include_usage=False)
+    told = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert [(call["index"], call["id"], call["function"]["arguments"]) for call in told] == [
+        (0, "abcdefghi", '{"a": 1}'),
+        (1, "jklmnopqr", "{}"),
+    ]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
