@@ -7,10 +7,13 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,35 @@ def test_the_truss_starts_serve_with_the_secret_as_token_and_asks_our_routes(tmp
     assert flags[flags.index("--port") + 1] == str(server["server_port"]) and server["server_port"] != 8080
     asked = (server["readiness_endpoint"], server["liveness_endpoint"], server["predict_endpoint"])
     assert asked == ("/ready", "/health", "/predict")
+
+
+def test_the_image_copies_what_the_wheel_is_built_from_and_nothing_that_is_ignored():
+    copied = [name for line in re.findall(r"^COPY (?!--)(.*) \S+$", text("Dockerfile"), re.M) for name in line.split()]
+    let_in = [line[1:] for line in text("Dockerfile.dockerignore").splitlines() if line.startswith("!")]
+    assert copied == let_in and all((ROOT / name).exists() for name in copied)
+    assert {"pyproject.toml", "README.md", "pixtral_cli", "weights_cache"} <= set(copied)
+
+
+def test_the_images_health_check_fails_where_nobody_answers():
+    (command,) = re.findall(r"^    CMD (\[.*\])$", text("Dockerfile"), re.M)
+    _, option, code = json.loads(command)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = code.replace(":8000", f":{server.server_port}")
+        assert "/health" in there and there != code
+        codes = [subprocess.run([sys.executable, option, there], stderr=subprocess.DEVNULL).returncode]
+        server.shutdown()
+    codes.append(subprocess.run([sys.executable, option, there], stderr=subprocess.DEVNULL).returncode)
+    assert codes[0] == 0 and codes[1] != 0
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *words):
+        pass
 
 
 @pytest.mark.skipif(SYSTEMD is None, reason="no systemd-analyze")
