@@ -29,6 +29,9 @@ from pixtral_cli.model.plan import LEAST, check_weights, kv_tokens
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
 
+KEPT_UNASKED = 0.25
+"""Of a computer's own memory nobody has given us: so much of the room for keys and values may hold what was."""
+
 
 class Memory(NamedTuple):
     """Bytes that a loaded model takes, and those that its caches may take; tokens that `kv_cache` bytes hold."""
@@ -98,8 +101,15 @@ class Pixtral:
         check_weights(source.checkpoint.tensors, placement, device)
         kv_tokens = _kv_tokens(source, placement, device, kv_cache_memory, pages_for(context) * PAGE * max_batch_size)
         model = load(source.checkpoint, source.config, placement, device, progress)
+        unasked = kv_cache_memory is None and device.type == "cpu"
         engine = Engine(
-            model, context, max_batch_size, max_ce_batch_size, kv_tokens=kv_tokens, image_cache=image_cache_memory
+            model,
+            context,
+            max_batch_size,
+            max_ce_batch_size,
+            kv_tokens=kv_tokens,
+            kv_kept=KEPT_UNASKED if unasked else 1.0,
+            image_cache=image_cache_memory,
         )
         return cls(source, placement, engine, time.perf_counter() - begun)
 

@@ -40,8 +40,9 @@ class Engine:
     """Runs up to `max_batch_size` requests at once; more wait.
 
     `max_length` bounds the tokens of one prompt and its answer; default the model's own. Keys and values have room
-    for `kv_tokens` tokens of all requests together; by default as many as the batch can need. `image_cache` is how
-    many bytes of pictures' features are kept. In float32 on a CPU a request gets the very tokens that it gets alone.
+    for `kv_tokens` tokens of all requests together, by default as many as the batch can need; those of requests that
+    have ended stay known, up to the share `kv_kept` of that room. `image_cache` is how many bytes of pictures' features
+    are kept. In float32 on a CPU a request gets the very tokens that it gets alone.
 
     Several threads may submit, take and cancel, which never wait for a step but to take: whoever waits for an event
     drives the steps, and the others' events are kept for them.
@@ -55,6 +56,7 @@ class Engine:
         max_ce_batch_size: int = 32,
         *,
         kv_tokens: int | None = None,
+        kv_kept: float = 1.0,
         image_cache: int = IMAGE_CACHE,
     ) -> None:
         text = model.config.text
@@ -63,7 +65,7 @@ class Engine:
         self.model = model
         self.max_length = min(wanted, pages * PAGE)
         self.counters = Counters()
-        self.table = PageTable(pages)
+        self.table = PageTable(pages, int(pages * kv_kept))
         exact = model.dtype == torch.float32 and model.device.type == "cpu"
         self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact)
         self.features = PictureFeatures(model, image_cache)

@@ -20,10 +20,11 @@ SLACK = 16  # pages kept free behind a sequence while there is room, so that it 
 
 
 class PageTable:
-    """`count` pages: free, in use by one or several sequences, or unused but known."""
+    """`count` pages: free, in use by one or several sequences, or unused but known, of these at most `most_unused`."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, most_unused: int | None = None) -> None:
         self.count = count
+        self.most_unused = count if most_unused is None else most_unused
         self._free = [True] * count
         self._free_count = count
         self._users: dict[int, int] = {}
@@ -115,8 +116,15 @@ class PageTable:
             if page in self._key_of:
                 self._unused[page] = None
             else:
-                self._free[page] = True
-                self._free_count += 1
+                self._set_free(page)
+        while len(self._unused) > self.most_unused:
+            oldest = next(iter(self._unused))
+            self._forget(oldest)
+            self._set_free(oldest)
+
+    def _set_free(self, page: int) -> None:
+        self._free[page] = True
+        self._free_count += 1
 
 
 class PageKeys:

@@ -66,6 +66,16 @@ def test_what_was_unused_for_longest_goes_first_and_the_end_of_a_prompt_before_i
     assert [len(table.known([bytes([place])])) for place in range(6)] == [1, 0, 0, 1, 1, 1]
 
 
+def test_no_more_unused_pages_stay_known_than_asked():
+    table = PageTable(10, most_unused=3)
+    pages = table.take(6)
+    for place, page in enumerate(pages):
+        table.name(page, bytes([place]))
+    table.release(pages)
+    assert [len(table.known([bytes([place])])) for place in range(6)] == [1, 1, 1, 0, 0, 0]
+    assert table.available == 10 and len(table.take(10)) == 10
+
+
 def picture(text, features):
     return Picture(hashlib.sha256(text.encode()).digest(), features, lambda: None)
 
