@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from pixtral_cli import __version__
-from pixtral_cli.generate import Reply
 from pixtral_cli.server import openapi, page, replies, wire
+from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.json_body import parse_json
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from pixtral_cli.server.openapi import OPERATIONS
 from pixtral_cli.server.problems import refusal_of
 from pixtral_cli.server.replies import Envelope
-from pixtral_cli.server.service import Events, Metrics, Service
+from pixtral_cli.server.service import Service
 from pixtral_cli.server.stream import Chunks
 from pixtral_cli.server.wire import Ask
 
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 LARGE_BODY = 256 * 1024
-Result = TypeVar("Result")
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any longer."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -136,8 +122,8 @@ class Routes:
             first = await while_there(request.receive, anext(events))
             chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage)
             return EventStream(first, events, chunks, service.metrics)
-        whole = await while_there(request.receive, _whole(events, ask.answers))
-        answer = replies.answer(envelope, whole, ask.n, token_bytes)
+        told = await while_there(request.receive, whole(events, ask.answers))
+        answer = replies.answer(envelope, told, ask.n, token_bytes)
         state["tokens"] = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
         return JSONResponse(answer)
 
@@ -155,76 +141,6 @@ class Routes:
             "owned_by": "pixtral",
             "max_model_len": self.service.model.max_length,
         }
-
-
-class EventStream(Response):
-    """Sends what comes until it ends or the client leaves; then nothing of it is computed any longer."""
-
-    def __init__(self, first: Events, events: AsyncGenerator[Events], chunks: Chunks, metrics: Metrics) -> None:
-        super().__init__(headers=STREAM_HEADERS)
-        del self.headers["content-length"]
-        self.first, self.events, self.chunks, self.metrics = first, events, chunks, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.events):
-            with suppress(ClientLeft):
-                await while_there(receive, self._send(scope, send))
-
-    async def _send(self, scope: Scope, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _write(send, self.chunks.opening() + self.chunks.of(self.first))
-        try:
-            async for events in self.events:
-                await _write(send, self.chunks.of(events))
-        except ApiError as error:
-            self.metrics.error("server_error")
-            await _write(send, b"data: " + error.as_response().body + b"\n\n")
-        else:
-            used = self.chunks.usage()
-            scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]
-            await _write(send, self.chunks.closing())
-        await send({"type": "http.response.body", "body": b""})
-
-
-class NoResponse(Response):
-    """For a client that has left."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
-
-
-async def _write(send: Send, data: bytes) -> None:
-    if data:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-async def while_there(receive: Receive, work: Awaitable[Result]) -> Result:
-    """What `work` gives; it is cancelled when the client leaves. `receive` has no body left to give.
-
-    Raises:
-        ClientLeft: nobody waits any longer.
-    """
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientLeft
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _whole(events: AsyncGenerator[Events], answers: int) -> list[Reply]:
-    """The replies in order."""
-    async with aclosing(events):
-        found = {place: event.reply async for batch in events for place, event in batch if event.reply is not None}
-    return [found[place] for place in range(answers)]
 
 
 async def _refused(request: Request, error: Exception) -> Response:
