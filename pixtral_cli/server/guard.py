@@ -18,7 +18,7 @@ from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, headers_
 from pixtral_cli.server.bodies import BODY_SECONDS, MAX_BODY_BYTES, Bodies
 from pixtral_cli.server.errors import ApiError
 
-READING = ("GET", "HEAD", "OPTIONS")
+READING = ("GET", "HEAD", "OPTIONS", "TRACE")
 OPEN_PATHS = ("/", "/health", "/ready")
 OPEN_FOLDER = "/page/"
 KEY_SCHEMES = (b"bearer", b"api-key")

@@ -1,0 +1,46 @@
+"""What /openapi.json says holds for whatever schemathesis makes of it, sense and nonsense."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from served import served
+
+SHORT = ("--max-length", "64")
+"""However many tokens a made-up request asks for."""
+BEYOND_SCHEMAS = "positive_data_acceptance"
+"""Not every request that the schema allows has sense: messages of which none is a user's, a prompt beside messages."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served(*SHORT) as server:
+        yield server
+
+
+def schemathesis(server, folder, *arguments):
+    program = Path(sys.executable).parent / "schemathesis"
+    always = ["--seed", "1", "--generation-database", "none", "--exclude-checks", BEYOND_SCHEMAS, "--no-color"]
+    done = subprocess.run(
+        [program, "run", server.url + "/openapi.json", *always, *arguments],
+        cwd=folder,
+        env=os.environ | {"SCHEMATHESIS_HOOKS": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "Selected: 11/11" in done.stdout and "Tested: 11" in done.stdout
+    assert server.open("/ready").status == 200 and "Traceback" not in server.said()
+
+
+def test_every_answer_is_one_of_those_described(server, tmp_path):
+    schemathesis(server, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "5")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_every_answer_to_much_more_is_one_of_those_described(server, tmp_path):
+    schemathesis(server, tmp_path, "--phases", "examples,coverage,fuzzing,stateful", "--max-examples", "60")
