@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_ANSWERS = 16
-MAX_STOPS = 16
+MAX_STOPS, STOP_LENGTH = 16, 500
+MAX_LIST = 10_000
+"""Messages, and parts of one: more than any context has room for."""
 MAX_PROMPTS = 64
 MAX_ALTERNATIVES = 20
 MAX_ID = 2**31 - 1
@@ -19,6 +21,7 @@ MAX_ID = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 NoneGiven = Annotated[None, Field(description="Taken back from answers that have it; only null.")]
 
 
@@ -43,6 +46,9 @@ class ImagePart(Strict):
     image_url: ImageAddress | Text
 
 
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class CalledFunction(Strict):
     name: str
     arguments: str | dict[str, Any] = Field("", description="JSON text, or an object.")
@@ -62,7 +68,7 @@ class SystemMessage(Strict):
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Part], Field(max_length=MAX_LIST)]
 
 
 class AssistantMessage(Strict):
@@ -83,7 +89,8 @@ class ToolMessage(Strict):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-Messages = Annotated[list[Message], Field(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])]
+HELLO = {"role": "user", "content": "Hello"}
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, examples=[[HELLO]])]
 
 
 class ToolFunction(Strict):
@@ -147,7 +154,7 @@ class Sampled(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     logit_bias: dict[IdText, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token ids, as strings, and what is added to their scores.", examples=[{"42": -100}]
     )

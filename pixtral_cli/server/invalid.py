@@ -11,6 +11,10 @@ from pydantic import ValidationError
 from pixtral_cli.server.errors import ApiError
 
 SHOULD = re.compile(r"^\w+ should ")
+MISSING = ("missing", "union_tag_not_found")
+WORDS = {"none_required": "be null"} | dict.fromkeys(
+    ("dict_type", "model_type", "model_attributes_type"), "be an object"
+)
 LONGEST = 64
 MOST = 200
 """Problems that are looked at: a body may have a hundred thousand."""
@@ -23,7 +27,7 @@ def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
         if problem["type"] == "extra_forbidden":
             return ApiError(400, f"The field {path} is not supported.", param=path, code="unknown_parameter")
     path, problem = max(found, key=lambda entry: len(_inside(entry[1], body)))
-    if problem["type"] == "missing":
+    if problem["type"] in MISSING:
         return ApiError(400, f"The field {path} is missing.", param=path, code="missing_required_parameter")
     wanted = dict.fromkeys(_wanted(other) for other_path, other in found if other_path == path)
     return ApiError(400, f"{path} should {' or '.join(wanted)}.", param=path, code="invalid_value")
@@ -69,11 +73,7 @@ def _path(problem: Mapping[str, Any], body: Any) -> str:
 
 
 def _wanted(problem: Mapping[str, Any]) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "union_tag_not_found":
-        return "say which it is"
+    kind = problem["type"]
     if kind == "union_tag_invalid":
-        return f"be one of {context['expected_tags']}"
-    if kind == "none_required":
-        return "be null"
-    return SHOULD.sub("", problem["msg"])
+        return f"be one of {problem['ctx']['expected_tags']}"
+    return WORDS.get(kind) or SHOULD.sub("", problem["msg"]).partition(" after validation")[0]

@@ -116,6 +116,8 @@ def test_completions_refuse_what_they_cannot_do(field):
         ("top_logprobs", 21),
         ("stop", 5),
         ("stop", ["a"] * 17),
+        ("stop", ""),
+        ("stop", "a" * 501),
         ("logit_bias", [1]),
         ("stream", 1),
         ("tools", {}),
@@ -123,6 +125,7 @@ def test_completions_refuse_what_they_cannot_do(field):
         ("response_format", "json"),
         ("messages", []),
         ("messages", "Hello"),
+        ("messages", HELLO * 10_001),
         ("model", 5),
     ],
 )
