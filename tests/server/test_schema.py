@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
-from served import served
+from served import JSON, served
 
 SHORT = ("--max-length", "64")
 """However many tokens a made-up request asks for."""
@@ -43,4 +45,14 @@ def test_every_answer_is_one_of_those_described(server, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_every_answer_to_much_more_is_one_of_those_described(server, tmp_path):
-    schemathesis(server, tmp_path, "--phases", "examples,coverage,fuzzing,stateful", "--max-examples", "60")
+    schemathesis(server, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "80")
+
+
+def test_methods_that_are_not_described_are_told_which_are(server):
+    for path, described in server.json("/openapi.json")["paths"].items():
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - {name.upper() for name in described}:
+            request = Request(server.url + path.replace("{name}", "tiny"), b"{}", JSON, method=method)
+            with pytest.raises(HTTPError) as refused:
+                urlopen(request, timeout=10)
+            allowed = {name.strip().lower() for name in refused.value.headers["Allow"].split(",")}
+            assert refused.value.code == 405 and allowed - {"head"} == set(described) - {"head"}
