@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from base64 import b64decode
@@ -16,6 +17,7 @@ from served import hello, served
 from traffic import ADD, CHAT, picture
 
 JSON = ["-H", "Content-Type: application/json"]
+with_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def data_of(text):
     return [line.removeprefix("data: ") for line in text.split("\n\n") if line]
 
 
+@with_curl
 def test_curl_shows_each_event_when_it_is_sent(server):
     body = json.dumps(hello(stream=True, max_tokens=300, ignore_eos=True))
     arguments = ["curl", "-sSN", *JSON, "-d", body, server.url + CHAT]
@@ -51,12 +54,14 @@ def test_curl_shows_each_event_when_it_is_sent(server):
     assert process.returncode == 0 and data_of(rest)[-1] == "[DONE]"
 
 
+@with_curl
 def test_curl_may_send_a_body_piece_by_piece(server):
     body = json.dumps(hello(max_tokens=4)).encode()
     chunked = [*JSON, "-H", "Transfer-Encoding: chunked", "--data-binary", "@-", server.url + CHAT]
     assert json.loads(curl(*chunked, input=body))["choices"] == server.json(CHAT, hello(max_tokens=4))["choices"]
 
 
+@with_curl
 def test_curl_may_send_a_large_body_from_a_file_after_asking_whether_it_may(server, tmp_path):
     parts = [{"type": "text", "text": "What is this?"}]
     parts += [{"type": "image_url", "image_url": {"url": picture(9, 256, 256)}}] * 20
@@ -66,6 +71,7 @@ def test_curl_may_send_a_large_body_from_a_file_after_asking_whether_it_may(serv
     assert json.loads(answer)["usage"]["prompt_tokens_details"]["image_tokens"] > 0
 
 
+@with_curl
 def test_curl_sees_errors_as_statuses(server):
     arguments = [*JSON, "-d", json.dumps(hello(model="gpt-4")), "-w", "%{http_code}", "-o", "/dev/null"]
     assert curl(*arguments, server.url + CHAT) == "404"

@@ -22,7 +22,7 @@ def test_nothing_of_requests_is_left_in_engine_or_service(server):
     engine, service = server.engine, server.service
     assert (engine.running, engine.waiting, engine.table.in_use, service.accepted) == (0, 0, 0, 0)
     deadline = time.monotonic() + 10
-    while kept := [each for each in collected() if isinstance(each, Sequence | Answers)]:
+    while kept := [each for each in collected() if type(each) in (Sequence, Answers)]:
         assert time.monotonic() < deadline, kept
         time.sleep(0.1)
 
