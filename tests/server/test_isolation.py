@@ -187,6 +187,32 @@ def raw(server, body):
     return response.status, json.loads(response.read())["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "code"),
+    [(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Drip: ", "head_timeout"), (None, "body_timeout")],
+)
+def test_who_drips_is_sent_away_in_time_while_others_stream_on(server, streaming, start, code):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer first-key\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), 0.2) as connection:
+        connection.sendall(start or head.encode())
+        while not (answer := drip(connection)):
+            assert time.monotonic() - begun < 45
+    assert b" 408 " in answer and code.encode() in answer
+    assert streaming() < 3
+
+
+def drip(connection):
+    """Send one more byte; what has been answered."""
+    connection.sendall(b" ")
+    try:
+        return connection.recv(65536)
+    except TimeoutError:
+        return b""
+
+
 MESSAGES = b'"messages": [{"role": "user", "content": "Hi"}]'
 
 
