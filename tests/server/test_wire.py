@@ -85,6 +85,15 @@ def test_a_field_that_is_not_supported_is_refused_by_its_name(fields, name):
     assert name in error.message
 
 
+def test_null_asks_for_nothing_also_by_a_name_that_is_not_supported():
+    nothing = dict.fromkeys(("functions", "function_call", "audio", "modalities", "prediction", "reasoning_effort"))
+    assert chat(**nothing) == chat()
+    assert completion(echo=None, suffix=None, best_of=None) == completion()
+    part = {**PICTURE, "cache_control": None}
+    assert chat(messages=[{"role": "user", "content": [part], "name": None}])
+    assert refused(chat, messages=None).param == "messages"
+
+
 @pytest.mark.parametrize("field", ["echo", "suffix", "best_of"])
 def test_completions_refuse_what_they_cannot_do(field):
     assert refused(completion, **{field: 1}).param == field
