@@ -56,7 +56,8 @@ class Outside:
 def serve(listener: socket.socket, load: Callable[[], Loaded], drain_seconds: float, outside: Outside) -> None:
     """Serve until a signal ends it. `load` runs on a thread of its own; what it raises is raised here."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # `Front` tells what there is to tell
-    logging.getLogger("pixtral_cli").addHandler(_ErrorLines(outside.tell_error))
+    for name in ("pixtral_cli", "asyncio"):
+        logging.getLogger(name).addHandler(_ErrorLines(outside.tell_error))
     server = _Server(Front(outside.say), listener, drain_seconds, outside)
     for number in _wanted_signals():  # an exception would tear a half-made event loop
         signal.signal(number, lambda number, frame: server.on_signal(signal.Signals(number)))
@@ -78,7 +79,7 @@ class _ErrorLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         reason = f" {type(error).__name__}: {error}" if error else ""
-        self.tell(f"{record.getMessage()}{reason}")
+        self.tell("".join(record.getMessage().splitlines()[:1]) + reason)
         if error and os.environ.get("PIXTRAL_DEBUG"):
             traceback.print_exception(error)
 

@@ -18,7 +18,7 @@ HEAD_SECONDS = 10.0
 UNREAD_SECONDS = 60.0
 """How long a client may take none of an answer that is waiting for it."""
 OTHER_FILES = 256
-"""File handles that are left for all else when connections are counted."""
+"""File handles that are left for all else when connections are counted; of very few, half."""
 
 
 class GuardedProtocol(H11Protocol):
@@ -103,7 +103,7 @@ def connections_allowed(wanted: int = 4096) -> int:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         soft = most
-    room = wanted if soft == resource.RLIM_INFINITY else soft - OTHER_FILES
+    room = wanted if soft == resource.RLIM_INFINITY else soft - min(OTHER_FILES, soft // 2)
     return max(1, min(wanted, room))
 
 

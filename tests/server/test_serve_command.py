@@ -1,7 +1,9 @@
 """`pixtral serve` as people start it: what it says, what it refuses, what its flags mean."""
 
 import json
+import os
 import re
+import resource
 import socket
 import subprocess
 import threading
@@ -126,6 +128,21 @@ def test_each_request_is_told_in_one_line_with_its_tokens(plain):
     answered = [line for line in plain.said().splitlines() if line.startswith("POST /v1/chat")][-1]
     assert re.fullmatch(rf"POST /v1/chat/completions 200, \d+ ms, {usage['prompt_tokens']} \+ 3 tokens", answered)
     assert "GET /health" not in plain.said() and "GET /ready" not in plain.said()
+
+
+def test_when_no_file_is_left_a_line_says_so_and_clients_wait():
+    with served() as server:
+        files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        most = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (files + 2, most[1]))
+        address = server.url.removeprefix("http://").split(":")
+        clients = [socket.create_connection((address[0], int(address[1]))) for _ in range(5)]
+        server.wait_for("pixtral: .*Too many open files")
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, most)
+        assert server.open("/health").status == 200
+        for client in clients:
+            client.close()
+        assert "Traceback" not in server.said()
 
 
 @pytest.mark.parametrize("command", [["serve"], ["run", "--serve"]])
