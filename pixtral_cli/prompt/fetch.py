@@ -111,7 +111,7 @@ def _into(outcome: list[bytes | BaseException], url: str, limits: _Limits, line:
     except (PictureFetchFailed, PictureTooLarge) as error:
         outcome.append(error)
     except Exception as error:  # urllib and http.client raise a dozen kinds
-        outcome.append(PictureFetchFailed(url, _reason(error, limits.connect)))
+        outcome.append(PictureFetchFailed(url, _reason(error, limits)))
 
 
 def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
@@ -167,13 +167,19 @@ def _opener(line: Line | None) -> Any:
     return opener
 
 
-def _reason(error: Exception, connect: float) -> str:
+def _reason(error: Exception, limits: _Limits) -> str:
+    """A stranger is not told the words of a server that only this machine may be able to reach."""
+    from http.client import BadStatusLine
     from urllib.error import HTTPError, URLError
 
     if isinstance(error, HTTPError):
-        answer = " ".join(str(error.reason).split())  # a redirection loop's has several lines
+        answer = "" if limits.guarded else " ".join(str(error.reason).split())  # a redirection loop's has several lines
         return f"the server answered {error.code} {answer}".rstrip(" .:")
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
-        return f"no answer within {connect:g} seconds"
+        return f"no answer within {limits.connect:g} seconds"
+    if isinstance(cause, UnicodeError):
+        return "the address is malformed"
+    if limits.guarded and isinstance(cause, BadStatusLine) and not isinstance(cause, ConnectionError):
+        return "what answered does not speak HTTP"
     return getattr(cause, "strerror", None) or reason_of(cause)

@@ -9,6 +9,8 @@ from pixtral_cli.prompt.errors import (
     InvalidEntry,
     InvalidMessages,
     NoChatTemplate,
+    PictureFetchFailed,
+    PictureNotFound,
     PromptError,
     TemplateFailed,
     TokenizerUnreadable,
@@ -17,6 +19,7 @@ from pixtral_cli.server.errors import ApiError
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 RAW = "Use /v1/completions to write the prompt yourself."
+DATA = "The picture itself can be sent, as a data: URI."
 RETRY_SECONDS = 5
 RETRY = [("Retry-After", str(RETRY_SECONDS))]
 
@@ -54,6 +57,8 @@ def refusal_of(error: Exception) -> ApiError:
 def _joined(error: PixtralError) -> str:
     """Hints for Python and the command line give way to those for HTTP."""
     hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
+    if isinstance(error, PictureFetchFailed | PictureNotFound):
+        hint = DATA
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
         hint = None
     return f"{error} {hint}" if hint else str(error)

@@ -217,6 +217,27 @@ def test_a_failed_look_up_or_connection_names_no_address_of_the_network():
     assert "10.9.8.7" not in said
 
 
+@pytest.mark.parametrize(
+    ("greeting", "told"),
+    [
+        (b"SSH-2.0-secret\r\n", "does not speak HTTP"),
+        (b"HTTP/1.1 500 secret\r\n\r\n", "answered 500"),
+        (b"HTTP/1.1 302 secret\r\nLocation: file:///secret\r\n\r\n", "answered 302"),
+        (b"HTTP/1.1 secret\r\n\r\n", "does not speak HTTP"),
+    ],
+)
+def test_what_another_server_says_is_not_told(greeting, told):
+    def greet(listener):
+        with listener.accept()[0] as client:
+            client.recv(4096)
+            client.sendall(greeting)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=greet, args=(listener,), daemon=True).start()
+        said = refused(f"http://127.0.0.1:{listener.getsockname()[1]}/x", match=told)
+    assert "secret" not in said
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")

@@ -24,6 +24,7 @@ from pixtral_cli.prompt.errors import (
     PictureUnreadable,
 )
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
+from pixtral_cli.server.problems import refusal_of
 
 NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 LOOPBACK = (ip_network("127.0.0.0/8"),)
@@ -267,3 +268,9 @@ def test_allowed_domains_are_the_only_ones(domains, host, reached):
             with pytest.raises(PictureFetchFailed, match="not allowed"):
                 load(f"http://{host}:{site.server_port}/x")
             assert look_up.asked == [] and site.seen == []
+
+
+@pytest.mark.parametrize("error", [PictureNotFound("a.png"), PictureFetchFailed("http://a/b.png", "it is gone")])
+def test_who_asks_over_http_is_told_what_can_be_done_over_http(error):
+    told = refusal_of(error)
+    assert told.status == 400 and "data: URI" in told.message and "path" not in told.message
