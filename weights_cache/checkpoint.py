@@ -302,7 +302,7 @@ def _ordered(stored: Stored, rows: "torch.Tensor") -> "torch.Tensor":
     """`rows` in our order."""
     if stored.head_dim is None:
         return rows
-    if rows.shape[0] % stored.head_dim or stored.head_dim % 2:
+    if stored.head_dim < 2 or stored.head_dim % 2 or rows.shape[0] % stored.head_dim:
         reason = f"tensor {stored.name!r} has {rows.shape[0]} rows, and its heads have {stored.head_dim}"
         raise CheckpointCorrupt(stored.info.file, reason)
     return names.halves(rows, stored.head_dim)
