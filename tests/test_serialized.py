@@ -101,6 +101,13 @@ def test_double_quantisation_is_refused_for_anything_but_nf4(folder, name):
     assert "--double-quantization" in refused.value.hint
 
 
+@pytest.mark.parametrize("name", [None, "bfloat16", "float32"])
+def test_packing_the_picture_part_into_nothing_is_refused(folder, name):
+    with pytest.raises(PixtralError, match=name or "no encoding") as refused:
+        Pixtral.load(folder, quantization_encoding=name, quantize_vision=True)
+    assert "--quantize-vision" in refused.value.hint
+
+
 def test_each_matrix_is_encoded_once_for_a_file_in_nf4(folder, tmp_path, monkeypatch):
     source = Source.open(folder)
     encoded, encode = [], nf4.encode
