@@ -145,8 +145,8 @@ class WeightsNotFound(WeightsError):
         return f"{self.path} has no {self.looked_for}."
 
     @property
-    def hint(self) -> str | None:
-        return self.advice
+    def hint(self) -> str:
+        return self.advice or "Check the name. If it is right, files of the model were left out: fetch them again."
 
 
 @dataclass(eq=False)

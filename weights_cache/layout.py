@@ -149,15 +149,19 @@ def file_names(folder: Path) -> list[str]:
 
 def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:
     """The error that says best why the files `names` give no weights."""
-    error = _telling(where, sorted(names))
-    return error or WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
+    names = sorted(names)
+    if error := _telling(where, names):
+        return error
+    if NATIVE_CONFIG in names and CONFIG not in names:
+        return WeightsNotFound(where, f"weights in Mistral's own form (looked for {NATIVE_SINGLE})")
+    return WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
 
 
 def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
     """The error that says best why a folder of the files `names` is no model in any form."""
     names = sorted(names)
     if NATIVE_CONFIG in names and not native_weights(names):
-        return WeightsNotFound(where, f"weights in Mistral's own form (looked for {NATIVE_SINGLE})")
+        return no_weights(where, names)
     advice = f"Give a folder that holds {CONFIG} and *{SAFETENSORS}."
     return _telling(where, names) or WeightsNotFound(where, CONFIG, advice)
 

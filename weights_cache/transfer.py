@@ -170,12 +170,20 @@ class Transfer:
         """The server answered, with a status that says no."""
         status = _status(error)
         if status == 401:
-            return DownloadFailed(self.label, "the Hub does not accept the token", "Correct or unset HF_TOKEN.")
+            return self._unauthorised()
         if status == 403:
             return self._gated(error)
         if status == 429:
             return DownloadFailed(self.label, f"{self.endpoint} asks to slow down (429)", "Wait, then run it again.")
         return DownloadFailed(self.label, f"{self.endpoint} answered {status}")
+
+    def _unauthorised(self) -> DownloadFailed:
+        from huggingface_hub import get_token
+
+        if get_token():
+            return DownloadFailed(self.label, "the Hub does not accept the token", "Correct or unset HF_TOKEN.")
+        advice = "Set HF_TOKEN to a token that may read it, or run `hf auth login`."
+        return DownloadFailed(self.label, f"{self.endpoint} asks for a token, and there is none", advice)
 
     def _broken(self, chain: list[BaseException]) -> DownloadFailed | None:
         """No answer came, or this machine's disk refused it; None if the error is of neither kind."""
