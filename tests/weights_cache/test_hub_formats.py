@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from weights_cache import own_cache, store
-from weights_cache.errors import ModelNotFound, Offline, WeightsError, WeightsNotFound
+from weights_cache.errors import DownloadFailed, ModelNotFound, Offline, WeightsError, WeightsNotFound
 from weights_cache.hub import fetch
 
 REPO = "acme/all-forms"
@@ -102,6 +102,16 @@ def test_a_gguf_whose_picture_part_is_gone_is_not_complete(repo):
     (path.parent / "mmproj-a-F16.gguf").unlink()
     repo.requests.clear()
     assert fetch(f"{REPO}:a-Q4_K.gguf") == path and (path.parent / "mmproj-a-F16.gguf").is_file()
+
+
+def test_a_gguf_that_arrived_without_its_picture_part_is_not_complete_for_a_commit_either(repo):
+    import fake_hub
+
+    name = f"{REPO}@{repo.commit(REPO)}:a-Q4_K.gguf"
+    repo.fault = lambda method, path: fake_hub.Fault(status=404) if "mmproj" in path else None
+    failure(DownloadFailed, name)
+    repo.fault = lambda method, path: None
+    assert (fetch(name).parent / "mmproj-a-F16.gguf").is_file()
 
 
 def test_a_cached_gguf_does_not_stand_for_the_preferred_form(repo):
