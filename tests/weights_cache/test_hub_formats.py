@@ -154,6 +154,12 @@ def test_a_form_that_is_not_there_is_refused_with_those_that_are(repo):
     assert "--weights-format hf" in error.hint and repo.fetched() == []
 
 
+@pytest.mark.parametrize("number", ["00001-of-00000", "00003-of-00002", "00000-of-00002"])
+def test_a_file_that_is_none_of_the_parts_it_counts_stands_alone(hub, number):
+    hub.repos["acme/odd"] = {f"x-{number}.gguf": b"GGUF x"}
+    assert fetch(f"acme/odd:x-{number}.gguf").read_bytes() == b"GGUF x"
+
+
 def test_a_repository_that_lacks_a_part_of_a_gguf_is_reported(repo):
     repo.repos["acme/half"] = {"x-00001-of-00002.gguf": b"GGUF"}
     assert "x-00002-of-00002.gguf" in str(failure(WeightsError, "acme/half"))
