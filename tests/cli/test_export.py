@@ -48,6 +48,15 @@ def test_an_altered_file_is_refused_with_a_sentence(call, tmp_path):
         assert (code, out) == (1, "") and "altered" in err and len(err.splitlines()) == 2
 
 
+def test_no_room_for_the_file_is_said_of_the_file_and_its_disk_and_no_download(call, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5 * 2**20))
+    code, out, err = call("export", "tiny", str(tmp_path / "tiny.bf16"))
+    assert (code, out) == (1, "") and "ownload" not in err.splitlines()[0] and list(tmp_path.iterdir()) == []
+    assert f"'tiny.bf16' needs 14.0 MiB more, and the disk of {tmp_path} has 5.0 MiB free." in err
+
+
 @pytest.mark.parametrize("place", ["/dev/null/model.pixtral", ".", "", "..", "fifo", "x" * 300, "folder/", "folder"])
 def test_a_place_that_cannot_be_written_is_a_sentence_and_stays_as_it_is(call, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)

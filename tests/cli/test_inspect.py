@@ -71,7 +71,7 @@ def test_what_is_free_decides_what_fits_on_each_device(call, monkeypatch):
             assert row["total_bytes"] == total
             assert row["fits"] == {"cpu": total <= 300 * 2**20, "gpu-0": True, "x": None}
     text = call("inspect", "tiny")[1]
-    assert "does not fit" in text and "cpu: 0.29 GiB free" in text and "nobody says" in text
+    assert "does not fit" in text and "cpu: 300.0 MiB free" in text and "nobody says" in text
 
 
 def test_gpus_are_asked_of_their_driver_and_a_broken_one_is_none(monkeypatch, tmp_path):
