@@ -86,8 +86,10 @@ class Source:
         return ModelConfig.from_dict(self.checkpoint.config)
 
     def needs(self) -> list[Need]:
-        """What the model takes in each encoding, from headers alone. Raises ModelError and WeightsError."""
-        return needs.needs(self.checkpoint.tensors, self.config.text)
+        """What the model takes in each encoding that it can be loaded in, from headers alone: a serialized model in its
+        own only. Raises ModelError and WeightsError."""
+        found = needs.needs(self.checkpoint.tensors, self.config.text)
+        return found[:1] if self.format == "serialized" else found
 
     def devices(self) -> list[Device]:
         """This machine's devices and what is free on them."""

@@ -48,6 +48,19 @@ def test_an_altered_file_is_refused_with_a_sentence(call, tmp_path):
         assert (code, out) == (1, "") and "altered" in err and len(err.splitlines()) == 2
 
 
+def test_an_altered_file_whose_time_was_set_back_is_refused_too(call, tmp_path):
+    file = tmp_path / "tiny.q4"
+    call("export", "tiny", str(file))
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(before.st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, 1)
+        opened.write(bytes([byte[0] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "altered" in call("run", "--serialized-model-path", str(file), *ASK)[2]
+
+
 def test_no_room_for_the_file_is_said_of_the_file_and_its_disk_and_no_download(call, tmp_path, monkeypatch):
     from types import SimpleNamespace
 

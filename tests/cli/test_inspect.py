@@ -47,7 +47,8 @@ def test_the_bytes_of_the_weights_are_those_of_an_exported_file(call, tmp_path, 
         stored = sum(opened.get_tensor(name).nbytes for name in names)
     by_name = {each["name"]: each["weights_bytes"] for each in told(call, "tiny")["encodings"]}
     assert by_name[encoding] == stored and list(by_name) == ["bfloat16", *(n for n in CHOICES if n != "bfloat16")]
-    assert told(call, str(file))["format"] == "serialized"
+    saved = told(call, str(file))
+    assert saved["format"] == "serialized" and [each["name"] for each in saved["encodings"]] == [encoding]
 
 
 def test_the_cache_is_as_large_as_the_one_that_is_made(call):
