@@ -27,6 +27,21 @@ def test_what_export_writes_run_reads_and_verify_finds_whole(call, tmp_path):
     assert json.loads(second)["model"] == "tiny"
 
 
+def test_the_default_of_the_environment_gives_way_to_a_file(call, tmp_path, monkeypatch):
+    import format_builders
+
+    from pixtral_cli.tiny import FOLDER
+
+    saved, gguf = tmp_path / "tiny.bf16", tmp_path / "own.gguf"
+    call("export", "tiny", str(saved))
+    format_builders.gguf_text(FOLDER, gguf)
+    monkeypatch.setenv("PIXTRAL_MODEL_PATH", "no/such-model")
+    code, out, err = call("run", "--serialized-model-path", str(saved), *ASK)
+    assert code == 0 and json.loads(out)["model"] == "tiny", err
+    assert call("run", "--weight-path", str(gguf), *ASK)[0] == 0
+    assert call("run", "--serialized-model-path", str(saved), "--model-path", "tiny", *ASK)[0] == 2
+
+
 def test_run_saves_the_model_that_it_loaded(call, tmp_path):
     saved, exported = tmp_path / "saved", tmp_path / "exported"
     flags = ["--quantization-encoding", "q4_0"]
