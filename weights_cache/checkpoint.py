@@ -22,6 +22,7 @@ from .safetensors_reader import SafetensorsFile
 if TYPE_CHECKING:
     import torch
 
+    from .int4 import Int4
     from .nf4 import NF4
 
 GENERATION_CONFIG = "generation_config.json"
@@ -119,6 +120,13 @@ class Checkpoint:
         """
         stored = self._stored[name]
         return stored.reader.nf4(stored.name)  # type: ignore[attr-defined]
+
+    def int4(self, name: str) -> "Int4 | None":
+        """The tensor that we call `name`, if the file has it in the order of torch's 4-bit kernel: memory-mapped.
+
+        Only serialized models have such; others are asked for `packed`.
+        """
+        return None
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor has taken, once it has been converted. KeyError if unknown."""
