@@ -87,8 +87,10 @@ class Source:
         return ModelConfig.from_dict(self.checkpoint.config)
 
     def needs(self) -> list[Need]:
-        """What the model takes in each encoding, from headers alone. Raises ModelError and WeightsError."""
-        return needs.needs(self.checkpoint.tensors, self.config.text)
+        """What the model takes in each encoding that it can be loaded in, from headers alone: a serialized model in its
+        own only. Raises ModelError and WeightsError."""
+        found = needs.needs(self.checkpoint.tensors, self.config.text)
+        return found[:1] if self.format == "serialized" else found
 
     def devices(self) -> list[Device]:
         """This machine's devices and what is free on them."""
@@ -100,8 +102,15 @@ class Source:
         return "serialized" if isinstance(self.checkpoint, SerializedCheckpoint) else self.checkpoint.form
 
     def placement(self, wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
-        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted."""
+        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted, and
+        when there is nothing to pack the picture part into."""
         opened = self.checkpoint
+        if quantize_vision and not (wanted and wanted.packed):
+            asked = wanted.name if wanted else "no encoding"
+            raise ModelError(
+                f"The picture part is packed into the encoding that is asked for, and that is {asked}.",
+                hint="Ask for a --quantization-encoding such as q4_k, or leave --quantize-vision out.",
+            )
         if wanted is not None and isinstance(opened, SerializedCheckpoint) and wanted.name != opened.encoding:
             raise ModelError(
                 f"{opened.folder} was saved in {opened.encoding}, and {wanted.name} is asked for.",

@@ -350,3 +350,21 @@ def test_scaled_rotary_frequencies_are_refused_and_ones_are_dropped(models, tmp_
     assert "rope_freqs.weight" not in checkpoint.open(tmp_path / "ones.gguf").tensors
     with pytest.raises(ModelUnsupported, match="rope_freqs"):
         checkpoint.open(tmp_path / "scaled.gguf")
+
+
+def test_a_k_quant_gguf_keeps_its_bytes_and_its_answers_through_a_serialized_file(tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
+    builders.mistral(tmp_path / "hf", **sizes)
+    builders.add_processor(tmp_path / "hf")
+    forms.gguf_text(tmp_path / "hf", tmp_path / "model.gguf", k_quant)
+    model = Pixtral.load(tmp_path / "model.gguf", devices="cpu")
+    model.save(tmp_path / "model.pixtral")
+    again = Pixtral.load(serialized_model_path=tmp_path / "model.pixtral", devices="cpu")
+    stored, saved = model.source.checkpoint, again.source.checkpoint
+    packed = [name for name, info in stored.tensors.items() if info.encoding in ("q4_k", "q6_k", "q8_0")]
+    assert len(packed) == 2 * 7 + 2
+    for name in packed:
+        assert saved.tensors[name].encoding == stored.tensors[name].encoding
+        assert saved.packed(name).equal(stored.packed(name)), name
+    first, second = (each.chat(CONVERSATIONS["text"], logprobs=5, **OPTIONS) for each in (model, again))
+    assert (second.token_ids, second.logprobs) == (first.token_ids, first.logprobs)

@@ -1,5 +1,6 @@
 """Encodings and the one-file model, from end to end: right, whole, and refused when they are not."""
 
+import dataclasses
 import json
 import os
 
@@ -10,11 +11,13 @@ from safetensors import safe_open
 
 from pixtral_cli import Pixtral, PixtralError
 from pixtral_cli.encodings import find
-from pixtral_cli.model import nf4
+from pixtral_cli.model import int4, nf4, save
+from pixtral_cli.model.int4 import Int4Linear
 from pixtral_cli.model.linear import PackedLinear
 from pixtral_cli.source import Source
 from weights_cache import codecs, serialized
 from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
+from weights_cache.int4 import Int4
 from weights_cache.nf4 import NF4
 from weights_cache.serialized_checkpoint import verify_path
 
@@ -52,7 +55,7 @@ def test_packed_logits_are_those_of_the_exactly_decoded_weights(folder, name):
     for path, layer in packed.named_modules():
         if hasattr(layer, "packed"):
             exact.get_submodule(path).weight.data = layer.codec.decode(layer.packed)
-    layers = [path for path, layer in packed.named_modules() if isinstance(layer, PackedLinear)]
+    layers = [path for path, layer in packed.named_modules() if isinstance(layer, PackedLinear | Int4Linear)]
     assert len(layers) == 3 * 7 + 1
     for path in layers:
         wanted_layer = exact.get_submodule(path)
@@ -101,6 +104,13 @@ def test_double_quantisation_is_refused_for_anything_but_nf4(folder, name):
     assert "--double-quantization" in refused.value.hint
 
 
+@pytest.mark.parametrize("name", [None, "bfloat16", "float32"])
+def test_packing_the_picture_part_into_nothing_is_refused(folder, name):
+    with pytest.raises(PixtralError, match=name or "no encoding") as refused:
+        Pixtral.load(folder, quantization_encoding=name, quantize_vision=True)
+    assert "--quantize-vision" in refused.value.hint
+
+
 def test_each_matrix_is_encoded_once_for_a_file_in_nf4(folder, tmp_path, monkeypatch):
     source = Source.open(folder)
     encoded, encode = [], nf4.encode
@@ -121,19 +131,105 @@ def test_nf4_lies_in_the_file_in_the_order_of_the_kernel(folder, tmp_path):
     assert stored.codes.ndim == 3 and torch.equal(stored.in_rows().codes, weight.in_rows().codes)
 
 
-def test_any_safetensors_tool_opens_it_and_finds_the_packed_bytes(folder, saved):
-    name = "language_model.layers.1.mlp.up_proj.weight"
-    with safe_open(saved, "pt") as file:
+@pytest.mark.parametrize("encoding", PACKED)
+def test_any_safetensors_tool_opens_it_and_finds_the_packed_bytes(folder, tmp_path, encoding):
+    """Those of q4_0 and q4_k in the order of the kernel, which has a way back."""
+    path, name = tmp_path / "model", "language_model.layers.1.mlp.up_proj.weight"
+    Pixtral.load(folder, quantization_encoding=encoding).save(path)
+    with safe_open(path, "pt") as file:
         packed = file.get_tensor(name)
+        if encoding != "q6_k":
+            packed = Int4(encoding, packed, file.get_tensor(f"{name}.scales")).rows()
         manifest = json.loads(file.metadata()["pixtral"])
     exact = Pixtral.load(folder, quantization_encoding="float32").engine.model.get_parameter(name)
-    assert torch.equal(packed, codecs.get("q4_k").encode(exact))
-    assert manifest["tensors"][name] == ["q4_k", list(exact.shape)]
+    assert torch.equal(packed, codecs.get(encoding).encode(exact))
+    assert manifest["tensors"][name] == [encoding, list(exact.shape)]
+
+
+@pytest.mark.parametrize("encoding", [*PACKED, "nf4"])
+def test_a_loaded_file_is_saved_as_the_very_same_file(folder, tmp_path, encoding):
+    first, second = tmp_path / "first", tmp_path / "second"
+    Pixtral.load(folder, quantization_encoding=encoding).save(first)
+    again = Pixtral.load(serialized_model_path=first)
+    again.save(second)
+    assert first.read_bytes() == second.read_bytes()
+    again.source.save(second, again.placement)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def write_version_1(monkeypatch, model, path):
+    """As the first release wrote it: every packed matrix row by row, and the version 1."""
+    initialised = serialized.Manifest.__init__
+    with monkeypatch.context() as patched:
+        patched.setattr(save, "fits", lambda *_: False)
+        patched.setattr(
+            serialized.Manifest, "__init__", lambda self, *a, **k: initialised(self, *a, **{"version": 1} | k)
+        )
+        patched.setattr(save, "loaded", lambda model, name: in_rows(loaded(model, name)))
+        model.save(path)
+
+
+def in_rows(weight):
+    return weight.rows() if isinstance(weight, Int4) else weight
+
+
+loaded = save.loaded
+
+
+@pytest.mark.parametrize("encoding", ["q4_0", "q4_k"])
+def test_a_file_of_version_1_answers_the_same_and_is_saved_as_one_of_today(folder, tmp_path, monkeypatch, encoding):
+    old, new, now = (tmp_path / name for name in ("old", "new", "now"))
+    model = Pixtral.load(folder, quantization_encoding=encoding)
+    write_version_1(monkeypatch, model, old)
+    model.save(now)
+    with safe_open(old, "pt") as file:
+        assert json.loads(file.metadata()["pixtral"])["version"] == 1
+        assert file.get_tensor("language_model.layers.0.mlp.up_proj.weight").ndim == 2
+    again = Pixtral.load(serialized_model_path=old)
+    first, second = (m.chat(QUESTION, logprobs=5, **OPTIONS) for m in (model, again))
+    assert (second.token_ids, second.logprobs) == (first.token_ids, first.logprobs)
+    again.save(new)
+    assert new.read_bytes() == now.read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["q4_0", "q4_k"])
+def test_a_file_loads_where_the_kernel_is_absent(folder, tmp_path, monkeypatch, encoding):
+    path, again = tmp_path / "model", tmp_path / "again"
+    model = Pixtral.load(folder, quantization_encoding=encoding)
+    model.save(path)
+    monkeypatch.setattr(int4, "supported", lambda: False)
+    plain = Pixtral.load(serialized_model_path=path)
+    assert not any(isinstance(layer, Int4Linear) for layer in plain.engine.model.modules())
+    for name, layer in plain.engine.model.named_modules():
+        if isinstance(layer, PackedLinear):
+            x = torch.randn(5, layer.codec.columns(layer.packed.shape[1])).bfloat16()
+            found, expected = layer(x).float(), model.engine.model.get_submodule(name)(x).float()
+            assert (found - expected).norm() < 1e-2 * expected.norm()
+    plain.save(again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["missing", "of another matrix"])
+def test_codes_without_their_scales_are_refused(folder, tmp_path, monkeypatch, fault):
+    """In a file whose hashes and seal are right: its writer meant ill."""
+    whole, gone = save.weights, "language_model.layers.0.mlp.up_proj.weight.scales"
+
+    def without(*arguments):
+        weights = whole(*arguments)
+        other = next(each for each in weights if each.name.endswith("q_proj.weight.scales"))
+        replaced = [] if fault == "missing" else [dataclasses.replace(other, name=gone)]
+        return [each for each in weights if each.name != gone] + replaced
+
+    monkeypatch.setattr(save, "weights", without)
+    Pixtral.load(folder, quantization_encoding="q4_k").save(tmp_path / "model")
+    with pytest.raises(CheckpointCorrupt, match="up_proj"):
+        Pixtral.load(serialized_model_path=tmp_path / "model")
 
 
 def test_weights_of_a_saved_model_are_mapped_and_not_copied(saved):
     layer = Pixtral.load(serialized_model_path=saved).engine.model.language_model.layers[0].mlp.up_proj
-    pointer, path = layer.packed.data_ptr(), str(saved.resolve())
+    codes = layer.weight.codes if isinstance(layer, Int4Linear) else layer.packed
+    pointer, path = codes.data_ptr(), str(saved.resolve())
     with open("/proc/self/maps") as maps:
         spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(path)]
     assert any(int(low, 16) <= pointer < int(high, 16) for low, high in spans)

@@ -22,6 +22,7 @@ from .safetensors_reader import SafetensorsFile
 if TYPE_CHECKING:
     import torch
 
+    from .int4 import Int4
     from .nf4 import NF4
 
 GENERATION_CONFIG = "generation_config.json"
@@ -119,6 +120,13 @@ class Checkpoint:
         """
         stored = self._stored[name]
         return stored.reader.nf4(stored.name)  # type: ignore[attr-defined]
+
+    def int4(self, name: str) -> "Int4 | None":
+        """The tensor that we call `name`, if the file has it in the order of torch's 4-bit kernel: memory-mapped.
+
+        Only serialized models have such; others are asked for `packed`.
+        """
+        return None
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor has taken, once it has been converted. KeyError if unknown."""
@@ -302,7 +310,7 @@ def _ordered(stored: Stored, rows: "torch.Tensor") -> "torch.Tensor":
     """`rows` in our order."""
     if stored.head_dim is None:
         return rows
-    if rows.shape[0] % stored.head_dim or stored.head_dim % 2:
+    if stored.head_dim < 2 or stored.head_dim % 2 or rows.shape[0] % stored.head_dim:
         reason = f"tensor {stored.name!r} has {rows.shape[0]} rows, and its heads have {stored.head_dim}"
         raise CheckpointCorrupt(stored.info.file, reason)
     return names.halves(rows, stored.head_dim)

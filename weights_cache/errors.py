@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GIB = 2**30
 NAMES_SHOWN = 3
 
 
@@ -35,6 +34,15 @@ def listed(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
     """`a, b, c and 4 more`: a list short enough for a sentence."""
     head = ", ".join(names[:shown])
     return f"{head} and {len(names) - shown} more" if len(names) > shown else head
+
+
+def size(nbytes: float) -> str:
+    """`23.6 GiB`: a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"
 
 
 class WeightsError(Exception):
@@ -124,13 +132,12 @@ class DiskFull(WeightsError):
 
     def __str__(self) -> str:
         return (
-            f"Downloading {self.name!r} needs {self.needed / GIB:.2f} GiB, "
-            f"and {self.folder} has {self.free / GIB:.2f} GiB free."
+            f"{self.name!r} needs {size(self.needed)} more, and the disk of {self.folder} has {size(self.free)} free."
         )
 
     @property
     def hint(self) -> str:
-        return "Make room, or set HF_HUB_CACHE to a folder on a larger disk."
+        return "Make room there, or take another disk: HF_HUB_CACHE says where downloads go."
 
 
 @dataclass(eq=False)
@@ -145,8 +152,8 @@ class WeightsNotFound(WeightsError):
         return f"{self.path} has no {self.looked_for}."
 
     @property
-    def hint(self) -> str | None:
-        return self.advice
+    def hint(self) -> str:
+        return self.advice or "Check the name. If it is right, files of the model were left out: fetch them again."
 
 
 @dataclass(eq=False)

@@ -17,6 +17,8 @@ ARCHITECTURES = ("llama", "mistral3")
 PICTURES = "clip"
 PROJECTOR = "pixtral"
 TOKENIZER = "tokenizer."
+TOKENS = "tokenizer.ggml.tokens"
+IMAGE_TOKEN = "[IMG]"
 
 ROPE_THETA = 10_000.0
 VISION_EPS = 1e-5
@@ -52,15 +54,20 @@ def read_config(text: GgufFile, pictures: GgufFile | None = None) -> dict[str, A
     if projected != sizes["hidden_size"]:
         reason = f"its features have {projected} numbers, and {text.path.name} takes {sizes['hidden_size']}"
         raise CheckpointCorrupt(pictures.path, reason)
-    return hf_config.vision_model(sizes, vision, _image_token_id(text), "mm.1.bias" in pictures.tensors)
+    image_token_id = _image_token_id(text)
+    if image_token_id is None:
+        raise ModelUnsupported(text.path, f"no token for pictures ({IMAGE_TOKEN})")
+    return hf_config.vision_model(sizes, vision, image_token_id, "mm.1.bias" in pictures.tensors)
 
 
 def fits(text: GgufFile, pictures: GgufFile) -> bool:
-    """Whether `pictures`, found beside `text`, is a picture part that can be its own."""
+    """Whether `pictures`, found beside `text`, is a picture part that can be its own: of two models of one width in
+    a folder, only the one with a token for pictures sees."""
     metadata = pictures.metadata
     width = text.metadata.get(f"{text.metadata.get('general.architecture')}.embedding_length")
     return (
         is_picture_part(pictures)
+        and _image_token_id(text) is not None
         and _projector(metadata) == PROJECTOR
         and metadata.get("clip.vision.projection_dim") in (None, width)
     )
@@ -123,7 +130,7 @@ def _head_dim(fields: Fields) -> int:
 def _vocabulary(file: GgufFile) -> int:
     """Rows of the embedding; the file need not say their number."""
     embedding = file.tensors.get("token_embd.weight")
-    return embedding.shape[0] if embedding else len(file.metadata.get("tokenizer.ggml.tokens", ()))
+    return embedding.shape[0] if embedding else len(_tokens(file) or ())
 
 
 def _refuse_partial_heads(fields: Fields, head_dim: int) -> None:
@@ -153,13 +160,20 @@ def _ends(file: GgufFile) -> dict[str, Any]:
     return found | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
 
-def _image_token_id(file: GgufFile) -> int:
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
+def _image_token_id(file: GgufFile) -> int | None:
+    """The id of the token for pictures; None when there is none among its tokens."""
+    tokens = _tokens(file)
     if tokens is None:
         return hf_config.IMAGE_TOKEN_ID
-    if not isinstance(tokens, list) or "[IMG]" not in tokens:
-        raise ModelUnsupported(file.path, "no token for pictures ([IMG])")
-    return tokens.index("[IMG]")
+    return tokens.index(IMAGE_TOKEN) if IMAGE_TOKEN in tokens else None
+
+
+def _tokens(file: GgufFile) -> list[Any] | None:
+    """The texts of its tokens; None when it does not say them. Raises CheckpointCorrupt."""
+    tokens = file.metadata.get(TOKENS)
+    if tokens is not None and not isinstance(tokens, list):
+        raise CheckpointCorrupt(file.path, f"its {TOKENS!r} is {str(tokens)[:60]!r} and not a list")
+    return tokens
 
 
 def _vision(file: GgufFile) -> dict[str, Any]:

@@ -146,6 +146,7 @@ def _download(
     if selection.note and tell:
         tell(selection.note)
     own_cache.mark_used(repo.name, transfer.commit)
+    own_cache.write_listing(repo.name, transfer.commit, sizes)  # else a GGUF whose picture part is to come looks whole
     wanted, folder = list(selection.side), store.snapshot(repo.name, transfer.commit)
     if weights or selection.entry:
         wanted += _weight_names(transfer, selection, force)
@@ -154,7 +155,6 @@ def _download(
         transfer.get_headers(wanted, folder)
     else:
         _get(transfer, wanted, force)
-    own_cache.write_listing(repo.name, transfer.commit, sizes)
     with transfer.our_errors():
         store.write_ref(repo.name, repo.revision, transfer.commit)
     return selection.path(folder)

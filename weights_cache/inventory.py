@@ -126,16 +126,21 @@ def _snapshots(root: Path) -> list[Path]:
 
 
 def _parts(root: Path) -> list[Path]:
-    """What has arrived of contents that are not whole; what the Hub's library left of others is only debris."""
+    """What has arrived of contents: ours, which a download goes on with, and may come beside a whole one that is
+    fetched anew; of the Hub's library those that are not whole, since what it left of others is only debris."""
     blobs = root / "blobs"
     parts = [path for path in blobs.glob("*.incomplete") if path.is_file()]
-    return [path for path in parts if not (blobs / path.name.partition(".")[0]).is_file()]
+    return [path for path in parts if _is_ours(path) or not (blobs / path.name.partition(".")[0]).is_file()]
+
+
+def _is_ours(part: Path) -> bool:
+    return part.name.endswith(".pixtral.incomplete")
 
 
 def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | None:
     """What a download left before any of its weights was whole; and where there is no model, the small files and
     headers of one whose weights this program never wanted."""
-    ours = all(path.name.endswith(".pixtral.incomplete") for path in parts)
+    ours = all(map(_is_ours, parts))
     noted = own_cache.repo_folder(repo)
     if not parts and not any_model and noted.is_dir():
         parts = [path for folder in (root / "snapshots", noted) for path in folder.rglob("*") if path.is_file()]

@@ -149,15 +149,19 @@ def file_names(folder: Path) -> list[str]:
 
 def no_weights(where: Path | str, names: Iterable[str]) -> WeightsError:
     """The error that says best why the files `names` give no weights."""
-    error = _telling(where, sorted(names))
-    return error or WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
+    names = sorted(names)
+    if error := _telling(where, names):
+        return error
+    if NATIVE_CONFIG in names and CONFIG not in names:
+        return WeightsNotFound(where, f"weights in Mistral's own form (looked for {NATIVE_SINGLE})")
+    return WeightsNotFound(where, f"weights (looked for {SINGLE}, {INDEX} and other *{SAFETENSORS})")
 
 
 def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
     """The error that says best why a folder of the files `names` is no model in any form."""
     names = sorted(names)
     if NATIVE_CONFIG in names and not native_weights(names):
-        return WeightsNotFound(where, f"weights in Mistral's own form (looked for {NATIVE_SINGLE})")
+        return no_weights(where, names)
     advice = f"Give a folder that holds {CONFIG} and *{SAFETENSORS}."
     return _telling(where, names) or WeightsNotFound(where, CONFIG, advice)
 
@@ -192,22 +196,22 @@ def _indexed(folder: Path, index: str) -> Expected:
 
 
 def shard_names(name: str) -> list[str]:
-    """The numbered shards that `name` is one of; a file without such a number stands alone."""
+    """The numbered shards that `name` is one of; a file that is none of so many stands alone."""
     match = SHARD.fullmatch(name)
-    if not match:
+    total = int(match["total"]) if match else 0
+    if not match or not 1 <= int(match["number"]) <= total:
         return [name]
-    total = int(match["total"])
     return [f"{match['stem']}-{number:05d}-of-{total:05d}{match['suffix']}" for number in range(1, total + 1)]
 
 
 def first_shard(name: str) -> str:
     """The first of the numbered files that `name` is one of, or `name` itself."""
-    return next(iter(shard_names(name)), name)
+    return shard_names(name)[0]
 
 
 def gguf_shards(path: Path) -> list[Path]:
     """The files of the GGUF that begins at `path`, all present. Raises CheckpointCorrupt with those that are not."""
-    names = shard_names(path.name) or [path.name]
+    names = shard_names(path.name)
     if len(names) > 1:
         _require(path.parent, names)
     return [path.parent / name for name in names]

@@ -15,12 +15,14 @@ from .gguf_types import TYPES
 from .layout import FORMS
 from .reader import TensorInfo
 
-VERSION = 1
+VERSION = 2
+"""Written from now on. In version 1, q4_0 and q4_k lay row by row only: such a file is read as well."""
 BLOCKS = {kind.encoding: (kind.block, kind.block_bytes) for kind in TYPES.values() if kind.block > 1}
 BLOCKS["nf4"] = 2, 1
 """Encodings of packed tensors -> weights in a block, and its bytes (of nf4: of the codes)."""
 
 NF4_ROWS = 32  # that lie together where nf4 is in the order of the CPU's kernel: weights_cache.nf4 knows it
+INT4_ROWS = {"q4_0": 64, "q4_k": 64}  # likewise: weights_cache.int4
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def check_version(path: Path, found: Any) -> None:
     """Raises SerializedTooNew, and CheckpointCorrupt for what is no version."""
     if type(found) is not int:
         raise CheckpointCorrupt(path, f"its manifest has {str(found)[:40]!r} for a version")
-    if found != VERSION:
+    if not 1 <= found <= VERSION:
         raise SerializedTooNew(path, found, VERSION)
 
 
@@ -89,4 +91,6 @@ def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[in
     rows, width = prod(shape[:-1]), shape[-1] // block * nbytes
     if encoding == "nf4" and len(info.shape) == 3 and rows % NF4_ROWS == 0:
         return rows // NF4_ROWS, width, NF4_ROWS
+    if encoding in INT4_ROWS and len(info.shape) == 3 and rows % INT4_ROWS[encoding] == 0:
+        return rows // INT4_ROWS[encoding], shape[-1], INT4_ROWS[encoding] // 2
     return rows, width

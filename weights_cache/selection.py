@@ -3,7 +3,7 @@
 The same rules choose what to download and tell whether it is here, so that the two cannot disagree.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -75,8 +75,7 @@ def select(
         if form is None:
             raise layout.no_weights(where, names) if layout.CONFIG in names else layout.no_config(where, names)
     elif form not in whole:
-        advice = f"It can be had as {' or '.join(whole)}: --weights-format {whole[0]}." if whole else None
-        raise WeightsNotFound(where, f"model in {layout.FORM_NAMES[form]} form", advice)
+        raise WeightsNotFound(where, f"model in {layout.FORM_NAMES[form]} form", _other_forms(whole))
     if form == "gguf":
         return _gguf(where, sizes, None)
     chosen = layout.hf_weights(names) if form == "hf" else layout.native_weights(names)
@@ -84,18 +83,22 @@ def select(
     return Selection(form, side, tuple(chosen))
 
 
+def _other_forms(whole: Sequence[Form]) -> str | None:
+    return f"It can be had as {' or '.join(whole)}: --weights-format {whole[0]}." if whole else None
+
+
 def _gguf(where: str, sizes: Listing, file: str | None) -> Selection:
     """The GGUF `file`, or the only one, with all its parts and its picture part."""
     models = layout.text_ggufs(sizes)
     if file is None and len(models) != 1:
         if not models:
-            raise WeightsNotFound(where, "GGUF model")
+            raise WeightsNotFound(where, "GGUF model", _other_forms(layout.forms(set(sizes))))
         advice = f"Name one of its files: {where}:{models[0]}"
         raise WeightsNotFound(where, f"single GGUF model (there are {listed(models)})", advice)
     entry = layout.first_shard(file or models[0])
     if entry not in sizes:
         there = f"It has {listed(models)}." if models else "It has no GGUF files."
-        raise ModelNotFound(f"{where}:{file}", f"the repository has no file {file}", there)
+        raise ModelNotFound(where, f"the repository has no file {file}", there)
     pictures, note = _picture_part(where, sizes, entry)
     weights = [*layout.shard_names(entry), *([pictures] if pictures else [])]
     return Selection("gguf", (), tuple(weights), entry, note)

@@ -2,8 +2,9 @@
 
 A serialized model is a valid safetensors file: any safetensors tool opens it. Its metadata entry `pixtral` is the
 `Manifest` as JSON; side files ("config.json", "tokenizer.json", …) are U8 tensors named `file/NAME`; a packed
-tensor is U8 [rows, bytes of a row], and the manifest says its encoding and its true shape. The last tensor,
-`seal`, is the SHA-256 of the header, which holds the SHA-256 of every other tensor: so nothing can change unseen.
+tensor is U8 [rows, bytes of a row], or in the order of a kernel (`int4.Int4`, `nf4.NF4`), and the manifest says its
+encoding and its true shape. The last tensor, `seal`, is the SHA-256 of the header, which holds the SHA-256 of every
+other tensor: so nothing can change unseen.
 """
 
 import ctypes
@@ -228,10 +229,15 @@ class SerializedFile:
         }
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """As stored: floats in their shape, packed ones uint8 [rows, bytes of a row]; memory-mapped."""
+        """As stored: floats in their shape, packed ones uint8 [rows, bytes of a row] or in the order of a kernel;
+        memory-mapped."""
         return self._file.tensor(name)
 
     packed = tensor
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading the tensor has taken."""
+        self._file.release(name)
 
     def read(self, name: str) -> bytes | None:
         """The side file `name`, or None."""

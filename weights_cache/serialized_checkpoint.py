@@ -16,7 +16,11 @@ from .serialized import SerializedFile
 if TYPE_CHECKING:
     import torch
 
+    from .int4 import Int4
     from .nf4 import NF4
+
+SEVERAL = ("nf4", "q4_0", "q4_k")
+"""Encodings of matrices that have other tensors beside them in the file, named after them."""
 
 
 class SideFile:
@@ -65,11 +69,11 @@ class SerializedCheckpoint(Checkpoint):
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """A matrix in nf4 is one tensor here, which in the file has others beside it, named after it."""
+        """A matrix in one of SEVERAL is one tensor here."""
         found: dict[str, TensorInfo] = {}
         for name, info in sorted(self._file.tensors.items()):
             matrix = found.get(name.rpartition(".")[0])
-            if matrix is not None and matrix.encoding == "nf4":
+            if matrix is not None and matrix.encoding in SEVERAL:
                 found[matrix.name] = replace(matrix, nbytes=matrix.nbytes + info.nbytes)
             else:
                 found[name] = info
@@ -83,7 +87,7 @@ class SerializedCheckpoint(Checkpoint):
             return self._file.tensor(name)
         from . import codecs
 
-        return codecs.get(info.encoding).decode(self._file.packed(name))
+        return codecs.get(info.encoding).decode(self.packed(name))
 
     def nf4(self, name: str) -> "NF4":
         from .nf4 import NF4
@@ -91,15 +95,32 @@ class SerializedCheckpoint(Checkpoint):
         names = [each for each in self._file.tensors if each == name or each.startswith(f"{name}.")]
         parts = {each: self._file.tensor(each) for each in names}
         if not _fit(name, parts):
-            reason = f"what belongs to {name[:200]!r} is missing or of another size"
-            raise CheckpointCorrupt(self._file.path, reason)
+            raise self._incomplete(name)
         return NF4.from_tensors(name, parts)
 
+    def int4(self, name: str) -> "Int4 | None":
+        from .int4 import SCALES, Int4, stored_shapes
+
+        info = self._file.tensors[name]
+        if info.encoding == "nf4" or self._file.tensor(name).ndim != 3:
+            return None
+        parts = {each: self._file.tensor(each) for each in (name, name + SCALES) if each in self._file.tensors}
+        if [tuple(part.shape) for part in parts.values()] != [*stored_shapes(info.encoding, *info.shape)]:
+            raise self._incomplete(name)
+        return Int4.from_tensors(name, info.encoding, parts)
+
     def packed(self, name: str) -> "torch.Tensor":
-        return self._file.packed(name)
+        """As `Checkpoint.packed`; what lies in the order of a kernel is put into rows, in memory."""
+        ordered = self.int4(name)
+        return self._file.packed(name) if ordered is None else ordered.rows()
 
     def release(self, name: str) -> None:
-        """Its tensors are used as they lie in the file, so there is nothing to give back."""
+        for each in self._file.tensors:
+            if each == name or each.startswith(f"{name}."):
+                self._file.release(each)
+
+    def _incomplete(self, name: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(self._file.path, f"what belongs to {name[:200]!r} is missing or of another size")
 
     def _json(self, name: str) -> dict[str, Any] | None:
         data = self._file.read(name)

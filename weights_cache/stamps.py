@@ -1,8 +1,9 @@
 """A large file in, whether this machine has already seen it whole out: so that its hashes are checked once.
 
 A stamp is a file of one line, named after the path: the hash of the content, size, time of change, inode, path. Whoever
-changes the file changes its time, and it is checked again. The stamp's own time is when the file was last used. So
-stamps also say where serialized models lie that were written to a place of the user's.
+changes the file changes that time (ctime: unlike the content's own, nobody can set it back), and it is checked again.
+The stamp's own time is when the file was last used. So stamps also say where serialized models lie that were written
+to a place of the user's.
 """
 
 import hashlib
@@ -59,5 +60,5 @@ def _stamp(path: Path) -> Path:
 
 def _line(path: Path, content: bytes) -> bytes:
     found = path.stat()
-    numbers = f"{content.hex()} {found.st_size} {found.st_mtime_ns} {found.st_ino} "
+    numbers = f"{content.hex()} {found.st_size} {found.st_ctime_ns} {found.st_ino} "
     return numbers.encode() + os.fsencode(path.resolve())

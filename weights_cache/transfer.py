@@ -6,10 +6,11 @@ The only module that imports huggingface_hub (>= 1.0), and it does so when the f
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from . import headers, large_file, own_cache, store
 from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
@@ -18,6 +19,7 @@ from .meter import Meter, Progress, counting
 PUBLIC_ENDPOINT = "https://huggingface.co"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LISTING_TIMEOUT = 30.0  # seconds
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +46,22 @@ class Transfer:
         return {name: content.size for name, content in self.contents.items()}
 
     def listing(self) -> dict[str, int | None]:
-        """One request: the repository's file names -> sizes in bytes."""
+        """One request: the repository's file names -> sizes in bytes. Raises DownloadFailed for what is no listing."""
         from huggingface_hub import HfApi
 
         with self.our_errors():
             api = HfApi(endpoint=self.endpoint)
             info = api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=LISTING_TIMEOUT)
-        if not info.sha:
+        if not store.COMMIT.fullmatch(info.sha or ""):
             raise DownloadFailed(self.label, f"{self.endpoint} did not say which commit {self.revision!r} is")
         self.commit = info.sha
         self.contents = {
             file.rfilename: Content(file.size, file.lfs and file.lfs.sha256, None if file.lfs else file.blob_id)
             for file in info.siblings or ()
         }
+        if outside := [name for name, content in self.contents.items() if not _stays_inside(name, content)]:
+            reason = f"{self.endpoint} lists {outside[0][:200]!r}, which is no place for a file"
+            raise DownloadFailed(self.label, reason)
         return self.sizes
 
     def has(self, name: str) -> bool:
@@ -165,12 +170,20 @@ class Transfer:
         """The server answered, with a status that says no."""
         status = _status(error)
         if status == 401:
-            return DownloadFailed(self.label, "the Hub does not accept the token", "Correct or unset HF_TOKEN.")
+            return self._unauthorised()
         if status == 403:
             return self._gated(error)
         if status == 429:
             return DownloadFailed(self.label, f"{self.endpoint} asks to slow down (429)", "Wait, then run it again.")
         return DownloadFailed(self.label, f"{self.endpoint} answered {status}")
+
+    def _unauthorised(self) -> DownloadFailed:
+        from huggingface_hub import get_token
+
+        if get_token():
+            return DownloadFailed(self.label, "the Hub does not accept the token", "Correct or unset HF_TOKEN.")
+        advice = "Set HF_TOKEN to a token that may read it, or run `hf auth login`."
+        return DownloadFailed(self.label, f"{self.endpoint} asks for a token, and there is none", advice)
 
     def _broken(self, chain: list[BaseException]) -> DownloadFailed | None:
         """No answer came, or this machine's disk refused it; None if the error is of neither kind."""
@@ -194,6 +207,13 @@ class Transfer:
             folder, variable = own_cache.own_cache_folder(), "PIXTRAL_CACHE"
         advice = f"Make room there, or set {variable} to a folder that can be written."
         return DownloadFailed(self.label, f"{folder} cannot be written ({error.strerror})", advice)
+
+
+def _stays_inside(name: str, content: Content) -> bool:
+    """Whether name and hash, which become paths here, lead nowhere else than into the repository's folder."""
+    path = PurePath(name)
+    inside = path.parts and not path.anchor and ".." not in path.parts
+    return bool(inside and (content.sha256 is None or SHA256.fullmatch(content.sha256)))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

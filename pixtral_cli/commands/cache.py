@@ -16,6 +16,7 @@ from pixtral_cli.console import Console, is_terminal
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError
 from pixtral_cli.options import OutputFlags
+from weights_cache.errors import size
 
 if TYPE_CHECKING:
     from weights_cache.inventory import Model
@@ -219,15 +220,6 @@ def as_table(models: "Sequence[Model]", now: float) -> str:
         for name, form, encoding, nbytes, used in rows
     ]
     return "".join(lines) + f"{_count(len(models))}, {size(sum(model.nbytes for model in models))}\n"
-
-
-def size(nbytes: float) -> str:
-    """`23.6 GiB`: a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} GiB"
 
 
 def ago(seconds: float) -> str:

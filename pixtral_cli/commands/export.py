@@ -8,6 +8,7 @@ import typer
 
 from pixtral_cli.console import Console
 from pixtral_cli.options import EncodingFlags, FetchFlags, OutputFlags
+from weights_cache.errors import size
 
 EXAMPLES = """\
 Examples:
@@ -53,4 +54,4 @@ def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlag
     if console.json:
         console.object(written)
     else:
-        console.write(f"{written['file']}: {written['encoding']}, {written['bytes'] / 2**20:.1f} MiB\n")
+        console.write(f"{written['file']}: {written['encoding']}, {size(written['bytes'])}\n")

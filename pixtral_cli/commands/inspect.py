@@ -12,11 +12,11 @@ import typer
 from pixtral_cli.console import Console
 from pixtral_cli.flags import one_of
 from pixtral_cli.options import FORMATS, OutputFlags
+from weights_cache.errors import size
 
 if TYPE_CHECKING:
     from pixtral_cli.source import Source
 
-GIB = 2**30
 VERDICTS = {True: "fits", False: "does not fit", None: "?"}
 EXAMPLES = """\
 Examples:
@@ -116,7 +116,7 @@ def as_text(found: dict[str, Any]) -> str:
         "context": f"{found['context']} tokens",
         "pictures": f"up to {vision['image_size']} px, in patches of {vision['patch_size']} px" if vision else "none",
         "format": found["format"],
-        "on disk": _gib(found["bytes_on_disk"]),
+        "on disk": size(found["bytes_on_disk"]),
     }
     lines = [f"{label + ':':<14}{value}" for label, value in facts.items()]
     return "\n".join([*lines, "", *_weights_table(found), *_fit_tables(found)]) + "\n"
@@ -127,14 +127,14 @@ def _weights_table(found: dict[str, Any]) -> list[str]:
     lengths = [row["tokens"] for row in found["encodings"][0]["lengths"]]
     rows = [["memory", "weights", *(f"+ {tokens} tokens" for tokens in lengths)]]
     for encoding in found["encodings"]:
-        caches = [_gib(row["kv_cache_bytes"]) for row in encoding["lengths"]]
-        rows.append([encoding["name"], _gib(encoding["weights_bytes"]), *caches])
+        caches = [size(row["kv_cache_bytes"]) for row in encoding["lengths"]]
+        rows.append([encoding["name"], size(encoding["weights_bytes"]), *caches])
     return _columns(rows)
 
 
 def _fit_tables(found: dict[str, Any]) -> Iterable[str]:
     for device in found["devices"]:
-        free = "nobody says how much is free" if device["free_bytes"] is None else f"{_gib(device['free_bytes'])} free"
+        free = "nobody says how much is free" if device["free_bytes"] is None else f"{size(device['free_bytes'])} free"
         rows = [[device["name"], *(f"{row['tokens']} tokens" for row in found["encodings"][0]["lengths"])]]
         for encoding in found["encodings"]:
             rows.append([encoding["name"], *(VERDICTS[row["fits"][device["name"]]] for row in encoding["lengths"])])
@@ -150,7 +150,3 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 100 else f"{nbytes / 2**20:.2f} MiB"

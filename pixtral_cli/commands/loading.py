@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pixtral_cli.console import Console
@@ -13,7 +14,7 @@ NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is n
 
 def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: Any) -> Any:
     """The model that the flags name, with bars while it downloads, loads and is saved; what was chosen is told."""
-    file, beside = weights.serialized_model_path, (source.model_path, weights.weight_path, source.weights_format)
+    file, beside = weights.serialized_model_path, (named(source), weights.weight_path, source.weights_format)
     if file is not None and any(beside):
         raise UsageError("--serialized-model-path is a whole model: leave --model-path and --weight-path out.")
     with console.progress(f"loading {file or model_path(source, weights)}") as progress:
@@ -45,5 +46,10 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
 
 def model_path(source: SourceFlags, weights: WeightFlags) -> str | None:
     """What to load: a GGUF among the weights, and no model named, is a model of its own."""
-    brings_its_own = source.model_path is None and any(path.suffix == ".gguf" for path in weights.weight_path or ())
+    brings_its_own = named(source) is None and any(path.suffix == ".gguf" for path in weights.weight_path or ())
     return None if brings_its_own else source.name
+
+
+def named(source: SourceFlags) -> str | None:
+    """The model that the command line names: PIXTRAL_MODEL_PATH is a default, and gives way to a model's own file."""
+    return None if source.model_path == os.environ.get("PIXTRAL_MODEL_PATH") else source.model_path

@@ -1,9 +1,8 @@
 """Linear layers and embeddings whose weights stay packed in memory. Knows codecs, and no checkpoint.
 
 This is the reference path: it decodes a tile of rows into ordinary numbers and multiplies, which every codec and
-device can do. torch's int4 product (`_weight_int4pack_mm_for_cpu`) is no substitute: its order of the codes belongs to
-the processor, and has no way back to the bytes of the file or to tiles for long prompts, so they would stay in memory
-beside it. Letters: N tokens, C columns (inputs), R rows (outputs).
+device can do. What a kernel does instead, where there is one, is in int4.py and nf4.py. Letters: N tokens,
+C columns (inputs), R rows (outputs).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pixtral_cli.model import nf4
+from pixtral_cli.model import int4, nf4
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.layers import Embedding
 from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
@@ -20,6 +20,7 @@ from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.int4 import Int4
 from weights_cache.nf4 import NF4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,6 +44,8 @@ def load(
     done, total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
     for name in names:
         _put(model, name, encoded(checkpoint, name, placement), placement, device)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), int4.Int4Linear):
+            checkpoint.release(name)  # in another order now; or, if in its own, read for its scales only
         done += checkpoint.tensors[name].nbytes
         if progress is not None:
             progress("Loading", done, total)
@@ -66,11 +69,14 @@ def check_names(model: Llava, checkpoint: Checkpoint) -> list[str]:
     return list(shapes)
 
 
-def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor | NF4:
-    """One tensor in its encoding: plain, packed uint8 [rows, bytes of a row], or NF4. The file's own if they agree."""
+def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor | NF4 | Int4:
+    """One tensor in its encoding: plain, packed uint8 [rows, bytes of a row], NF4, or Int4 where the file has that.
+
+    The file's own bytes if the encodings agree.
+    """
     stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
     if target == stored and target not in DTYPES:
-        return checkpoint.nf4(name) if target == "nf4" else checkpoint.packed(name)
+        return checkpoint.nf4(name) if target == "nf4" else checkpoint.int4(name) or checkpoint.packed(name)
     weight = checkpoint.tensor(name)
     converted = _converted(weight, target, placement.double_quantization)
     if converted is not weight:
@@ -84,26 +90,31 @@ def _converted(weight: Tensor, target: str, double: bool) -> Tensor | NF4:
     return nf4.encode(weight, double) if target == "nf4" else codecs.get(target).encode(weight)
 
 
-def _put(model: Llava, name: str, weight: Tensor | NF4, placement: Placement, device: torch.device) -> None:
+def _put(model: Llava, name: str, weight: Tensor | NF4 | Int4, placement: Placement, device: torch.device) -> None:
     """Give the parameter `name` its weight; a packed one turns its layer into a packed layer."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
-    weight = weight.to(device)
+    if isinstance(weight, Tensor) and weight.dtype != torch.uint8:
+        setattr(layer, leaf, nn.Parameter(weight.to(device), requires_grad=False))
+        return
     if isinstance(weight, NF4):
-        model.set_submodule(path, nf4.NF4Linear(weight, layer.bias))
-        return
-    if weight.dtype != torch.uint8:
-        setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
-        return
-    codec = codecs.get(placement.encodings[name])
-    dtype = DTYPES[placement.dtype]
-    if isinstance(layer, Embedding):
-        model.set_submodule(path, PackedEmbedding(codec, weight, dtype))
+        packed: nn.Module = nf4.NF4Linear(weight.to(device), layer.bias)
     else:
-        packed = PackedLinear(codec, weight)
-        if layer.bias is not None:
-            packed.bias = layer.bias
-        model.set_submodule(path, packed)
+        packed = _packed_layer(layer, weight, placement.encodings[name], DTYPES[placement.dtype], device)
+    model.set_submodule(path, packed)
+
+
+def _packed_layer(
+    layer: nn.Module, weight: Tensor | Int4, encoding: str, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """What multiplies or looks up with `weight` in place of `layer`: the kernel's layer where there is one."""
+    if isinstance(layer, nn.Linear) and int4.takes(encoding, layer.out_features, dtype, device):
+        ordered = weight if isinstance(weight, Int4) else Int4.from_rows(encoding, weight)
+        return int4.Int4Linear(ordered, layer.bias)
+    codec, rows = codecs.get(encoding), (weight.rows() if isinstance(weight, Int4) else weight).to(device)
+    if isinstance(layer, Embedding):
+        return PackedEmbedding(codec, rows, dtype)
+    return PackedLinear(codec, rows, layer.bias)
 
 
 def _tie(model: Llava) -> None:

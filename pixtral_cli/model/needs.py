@@ -30,10 +30,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that the weights take in `encoding`, and bytes of keys and values for each length in tokens."""
+    """Bytes that the weights take in `encoding`, what a CPU takes beside them, and bytes of keys and values for each
+    length in tokens."""
 
     encoding: str
     weights: int
+    beside: int
     cache: Mapping[int, int]
 
     def total(self, tokens: int) -> int:
@@ -42,7 +44,8 @@ class Need:
 
     def fits(self, device: Device, tokens: int) -> bool | None:
         """Whether that is free on `device`; None where nobody says."""
-        return None if device.free is None else self.total(tokens) <= device.free
+        beside = self.beside if device.name == "cpu" else 0
+        return None if device.free is None else self.total(tokens) + beside <= device.free
 
 
 def needs(tensors: Mapping[str, TensorInfo], config: TextConfig) -> list[Need]:
@@ -55,7 +58,7 @@ def needs(tensors: Mapping[str, TensorInfo], config: TextConfig) -> list[Need]:
 def _need(tensors: Mapping[str, TensorInfo], config: TextConfig, placement: Placement) -> Need:
     bits = int(ENCODINGS[placement.dtype].bits)
     cache = {tokens: kv_bytes(config, tokens, bits // 8) for tokens in lengths(config)}
-    return Need(placement.label, weight_bytes(tensors, placement), cache)
+    return Need(placement.label, weight_bytes(tensors, placement), kernel_bytes(tensors, placement), cache)
 
 
 def lengths(config: TextConfig, wanted: Sequence[int] = LENGTHS) -> list[int]:
@@ -66,6 +69,15 @@ def lengths(config: TextConfig, wanted: Sequence[int] = LENGTHS) -> list[int]:
 def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
     """Bytes that the weights take as `placement` says."""
     return sum(_bytes(tensor, placement.encodings[name]) for name, tensor in tensors.items())
+
+
+def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
+    """Bytes that the CPU's 4-bit kernel wants beside these weights: a scale and a zero, bfloat16, for each 32 of them.
+
+    Those of `Int4Linear`, which imports torch and so cannot be asked here; counted where the kernel is absent, too.
+    """
+    matrices = (t for n, t in tensors.items() if placement.encodings[n] in ("q4_0", "q4_k") and "embed_tokens" not in n)
+    return sum(prod(tensor.shape) // 8 for tensor in matrices if tensor.shape[0] % 64 == 0)
 
 
 def _bytes(tensor: TensorInfo, encoding: str) -> int:

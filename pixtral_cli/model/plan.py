@@ -9,7 +9,7 @@ import torch
 from pixtral_cli.encodings import CHOICES, ENCODINGS
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.needs import WORKSPACE, free_memory, kv_bytes, weight_bytes
+from pixtral_cli.model.needs import WORKSPACE, free_memory, kernel_bytes, kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.checkpoint import TensorInfo
 
@@ -27,10 +27,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, device: torch.device) -> None:
     """Raises ModelError, with both figures and what would fit, when the weights cannot fit on `device`."""
-    need, free = weight_bytes(tensors, placement) + WORKSPACE, free_bytes(device)
+    need, free = _bytes_needed(tensors, placement, device), free_bytes(device)
     if free is None or need <= free:
         return
-    needs = {name: weight_bytes(tensors, place(tensors, ENCODINGS[name])) + WORKSPACE for name in CHOICES}
+    needs = {name: _bytes_needed(tensors, place(tensors, ENCODINGS[name]), device) for name in CHOICES}
     fitting = [name for name, bytes_needed in needs.items() if bytes_needed <= free]
     if fitting:
         hint = f"Use --quantization-encoding {fitting[0]}, which needs {needs[fitting[0]] / GIB:.1f} GiB."
@@ -45,6 +45,11 @@ def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, devic
     )
 
 
+def _bytes_needed(tensors: Mapping[str, TensorInfo], placement: Placement, device: torch.device) -> int:
+    beside = kernel_bytes(tensors, placement) if device.type == "cpu" else 0
+    return weight_bytes(tensors, placement) + beside + WORKSPACE
+
+
 def kv_tokens(
     tensors: Mapping[str, TensorInfo], placement: Placement, config: TextConfig, device: torch.device, wanted: int
 ) -> int:
@@ -56,7 +61,7 @@ def kv_tokens(
     if free is None:
         return wanted
     width = int(ENCODINGS[placement.dtype].bits) // 8
-    left = int((free - weight_bytes(tensors, placement) - WORKSPACE) * KV_SHARE)
+    left = int((free - _bytes_needed(tensors, placement, device)) * KV_SHARE)
     room = left // kv_bytes(config, 1, width)
     if room < min(LEAST, wanted):
         raise ModelError(

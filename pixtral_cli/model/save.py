@@ -9,13 +9,15 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pixtral_cli.model.int4 import Int4Linear
 from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
 from pixtral_cli.model.llava import Llava
-from pixtral_cli.model.load import DTYPES
+from pixtral_cli.model.load import DTYPES, EMBEDDING
 from pixtral_cli.model.nf4 import NF4Linear
 from pixtral_cli.model.placement import Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
+from weights_cache.int4 import SCALES, Int4, fits, stored_shapes
 from weights_cache.nf4 import BLOCK, NESTED_BLOCK, NF4, ROWS
 from weights_cache.serialized import DTYPE_WORDS, Weight
 
@@ -23,30 +25,37 @@ WORDS = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def weights(
-    checkpoint: Checkpoint, names: Iterable[str], placement: Placement, tensor_of: Callable[[str], Tensor | NF4]
+    checkpoint: Checkpoint, names: Iterable[str], placement: Placement, tensor_of: Callable[[str], Tensor | NF4 | Int4]
 ) -> list[Weight]:
     """What to write for each tensor; `tensor_of(name)` gives its stored form when its turn comes."""
 
     @lru_cache(maxsize=1)
-    def nf4_of(name: str) -> NF4:
+    def ordered(name: str) -> NF4 | Int4:
         """Once for all of its parts, which are written one after the other."""
-        return _ordered(tensor_of(name))
+        return _ordered(tensor_of(name), placement.encodings[name])
 
     found: list[Weight] = []
     for name in names:
-        if placement.encodings[name] == "nf4":
-            found += _nf4_weights(checkpoint, name, placement.double_quantization, nf4_of)
+        encoding, shape = placement.encodings[name], checkpoint.tensors[name].shape
+        if encoding == "nf4":
+            found += _nf4_weights(checkpoint, name, placement.double_quantization, ordered)
+        elif name != EMBEDDING and fits(encoding, shape[0]):
+            found += _int4_weights(name, encoding, shape, ordered)
         else:
-            found.append(_weight(checkpoint, name, placement.encodings[name], tensor_of))
+            found.append(_weight(name, encoding, shape, tensor_of))
     return found
 
 
-def _ordered(weight: NF4) -> NF4:
+def _ordered(weight: Tensor | NF4 | Int4, encoding: str) -> NF4 | Int4:
     """In the order of the CPU's kernel where its rows allow, so that loading need not make it."""
+    if isinstance(weight, Tensor):
+        return Int4.from_rows(encoding, weight)
+    if isinstance(weight, Int4):
+        return weight
     return weight.interleaved() if weight.shape[0] % ROWS == 0 else weight.in_rows()
 
 
-def _nf4_weights(checkpoint: Checkpoint, name: str, double: bool, nf4_of: Callable[[str], NF4]) -> list[Weight]:
+def _nf4_weights(checkpoint: Checkpoint, name: str, double: bool, ordered: Callable[[str], NF4 | Int4]) -> list[Weight]:
     """The codes under the matrix's own name, and what else it is made of as tensors of their own."""
     rows, columns = shape = checkpoint.tensors[name].shape
     codes = (rows // ROWS, columns // 2, ROWS) if rows % ROWS == 0 else (rows, columns // 2)
@@ -57,7 +66,7 @@ def _nf4_weights(checkpoint: Checkpoint, name: str, double: bool, nf4_of: Callab
         beside = {f"{name}.{part}": size for part, size in _beside(-(-rows * columns // BLOCK), double).items()}
 
     def make(part: str) -> Tensor:
-        return nf4_of(name).to_tensors(name)[part]
+        return ordered(name).to_tensors(name)[part]
 
     found = []
     for part, (dtype, stored) in {name: (torch.uint8, codes), **beside}.items():
@@ -80,8 +89,23 @@ def _beside(blocks: int, double: bool) -> dict[str, tuple[torch.dtype, tuple[int
     }
 
 
-def _weight(checkpoint: Checkpoint, name: str, encoding: str, tensor_of: Callable[[str], Tensor]) -> Weight:
-    shape = checkpoint.tensors[name].shape
+def _int4_weights(
+    name: str, encoding: str, shape: tuple[int, ...], ordered: Callable[[str], NF4 | Int4]
+) -> list[Weight]:
+    """The codes under the matrix's own name, and the scales beside them."""
+
+    def make(part: str) -> Tensor:
+        return ordered(name).to_tensors(name)[part]
+
+    codes, scales = stored_shapes(encoding, *shape)
+    beside = name + SCALES
+    return [
+        Weight(name, encoding, shape, "U8", codes, prod(codes), partial(make, name)),
+        Weight(beside, "uint8", scales, "U8", scales, prod(scales), partial(make, beside)),
+    ]
+
+
+def _weight(name: str, encoding: str, shape: tuple[int, ...], tensor_of: Callable[[str], Tensor]) -> Weight:
     if encoding in DTYPES:
         stored, dtype, width = shape, WORDS[encoding], DTYPES[encoding].itemsize
     else:
@@ -89,11 +113,13 @@ def _weight(checkpoint: Checkpoint, name: str, encoding: str, tensor_of: Callabl
     return Weight(name, encoding, shape, dtype, stored, prod(stored) * width, lambda: tensor_of(name))
 
 
-def loaded(model: Llava, name: str) -> Tensor | NF4:
+def loaded(model: Llava, name: str) -> Tensor | NF4 | Int4:
     """The stored form of a tensor of a loaded model, on the CPU."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if isinstance(layer, NF4Linear) and leaf == "weight":
         return layer.weight.to(torch.device("cpu"))
+    if isinstance(layer, Int4Linear) and leaf == "weight":
+        return layer.weight
     packed = isinstance(layer, PackedLinear | PackedEmbedding) and leaf == "weight"
     return (layer.packed if packed else getattr(layer, leaf)).detach().cpu()

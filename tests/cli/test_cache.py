@@ -122,6 +122,16 @@ def test_what_a_download_left_half_is_listed_as_incomplete_and_can_be_removed(ca
     assert call("cache", "remove", "a/half", "--yes")[0] == 0 and not root.exists()
 
 
+def test_a_whole_model_whose_new_download_broke_off_is_listed_with_what_that_left(caches, call):
+    root = put(caches, "a/m", HF | {"model.safetensors": weights()})
+    blob = (root / "snapshots" / COMMIT / "model.safetensors").resolve()
+    blob.with_name(f"{blob.name}.pixtral.incomplete").write_bytes(b"x" * 5000)
+    models = json.loads(call("cache", "list", "--json")[1])["models"]
+    assert {(each["format"], each["bytes"]) for each in models} >= {("incomplete", 5000)} and len(models) == 2
+    assert call("cache", "prune", "--older-than", "0h", "--yes")[0] == 0
+    assert blob.exists() and len(json.loads(call("cache", "list", "--json")[1])["models"]) == 1
+
+
 def test_a_model_that_lacks_a_shard_is_incomplete(caches, call):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     files = {"model.safetensors.index.json": json.dumps(index).encode(), "model-00001-of-00002.safetensors": weights()}

@@ -27,6 +27,21 @@ def test_what_export_writes_run_reads_and_verify_finds_whole(call, tmp_path):
     assert json.loads(second)["model"] == "tiny"
 
 
+def test_the_default_of_the_environment_gives_way_to_a_file(call, tmp_path, monkeypatch):
+    import format_builders
+
+    from pixtral_cli.tiny import FOLDER
+
+    saved, gguf = tmp_path / "tiny.bf16", tmp_path / "own.gguf"
+    call("export", "tiny", str(saved))
+    format_builders.gguf_text(FOLDER, gguf)
+    monkeypatch.setenv("PIXTRAL_MODEL_PATH", "no/such-model")
+    code, out, err = call("run", "--serialized-model-path", str(saved), *ASK)
+    assert code == 0 and json.loads(out)["model"] == "tiny", err
+    assert call("run", "--weight-path", str(gguf), *ASK)[0] == 0
+    assert call("run", "--serialized-model-path", str(saved), "--model-path", "tiny", *ASK)[0] == 2
+
+
 def test_run_saves_the_model_that_it_loaded(call, tmp_path):
     saved, exported = tmp_path / "saved", tmp_path / "exported"
     flags = ["--quantization-encoding", "q4_0"]
@@ -46,6 +61,28 @@ def test_an_altered_file_is_refused_with_a_sentence(call, tmp_path):
     for arguments in (["verify", str(file)], ["run", "--serialized-model-path", str(file), *ASK]):
         code, out, err = call(*arguments)
         assert (code, out) == (1, "") and "altered" in err and len(err.splitlines()) == 2
+
+
+def test_an_altered_file_whose_time_was_set_back_is_refused_too(call, tmp_path):
+    file = tmp_path / "tiny.q4"
+    call("export", "tiny", str(file))
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(before.st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, 1)
+        opened.write(bytes([byte[0] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "altered" in call("run", "--serialized-model-path", str(file), *ASK)[2]
+
+
+def test_no_room_for_the_file_is_said_of_the_file_and_its_disk_and_no_download(call, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5 * 2**20))
+    code, out, err = call("export", "tiny", str(tmp_path / "tiny.bf16"))
+    assert (code, out) == (1, "") and "ownload" not in err.splitlines()[0] and list(tmp_path.iterdir()) == []
+    assert f"'tiny.bf16' needs 14.0 MiB more, and the disk of {tmp_path} has 5.0 MiB free." in err
 
 
 @pytest.mark.parametrize("place", ["/dev/null/model.pixtral", ".", "", "..", "fifo", "x" * 300, "folder/", "folder"])

@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from pixtral_cli.encodings import find
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model import needs, plan
+from pixtral_cli.model import int4, needs, plan
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.int4 import Int4Linear
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
@@ -89,14 +90,21 @@ def test_an_unknown_encoding_lists_the_known():
 
 def held_bytes(model):
     """Bytes of all weights of a model, packed ones included, each once."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    ordered = [each.weight for each in model.modules() if isinstance(each, Int4Linear)]
+    codes = [part for weight in ordered for part in (weight.codes, weight.scales)]
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers(), *codes)}
     return sum(tensors.values())
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "q4_0"])
 def test_the_plan_counts_the_bytes_that_loading_takes(folder, name):
     tensors = checkpoint.open(folder).tensors
-    assert plan.weight_bytes(tensors, place(tensors, find(name))) == held_bytes(open_model(folder, name))
+    placement, model = place(tensors, find(name)), open_model(folder, name)
+    beside = plan.kernel_bytes(tensors, placement)
+    assert (beside > 0) == (name == "q4_0")
+    if not int4.supported():
+        beside = 0
+    assert plan.weight_bytes(tensors, placement) + beside == held_bytes(model)
 
 
 def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fit(folder, monkeypatch):

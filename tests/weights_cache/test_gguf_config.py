@@ -221,10 +221,20 @@ def test_another_kind_of_picture_part_that_is_given_is_refused(text, pictures, c
 
 
 def test_pictures_need_a_token(text, pictures):
-    pictures()
+    part, blind = pictures(), text(tokens=("<unk>",))
+    opened = checkpoint.open(blind)
+    assert "vision_config" not in opened.config and "fits" in opened.note
     with pytest.raises(ModelUnsupported, match=r"\[IMG\]"):
-        config(text(tokens=("<unk>",)))
+        checkpoint.open(blind, [part])
     assert config(text(tokens=()))["image_token_index"] == 10
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_tokens_that_are_no_list_are_refused(text, pictures, beside):
+    if beside:
+        pictures()
+    with pytest.raises(CheckpointCorrupt, match="tokens"):
+        config(text(tokens=(), vocab_size=None, edit=lambda w: w.add_uint32("tokenizer.ggml.tokens", 7)))
 
 
 def test_a_given_picture_part_of_another_width_is_refused(text, pictures):

@@ -69,7 +69,7 @@ def failure(kind: type[WeightsError], name: str = REPO, **options: object) -> We
         fetch(name, **options)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".") and "http2" not in str(caught.value)
-    assert caught.value.hint or kind is WeightsNotFound
+    assert caught.value.hint
     return caught.value
 
 
@@ -286,11 +286,26 @@ def test_a_gated_model_without_a_token_answers_401_and_gives_the_page_too(hub):
     assert failure(Gated).status == 401
 
 
-def test_a_refused_token_is_said(hub):
+def test_a_refused_token_is_said(hub, monkeypatch: pytest.MonkeyPatch):
     headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
     failing(hub, lambda method, path: True, status=401, headers=headers)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     error = failure(DownloadFailed)
-    assert "token" in str(error) and "HF_TOKEN" in error.hint
+    assert "does not accept the token" in str(error) and "HF_TOKEN" in error.hint
+
+
+def test_who_has_no_token_is_not_told_that_it_was_refused(hub):
+    failing(hub, lambda method, path: True, status=401)
+    error = failure(DownloadFailed)
+    assert "there is none" in str(error) and "HF_TOKEN" in error.hint
+
+
+def test_what_a_repository_lacks_is_said_once_and_with_what_it_has(hub):
+    hub.repos["acme/hf"] = {"config.json": b"{}", "model.safetensors": b"x"}
+    assert "--weights-format hf" in failure(WeightsNotFound, "acme/hf", form="gguf").hint
+    hub.repos["acme/one"] = {"a.gguf": b"GGUF"}
+    error = failure(ModelNotFound, "acme/one:b.gguf")
+    assert str(error).startswith("There is no model 'acme/one:b.gguf':") and "a.gguf" in error.hint
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 418])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from weights_cache import own_cache, store
-from weights_cache.errors import ModelNotFound, Offline, WeightsError, WeightsNotFound
+from weights_cache.errors import DownloadFailed, ModelNotFound, Offline, WeightsError, WeightsNotFound
 from weights_cache.hub import fetch
 
 REPO = "acme/all-forms"
@@ -104,6 +104,16 @@ def test_a_gguf_whose_picture_part_is_gone_is_not_complete(repo):
     assert fetch(f"{REPO}:a-Q4_K.gguf") == path and (path.parent / "mmproj-a-F16.gguf").is_file()
 
 
+def test_a_gguf_that_arrived_without_its_picture_part_is_not_complete_for_a_commit_either(repo):
+    import fake_hub
+
+    name = f"{REPO}@{repo.commit(REPO)}:a-Q4_K.gguf"
+    repo.fault = lambda method, path: fake_hub.Fault(status=404) if "mmproj" in path else None
+    failure(DownloadFailed, name)
+    repo.fault = lambda method, path: None
+    assert (fetch(name).parent / "mmproj-a-F16.gguf").is_file()
+
+
 def test_a_cached_gguf_does_not_stand_for_the_preferred_form(repo):
     fetch(f"{REPO}:a-Q4_K.gguf")
     assert (fetch(REPO) / "model.safetensors").is_file()
@@ -142,6 +152,12 @@ def test_a_form_that_is_not_there_is_refused_with_those_that_are(repo):
     error = failure(WeightsNotFound, "acme/hf", form="native")
     assert "native" in str(error).lower() or "Mistral" in str(error)
     assert "--weights-format hf" in error.hint and repo.fetched() == []
+
+
+@pytest.mark.parametrize("number", ["00001-of-00000", "00003-of-00002", "00000-of-00002"])
+def test_a_file_that_is_none_of_the_parts_it_counts_stands_alone(hub, number):
+    hub.repos["acme/odd"] = {f"x-{number}.gguf": b"GGUF x"}
+    assert fetch(f"acme/odd:x-{number}.gguf").read_bytes() == b"GGUF x"
 
 
 def test_a_repository_that_lacks_a_part_of_a_gguf_is_reported(repo):

@@ -60,3 +60,22 @@ def test_a_mirror_without_its_path_is_a_sentence(hub):
     hub.prefix = "/mirrors/hf"
     with pytest.raises(DownloadFailed, match="404"):
         fetch(REPO)
+
+
+@pytest.mark.parametrize("name", ["{outside}/model.gguf", "../../../../../outside/model.gguf", "a/../../model.gguf"])
+@pytest.mark.parametrize("get", [fetch, lambda repo: fetch_headers(repo, Path(repo).absolute().parent)])
+def test_a_mirror_that_lists_a_file_elsewhere_writes_none_there(hub, monkeypatch, tmp_path: Path, get, name: str):
+    monkeypatch.chdir(tmp_path)
+    hub.repos["acme/evil"] = {name.format(outside=tmp_path / "outside"): b"GGUF" + bytes(100)}
+    with pytest.raises(DownloadFailed, match="no place for a file"):
+        get("acme/evil")
+    assert [path for path in tmp_path.rglob("*") if "model.gguf" in path.name or "outside" in path.name] == []
+    assert hub.fetched() == []
+
+
+@pytest.mark.parametrize("hash", ["FakeHub.commit", "sha256"])
+def test_a_mirror_that_gives_a_path_for_a_hash_is_not_believed(hub, monkeypatch, hash: str):
+    monkeypatch.setattr(f"fake_hub.{hash}", lambda *of: "outside")
+    with pytest.raises(DownloadFailed):
+        fetch(REPO)
+    assert hub.fetched() == []

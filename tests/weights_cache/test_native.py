@@ -294,6 +294,15 @@ def test_rows_that_the_heads_do_not_divide_are_refused(folder):
         checkpoint.open(folder).tensor("language_model.layers.0.self_attn.q_proj.weight")
 
 
+@pytest.mark.parametrize("heads", [8, 16])
+def test_heads_of_one_row_or_none_are_refused(folder, heads):
+    params = SMALL | {"n_heads": heads, "n_kv_heads": heads}
+    del params["head_dim"]  # which is then dim / n_heads, rounded down
+    (folder / "params.json").write_text(json.dumps(params))
+    with pytest.raises(CheckpointCorrupt, match=r"layers\.0\.attention\.wq\.weight.*heads"):
+        checkpoint.open(folder).tensor("language_model.layers.0.self_attn.q_proj.weight")
+
+
 def test_a_pickle_of_the_older_native_form_is_never_opened(folder):
     (folder / "consolidated.safetensors").unlink()
     (folder / "consolidated.00.pth").write_bytes(b"never opened")

@@ -35,15 +35,20 @@ Q6_RUN = 64
 SIX_BITS = 12  # bytes of packed 6-bit scales
 
 
-def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """q4_k and q5_k: d and e, each times the 8 integers 0..63 that the 12 bytes after them hold. Four at a time."""
-    first, second, third = blocks[:, 4:16].view(torch.int32).unbind(1)
-    packed = torch.stack([
+def six_bit_words(first: Tensor, second: Tensor, third: Tensor) -> list[Tensor]:
+    """The fields 0..63 of q4_k's and q5_k's 12 bytes, from int32 words of these: s of groups 0..3, a byte each, of
+    4..7, then o likewise."""
+    return [
         first & 0x3F3F3F3F,
         third & 0x0F0F0F0F | first >> 2 & 0x30303030,
         second & 0x3F3F3F3F,
         third >> 4 & 0x0F0F0F0F | second >> 2 & 0x30303030,
-    ], dim=1)  # fmt: skip
+    ]
+
+
+def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """q4_k and q5_k: d and e, each times the 8 integers 0..63 that the 12 bytes after them hold."""
+    packed = torch.stack(six_bit_words(*blocks[:, 4:16].view(torch.int32).unbind(1)), dim=1)
     scales, offsets = packed.view(torch.uint8).float().view(-1, 2, 8).unbind(1)
     scale, offset = bits.halves(blocks, 0, 2)
     return scales.mul_(scale), offsets.mul_(offset)
