@@ -68,17 +68,20 @@ class PageTable:
         return follows if follows is not None and follows < self.count and self._free[follows] else None
 
     def _start_of_run(self, wanted: int) -> int:
-        """Where so many free pages lie together with SLACK on both sides, else in the longest run, else the oldest."""
+        """Where so many free pages lie together, SLACK behind them and behind the sequence before them, else in the
+        longest run, else the oldest unused page. The first such place: what was never written takes no memory."""
         if not self._free_count:
             return next(iter(self._unused))
-        best, longest, run = 0, 0, 0
+        best, longest, run, slack = 0, 0, 0, 0
         for page, free in enumerate(self._free):
             run = run + 1 if free else 0
-            if run > longest:
-                best, longest = page - run + 1, run
-                if longest == wanted + 2 * SLACK:
+            if run == 1:
+                slack = SLACK if page - 1 in self._users else 0
+            if run - slack > longest:
+                best, longest = page - run + 1 + slack, run - slack
+                if longest == wanted + SLACK:
                     break
-        return best + SLACK if best and longest >= wanted + SLACK else best
+        return best if longest else self._free.index(True)
 
     def _forget(self, page: int) -> None:
         del self._unused[page]
