@@ -38,6 +38,8 @@ LARGE_PIXELS = 16_000_000
 SMALL_AT_ONCE = 4
 LARGE_AT_ONCE = 1
 WAIT_SECONDS = 60.0
+BLOCK_BYTES = 64 * 2**20
+"""In which PIL takes memory. What is below 32 MiB, as its own 16 are, glibc may keep for good when it is let go of."""
 MEDIA_PATH_HINT = "Send the picture itself, as a data: URI; the server's --media-path says which files it may read."
 
 
@@ -66,6 +68,7 @@ class GuardedPictures:
         from PIL import Image
 
         Image.MAX_IMAGE_PIXELS = None  # `media.decode` checks; per picture, a lock would let one hold up all others
+        Image.core.set_block_size(BLOCK_BYTES)
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self.policy = policy
         known = {"look_up": look_up} if look_up else {}

@@ -99,3 +99,31 @@ def test_the_most_pixels_that_are_allowed_fit_into_a_stated_memory(name, argumen
 @pytest.mark.slow
 def test_webp_needs_half_as_much_again_as_its_decoder_has_canvases_of_its_own():
     assert read("webp", 13_000, 13_000, mebibytes=2_900) == "13000x13000"
+
+
+RESIDENT = """
+import base64, sys
+from concurrent.futures import ThreadPoolExecutor
+import bombs
+from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
+load = GuardedPictures(PicturePolicy()).load
+def small(uri):
+    return load(uri).resize((64, 64)).size
+uri = "data:;base64," + base64.b64encode(bombs.png(8000, 8000)).decode()
+small("data:;base64," + base64.b64encode(bombs.png(8, 8)).decode())
+before = resident()
+with ThreadPoolExecutor(3) as threads:
+    for _ in range(3):
+        list(threads.map(small, [uri] * 3))
+    print(resident() - before)
+"""
+
+
+def test_the_memory_of_large_pictures_is_given_back():
+    path = f"{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT], capture_output=True, check=True, env=clean_environment(PYTHONPATH=path)
+    )
+    assert int(done.stdout) < 100
