@@ -195,17 +195,21 @@ class Service:
     def _text(self, prompt: TextOrTokens) -> Prompt:
         if isinstance(prompt, str):
             return self.model.source.complete(prompt)
+        self._check_known(prompt)
         tokens = self.model.processor.image_tokens
         if tokens is not None and tokens.patch in prompt:
             raise RequestError(f"The prompt has token {tokens.patch}, which stands for a picture, and no picture.")
         return Prompt(prompt, [], answer_starts_text=False)
 
     def _decoded(self, token_ids: list[int]) -> str:
+        self._check_known(token_ids)
+        stream = ByteStream(self.model.processor.tokenizer)
+        return "".join([stream.push(token_id) for token_id in token_ids]) + stream.finish()
+
+    def _check_known(self, token_ids: list[int]) -> None:
         size = self.model.vocabulary.size
         if outside := [token_id for token_id in token_ids if token_id >= size]:
             raise RequestError(f"There is no token {outside[0]}: the model knows {size}.")
-        stream = ByteStream(self.model.processor.tokenizer)
-        return "".join([stream.push(token_id) for token_id in token_ids]) + stream.finish()
 
 
 def checkpoint_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

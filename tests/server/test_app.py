@@ -145,7 +145,8 @@ def test_tokens_of_messages_are_those_that_an_answer_is_charged_for(http):
 
 def test_a_token_that_the_model_does_not_know_is_400(http):
     assert "no token" in error_of(http.post("/detokenize", json={"tokens": [10**6]}), 400)["message"]
-    error_of(http.post("/v1/completions", json={"model": "tiny", "prompt": [10**6]}), 400)
+    prompt = http.post("/v1/completions", json={"model": "tiny", "prompt": [10**6]})
+    assert "no token" in error_of(prompt, 400)["message"]
     picture_mark = http.post("/v1/completions", json={"model": "tiny", "prompt": [1, 10]})
     assert "picture" in error_of(picture_mark, 400)["message"]
 
