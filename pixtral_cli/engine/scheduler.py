@@ -32,7 +32,8 @@ class Scheduler:
     """`max_batch_size` sequences run at once, of which `max_ce_batch_size` prefill in one step.
 
     With `exact`, a prompt is cut at the same places whoever else is there, at multiples of SHORT_CHUNK, and only such
-    whole pieces are known afterwards: what is shared then has the very bits that would be computed.
+    whole pieces are known afterwards: what is shared then has the very bits that would be computed. Not so after a
+    pre-emption: the answer so far is then computed as a prompt is, and its last bits may differ.
     """
 
     def __init__(self, table: PageTable, max_batch_size: int, max_ce_batch_size: int, exact: bool = False) -> None:
@@ -60,7 +61,7 @@ class Scheduler:
         self._make_room_to_decode()
         self._admit()
         decoding = [Piece(s, s.pending) for s in self.running if not s.prefilling]
-        return decoding + self._prefill(bool(decoding))
+        return sorted(decoding + self._prefill(bool(decoding)), key=lambda piece: not piece.sequence.answering)
 
     def computed(self, piece: Piece) -> None:
         """The piece is computed: its full pages are known from now on."""
@@ -113,7 +114,8 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> bool:
         """Give it the pages of its whole prompt, those that are known already shared; False if there is no room."""
-        known = self.table.known(sequence.page_keys.keys)[: (len(sequence.token_ids) - 1) // PAGE]
+        known_at_most = sequence.prompt_length if self.exact else len(sequence.token_ids)
+        known = self.table.known(sequence.page_keys.keys)[: (known_at_most - 1) // PAGE]
         if self.exact:
             known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
         self.table.share(known)
@@ -130,10 +132,16 @@ class Scheduler:
         pieces: list[Piece] = []
         left = SHORT_CHUNK if others_decode else CHUNK
         for sequence in [s for s in self.running if s.prefilling][: self.max_ce_batch_size]:
-            most = SHORT_CHUNK - sequence.computed % SHORT_CHUNK if self.exact else left
+            most = self._exactly(sequence) if self.exact else left
             tokens = min(sequence.pending, most)
             if tokens == 0 or pieces and tokens > left:
                 break
             pieces.append(Piece(sequence, tokens))
             left -= tokens
         return pieces
+
+    def _exactly(self, sequence: Sequence) -> int:
+        """As many tokens as were computed together when this part of the sequence was computed first."""
+        if sequence.answering:
+            return 1
+        return min(SHORT_CHUNK - sequence.computed % SHORT_CHUNK, sequence.prompt_length - sequence.computed)

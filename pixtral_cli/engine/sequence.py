@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 
 from pixtral_cli.engine.pages import PageKeys
@@ -23,7 +21,6 @@ class Sequence:
         self.max_tokens = max_tokens
         self.prompt_length = len(request.token_ids)
         self.token_ids = list(request.token_ids)
-        self.generated_counts: Counter[int] = Counter()
         self.page_keys = PageKeys(request, image_token_id)
         self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)  # one token is always left to compute
         self.pages: list[int] = []
@@ -40,6 +37,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to be computed: the rest of the prompt, or the one that was chosen last."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def answering(self) -> bool:
+        """Whether its next token to compute is one that was generated."""
+        return self.computed >= self.prompt_length
 
     @property
     def generated(self) -> int:
@@ -60,7 +62,6 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take the token that was chosen."""
         self.token_ids.append(token_id)
-        self.generated_counts[token_id] += 1
 
     def restart(self) -> None:
         """It has lost its pages: everything is to be computed again."""
