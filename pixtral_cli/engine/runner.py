@@ -42,10 +42,10 @@ class Runner:
         if not self.exact:
             completing = sum(piece.completes for piece in pieces)
             return self._pass(pieces, rounded_rows(sum(piece.tokens for piece in pieces)))[:completing]
-        decoding = [piece for piece in pieces if not piece.sequence.prefilling]
+        decoding = [piece for piece in pieces if piece.sequence.answering]
         groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
-        logits = [self._pass(group, EXACT_ROWS)[: len(group)] for group in groups]
-        logits += [self._pass([piece]) for piece in pieces if piece.sequence.prefilling]
+        logits = [self._pass(group, EXACT_ROWS)[_completing(group)] for group in groups]
+        logits += [self._pass([piece]) for piece in pieces if not piece.sequence.answering]
         return torch.cat(logits)
 
     def _pass(self, pieces: list[Piece], rows: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ class Runner:
         x = torch.cat([self._embed(piece) for piece in pieces])
         positions = torch.cat([self._positions(piece) for piece in pieces])
         ends = list(accumulate(piece.tokens for piece in pieces))
-        wanted = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes]
+        wanted = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes or self.exact and rows]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
@@ -88,3 +88,7 @@ class Runner:
             if begin < end and position > first:
                 features = self.features.of(picture, sequence.request.cache_salt)
                 yield features[max(first - begin, 0) : end - begin]
+
+
+def _completing(group: list[Piece]) -> list[int]:
+    return [row for row, piece in enumerate(group) if piece.completes]

@@ -1,5 +1,6 @@
 """What requests share (pages, pictures, steps) changes how much is computed and never what comes out."""
 
+import dataclasses
 import hashlib
 import threading
 
@@ -150,6 +151,15 @@ def test_with_too_little_memory_requests_wait_and_begin_again_and_none_fails(mod
     assert [tokens(events) for events in run(engine, *MANY)] == alone
     assert engine.scheduler.preemptions > 0
     assert engine.table.in_use == 0 and engine.table.available == pages
+
+
+@pytest.mark.parametrize("pages", [28, 40])
+def test_what_begins_again_has_the_very_bits_it_has_alone(model, pages, monkeypatch):
+    many = [dataclasses.replace(request, logprobs=3) for request in MANY]
+    alone = [details(run(Engine(model), request)[0]) for request in many]
+    engine = Engine(model, max_batch_size=7, kv_tokens=pages * PAGE)
+    assert [details(events) for events in run(engine, *many)] == alone
+    assert engine.scheduler.preemptions > 0
 
 
 def test_a_request_that_fills_the_whole_memory_ends_for_its_length(model):
