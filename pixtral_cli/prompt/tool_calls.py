@@ -101,10 +101,15 @@ def _list(text: str) -> tuple[list[ToolCall], str]:
         return [call], text[at:].strip(BLANK)
     calls: list[ToolCall] = []
     while text[at : at + 1] in ("[", ","):
-        call, at = _entry(text, _skip(text, at + 1))
+        try:
+            call, end = _entry(text, _skip(text, at + 1))
+        except (ValueError, RecursionError):
+            if calls:  # the answer was cut off in a later one
+                return calls, text[at + 1 :].strip(BLANK)
+            raise
         calls.append(call)
-        at = _skip(text, at)
-    return calls, text[_expect(text, at, "]") :].strip(BLANK)
+        at = _skip(text, end)
+    return calls, text[at:].strip(BLANK).removeprefix("]").strip(BLANK)
 
 
 def _entry(text: str, at: int) -> tuple[ToolCall, int]:

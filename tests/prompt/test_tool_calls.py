@@ -97,4 +97,9 @@ def test_a_forced_call_needs_no_control_token(both):
     listed = '[{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": {}}]'
     text, calls = read(both[0], both[0].encode(listed), only_calls=True)
     assert text == "" and [c.name for c in calls] == ["add", "now"]
-    assert read(both[0], both[0].encode(listed[:-3]), only_calls=True) == (listed[:-3], ())
+
+
+@pytest.mark.parametrize("end", ["", ", ", ', {"name": "now", "argum'])
+def test_of_a_list_that_is_cut_off_the_whole_calls_are_kept(both, end):
+    text, (found,) = read(both[0], both[0].encode('[{"name": "add", "arguments": {"a": 1}}' + end), only_calls=True)
+    assert (found.name, found.arguments) == ("add", '{"a": 1}') and text == end.strip(", ")
