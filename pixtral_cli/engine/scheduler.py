@@ -32,8 +32,8 @@ class Scheduler:
     """`max_batch_size` sequences run at once, of which `max_ce_batch_size` prefill in one step.
 
     With `exact`, a prompt is cut at the same places whoever else is there, at multiples of SHORT_CHUNK, and only such
-    whole pieces are known afterwards: what is shared then has the very bits that would be computed. What begins again after
-    a pre-emption is computed in the same pieces as at first.
+    whole pieces are known afterwards: what is shared then has the very bits that would be computed. What begins
+    again after a pre-emption is computed in the same pieces as at first.
     """
 
     def __init__(self, table: PageTable, max_batch_size: int, max_ce_batch_size: int, exact: bool = False) -> None:
