@@ -212,8 +212,8 @@ class Engine:
         request, first = sequence.request, not sequence.generated
         token_id, constraint = likeliest, request.constraint
         if not request.sampling.greedy or request.sampling.alters_logits or constraint is not None:
-            prompt, answer = sequence.token_ids[: sequence.prompt_length], sequence.token_ids[sequence.prompt_length :]
-            token_id = sampler.choose(logits, request.sampling, prompt, answer, sequence.random, constraint)
+            answer = sequence.token_ids[sequence.prompt_length :]
+            token_id = sampler.choose(logits, request.sampling, request.token_ids, answer, sequence.random, constraint)
         if constraint is not None:
             constraint.accept(token_id)
         sequence.append(token_id)

@@ -1,8 +1,8 @@
 """Sequences in, the pieces to compute in the next step out. Knows pages and no tensors.
 
 A piece is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token;
-prompts share what is left of a step, so that a long prompt never makes the others wait for long. When no page is left
-for one that decodes, the one that came last gives its pages back and begins again later.
+prompts take turns with what is left of a step, so that a long one never makes the others wait for long. When no page
+is left for one that decodes, the one that came last gives its pages back and begins again later.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they came
         self.preemptions = 0
+        self._steps = 0
 
     def add(self, sequence: Sequence) -> None:
+        sequence.name_prompt()
         self.waiting.append(sequence)
 
     def remove(self, request_id: int) -> None:
@@ -58,6 +60,7 @@ class Scheduler:
         self.running = [s for s in self.running if s.id != request_id]
 
     def schedule(self) -> list[Piece]:
+        self._steps += 1
         self._make_room_to_decode()
         self._admit()
         decoding = [Piece(s, s.pending) for s in self.running if not s.prefilling]
@@ -119,7 +122,7 @@ class Scheduler:
         if self.exact:
             known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
         self.table.share(known)
-        sequence.pages, sequence.computed = known, len(known) * PAGE
+        sequence.pages, sequence.computed, sequence.turn = known, len(known) * PAGE, self._steps
         if not self._grow(sequence, sequence.pending):
             self.table.release(known)
             sequence.restart()
@@ -131,12 +134,14 @@ class Scheduler:
     def _prefill(self, others_decode: bool) -> list[Piece]:
         pieces: list[Piece] = []
         left = SHORT_CHUNK if others_decode else CHUNK
-        for sequence in [s for s in self.running if s.prefilling][: self.max_ce_batch_size]:
+        waiting = sorted((s for s in self.running if s.prefilling), key=lambda s: s.turn)  # longest without a turn
+        for sequence in waiting[: self.max_ce_batch_size]:
             most = self._exactly(sequence) if self.exact else left
             tokens = min(sequence.pending, most)
             if tokens == 0 or pieces and tokens > left:
                 break
             pieces.append(Piece(sequence, tokens))
+            sequence.turn = self._steps + 1
             left -= tokens
         return pieces
 

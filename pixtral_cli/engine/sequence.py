@@ -22,16 +22,20 @@ class Sequence:
         self.prompt_length = len(request.token_ids)
         self.token_ids = list(request.token_ids)
         self.page_keys = PageKeys(request, image_token_id)
-        self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)  # one token is always left to compute
         self.pages: list[int] = []
         self.computed = 0
         self.cached_tokens = 0
         self.prefilling = True
+        self.turn = 0  # of prefilling: the step after the last in which it had one, or that in which it entered
         self.random = torch.Generator()
         if request.sampling.seed is None:
             self.random.seed()
         else:
             self.random.manual_seed(request.sampling.seed)
+
+    def name_prompt(self) -> None:
+        """Give the prompt's pages their keys; one token is always left to compute."""
+        self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)
 
     @property
     def pending(self) -> int:

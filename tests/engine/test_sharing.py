@@ -217,6 +217,24 @@ def test_scores_that_are_no_numbers_fail_the_request_that_has_them_and_no_other(
     assert tokens(events) == alone and engine.table.in_use == 0
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_short_prompt_need_not_wait_for_the_end_of_a_long_one(model, monkeypatch, exact):
+    monkeypatch.setattr(scheduler, "SHORT_CHUNK", 32)
+    monkeypatch.setattr(scheduler, "CHUNK", 32)
+    engine = Engine(model, max_batch_size=4)
+    engine.scheduler.exact = engine.runner.exact = exact
+    long = engine.submit(asked(words(1, 900), tokens=1))
+    engine.step()
+    short = [engine.submit(asked(words(seed, 20), tokens=1)) for seed in (2, 3)]
+    ended = []
+    while engine.busy:
+        ended += [event.request_id for event in engine.step()]
+        if len(ended) == 2:
+            break
+    assert sorted(ended) == short and engine.running == 1
+    assert engine.scheduler.running[0].id == long and engine.scheduler.running[0].computed < 200
+
+
 def test_cancelling_in_the_middle_of_a_prompt_frees_every_page(model, monkeypatch):
     monkeypatch.setattr(scheduler, "SHORT_CHUNK", 16)
     engine = Engine(model, max_batch_size=2)
