@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from http.client import HTTPConnection
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
@@ -128,26 +129,32 @@ def test_a_queue_that_is_full_says_when_to_come_back_and_which_flag_it_is(server
     assert server.open(CHAT, hello(max_tokens=2), key()).status == 200
 
 
-def ticking(server, stop):
-    """Seconds between the events of a stream, until `stop` is set."""
-    response = server.open(CHAT, hello(stream=True, max_tokens=12_000, ignore_eos=True), key())
-    times = [time.monotonic() for _ in iter(lambda: not stop.is_set() and response.readline(), False)]
-    response.close()
-    return [later - before for before, later in zip(times, times[1:], strict=False)]
+def listen(server, times, stop):
+    """Note when each line of a stream comes, until one has come after `stop` was set."""
+    with server.open(CHAT, hello(stream=True, max_tokens=12_000, ignore_eos=True), key()) as response:
+        for _ in response:
+            last = stop.is_set()
+            times.append(time.monotonic())
+            if last:
+                return
 
 
 @pytest.fixture
 def streaming(server):
-    """A stream that others must not hold up: the longest it has waited for an event, in seconds."""
-    stop, gaps = threading.Event(), []
-    thread = threading.Thread(target=lambda: gaps.extend(ticking(server, stop)))
+    """A stream that others must not hold up: the longest it has waited for a line, in seconds, and so for the next."""
+    stop, times = threading.Event(), []
+    thread = threading.Thread(target=listen, args=(server, times, stop))
     thread.start()
-    wait_for(server, "pixtral_requests_running", 1)
+    while not times:
+        assert thread.is_alive()
+        time.sleep(0.01)
 
     def longest():
+        asked = time.monotonic()
         stop.set()
         thread.join(30)
-        return max(gaps)
+        assert not thread.is_alive() and times[-1] >= asked, "the stream has ended, or stands still"
+        return max(later - before for before, later in pairwise(times))
 
     yield longest
     stop.set()
