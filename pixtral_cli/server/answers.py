@@ -7,13 +7,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Sequence, Set
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from pixtral_cli.engine.worker import Worker
 from pixtral_cli.generate import Answering, Failure, Request, TextEvent
+from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.problems import leaving
-
-if TYPE_CHECKING:
-    from pixtral_cli.server.service import Metrics, Worker
 
 Result = TypeVar("Result")
 Events = list[tuple[int, TextEvent]]

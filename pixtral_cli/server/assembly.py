@@ -12,7 +12,6 @@ from pixtral_cli.server.app import create_app
 from pixtral_cli.server.bodies import MAX_BODY_BYTES
 from pixtral_cli.server.guard import guarded
 from pixtral_cli.server.lifecycle import Loaded
-from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 from pixtral_cli.server.service import Limits, Service
 
@@ -33,8 +32,8 @@ class Settings:
 def assemble(model: Pixtral, settings: Settings) -> Loaded:
     """Put the model behind HTTP; from now on its engine runs on a thread of its own."""
     model.processor.load_picture = GuardedPictures(settings.pictures).load
-    worker, metrics = Worker(model.engine), Metrics(model.engine)
-    service = Service(model, worker, settings.names, settings.defaults, settings.limits, metrics)
+    worker = Worker(model.engine)
+    service = Service(model, worker, settings.names, settings.defaults, settings.limits)
     app = guarded(
         create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes
     )
@@ -43,4 +42,4 @@ def assemble(model: Pixtral, settings: Settings) -> Loaded:
         free = service.close()  # the interpreter would wait for a thread that still fetches a picture
         return worker.stop(seconds) and free
 
-    return Loaded(app, service.drain, stop, metrics.answered)
+    return Loaded(app, service.drain, stop, service.metrics.answered)

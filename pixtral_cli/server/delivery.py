@@ -13,7 +13,7 @@ from pixtral_cli.generate import Reply
 from pixtral_cli.server.answers import Events
 from pixtral_cli.server.asgi import Receive, Scope, Send
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.service import Metrics
+from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.stream import Chunks
 
 STREAM_HEADERS = {
@@ -48,7 +48,7 @@ class EventStream(Response):
             async for events in self.events:
                 await _write(send, self.chunks.of(events))
         except ApiError as error:
-            self.metrics.error("server_error" if error.status >= 500 else "invalid_request")
+            self.metrics.failed(error.status)
             await _write(send, b"data: " + error.as_response().body + b"\n\n")
         else:
             used = self.chunks.usage()

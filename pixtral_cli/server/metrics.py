@@ -58,11 +58,11 @@ class Metrics:
         """A request to `route`, one of the server's own or "other", was answered."""
         self._requests.labels(route, status).inc()
         if status >= 400:
-            self.error(KINDS.get(status, "invalid_request" if status < 500 else "server_error"))
+            self.failed(status)
 
-    def error(self, kind: str) -> None:
-        """A request failed; `kind` is one of a few words."""
-        self._errors.labels(kind).inc()
+    def failed(self, status: int) -> None:
+        """A request failed, in a way that has this HTTP status, which a stream can no longer say."""
+        self._errors.labels(KINDS.get(status, "invalid_request" if status < 500 else "server_error")).inc()
 
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)

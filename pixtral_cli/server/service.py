@@ -11,15 +11,17 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from pixtral_cli.api import Pixtral
+from pixtral_cli.engine.worker import Worker
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generate import Answering, GenerationOptions, Request
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.answers import Answers, Events, Handover
 from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.problems import leaving, queue_full, refusal_of, unknown_model
 from pixtral_cli.server.threads import Threads
 from pixtral_cli.server.wire import Ask, TextOrTokens, count_pictures
@@ -30,34 +32,6 @@ SLOW_THREADS = 64
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
-
-
-class Worker(Protocol):
-    """`pixtral_cli.engine.worker.Worker`."""
-
-    @property
-    def alive(self) -> bool: ...
-    def submit(self, request: Request, sink: Callable[[Any], None]) -> int: ...
-    def cancel(self, request_id: int) -> None: ...
-
-
-class Metrics(Protocol):
-    """What a service tells of itself, in seconds."""
-
-    def error(self, kind: str) -> None: ...
-    def first_token(self, seconds: float) -> None: ...
-    def next_token(self, seconds: float) -> None: ...
-    def exposition(self) -> bytes: ...
-
-
-class NoMetrics:
-    """Counts nothing."""
-
-    def error(self, kind: str) -> None: ...
-    def first_token(self, seconds: float) -> None: ...
-    def next_token(self, seconds: float) -> None: ...
-    def exposition(self) -> bytes:
-        return b""
 
 
 @dataclass(frozen=True)
@@ -84,12 +58,12 @@ class Service:
     names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
-    metrics: Metrics = field(default_factory=NoMetrics)
     draining: bool = False
 
     def __post_init__(self) -> None:
         self.accepted = 0
         """Answers asked for and not ended, from before their prompts are made."""
+        self.metrics = Metrics(self.model.engine)
         self.started_at = int(time.time())
         self.options = {**checkpoint_defaults(self.model.source.checkpoint.generation_config), **self.defaults}
         self.quick, self.slow = Threads(QUICK_THREADS, "prompts"), Threads(SLOW_THREADS, "pictures")

@@ -1,6 +1,7 @@
 """The routes over a real socket: shapes, statuses, streams byte by byte, and clients that leave."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -319,16 +320,16 @@ def test_who_waits_for_a_picture_when_the_server_drains_is_503_at_once(own, tiny
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB at secret.py"), "out_of_memory"),
-        (MemoryError(), "out_of_memory"),
-        (ValueError("secret"), "internal_error"),
+        (lambda: RuntimeError("CUDA out of memory. Tried to allocate 2 GiB at secret.py"), "out_of_memory"),
+        (MemoryError, "out_of_memory"),
+        (lambda: ValueError("secret"), "internal_error"),
     ],
 )
 def test_a_failure_in_one_request_is_500_without_its_inside_and_the_next_one_works(
     http, server, monkeypatch, error, code
 ):
     def fail(*_):
-        raise error
+        raise error()  # one that lived on would keep the requests alive that its traceback has seen
 
     with monkeypatch.context() as patched:
         patched.setattr(server.engine.runner, "run", fail)
@@ -340,9 +341,14 @@ def test_a_failure_in_one_request_is_500_without_its_inside_and_the_next_one_wor
     assert server.wait_until_idle()
 
 
-def test_a_failure_in_a_stream_is_its_last_event(http, server, monkeypatch):
+def test_a_failure_in_a_stream_is_its_last_event_and_is_counted(http, server, monkeypatch):
+    def failed():
+        counted = re.search(r'pixtral_errors_total\{kind="server_error"\} (\S+)', http.get("/metrics").text)
+        return float(counted[1]) if counted else 0
+
     run = server.engine.runner.run
     steps = iter(range(100))
+    before = failed()
 
     def fail_later(pieces):
         if next(steps) > 3:
@@ -356,6 +362,7 @@ def test_a_failure_in_a_stream_is_its_last_event(http, server, monkeypatch):
     assert rest == "" and len(chunks) > 1
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error["type"] == "server_error" and "secret" not in error["message"]
+    assert failed() == before + 1
     assert server.wait_until_idle()
 
 

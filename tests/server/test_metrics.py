@@ -112,6 +112,6 @@ def test_each_figure_of_the_engine_has_its_own_name():
 
 def test_two_servers_in_one_process_count_apart():
     first, second = Metrics(FullEngine), Metrics(FullEngine)
-    first.error("timeout")
+    first.failed(408)
     assert b'pixtral_errors_total{kind="timeout"} 1.0' in first.exposition()
     assert b"timeout" not in second.exposition()
