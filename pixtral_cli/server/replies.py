@@ -59,7 +59,7 @@ def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
 
 
 def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
-    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, 0)
+    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, 0, token_bytes)
     return {"index": index, "text": reply.text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
 
@@ -80,20 +80,31 @@ def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> Json:
     return {"token": entry.token, "logprob": max(entry.logprob, LOWEST_LOGPROB), "bytes": data}
 
 
-def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> Json:
+def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, token_bytes: TokenBytes) -> Json:
     """`offset`: characters of the answer before the first of them."""
     offsets = []
     for entry in logprobs:
         offsets.append(offset)
-        offset += len(entry.token)
+        offset += characters(entry, token_bytes)
     return {
         "tokens": [entry.token for entry in logprobs],
         "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in logprobs],
-        "top_logprobs": [
-            {other.token: max(other.logprob, LOWEST_LOGPROB) for other in entry.top} for entry in logprobs
-        ],
+        "top_logprobs": [_alternatives(entry) for entry in logprobs],
         "text_offset": offsets,
     }
+
+
+def characters(entry: TokenLogprob, token_bytes: TokenBytes) -> int:
+    """How many characters begin in the token; of a character cut in two, the second half begins none."""
+    return sum(byte & 0xC0 != 0x80 for byte in token_bytes(entry.token_id))
+
+
+def _alternatives(entry: TokenLogprob) -> dict[str, float]:
+    """By text, the likeliest first; of tokens that look alike, that one. The chosen token is among them as well."""
+    found: dict[str, float] = {}
+    for other in (*entry.top, entry):
+        found.setdefault(other.token, max(other.logprob, LOWEST_LOGPROB))
+    return found
 
 
 def usage(replies: Sequence[Reply], n: int) -> Json:

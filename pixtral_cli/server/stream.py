@@ -28,7 +28,8 @@ class Chunks:
         self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
         self.replies: list[Reply | None] = [None] * answers
         self.held: list[list[TokenLogprob]] = [[] for _ in range(answers)]
-        self.written = [0] * answers
+        self.offsets = [0] * answers
+        """Characters of the tokens whose log-probabilities were told."""
         self.is_chat = envelope.kind == "chat"
 
     def opening(self) -> bytes:
@@ -63,7 +64,6 @@ class Chunks:
 
     def _text(self, place: int, text: str) -> str:
         logprobs = self._logprobs(place) if self.held[place] else "null"
-        self.written[place] += len(text)
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
         return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
 
@@ -82,7 +82,9 @@ class Chunks:
         held, self.held[place] = self.held[place], []
         if self.is_chat:
             return compact(replies.chat_logprobs(held, self.token_bytes))
-        return compact(replies.text_logprobs(held, self.written[place]))
+        offset = self.offsets[place]
+        self.offsets[place] += sum(replies.characters(entry, self.token_bytes) for entry in held)
+        return compact(replies.text_logprobs(held, offset, self.token_bytes))
 
     def _chunk(self, choice: str) -> str:
         return f"{self.head}{choice}{self.tail}"

@@ -213,6 +213,27 @@ def test_completions_continue_texts_and_tokens(client, tiny):
     assert "".join(chunk.choices[0].text for chunk in stream) == expected
 
 
+def test_log_probabilities_of_completions_say_where_each_token_stands_in_streams_as_in_whole_answers(client):
+    cheese = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "é 🧀🧀 brie é"}}}
+    options = {"model": "tiny", "prompt": "a", "logprobs": 2, "max_tokens": 60}
+    options["extra_body"] = {"response_format": cheese}
+    choice = client.completions.create(**options).choices[0]
+    told = choice.logprobs
+    starts = list(zip(told.tokens, told.text_offset, strict=True))
+    assert any("\ufffd" in token for token in told.tokens) and "brie" in choice.text
+    assert all(choice.text.startswith(token, start) for token, start in starts if "\ufffd" not in token)
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **options)]
+    assert [offset for part in parts if part for offset in part.text_offset] == told.text_offset
+
+
+def test_the_chosen_token_is_among_the_alternatives_of_completions(client):
+    options = {"temperature": 2, "seed": 1, "logprobs": 1, "max_tokens": 12}
+    told = client.completions.create(model="tiny", prompt="One two", **options).choices[0].logprobs
+    chosen = zip(told.top_logprobs, told.tokens, told.token_logprobs, strict=True)
+    assert all(top[token] == logprob for top, token, logprob in chosen)
+    assert {len(top) for top in told.top_logprobs} == {1, 2}
+
+
 def test_the_model_is_listed(client, tiny):
     models = client.models.list().data
     assert [model.id for model in models] == ["tiny"]
