@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from pixtral_cli import __version__
 from pixtral_cli.server import openapi, page, replies, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, unavailable
 from pixtral_cli.server.json_body import parse_json
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from pixtral_cli.server.openapi import OPERATIONS
@@ -92,7 +92,7 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         if not self.service.ready:
-            raise ApiError(503, "The server is not ready.", "server_error", code="not_ready")
+            raise unavailable("The server is not ready.", "not_ready")
         return JSONResponse({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, headers_of, refuse
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, unavailable
 
 MAX_BODY_BYTES = 64 * 2**20
 BODIES_AT_ONCE = 16
@@ -71,8 +71,7 @@ class _Share:
             limit = f"{self.owner.max_bytes / 2**20:g}"
             raise ApiError(413, f"The body is larger than --max-body-mib {limit}.", code="body_too_large")
         if more > self.owner.room:
-            busy = "The server holds too many large requests at the moment."
-            raise ApiError(503, busy, "server_error", code="overloaded", headers=[("Retry-After", "5")])
+            raise unavailable("The server holds too many large requests at the moment.", "overloaded")
 
     def take(self, more: int) -> None:
         self.check(more)

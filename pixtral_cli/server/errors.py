@@ -15,6 +15,8 @@ ErrorType = Literal[
     "server_error",
 ]
 Header = tuple[str, str]
+RETRY: tuple[Header, ...] = (("Retry-After", "5"),)
+"""In seconds: for what is refused now and may be answered then."""
 
 
 class ApiError(Exception):
@@ -43,3 +45,8 @@ class ApiError(Exception):
 
     def as_response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """The server cannot answer at the moment, whatever is asked."""
+    return ApiError(503, message, "server_error", code=code, headers=RETRY)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pixtral_cli.prompt.tools import NAME
+
 MAX_ANSWERS = 16
 MAX_STOPS, STOP_LENGTH = 16, 500
 MAX_LIST = 10_000
@@ -22,6 +24,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 NoneGiven = Annotated[None, Field(description="Taken back from answers that have it; only null.")]
 
 
@@ -103,7 +106,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, exa
 
 
 class ToolFunction(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments.")
     strict: bool | None = Field(None, description="A forced call keeps to the parameters, strict or not.")
@@ -134,7 +137,7 @@ class JsonObject(Strict):
 class NamedSchema(Strict):
     model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     described_by: dict[str, Any] = Field(alias="schema", description="The JSON schema that the answer keeps to.")
     description: str | None = None
     strict: bool | None = None

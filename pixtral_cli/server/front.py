@@ -16,13 +16,12 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, refuse
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, unavailable
 from pixtral_cli.server.problems import leaving
 
 logger = logging.getLogger(__name__)
 WATCHED = ("/health", "/ready", "/metrics")
 """Asked for every few seconds by machines: told only where something is wrong with the asking."""
-RETRY_SECONDS = 5
 LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
 EVENT_STREAM = b"text/event-stream"
@@ -123,12 +122,8 @@ class Front:
 
 
 def _loading() -> ApiError:
-    return _unavailable("The model is still loading.", "loading")
+    return unavailable("The model is still loading.", "loading")
 
 
 def _cut_off() -> ApiError:
-    return _unavailable("The server ended before this answer was finished.", leaving().code)
-
-
-def _unavailable(message: str, code: str | None) -> ApiError:
-    return ApiError(503, message, "server_error", code=code, headers=[("Retry-After", str(RETRY_SECONDS))])
+    return unavailable("The server ended before this answer was finished.", "stopping")

@@ -15,18 +15,16 @@ from pixtral_cli.prompt.errors import (
     TemplateFailed,
     TokenizerUnreadable,
 )
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import RETRY, ApiError, unavailable
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 RAW = "Use /v1/completions to write the prompt yourself."
 DATA = "The picture itself can be sent, as a data: URI."
-RETRY_SECONDS = 5
-RETRY = [("Retry-After", str(RETRY_SECONDS))]
 
 
 def leaving() -> ApiError:
     """For who comes, or still waits, when the server is about to end."""
-    return ApiError(503, "The server is stopping.", "server_error", code="stopping", headers=RETRY)
+    return unavailable("The server is stopping.", "stopping")
 
 
 def queue_full(max_queue: int) -> ApiError:

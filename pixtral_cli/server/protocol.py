@@ -12,7 +12,7 @@ from http import HTTPStatus
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, unavailable
 
 HEAD_SECONDS = 10.0
 UNREAD_SECONDS = 60.0
@@ -33,8 +33,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            many = "The server has too many open connections."
-            return self._end(ApiError(503, many, "server_error", code="overloaded", headers=[("Retry-After", "5")]))
+            return self._end(unavailable("The server has too many open connections.", "overloaded"))
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
