@@ -1,5 +1,6 @@
 """Which encoding each tensor gets: wishes, what the file has, and rows that do not divide."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_packed_file_keeps_its_mixture_unless_another_encoding_is_asked_for():
         assert (chosen.encodings[PATCHES], chosen.label) == ("bfloat16", "q4_k")
     assert set(place(mixed, find("float32")).encodings.values()) == {"float32"}
     assert place(mixed, find("q6_k")).encodings[LAYER] == "q6_k"
+
+
+def test_packing_the_picture_part_as_well_keeps_the_mixture_of_a_packed_file():
+    mixed = tensors("q4_k", **{EMBEDDING: "bfloat16", VISION: "float16", PATCHES: "float16"})
+    chosen = place(mixed, find("q4_k"), quantize_vision=True).encodings
+    assert (chosen[EMBEDDING], chosen[VISION], chosen[PATCHES]) == ("bfloat16", "q4_k", "bfloat16")
+    packed = place(mixed | {VISION: replace(mixed[VISION], encoding="q8_0")}, find("q4_k"), quantize_vision=True)
+    assert (packed.encodings[LAYER], packed.encodings[VISION]) == ("q4_k", "q8_0")
 
 
 def test_half_precision_files_run_as_bfloat16():
