@@ -18,7 +18,7 @@ VISION = ("vision_tower.", "multi_modal_projector.")
 class Placement:
     """`encodings` names the codec of every tensor; `dtype` is what the model computes in.
 
-    `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, once each.
+    `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, once each, in order.
     `double_quantization` is of the matrices that are put into nf4.
     """
 
@@ -30,12 +30,16 @@ class Placement:
 
     @property
     def notes(self) -> list[str]:
-        """A sentence for every fallback."""
-        return [
-            f"rows of {columns} weights do not divide into {name} blocks of {ENCODINGS[name].block}: "
+        """A sentence for every encoding that rows do not divide into, and what they are in instead."""
+        pairs = dict.fromkeys((name, neighbour) for name, _, neighbour in self.fallbacks)
+        return [self._note(name, neighbour) for name, neighbour in pairs]
+
+    def _note(self, name: str, neighbour: str) -> str:
+        widths = [str(columns) for wanted, columns, taken in self.fallbacks if (wanted, taken) == (name, neighbour)]
+        return (
+            f"rows of {' or '.join(widths)} weights do not divide into {name} blocks of {ENCODINGS[name].block}: "
             f"those layers are {neighbour} instead."
-            for name, columns, neighbour in self.fallbacks
-        ]
+        )
 
 
 def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_vision: bool = False) -> Placement:

@@ -52,6 +52,16 @@ def test_rows_that_do_not_divide_take_a_named_neighbour_and_it_is_said_once(name
     assert all(word in chosen.notes[0] for word in (name, neighbour, str(columns)))
 
 
+def test_rows_of_several_widths_that_take_one_neighbour_are_one_sentence():
+    shapes = {LAYER: (64, 64), EMBEDDING: (99, 96), VISION: (32, 40)}
+    several = {name: replace(tensors()[name], shape=shape) for name, shape in shapes.items()}
+    chosen = place(several, find("q4_k"), quantize_vision=True)
+    assert [chosen.encodings[name] for name in shapes] == ["q4_0", "q4_0", "bfloat16"]
+    bfloat16, q4_0 = chosen.notes
+    assert "40" in bfloat16 and "bfloat16" in bfloat16
+    assert all(word in q4_0 for word in ("64", "96", "q4_k", "q4_0"))
+
+
 def test_a_packed_file_keeps_its_mixture_unless_another_encoding_is_asked_for():
     mixed = tensors("q4_k", **{EMBEDDING: "q6_k", VISION: "bfloat16", PATCHES: "float16"})
     for wanted in (None, find("q4_k")):
