@@ -118,7 +118,7 @@ class EncodingFlags:
         bool,
         _model(
             "--double-quantization",
-            help="nf4 only: pack its scales as well, 8 % less memory. Weights that are nf4 already stay as they are.",
+            help="nf4 only: pack its scales as well, 8 % less memory; not of weights that are nf4 already.",
         ),
     ] = False
 

@@ -101,8 +101,8 @@ class Source:
         return "serialized" if isinstance(self.checkpoint, SerializedCheckpoint) else self.checkpoint.form
 
     def placement(self, wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
-        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted, and
-        when there is nothing to pack the picture part into."""
+        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted,
+        when there is nothing to pack the picture part into, and when scales are to be packed that stay as they are."""
         opened = self.checkpoint
         if quantize_vision and not (wanted and wanted.packed):
             asked = wanted.name if wanted else "no encoding"
@@ -115,7 +115,14 @@ class Source:
                 f"{opened.folder} was saved in {opened.encoding}, and {wanted.name} is asked for.",
                 hint="Leave --quantization-encoding out, or export the model again from its checkpoint.",
             )
-        return place(opened.tensors, wanted, quantize_vision)
+        placed = place(opened.tensors, wanted, quantize_vision)
+        kept = next((name for name, info in opened.tensors.items() if info.encoding == "nf4"), None)
+        if placed.double_quantization and kept and not opened.nf4(kept).nested:
+            raise ModelError(
+                f"The weights of {opened.folder} are in nf4 already, and their scales are not packed.",
+                hint="Leave --double-quantization out, or encode the model's own weights, which are not packed.",
+            )
+        return placed
 
     def save(
         self,

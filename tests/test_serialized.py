@@ -104,6 +104,17 @@ def test_double_quantisation_is_refused_for_anything_but_nf4(folder, name):
     assert "--double-quantization" in refused.value.hint
 
 
+def test_scales_that_a_file_has_unpacked_are_not_said_to_be_packed(folder, tmp_path):
+    plain, double = tmp_path / "plain", tmp_path / "double"
+    wanted = {"quantization_encoding": "nf4", "double_quantization": True}
+    Pixtral.load(folder, quantization_encoding="nf4").save(plain)
+    Pixtral.load(folder, **wanted).save(double)
+    with pytest.raises(PixtralError, match="nf4 already") as refused:
+        Pixtral.load(serialized_model_path=plain, **wanted)
+    assert "--double-quantization" in refused.value.hint
+    assert Pixtral.load(serialized_model_path=double, **wanted).encoding == "nf4"
+
+
 @pytest.mark.parametrize("name", [None, "bfloat16", "float32"])
 def test_packing_the_picture_part_into_nothing_is_refused(folder, name):
     with pytest.raises(PixtralError, match=name or "no encoding") as refused:

@@ -18,7 +18,7 @@ VISION = ("vision_tower.", "multi_modal_projector.")
 class Placement:
     """`encodings` names the codec of every tensor; `dtype` is what the model computes in.
 
-    `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, once each, in order.
+    `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, in order.
     `double_quantization` is of the matrices that are put into nf4.
     """
 
