@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import builders
 import pytest
@@ -311,6 +313,38 @@ def test_a_full_disk_is_told_before_the_first_byte_and_leaves_nothing(folder, tm
     with pytest.raises(WriteFailed):
         model.save("/dev/full/model.pixtral")
     assert list(place.iterdir()) == []
+
+
+def test_threads_that_save_to_one_path_at_once_leave_one_whole_file(folder, tmp_path):
+    source, together = Source.open(folder), threading.Barrier(2, timeout=60)
+    steps = [[], []]
+
+    def save(told):
+        source.save(tmp_path / "model", source.placement(None), None, lambda *step: told or wait(told, step))
+
+    def wait(told, step):
+        told.append(step)
+        together.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(save, steps)) == [None, None]
+    assert verify_path(tmp_path / "model").manifest.encoding == "float32"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model"]
+
+
+def test_a_file_taken_for_abandoned_before_it_was_locked_is_begun_anew(folder, tmp_path, monkeypatch):
+    lock, taken = serialized._lock, []
+
+    def late(file, **wait):
+        if not taken:
+            taken.extend(tmp_path.glob(".*.partial"))
+            [path.unlink() for path in taken]
+        lock(file, **wait)
+
+    monkeypatch.setattr(serialized, "_lock", late)
+    source = Source.open(folder)
+    source.save(tmp_path / "model", source.placement(None))
+    assert len(taken) == 1 and verify_path(tmp_path / "model")
 
 
 def test_a_failed_save_keeps_the_file_that_was_there(folder, saved, monkeypatch):
