@@ -72,13 +72,21 @@ class Source:
             return cls.open(name)
         found = hub.fetch_headers(name, folder, form=weights_format, progress=progress)
         if found.is_file() and found.suffix != layout.GGUF:
-            return cls.open_serialized(found)
+            return cls.open_serialized(found, weights=False)
         return cls(name, checkpoint.open(found, form=weights_format))
 
     @classmethod
-    def open_serialized(cls, path: str | PathLike[str], image_preprocessing: str | None = None) -> Source:
-        """A serialized model: the file is all that is needed. Raises weights_cache.errors.WeightsError."""
-        opened = SerializedCheckpoint(Path(path))
+    def open_serialized(
+        cls,
+        path: str | PathLike[str],
+        image_preprocessing: str | None = None,
+        *,
+        weights: bool = True,
+        progress: Progress | None = None,
+    ) -> Source:
+        """A serialized model: the file is all that is needed; without `weights`, they are not checked. Raises
+        weights_cache.errors.WeightsError."""
+        opened = SerializedCheckpoint(Path(path), weights=weights, progress=progress)
         return cls(opened.model_name, opened, image_preprocessing)
 
     @cached_property

@@ -269,13 +269,23 @@ def test_a_file_cut_short_is_refused(saved):
 def test_hashes_are_checked_once_and_again_only_when_the_file_was_touched(saved, monkeypatch):
     reads = []
     original = serialized.SerializedFile.altered
-    monkeypatch.setattr(serialized.SerializedFile, "altered", lambda file: reads.append(file) or original(file))
+    monkeypatch.setattr(serialized.SerializedFile, "altered", lambda file, **k: reads.append(1) or original(file, **k))
     Pixtral.load(serialized_model_path=saved)
     assert len(reads) == 0  # written here
     os.utime(saved)
     Pixtral.load(serialized_model_path=saved)
     Pixtral.load(serialized_model_path=saved)
     assert len(reads) == 1
+
+
+def test_the_check_of_a_file_that_is_new_here_is_told_step_by_step_before_it_is_loaded(saved):
+    os.utime(saved)
+    steps = []
+    Pixtral.load(serialized_model_path=saved, progress=lambda *step: steps.append(step))
+    labels = [label for label, _, _ in steps]
+    checked = [step for step in steps if step[0] == "Checking"]
+    assert labels[: len(checked)] == ["Checking"] * len(checked) and set(labels) == {"Checking", "Loading"}
+    assert len(checked) > 20 and checked[-1][1] == checked[-1][2] > saved.stat().st_size * 0.9
 
 
 def test_a_newer_version_says_so(folder, tmp_path, monkeypatch):

@@ -270,11 +270,20 @@ class SerializedFile:
         """The side files that it holds."""
         return [name.removeprefix(FILE_PREFIX) for name in self._file.tensors if name.startswith(FILE_PREFIX)]
 
-    def altered(self) -> list[str]:
-        """The names of tensors whose bytes are not those that were written; reads the whole file."""
+    def altered(self, *, weights: bool = True, progress: Progress | None = None) -> list[str]:
+        """The names of tensors whose bytes are not those that were written; reads the whole file, or without `weights`
+        its side files only."""
+        expected = {name: sha for name, sha in self._hashes.items() if weights or name.startswith(FILE_PREFIX)}
+        sizes = {name: self._file.tensors[name].nbytes for name in expected}
+        found, done = [], 0
         with ThreadPoolExecutor() as pool:  # hashing leaves Python to the others
-            found = dict(zip(self._hashes, pool.map(self._hash, self._hashes), strict=True))
-        return [name for name, expected in self._hashes.items() if found[name] != expected]
+            for name, sha in zip(expected, pool.map(self._hash, expected), strict=True):
+                if sha != expected[name]:
+                    found.append(name)
+                done += sizes[name]
+                if progress is not None:
+                    progress("Checking", done, sum(sizes.values()))
+        return found
 
     def _hash(self, name: str) -> str:
         return hashlib.sha256(_bytes_of(self._file.tensor(name))).hexdigest()
