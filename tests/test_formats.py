@@ -18,6 +18,8 @@ from pixtral_cli import Pixtral
 from pixtral_cli.source import Source
 from weights_cache import checkpoint
 from weights_cache.errors import ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
+from weights_cache.gguf_reader import GgufFile
+from weights_cache.safetensors_reader import SafetensorsFile
 
 OPTIONS = {"max_new_tokens": 16, "ignore_eos": True}
 FORMS = ("hf", "native", "gguf")
@@ -89,6 +91,16 @@ def test_every_form_has_the_very_same_weights(models, form):
         assert other.tensors[name].shape == info.shape and other.tensors[name].encoding == "float32"
         assert other.tensor(name).equal(hf.tensor(name)), name
         assert other.packed(name).flatten().equal(other.tensor(name).contiguous().view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("form", ["native", "gguf"])
+def test_a_tensor_whose_rows_are_copied_into_order_is_not_held_twice(models, monkeypatch, form):
+    released = []
+    for reader in (SafetensorsFile, GgufFile):
+        monkeypatch.setattr(reader, "release", lambda self, name: released.append(name))
+    load(models[0] / form)
+    copied = 2 * builders.TEXT["num_hidden_layers"] + 2 * builders.VISION["num_hidden_layers"]
+    assert len(set(released)) == len(released) == copied
 
 
 def neighbours_turned(x, angles):

@@ -307,10 +307,12 @@ def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:
 
 
 def _ordered(stored: Stored, rows: "torch.Tensor") -> "torch.Tensor":
-    """`rows` in our order."""
+    """`rows` in our order; a copy gives the memory of the original back, which nobody needs beside it."""
     if stored.head_dim is None:
         return rows
     if stored.head_dim < 2 or stored.head_dim % 2 or rows.shape[0] % stored.head_dim:
         reason = f"tensor {stored.name!r} has {rows.shape[0]} rows, and its heads have {stored.head_dim}"
         raise CheckpointCorrupt(stored.info.file, reason)
-    return names.halves(rows, stored.head_dim)
+    ordered = names.halves(rows, stored.head_dim)
+    stored.reader.release(stored.name)
+    return ordered
