@@ -53,6 +53,7 @@ class Source:
         chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
+        layout.check_present(paths)  # before anything is asked of the Hub
         folder, notes = None, []
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
