@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from pixtral_cli import Pixtral
 from pixtral_cli.source import Source
 from weights_cache import checkpoint
-from weights_cache.errors import ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
+from weights_cache.errors import FilesMismatch, ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
 from weights_cache.gguf_reader import GgufFile
 from weights_cache.safetensors_reader import SafetensorsFile
 
@@ -239,6 +239,18 @@ def test_a_gguf_and_its_picture_part_given_in_any_order_are_a_model(models, tmp_
     assert ours.name == "a.gguf"
     expected = load(folder / "hf").chat(CONVERSATIONS["picture"], **OPTIONS)
     assert ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids == expected.token_ids
+
+
+def test_files_of_two_models_are_said_not_to_go_together_and_none_is_called_damaged(models, tmp_path):
+    folder, other = models[0], tmp_path / "other"
+    builders.pixtral(other, hidden_size=128, head_dim=32)
+    forms.gguf_pictures(other, tmp_path / "mmproj.gguf")
+    text = folder / "gguf/model-f32.gguf"
+    for paths in ([text, tmp_path / "mmproj.gguf"], [folder / "native", text]):
+        with pytest.raises(FilesMismatch, match="do not go together") as refused:
+            load(None if text in paths[:1] else folder / "native", weight_paths=paths)
+        assert "damaged" not in str(refused.value) and "--force-download" not in refused.value.hint
+        assert all(path.name in str(refused.value) for path in paths)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import gguf_config, hf_config, layout, names, native, store
-from .errors import CheckpointCorrupt, PickleRefused, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .gguf_reader import GgufFile
 from .json_file import read_json_object
 from .layout import Form
@@ -302,7 +302,10 @@ def _native_naming(path: Path) -> Naming:
 def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:
     if other := found.get(ours):
         path, first = stored.info.file, other.info.file
-        raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as {other.name!r} in {first}")
+        if path == first:
+            raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as its {other.name!r}")
+        reason = f"{stored.name!r} of the first is the same tensor as {other.name!r} of the second"
+        raise FilesMismatch(path, reason, first)
     found[ours] = stored
 
 
