@@ -61,7 +61,7 @@ class Source:
             wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
             folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
         opened = checkpoint.open(folder, paths, weights_format)
-        opened.note = " ".join([*notes, *([opened.note] if opened.note else [])]) or None
+        opened.note = " ".join(notes) or opened.note  # of the same choice, if both tell of one
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
     @classmethod

@@ -188,18 +188,11 @@ def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tupl
             raise WeightsNotFound(folder, f"model in {layout.FORM_NAMES[wanted]} form", _advice(whole))
         return wanted, None
     if whole and not weights_given:
-        return whole[0], _form_note(folder, whole)
+        return whole[0], layout.form_note(folder, whole)
     by_config = [form for form, name in configs.items() if name in present]
     if not by_config and not whole:
         raise layout.no_config(folder, present)
     return (by_config or whole)[0], None
-
-
-def _form_note(folder: Path, whole: Sequence[Form]) -> str | None:
-    if len(whole) == 1:
-        return None
-    several = " and ".join(layout.FORM_NAMES[form] for form in whole)
-    return f"{folder} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
 
 
 def _advice(whole: Sequence[Form]) -> str | None:

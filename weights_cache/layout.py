@@ -113,6 +113,14 @@ def weight_files(folder: Path, form: Form | None = "hf") -> Expected:
     return {folder / name: frozenset() for name in chosen}
 
 
+def form_note(where: Path | str, whole: Sequence[Form]) -> str | None:
+    """What to say where the model is there in the forms `whole`, and nobody chose one: the first is read."""
+    if len(whole) < 2:
+        return None
+    several = " and ".join(FORM_NAMES[form] for form in whole)
+    return f"{where} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
+
+
 def chosen_files(paths: Sequence[Path]) -> Expected:
     """As weight_files, for paths that someone named: safetensors and GGUF files, and folders of them."""
     check_present(paths)
