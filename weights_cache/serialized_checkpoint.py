@@ -130,17 +130,12 @@ class SerializedCheckpoint(Checkpoint):
 
 def _fit(name: str, parts: Mapping[str, "torch.Tensor"]) -> bool:
     """Whether the tensors beside a matrix's codes are those that its size asks for (see `nf4.NF4`)."""
-    from .nf4 import BLOCKS, NESTED_BLOCK
+    from .nf4 import BLOCKS, parts_beside
 
-    found = {each.removeprefix(name): (str(part.dtype), part.numel()) for each, part in parts.items()}
-    blocks = found.get(".absmax", ("", 0))[1]
-    if blocks not in {-(-2 * parts[name].numel() // size) for size in BLOCKS}:
-        return False
-    beside = {".absmax": ("torch.float32", blocks)}
-    if len(found) > 2:
-        beside = {".absmax": ("torch.uint8", blocks), ".nested_absmax": ("torch.float32", -(-blocks // NESTED_BLOCK))}
-        beside |= {".nested_quant_map": ("torch.float32", 256), ".nested_offset": ("torch.float32", 1)}
-    return found == {"": found[""]} | beside
+    found = {each.removeprefix(f"{name}."): (part.dtype, part.numel()) for each, part in parts.items() if each != name}
+    blocks = found["absmax"][1] if "absmax" in found else 0
+    possible = {-(-2 * parts[name].numel() // size) for size in BLOCKS}
+    return blocks in possible and found == parts_beside(blocks, nested=len(found) > 1)
 
 
 def _check(file: SerializedFile, *, weights: bool = True, progress: Progress | None = None) -> None:
