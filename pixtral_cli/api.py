@@ -84,7 +84,7 @@ class Pixtral:
         wanted = asked_for(quantization_encoding, double_quantization)
         device = torch.device(_device(devices))
         if serialized_model_path is not None:
-            source = Source.open_serialized(serialized_model_path, image_preprocessing)
+            source = Source.open_serialized(serialized_model_path, image_preprocessing, progress=progress)
         else:
             source = Source.open(
                 model_path,

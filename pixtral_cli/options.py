@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pixtral_cli.encodings import CHOICES
-from pixtral_cli.flags import device_text, one_of, stop_texts, token_limit, whole_text, within
+from pixtral_cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
 RECIPES = ("hf", "native")
@@ -118,9 +118,17 @@ class EncodingFlags:
         bool,
         _model(
             "--double-quantization",
-            help="nf4 only: pack its scales as well, 8 % less memory. Weights that are nf4 already stay as they are.",
+            help="nf4 only: pack its scales as well, 8 % less memory; not of weights that are nf4 already.",
         ),
     ] = False
+
+    def check(self) -> None:
+        """Raises UsageError for flags that cannot be meant together."""
+        if self.double_quantization and self.quantization_encoding != "nf4":
+            raise UsageError(
+                "--double-quantization is a form of nf4, and that is not asked for.",
+                "Add --quantization-encoding nf4, or leave --double-quantization out.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

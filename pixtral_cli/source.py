@@ -54,6 +54,7 @@ class Source:
         chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
+        layout.check_present(paths)  # before anything is asked of the Hub
         folder, notes = None, []
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
@@ -61,7 +62,7 @@ class Source:
             wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
             folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
         opened = checkpoint.open(folder, paths, weights_format)
-        opened.note = " ".join([*notes, *([opened.note] if opened.note else [])]) or None
+        opened.note = " ".join(notes) or opened.note  # of the same choice, if both tell of one
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
     @classmethod
@@ -73,13 +74,21 @@ class Source:
             return cls.open(name)
         found = hub.fetch_headers(name, folder, form=weights_format, progress=progress)
         if found.is_file() and found.suffix != layout.GGUF:
-            return cls.open_serialized(found)
+            return cls.open_serialized(found, weights=False)
         return cls(name, checkpoint.open(found, form=weights_format))
 
     @classmethod
-    def open_serialized(cls, path: str | PathLike[str], image_preprocessing: str | None = None) -> Source:
-        """A serialized model: the file is all that is needed. Raises weights_cache.errors.WeightsError."""
-        opened = SerializedCheckpoint(Path(path))
+    def open_serialized(
+        cls,
+        path: str | PathLike[str],
+        image_preprocessing: str | None = None,
+        *,
+        weights: bool = True,
+        progress: Progress | None = None,
+    ) -> Source:
+        """A serialized model: the file is all that is needed; without `weights`, they are not checked. Raises
+        weights_cache.errors.WeightsError."""
+        opened = SerializedCheckpoint(Path(path), weights=weights, progress=progress)
         return cls(opened.model_name, opened, image_preprocessing)
 
     @cached_property
@@ -102,8 +111,8 @@ class Source:
         return "serialized" if isinstance(self.checkpoint, SerializedCheckpoint) else self.checkpoint.form
 
     def placement(self, wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
-        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted, and
-        when there is nothing to pack the picture part into."""
+        """Which encoding each tensor gets. Raises ModelError when a serialized model has another than is wanted,
+        when there is nothing to pack the picture part into, and when scales are to be packed that stay as they are."""
         opened = self.checkpoint
         if quantize_vision and not (wanted and wanted.packed):
             asked = wanted.name if wanted else "no encoding"
@@ -116,7 +125,14 @@ class Source:
                 f"{opened.folder} was saved in {opened.encoding}, and {wanted.name} is asked for.",
                 hint="Leave --quantization-encoding out, or export the model again from its checkpoint.",
             )
-        return place(opened.tensors, wanted, quantize_vision)
+        placed = place(opened.tensors, wanted, quantize_vision)
+        kept = next((name for name, info in opened.tensors.items() if info.encoding == "nf4"), None)
+        if placed.double_quantization and kept and not opened.nf4(kept).nested:
+            raise ModelError(
+                f"The weights of {opened.folder} are in nf4 already, and their scales are not packed.",
+                hint="Leave --double-quantization out, or encode the model's own weights, which are not packed.",
+            )
+        return placed
 
     def save(
         self,

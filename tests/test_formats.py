@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from pixtral_cli import Pixtral
 from pixtral_cli.source import Source
 from weights_cache import checkpoint
-from weights_cache.errors import ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
+from weights_cache.errors import FilesMismatch, ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
+from weights_cache.gguf_reader import GgufFile
+from weights_cache.safetensors_reader import SafetensorsFile
 
 OPTIONS = {"max_new_tokens": 16, "ignore_eos": True}
 FORMS = ("hf", "native", "gguf")
@@ -89,6 +91,16 @@ def test_every_form_has_the_very_same_weights(models, form):
         assert other.tensors[name].shape == info.shape and other.tensors[name].encoding == "float32"
         assert other.tensor(name).equal(hf.tensor(name)), name
         assert other.packed(name).flatten().equal(other.tensor(name).contiguous().view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("form", ["native", "gguf"])
+def test_a_tensor_whose_rows_are_copied_into_order_is_not_held_twice(models, monkeypatch, form):
+    released = []
+    for reader in (SafetensorsFile, GgufFile):
+        monkeypatch.setattr(reader, "release", lambda self, name: released.append(name))
+    load(models[0] / form)
+    copied = 2 * builders.TEXT["num_hidden_layers"] + 2 * builders.VISION["num_hidden_layers"]
+    assert len(set(released)) == len(released) == copied
 
 
 def neighbours_turned(x, angles):
@@ -227,6 +239,18 @@ def test_a_gguf_and_its_picture_part_given_in_any_order_are_a_model(models, tmp_
     assert ours.name == "a.gguf"
     expected = load(folder / "hf").chat(CONVERSATIONS["picture"], **OPTIONS)
     assert ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids == expected.token_ids
+
+
+def test_files_of_two_models_are_said_not_to_go_together_and_none_is_called_damaged(models, tmp_path):
+    folder, other = models[0], tmp_path / "other"
+    builders.pixtral(other, hidden_size=128, head_dim=32)
+    forms.gguf_pictures(other, tmp_path / "mmproj.gguf")
+    text = folder / "gguf/model-f32.gguf"
+    for paths in ([text, tmp_path / "mmproj.gguf"], [folder / "native", text]):
+        with pytest.raises(FilesMismatch, match="do not go together") as refused:
+            load(None if text in paths[:1] else folder / "native", weight_paths=paths)
+        assert "damaged" not in str(refused.value) and "--force-download" not in refused.value.hint
+        assert all(path.name in str(refused.value) for path in paths)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import builders
 import pytest
@@ -102,6 +104,17 @@ def test_double_quantisation_is_refused_for_anything_but_nf4(folder, name):
     with pytest.raises(PixtralError, match="nf4") as refused:
         Pixtral.load(folder, quantization_encoding=name, double_quantization=True)
     assert "--double-quantization" in refused.value.hint
+
+
+def test_scales_that_a_file_has_unpacked_are_not_said_to_be_packed(folder, tmp_path):
+    plain, double = tmp_path / "plain", tmp_path / "double"
+    wanted = {"quantization_encoding": "nf4", "double_quantization": True}
+    Pixtral.load(folder, quantization_encoding="nf4").save(plain)
+    Pixtral.load(folder, **wanted).save(double)
+    with pytest.raises(PixtralError, match="nf4 already") as refused:
+        Pixtral.load(serialized_model_path=plain, **wanted)
+    assert "--double-quantization" in refused.value.hint
+    assert Pixtral.load(serialized_model_path=double, **wanted).encoding == "nf4"
 
 
 @pytest.mark.parametrize("name", [None, "bfloat16", "float32"])
@@ -256,13 +269,23 @@ def test_a_file_cut_short_is_refused(saved):
 def test_hashes_are_checked_once_and_again_only_when_the_file_was_touched(saved, monkeypatch):
     reads = []
     original = serialized.SerializedFile.altered
-    monkeypatch.setattr(serialized.SerializedFile, "altered", lambda file: reads.append(file) or original(file))
+    monkeypatch.setattr(serialized.SerializedFile, "altered", lambda file, **k: reads.append(1) or original(file, **k))
     Pixtral.load(serialized_model_path=saved)
     assert len(reads) == 0  # written here
     os.utime(saved)
     Pixtral.load(serialized_model_path=saved)
     Pixtral.load(serialized_model_path=saved)
     assert len(reads) == 1
+
+
+def test_the_check_of_a_file_that_is_new_here_is_told_step_by_step_before_it_is_loaded(saved):
+    os.utime(saved)
+    steps = []
+    Pixtral.load(serialized_model_path=saved, progress=lambda *step: steps.append(step))
+    labels = [label for label, _, _ in steps]
+    checked = [step for step in steps if step[0] == "Checking"]
+    assert labels[: len(checked)] == ["Checking"] * len(checked) and set(labels) == {"Checking", "Loading"}
+    assert len(checked) > 20 and checked[-1][1] == checked[-1][2] > saved.stat().st_size * 0.9
 
 
 def test_a_newer_version_says_so(folder, tmp_path, monkeypatch):
@@ -300,6 +323,38 @@ def test_a_full_disk_is_told_before_the_first_byte_and_leaves_nothing(folder, tm
     with pytest.raises(WriteFailed):
         model.save("/dev/full/model.pixtral")
     assert list(place.iterdir()) == []
+
+
+def test_threads_that_save_to_one_path_at_once_leave_one_whole_file(folder, tmp_path):
+    source, together = Source.open(folder), threading.Barrier(2, timeout=60)
+    steps = [[], []]
+
+    def save(told):
+        source.save(tmp_path / "model", source.placement(None), None, lambda *step: told or wait(told, step))
+
+    def wait(told, step):
+        told.append(step)
+        together.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(save, steps)) == [None, None]
+    assert verify_path(tmp_path / "model").manifest.encoding == "float32"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model"]
+
+
+def test_a_file_taken_for_abandoned_before_it_was_locked_is_begun_anew(folder, tmp_path, monkeypatch):
+    lock, taken = serialized._lock, []
+
+    def late(file, **wait):
+        if not taken:
+            taken.extend(tmp_path.glob(".*.partial"))
+            [path.unlink() for path in taken]
+        lock(file, **wait)
+
+    monkeypatch.setattr(serialized, "_lock", late)
+    source = Source.open(folder)
+    source.save(tmp_path / "model", source.placement(None))
+    assert len(taken) == 1 and verify_path(tmp_path / "model")
 
 
 def test_a_failed_save_keeps_the_file_that_was_there(folder, saved, monkeypatch):

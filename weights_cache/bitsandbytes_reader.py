@@ -19,8 +19,9 @@ import torch
 from .errors import CheckpointCorrupt, ModelUnsupported
 from .json_file import parse_json_object
 from .names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
-from .nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE
+from .nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
 from .reader import Reader, TensorInfo
+from .serialized import DTYPE_WORDS
 
 NF4_STATE = BITSANDBYTES_STATE + "nf4"
 ENCODING = "nf4"
@@ -144,8 +145,7 @@ def _expected(state: Mapping[str, Any]) -> dict[str, tuple[str | None, int]]:
     """What belongs to a matrix, and of each the dtype and how many numbers (of codes: bytes)."""
     weights = math.prod(state["shape"])
     blocks = -(-weights // state["blocksize"])
-    parts: dict[str, tuple[str | None, int]] = {"codes": (None, weights // 2), "quant_map": ("F32", 16)}
-    if "nested_offset" not in state:
-        return parts | {"absmax": ("F32", blocks)}
-    nested = -(-blocks // NESTED_BLOCK)
-    return parts | {"absmax": ("U8", blocks), "nested_absmax": ("F32", nested), "nested_quant_map": ("F32", 256)}
+    parts = parts_beside(blocks, nested="nested_offset" in state)
+    parts.pop("nested_offset", None)  # which the state itself holds
+    words = {part: (DTYPE_WORDS[str(dtype)], count) for part, (dtype, count) in parts.items()}
+    return {"codes": (None, weights // 2), "quant_map": ("F32", 16), **words}

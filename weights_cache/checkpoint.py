@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import gguf_config, hf_config, layout, names, native, store
-from .errors import CheckpointCorrupt, PickleRefused, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .gguf_reader import GgufFile
 from .json_file import read_json_object
 from .layout import Form
@@ -188,18 +188,11 @@ def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tupl
             raise WeightsNotFound(folder, f"model in {layout.FORM_NAMES[wanted]} form", _advice(whole))
         return wanted, None
     if whole and not weights_given:
-        return whole[0], _form_note(folder, whole)
+        return whole[0], layout.form_note(folder, whole)
     by_config = [form for form, name in configs.items() if name in present]
     if not by_config and not whole:
         raise layout.no_config(folder, present)
     return (by_config or whole)[0], None
-
-
-def _form_note(folder: Path, whole: Sequence[Form]) -> str | None:
-    if len(whole) == 1:
-        return None
-    several = " and ".join(layout.FORM_NAMES[form] for form in whole)
-    return f"{folder} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
 
 
 def _advice(whole: Sequence[Form]) -> str | None:
@@ -302,15 +295,20 @@ def _native_naming(path: Path) -> Naming:
 def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:
     if other := found.get(ours):
         path, first = stored.info.file, other.info.file
-        raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as {other.name!r} in {first}")
+        if path == first:
+            raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as its {other.name!r}")
+        reason = f"{stored.name!r} of the first is the same tensor as {other.name!r} of the second"
+        raise FilesMismatch(path, reason, first)
     found[ours] = stored
 
 
 def _ordered(stored: Stored, rows: "torch.Tensor") -> "torch.Tensor":
-    """`rows` in our order."""
+    """`rows` in our order; a copy gives the memory of the original back, which nobody needs beside it."""
     if stored.head_dim is None:
         return rows
     if stored.head_dim < 2 or stored.head_dim % 2 or rows.shape[0] % stored.head_dim:
         reason = f"tensor {stored.name!r} has {rows.shape[0]} rows, and its heads have {stored.head_dim}"
         raise CheckpointCorrupt(stored.info.file, reason)
-    return names.halves(rows, stored.head_dim)
+    ordered = names.halves(rows, stored.head_dim)
+    stored.reader.release(stored.name)
+    return ordered

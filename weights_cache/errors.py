@@ -10,7 +10,8 @@ WeightsError
 ├── NotYetSupported      a known format that has no reader yet
 ├── PickleRefused        a file that could run code when opened
 ├── CheckpointCorrupt    a file that contradicts itself or is cut short
-│   └── Unreadable       a file or folder that this user may not read, or that is not there
+│   ├── Unreadable       a file or folder that this user may not read, or that is not there
+│   └── FilesMismatch    a file that may be whole, and does not belong to another given with it
 ├── TensorsMissing       the model needs tensors that the checkpoint lacks
 ├── TensorsUnexpected    the checkpoint holds tensors that the model has no place for
 ├── TensorShapeMismatch  a tensor of another shape than the config says
@@ -210,6 +211,20 @@ class Unreadable(CheckpointCorrupt):
     @property
     def hint(self) -> str:
         return "Check the path, and who may read it."
+
+
+@dataclass(eq=False)
+class FilesMismatch(CheckpointCorrupt):
+    """The file `path` does not go together with the file `other`, for `reason`."""
+
+    other: Path
+
+    def __str__(self) -> str:
+        return f"{self.path} and {self.other} do not go together: {self.reason}."
+
+    @property
+    def hint(self) -> str:
+        return "Give files of one model, and each part of it once."
 
 
 @dataclass(eq=False)

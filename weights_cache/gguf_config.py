@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import hf_config
-from .errors import CheckpointCorrupt, ModelUnsupported, UnknownArchitecture
+from .errors import CheckpointCorrupt, FilesMismatch, ModelUnsupported, UnknownArchitecture
 from .fields import Fields
 from .gguf_reader import GgufFile
 
@@ -52,8 +52,8 @@ def read_config(text: GgufFile, pictures: GgufFile | None = None) -> dict[str, A
     vision = _vision(pictures)
     projected = Fields(pictures.path, pictures.metadata).count("clip.vision.projection_dim", sizes["hidden_size"])
     if projected != sizes["hidden_size"]:
-        reason = f"its features have {projected} numbers, and {text.path.name} takes {sizes['hidden_size']}"
-        raise CheckpointCorrupt(pictures.path, reason)
+        reason = f"the features of the first have {projected} numbers, and the second takes {sizes['hidden_size']}"
+        raise FilesMismatch(pictures.path, reason, text.path)
     image_token_id = _image_token_id(text)
     if image_token_id is None:
         raise ModelUnsupported(text.path, f"no token for pictures ({IMAGE_TOKEN})")

@@ -56,7 +56,7 @@ def fetch(
     several forms `form` is fetched, or else the first of "hf", "native", "gguf". What is cached completely is used
     without any network call: a newer version on the Hub is not looked for, unless `force` fetches everything anew.
     `weights=False` asks for the small files only. A GGUF has none, so all of it is fetched, or with `headers` a file
-    of its length that holds its header only. `tell` is called with a sentence when one of several files was chosen.
+    of its length that holds its header only. `tell` is called with a sentence when one of several was chosen.
 
     Raises ModelNotFound, Offline (HF_HUB_OFFLINE), Gated, DownloadFailed, DiskFull, and WeightsNotFound or
     PickleRefused for a repository without weights that can be read.

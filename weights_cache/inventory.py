@@ -5,6 +5,7 @@ Knows no terminal. Only folders are trusted to say what is ours to remove: links
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from .selection import CONFIGS, SIDE_FILES, select
 INCOMPLETE = "incomplete"
 SERIALIZED = "serialized"
 SHA256_HEX, SHA1_HEX = 64, 40
+YOUNG = 600  # seconds in which a download links what has arrived
 BLOCK = 512  # bytes that a file system counts as one: of a file with nothing but its header, fewer than it is long
 
 
@@ -79,6 +81,7 @@ def remove(model: Model) -> None:
         return
     root = store.repo_folder(model.repo)
     shared, parts = _shared(model), [] if model.format == INCOMPLETE else _parts(root)
+    linked = _linked(root) | {path.resolve() for path in model.files}
     for path in model.files:
         if path not in shared:
             path.unlink(missing_ok=True)
@@ -86,7 +89,7 @@ def remove(model: Model) -> None:
         if snapshot.name == (model.commit or snapshot.name) and not _forms_in(snapshot):
             shutil.rmtree(snapshot)
             _forget(model.repo, snapshot.name, root)
-    _remove_unused_blobs(root, keep=parts)
+    _remove_unused_blobs(root, linked, keep=parts)
     if not _snapshots(root) and not any((root / "blobs").glob("*")):
         shutil.rmtree(root)
         shutil.rmtree(own_cache.repo_folder(model.repo), ignore_errors=True)
@@ -300,13 +303,21 @@ def _forget(repo: str, commit: str, root: Path) -> None:
         own_cache.repo_folder(repo).rmdir()
 
 
-def _remove_unused_blobs(root: Path, keep: list[Path]) -> None:
-    """Contents to which no snapshot leads, apart from those to `keep`."""
-    used = {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
-    used |= {path.resolve() for path in keep}
+def _linked(root: Path) -> set[Path]:
+    """The contents to which snapshots lead."""
+    return {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
+
+
+def _remove_unused_blobs(root: Path, linked: set[Path], keep: list[Path]) -> None:
+    """Contents to which no snapshot leads, apart from those to `keep`; one that was not `linked` before is left while
+    it is young: another process may have fetched it, and be about to link it."""
+    used = _linked(root) | {path.resolve() for path in keep}
     blobs = root / "blobs"
     if blobs.is_symlink():
         return
     for blob in blobs.glob("*"):
-        if blob.resolve() not in used and not blob.is_dir():
-            blob.unlink(missing_ok=True)
+        if blob.resolve() in used or blob.is_dir():
+            continue
+        with suppress(FileNotFoundError):
+            if blob.resolve() in linked or time.time() - blob.lstat().st_mtime > YOUNG:
+                blob.unlink()

@@ -113,17 +113,31 @@ def weight_files(folder: Path, form: Form | None = "hf") -> Expected:
     return {folder / name: frozenset() for name in chosen}
 
 
+def form_note(where: Path | str, whole: Sequence[Form]) -> str | None:
+    """What to say where the model is there in the forms `whole`, and nobody chose one: the first is read."""
+    if len(whole) < 2:
+        return None
+    several = " and ".join(FORM_NAMES[form] for form in whole)
+    return f"{where} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
+
+
 def chosen_files(paths: Sequence[Path]) -> Expected:
     """As weight_files, for paths that someone named: safetensors and GGUF files, and folders of them."""
+    check_present(paths)
     found: dict[Path, frozenset[str]] = {}
     for path in paths:
         if path.is_dir():
             found |= weight_files(path, None)
-        elif path.is_file():
-            found[_readable(path)] = frozenset()
         else:
-            raise WeightsNotFound(path.parent, f"file named {path.name}", "Check the path of the weights.")
+            found[_readable(path)] = frozenset()
     return found
+
+
+def check_present(paths: Iterable[Path]) -> None:
+    """Raise WeightsNotFound for the first path that is neither a file nor a folder."""
+    for path in paths:
+        if not (path.is_file() or path.is_dir()):
+            raise WeightsNotFound(f"{path} does not exist, so it", "weights", "Check the path of the weights.")
 
 
 def shards(index: Path) -> dict[str, set[str]]:

@@ -134,3 +134,15 @@ class NF4:
 
 PARTS = tuple(field.name for field in fields(NF4))[1:]
 """What stands beside the codes: the ends of tensors' names."""
+
+
+def parts_beside(blocks: int, nested: bool) -> dict[str, tuple[torch.dtype, int]]:
+    """What stands beside the codes of so many blocks: of each of PARTS its dtype, and how many numbers it has."""
+    if not nested:
+        return {"absmax": (torch.float32, blocks)}
+    return {
+        "absmax": (torch.uint8, blocks),
+        "nested_absmax": (torch.float32, -(-blocks // NESTED_BLOCK)),
+        "nested_quant_map": (torch.float32, 256),
+        "nested_offset": (torch.float32, 1),
+    }

@@ -69,6 +69,7 @@ def select(
     if file is not None or form == "gguf":
         return _gguf(where, sizes, file)
     whole = layout.forms(names)
+    note = layout.form_note(where, whole) if form is None else None
     if form is None:
         with_config = [each for each, config in CONFIGS.items() if config in names and not weights]
         form = next(iter(whole or with_config), None)
@@ -80,7 +81,7 @@ def select(
         return _gguf(where, sizes, None)
     chosen = layout.hf_weights(names) if form == "hf" else layout.native_weights(names)
     side = tuple(name for name in (*SIDE_FILES, CONFIGS[form]) if name in names)
-    return Selection(form, side, tuple(chosen))
+    return Selection(form, side, tuple(chosen), note=note)
 
 
 def _other_forms(whole: Sequence[Form]) -> str | None:

@@ -13,14 +13,15 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed
 from .json_file import parse_json_object
@@ -73,26 +74,46 @@ def write(
     header = _Header(manifest, weights, files)
     if os.path.isdir(path) or os.path.exists(path) and not os.path.isfile(path):
         raise WriteFailed(path, "it is a folder or a device")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         free = shutil.disk_usage(path.parent).free
         if header.file_bytes > free:
             raise DiskFull(path.name, path.parent, header.file_bytes, free)
-        with partial.open("wb") as file:
-            with suppress(OSError):  # not every file system has locks
-                _lock(file)
+        with _held(path) as file:
             hashes = _write_data(file, header, weights, files, progress)
             _write_header(file, header, hashes)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise WriteFailed(path, error.strerror or str(error)) from error
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, locked from beginning to end: then it becomes `path`; after an error it is gone."""
+    partial, file = _new_partial(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name == "nt":  # which renames no file that is open
+                file.close()
+            partial.replace(path)
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _new_partial(path: Path) -> tuple[Path, BinaryIO]:
+    """A locked file of a name that nobody else has; another if a process took it for abandoned before it was locked."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+        file = partial.open("xb")
+        with suppress(OSError):  # not every file system has locks
+            _lock(file, wait=True)
+        if partial.exists():
+            return partial, file
+        file.close()
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -103,12 +124,12 @@ def _remove_abandoned(path: Path) -> None:
             left.unlink()
 
 
-def _lock(file: Any) -> None:
-    """Take the file for this process while it is open. Raises OSError when another has it."""
+def _lock(file: BinaryIO, wait: bool = False) -> None:
+    """Take the file for this process while it is open. Raises OSError when another has it, unless it `wait`s."""
     with suppress(ImportError):  # Windows removes no file that is open
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 class _Header:
@@ -249,11 +270,20 @@ class SerializedFile:
         """The side files that it holds."""
         return [name.removeprefix(FILE_PREFIX) for name in self._file.tensors if name.startswith(FILE_PREFIX)]
 
-    def altered(self) -> list[str]:
-        """The names of tensors whose bytes are not those that were written; reads the whole file."""
+    def altered(self, *, weights: bool = True, progress: Progress | None = None) -> list[str]:
+        """The names of tensors whose bytes are not those that were written; reads the whole file, or without `weights`
+        its side files only."""
+        expected = {name: sha for name, sha in self._hashes.items() if weights or name.startswith(FILE_PREFIX)}
+        sizes = {name: self._file.tensors[name].nbytes for name in expected}
+        found, done = [], 0
         with ThreadPoolExecutor() as pool:  # hashing leaves Python to the others
-            found = dict(zip(self._hashes, pool.map(self._hash, self._hashes), strict=True))
-        return [name for name, expected in self._hashes.items() if found[name] != expected]
+            for name, sha in zip(expected, pool.map(self._hash, expected), strict=True):
+                if sha != expected[name]:
+                    found.append(name)
+                done += sizes[name]
+                if progress is not None:
+                    progress("Checking", done, sum(sizes.values()))
+        return found
 
     def _hash(self, name: str) -> str:
         return hashlib.sha256(_bytes_of(self._file.tensor(name))).hexdigest()

@@ -11,7 +11,7 @@ from .checkpoint import GENERATION_CONFIG, WRITTEN_TOKENIZER, Checkpoint
 from .errors import CheckpointCorrupt, listed
 from .json_file import parse_json_object
 from .reader import TensorInfo
-from .serialized import SerializedFile
+from .serialized import Progress, SerializedFile
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +43,14 @@ class SerializedCheckpoint(Checkpoint):
     """An opened serialized model. `encoding` is what it was saved in.
 
     A file that was neither written nor checked on this machine, or that has changed since, is read and checked
-    against its hashes once. Raises CheckpointCorrupt and SerializedTooNew.
+    against its hashes once, with steps to `progress`; for whoever reads no `weights`, its side files are.
+    Raises CheckpointCorrupt and SerializedTooNew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, weights: bool = True, progress: Progress | None = None) -> None:
         self._file = SerializedFile(path)
         if not stamps.known(path, self._file.seal):
-            verify(self._file)
+            _check(self._file, weights=weights, progress=progress)
         manifest = self._file.manifest
         super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
         self.written_tokenizer = self._json(WRITTEN_TOKENIZER)
@@ -129,28 +130,27 @@ class SerializedCheckpoint(Checkpoint):
 
 def _fit(name: str, parts: Mapping[str, "torch.Tensor"]) -> bool:
     """Whether the tensors beside a matrix's codes are those that its size asks for (see `nf4.NF4`)."""
-    from .nf4 import BLOCKS, NESTED_BLOCK
+    from .nf4 import BLOCKS, parts_beside
 
-    found = {each.removeprefix(name): (str(part.dtype), part.numel()) for each, part in parts.items()}
-    blocks = found.get(".absmax", ("", 0))[1]
-    if blocks not in {-(-2 * parts[name].numel() // size) for size in BLOCKS}:
-        return False
-    beside = {".absmax": ("torch.float32", blocks)}
-    if len(found) > 2:
-        beside = {".absmax": ("torch.uint8", blocks), ".nested_absmax": ("torch.float32", -(-blocks // NESTED_BLOCK))}
-        beside |= {".nested_quant_map": ("torch.float32", 256), ".nested_offset": ("torch.float32", 1)}
-    return found == {"": found[""]} | beside
+    found = {each.removeprefix(f"{name}."): (part.dtype, part.numel()) for each, part in parts.items() if each != name}
+    blocks = found["absmax"][1] if "absmax" in found else 0
+    possible = {-(-2 * parts[name].numel() // size) for size in BLOCKS}
+    return blocks in possible and found == parts_beside(blocks, nested=len(found) > 1)
 
 
-def verify(file: SerializedFile) -> None:
-    """Check every hash, and remember that the file is whole. Raises CheckpointCorrupt naming what was altered."""
-    if altered := [f"{name[:200]!r}" for name in file.altered()]:
+def _check(file: SerializedFile, *, weights: bool = True, progress: Progress | None = None) -> None:
+    """Check every hash, and remember that the file is whole; without `weights` those of side files, for this once.
+
+    Raises CheckpointCorrupt naming what was altered.
+    """
+    if altered := [f"{name[:200]!r}" for name in file.altered(weights=weights, progress=progress)]:
         raise CheckpointCorrupt(file.path, f"{listed(altered)} {'was' if len(altered) == 1 else 'were'} altered")
-    stamps.remember(file.path, file.seal)
+    if weights:
+        stamps.remember(file.path, file.seal)
 
 
 def verify_path(path: Path) -> SerializedFile:
     """Open a serialized model and check every hash, whatever is remembered of it."""
     file = SerializedFile(path)
-    verify(file)
+    _check(file)
     return file

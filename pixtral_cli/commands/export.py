@@ -34,6 +34,7 @@ def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlag
     from pixtral_cli.encodings import asked_for
     from pixtral_cli.source import Source
 
+    encoding.check()
     console = Console(json=output.json, quiet=output.quiet)
     wanted = asked_for(encoding.quantization_encoding, encoding.double_quantization)
     with console.progress(f"exporting {arguments.model}") as progress:

@@ -14,9 +14,12 @@ NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is n
 
 def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: Any) -> Any:
     """The model that the flags name, with bars while it downloads, loads and is saved; what was chosen is told."""
+    weights.check()
     file, beside = weights.serialized_model_path, (named(source), weights.weight_path, source.weights_format)
     if file is not None and any(beside):
         raise UsageError("--serialized-model-path is a whole model: leave --model-path and --weight-path out.")
+    if file is not None and source.force_download:
+        raise UsageError("--serialized-model-path is a file here: --force-download has nothing to download.")
     with console.progress(f"loading {file or model_path(source, weights)}") as progress:
         from pixtral_cli import Pixtral
 

@@ -127,11 +127,11 @@ def _tie(model: Llava) -> None:
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
     """Every tensor there, none left over, each of its shape. A tied model's own lm_head is passed over."""
-    tensors = checkpoint.tensors
+    tensors, where = checkpoint.tensors, next(iter(checkpoint.weight_paths), checkpoint.folder)
     if missing := [name for name in shapes if name not in tensors]:
-        raise TensorsMissing(missing, checkpoint.folder)
+        raise TensorsMissing(missing, where)
     if unexpected := [name for name in tensors if name not in shapes and name != HEAD]:
-        raise TensorsUnexpected(unexpected, checkpoint.folder)
+        raise TensorsUnexpected(unexpected, where)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)

@@ -18,7 +18,7 @@ VISION = ("vision_tower.", "multi_modal_projector.")
 class Placement:
     """`encodings` names the codec of every tensor; `dtype` is what the model computes in.
 
-    `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, once each.
+    `label` is what to call the whole; `fallbacks` are (encoding, columns, neighbour) that rows forced, in order.
     `double_quantization` is of the matrices that are put into nf4.
     """
 
@@ -30,12 +30,16 @@ class Placement:
 
     @property
     def notes(self) -> list[str]:
-        """A sentence for every fallback."""
-        return [
-            f"rows of {columns} weights do not divide into {name} blocks of {ENCODINGS[name].block}: "
+        """A sentence for every encoding that rows do not divide into, and what they are in instead."""
+        pairs = dict.fromkeys((name, neighbour) for name, _, neighbour in self.fallbacks)
+        return [self._note(name, neighbour) for name, neighbour in pairs]
+
+    def _note(self, name: str, neighbour: str) -> str:
+        widths = [str(columns) for wanted, columns, taken in self.fallbacks if (wanted, taken) == (name, neighbour)]
+        return (
+            f"rows of {' or '.join(widths)} weights do not divide into {name} blocks of {ENCODINGS[name].block}: "
             f"those layers are {neighbour} instead."
-            for name, columns, neighbour in self.fallbacks
-        ]
+        )
 
 
 def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_vision: bool = False) -> Placement:
@@ -45,33 +49,30 @@ def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_v
     bfloat16, or float32 where the file has nothing narrower. With a wish for a packed encoding the matrices of the
     text model take it (a file that has it already keeps its mixture); the vision part only with `quantize_vision`.
     """
-    stored = _label(tensors)
-    if wanted is None or (wanted.packed and wanted.name == stored and not quantize_vision):
-        dtype = "float32" if stored == "float32" else "bfloat16"
-        kept = {n: t.encoding if _stays_packed(t) else dtype for n, t in tensors.items()}
-        return Placement(stored, dtype, kept)
-    if not wanted.packed:
+    if wanted is not None and not wanted.packed:
         return Placement(wanted.name, wanted.name, dict.fromkeys(tensors, wanted.name))
-    chosen = {name: _packed(tensor, wanted, quantize_vision) for name, tensor in tensors.items()}
-    fallbacks = {
-        (wanted.name, tensors[name].shape[-1], encoding)
-        for name, encoding in chosen.items()
-        if encoding != wanted.name and packable(tensors[name], quantize_vision) and not _looked_up(name, wanted)
-    }
-    return Placement(wanted.name, "bfloat16", chosen, tuple(sorted(fallbacks)), wanted.double_quantization)
+    stored = _label(tensors)
+    keeps = wanted is None or wanted.name == stored
+    dtype = "float32" if keeps and stored == "float32" else "bfloat16"
+    chosen = {name: tensor.encoding if keeps and _stays_packed(tensor) else dtype for name, tensor in tensors.items()}
+    if wanted is None:
+        return Placement(stored, dtype, chosen)
+    taking = [t for t in tensors.values() if _takes(t, wanted, quantize_vision) and not (keeps and _is_kept(t))]
+    chosen |= {tensor.name: wanted.for_width(tensor.shape[-1]).name for tensor in taking}
+    fallbacks = {(wanted.name, t.shape[-1], chosen[t.name]) for t in taking if chosen[t.name] != wanted.name}
+    return Placement(wanted.name, dtype, chosen, tuple(sorted(fallbacks)), wanted.double_quantization)
 
 
-def packable(tensor: TensorInfo, quantize_vision: bool) -> bool:
+def _takes(tensor: TensorInfo, wanted: Encoding, quantize_vision: bool) -> bool:
     """Whether it is a matrix of a linear layer or the embedding, of a part that may be packed."""
-    return len(tensor.shape) == 2 and (quantize_vision or not tensor.name.startswith(VISION))
+    if tensor.name.startswith(VISION) and not quantize_vision:
+        return False
+    return len(tensor.shape) == 2 and not _looked_up(tensor.name, wanted)
 
 
-def _packed(tensor: TensorInfo, wanted: Encoding, quantize_vision: bool) -> str:
-    if not packable(tensor, quantize_vision):
-        return "bfloat16"
-    if _looked_up(tensor.name, wanted):
-        return "bfloat16"
-    return wanted.for_width(tensor.shape[-1]).name
+def _is_kept(tensor: TensorInfo) -> bool:
+    """Whether it is of the mixture that a file's encoding is, or packed already."""
+    return not tensor.name.startswith(VISION) or _stays_packed(tensor)
 
 
 def _looked_up(name: str, wanted: Encoding) -> bool:

@@ -15,10 +15,10 @@ from pixtral_cli.model.llava import Llava
 from pixtral_cli.model.load import DTYPES, EMBEDDING
 from pixtral_cli.model.nf4 import NF4Linear
 from pixtral_cli.model.placement import Placement
-from weights_cache import codecs
+from weights_cache import codecs, nf4
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.int4 import SCALES, Int4, fits, stored_shapes
-from weights_cache.nf4 import BLOCK, NESTED_BLOCK, NF4, ROWS
+from weights_cache.nf4 import NF4, ROWS
 from weights_cache.serialized import DTYPE_WORDS, Weight
 
 WORDS = {"float32": "F32", "bfloat16": "BF16"}
@@ -63,7 +63,8 @@ def _nf4_weights(checkpoint: Checkpoint, name: str, double: bool, ordered: Calla
         parts = checkpoint.nf4(name).to_tensors(name)
         beside = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items() if part != name}
     else:
-        beside = {f"{name}.{part}": size for part, size in _beside(-(-rows * columns // BLOCK), double).items()}
+        parts = nf4.parts_beside(-(-rows * columns // nf4.BLOCK), double)
+        beside = {f"{name}.{part}": (dtype, (count,)) for part, (dtype, count) in parts.items()}
 
     def make(part: str) -> Tensor:
         return ordered(name).to_tensors(name)[part]
@@ -75,18 +76,6 @@ def _nf4_weights(checkpoint: Checkpoint, name: str, double: bool, ordered: Calla
         nbytes = prod(stored) * dtype.itemsize
         found.append(Weight(part, encoding, true, DTYPE_WORDS[str(dtype)], stored, nbytes, partial(make, part)))
     return found
-
-
-def _beside(blocks: int, double: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What stands beside the codes of so many blocks."""
-    if not double:
-        return {"absmax": (torch.float32, (blocks,))}
-    return {
-        "absmax": (torch.uint8, (blocks,)),
-        "nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
-        "nested_quant_map": (torch.float32, (256,)),
-        "nested_offset": (torch.float32, (1,)),
-    }
 
 
 def _int4_weights(

@@ -132,6 +132,16 @@ def test_a_whole_model_whose_new_download_broke_off_is_listed_with_what_that_lef
     assert blob.exists() and len(json.loads(call("cache", "list", "--json")[1])["models"]) == 1
 
 
+def test_what_a_download_has_fetched_and_not_yet_linked_stays_and_old_debris_goes(caches, call):
+    root = put(caches, "a/m", HF | {"model.safetensors": weights()})
+    fresh, old = (root / "blobs" / (letter * 64) for letter in "ab")
+    for blob in (fresh, old):
+        blob.write_bytes(b"x" * 5000)
+    os.utime(old, (time.time() - 3600, time.time() - 3600))
+    assert call("cache", "remove", "a/m", "--yes")[0] == 0
+    assert list((root / "blobs").iterdir()) == [fresh]
+
+
 def test_a_model_that_lacks_a_shard_is_incomplete(caches, call):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     files = {"model.safetensors.index.json": json.dumps(index).encode(), "model-00001-of-00002.safetensors": weights()}
@@ -221,7 +231,7 @@ def test_an_export_that_is_loaded_was_used_then(exported, call):
     for path in [exported, *stamps]:
         os.utime(path, (1e9, exported.stat().st_mtime if path == exported else 1e9))
     assert listed(call)[str(exported)]["last_used"] == 1e9 and len(stamps) == 1
-    assert call("inspect", str(exported))[0] == 0
+    assert call("run", "--serialized-model-path", str(exported), "-p", "hi", "--max-new-tokens", "1")[0] == 0
     assert time.time() - listed(call)[str(exported)]["last_used"] < 60
 
 

@@ -1,6 +1,7 @@
 """`pixtral inspect`: what is told of a model agrees with the model when it is loaded; no weights, no torch."""
 
 import json
+import os
 
 import pytest
 from processes import imported_by
@@ -49,6 +50,24 @@ def test_the_bytes_of_the_weights_are_those_of_an_exported_file(call, tmp_path, 
     assert by_name[encoding] == stored and list(by_name) == ["bfloat16", *(n for n in CHOICES if n != "bfloat16")]
     saved = told(call, str(file))
     assert saved["format"] == "serialized" and [each["name"] for each in saved["encodings"]] == [encoding]
+
+
+def test_of_a_serialized_model_that_is_new_here_the_small_files_are_checked_and_no_weights(call, tmp_path, monkeypatch):
+    from weights_cache.serialized import SerializedFile
+
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "cache"))
+    file, checked, original = tmp_path / "model", [], SerializedFile._hash
+    assert call("export", "tiny", str(file))[0] == 0
+    monkeypatch.setattr(SerializedFile, "_hash", lambda self, name: checked.append(name) or original(self, name))
+    os.utime(file)
+    assert told(call, str(file))["format"] == "serialized"
+    assert "file/config.json" in checked and all(name.startswith("file/") for name in checked)
+    assert call("run", "--serialized-model-path", str(file), "-p", "hi", "--max-new-tokens", "1")[0] == 0
+    assert not all(name.startswith("file/") for name in checked)  # looking at it has not vouched for its weights
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"vocab_size"', b'"vocab_sizf"'))
+    code, _, err = call("inspect", str(file))
+    assert code == 1 and "config.json" in err
 
 
 def test_the_cache_is_as_large_as_the_one_that_is_made(call):

@@ -75,3 +75,9 @@ def test_a_file_of_another_kind_is_said_to_be_what_it_is(caches, call, tmp_path)
         assert "it is no serialized model" in call(*command, str(plain))[2]
         assert "it is a GGUF file" in call(*command, str(gguf))[2]
     assert "--serialized-model-path" in call("run", "-p", "hi", "--model-path", str(export))[2]
+
+
+def test_weights_that_are_not_there_are_named_before_the_hub_is_asked_for_the_model(call, monkeypatch):
+    monkeypatch.setattr("weights_cache.hub.fetch", None)
+    code, out, err = call("run", "-p", "hi", "--model-path", "owner/name", "--weight-path", "no/such.safetensors")
+    assert (code, out) == (1, "") and "no/such.safetensors does not exist" in err and len(err.splitlines()) == 2

@@ -74,7 +74,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
     flags = "--max-length 99 --max-new-tokens 5 --top-k 3 --temperature 0.5 --top-p 0.9 --min-p 0.1 --seed 4".split()
     flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--repetition-penalty", "1.2", "--devices", "cpu"]
     flags += ["--weight-path", "w", "--max-batch-size", "2", "--max-ce-batch-size", "3", "--force-download"]
-    flags += ["--image-preprocessing", "native", "--quantization-encoding", "float32", "--model-path", "some/name"]
+    flags += ["--image-preprocessing", "native", "--quantization-encoding", "nf4", "--model-path", "some/name"]
     flags += ["--weights-format", "native", "--quantize-vision", "--double-quantization"]
     done = fake("run", "-p", "options", "--json", *flags)
     answer = json.loads(done.stdout)
@@ -95,7 +95,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
         "serialized_model_path": None,
         "quantize_vision": True,
         "double_quantization": True,
-        "quantization_encoding": "float32",
+        "quantization_encoding": "nf4",
         "devices": "cpu",
         "max_length": 99,
         "max_batch_size": 2,

@@ -48,10 +48,19 @@ def test_an_unknown_encoding_lists_the_known_ones(call):
     assert code == 2 and all(name in err for name in CHOICES)
 
 
-@pytest.mark.parametrize("other", [["--model-path", "tiny"], ["--weight-path", "x"], ["--weights-format", "hf"]])
+@pytest.mark.parametrize(
+    "other", [["--model-path", "tiny"], ["--weight-path", "x"], ["--weights-format", "hf"], ["--force-download"]]
+)
 def test_a_serialized_model_is_the_whole_model(call, other):
     code, out, err = call("run", "-p", "hi", "--serialized-model-path", "model.pixtral", *other)
     assert (code, out) == (2, "") and "--serialized-model-path" in err
+
+
+@pytest.mark.parametrize("encoding", [[], ["--quantization-encoding", "q4_k"]])
+@pytest.mark.parametrize("command", [["run", "-p", "hi"], ["export", "tiny", "model.pixtral"]])
+def test_double_quantisation_of_anything_but_nf4_cannot_be_meant(call, command, encoding):
+    code, out, err = call(*command, "--double-quantization", *encoding)
+    assert (code, out) == (2, "") and "nf4" in err and len(err.splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", ["run", "tokenize"])

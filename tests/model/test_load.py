@@ -42,6 +42,14 @@ def test_a_missing_tensor_is_named(folder):
         open_model(folder)
 
 
+def test_weights_of_another_model_are_named_by_the_path_that_was_given(folder, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"model.norm.weight": torch.ones(64)}, other)
+    opened = checkpoint.open(folder, [other])
+    with pytest.raises(TensorsMissing, match=r"other\.safetensors lacks"):
+        load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, None), CPU)
+
+
 def test_a_left_over_tensor_is_named(folder):
     edit_tensors(folder, lambda tensors: tensors.update({"model.layers.7.mlp.up_proj.weight": torch.zeros(2, 2)}))
     with pytest.raises(TensorsUnexpected, match=r"layers\.7\.mlp\.up_proj"):

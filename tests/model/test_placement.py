@@ -1,5 +1,6 @@
 """Which encoding each tensor gets: wishes, what the file has, and rows that do not divide."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_rows_that_do_not_divide_take_a_named_neighbour_and_it_is_said_once(name
     assert all(word in chosen.notes[0] for word in (name, neighbour, str(columns)))
 
 
+def test_rows_of_several_widths_that_take_one_neighbour_are_one_sentence():
+    shapes = {LAYER: (64, 64), EMBEDDING: (99, 96), VISION: (32, 40)}
+    several = {name: replace(tensors()[name], shape=shape) for name, shape in shapes.items()}
+    chosen = place(several, find("q4_k"), quantize_vision=True)
+    assert [chosen.encodings[name] for name in shapes] == ["q4_0", "q4_0", "bfloat16"]
+    bfloat16, q4_0 = chosen.notes
+    assert "40" in bfloat16 and "bfloat16" in bfloat16
+    assert all(word in q4_0 for word in ("64", "96", "q4_k", "q4_0"))
+
+
 def test_a_packed_file_keeps_its_mixture_unless_another_encoding_is_asked_for():
     mixed = tensors("q4_k", **{EMBEDDING: "q6_k", VISION: "bfloat16", PATCHES: "float16"})
     for wanted in (None, find("q4_k")):
@@ -59,6 +70,14 @@ def test_a_packed_file_keeps_its_mixture_unless_another_encoding_is_asked_for():
         assert (chosen.encodings[PATCHES], chosen.label) == ("bfloat16", "q4_k")
     assert set(place(mixed, find("float32")).encodings.values()) == {"float32"}
     assert place(mixed, find("q6_k")).encodings[LAYER] == "q6_k"
+
+
+def test_packing_the_picture_part_as_well_keeps_the_mixture_of_a_packed_file():
+    mixed = tensors("q4_k", **{EMBEDDING: "bfloat16", VISION: "float16", PATCHES: "float16"})
+    chosen = place(mixed, find("q4_k"), quantize_vision=True).encodings
+    assert (chosen[EMBEDDING], chosen[VISION], chosen[PATCHES]) == ("bfloat16", "q4_k", "bfloat16")
+    packed = place(mixed | {VISION: replace(mixed[VISION], encoding="q8_0")}, find("q4_k"), quantize_vision=True)
+    assert (packed.encodings[LAYER], packed.encodings[VISION]) == ("q4_k", "q8_0")
 
 
 def test_half_precision_files_run_as_bfloat16():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from weights_cache import own_cache, store
+from weights_cache import checkpoint, own_cache, store
 from weights_cache.errors import DownloadFailed, ModelNotFound, Offline, WeightsError, WeightsNotFound
 from weights_cache.hub import fetch
 
@@ -52,6 +52,17 @@ def test_one_form_is_fetched_and_then_found_without_a_request(repo, form: str, e
     assert names(folder) == expected and set(repo.fetched()) == expected
     repo.requests.clear()
     assert fetch(REPO, form=form) == folder and repo.requests == []
+
+
+def test_of_several_forms_the_choice_is_said_once_and_not_when_it_was_asked_for(repo):
+    told = []
+    fetch(REPO, form="native", tell=told.append)
+    assert told == []
+    folder = fetch(REPO, form=None, tell=told.append)
+    assert len(told) == 1 and all(word in told[0] for word in (REPO, "Mistral's own", "hf is read", "--weights-format"))
+    fetch(REPO, tell=told.append)
+    assert len(told) == 1
+    assert checkpoint.open(folder).note.endswith("hf is read, and --weights-format chooses another.")
 
 
 @pytest.mark.parametrize(
