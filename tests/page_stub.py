@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from pixtral_cli.server.guard import SecurityHeaders
 from pixtral_cli.server.page import routes
 
 USAGE = {
@@ -26,7 +27,7 @@ class Stub:
 
     def __init__(self):
         self.reset()
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 *routes(),
                 Route("/v1/models", self.models),
@@ -34,6 +35,7 @@ class Stub:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
             ]
         )
+        self.app = SecurityHeaders(app)  # what the browser is held to
 
     def reset(self):
         self.words = ["One", " picture", " says", " more."]

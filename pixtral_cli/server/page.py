@@ -22,25 +22,8 @@ FILES = {
     "/page/icon.svg": ("icon.svg", SVG),
 }
 """What is served without a key: address -> (file of the package's folder `page`, content type)."""
-
-POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data: blob:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, but asked for again each time: an upgrade shows at once
-}
+KEPT = "no-cache"
+"""Kept, but asked for again each time: an upgrade shows at once."""
 
 
 def routes() -> list[Route]:
@@ -50,10 +33,11 @@ def routes() -> list[Route]:
 
 def _endpoint(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     content = (resources.files(__package__) / "page" / name).read_bytes()
-    headers = HEADERS | {"Content-Type": kind, "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"Content-Type": kind, "ETag": etag, "Cache-Control": KEPT}
 
     async def file(request: Request) -> Response:
-        if _has(request, headers["ETag"]):
+        if _has(request, etag):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers)
 
