@@ -20,6 +20,7 @@ CONNECT_SECONDS = 10.0
 TOTAL_SECONDS = 30.0
 MAX_BYTES = 32 * 2**20
 PIECE = 64 * 1024
+LONGEST_TOLD = 500
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"BM")
 """How JPEG, PNG, WebP, GIF, TIFF and BMP files begin."""
 UNLABELLED = ("application/octet-stream", "binary/octet-stream")
@@ -79,6 +80,12 @@ def fetch(
     return outcome[0]
 
 
+def _told(url: str) -> str:
+    """`url` in a sentence, which a stranger must not be able to make long."""
+    url = without_password(url)
+    return url if len(url) <= LONGEST_TOLD else f"{url[:LONGEST_TOLD]}…"
+
+
 def without_password(url: str) -> str:
     """`url` as it can be shown: without a user's name and password."""
     return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
@@ -94,7 +101,7 @@ def _check_address(url: str) -> None:
     if "@" in url.partition("://")[2].partition("/")[0]:
         reason = "an address with a user's name and password is not supported"
     if reason:
-        raise PictureFetchFailed(without_password(url), reason)
+        raise PictureFetchFailed(_told(url), reason)
 
 
 def _line(guard: Guard | None) -> Line | None:
@@ -111,7 +118,7 @@ def _into(outcome: list[bytes | BaseException], url: str, limits: _Limits, line:
     except (PictureFetchFailed, PictureTooLarge) as error:
         outcome.append(error)
     except Exception as error:  # urllib and http.client raise a dozen kinds
-        outcome.append(PictureFetchFailed(url, _reason(error, limits)))
+        outcome.append(PictureFetchFailed(_told(url), _reason(error, limits)))
 
 
 def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
@@ -127,7 +134,7 @@ def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
             data += piece
             if len(data) > limits.max_bytes:
                 most = f"{limits.max_bytes / 2**20:g} MiB"
-                raise PictureTooLarge(url, f"The picture {url} is larger than {most}.")
+                raise PictureTooLarge(_told(url), f"The picture {_told(url)} is larger than {most}.")
             if time.monotonic() > deadline:
                 raise _too_slow(url, limits.total)
         _check_whole(url, response.headers.get("Content-Length"), len(data))
@@ -137,22 +144,22 @@ def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
 def _check_whole(url: str, promised: str | None, received: int) -> None:
     """`read1` says nothing when a connection ends early."""
     if promised and promised.isdecimal() and received < int(promised):
-        raise PictureFetchFailed(url, f"the connection ended after {received} of {promised} bytes")
+        raise PictureFetchFailed(_told(url), f"the connection ended after {received} of {promised} bytes")
 
 
 def _too_slow(url: str, total: float) -> PictureFetchFailed:
-    return PictureFetchFailed(url, f"it took more than {total:g} seconds")
+    return PictureFetchFailed(_told(url), f"it took more than {total:g} seconds")
 
 
 def _refuse_page(url: str, headers: Any, start: bytes, guarded: bool) -> None:
     """A page, said to be one and not a picture under a wrong name, need not be downloaded."""
     packed = headers.get("Content-Encoding", "identity")
     if packed.lower() != "identity":
-        raise PictureFetchFailed(url, f"the server packed it with {packed}, which was not asked for")
+        raise PictureFetchFailed(_told(url), f"the server packed it with {packed}, which was not asked for")
     kind = headers.get_content_type()
     may_be_one = not guarded or kind in UNLABELLED or "Content-Type" not in headers
     if not kind.startswith("image/") and not (may_be_one and start.startswith(SIGNATURES)):
-        raise PictureFetchFailed(url, f"the server sent {kind}, not a picture")
+        raise PictureFetchFailed(_told(url), f"the server sent {kind}, not a picture")
 
 
 def _opener(line: Line | None) -> Any:

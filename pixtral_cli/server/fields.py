@@ -15,7 +15,7 @@ from pixtral_cli.prompt.tools import NAME
 MAX_ANSWERS = 16
 MAX_STOPS, STOP_LENGTH = 16, 500
 MAX_LIST = 10_000
-"""Messages, and parts of one: more than any context has room for."""
+"""Messages, and parts of one."""
 MAX_PROMPTS = 64
 MAX_ALTERNATIVES = 20
 MAX_ID = 2**31 - 1
@@ -118,7 +118,7 @@ class ToolEntry(Strict):
 
 
 class FunctionName(Strict):
-    name: str
+    name: Name
 
 
 class NamedTool(Strict):

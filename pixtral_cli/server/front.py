@@ -24,6 +24,7 @@ WATCHED = ("/health", "/ready", "/metrics")
 """Asked for every few seconds by machines: told only where something is wrong with the asking."""
 LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
+LONGEST_PATH = 200
 EVENT_STREAM = b"text/event-stream"
 
 
@@ -58,7 +59,7 @@ class Exchange:
             await self.send({"type": "http.response.body", "body": event, "more_body": False})
 
     def __str__(self) -> str:
-        path = self.scope["raw_path"].decode("ascii", "backslashreplace")
+        path = self.scope["raw_path"][:LONGEST_PATH].decode("ascii", "backslashreplace")
         took = (time.perf_counter() - self.begun) * 1000
         tokens = self.scope.get("state", {}).get("tokens")
         used = f", {tokens[0]} + {tokens[1]} tokens" if tokens else ""

@@ -168,6 +168,13 @@ def test_a_long_address_is_shortened_where_it_is_told():
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("start", ["http://u:p@site.example/", "http://[", "http://127.0.0.1:9/", "http://"])
+def test_a_long_web_address_is_shortened_where_it_is_told(start):
+    with pytest.raises(PictureFetchFailed) as caught:
+        GuardedPictures(PicturePolicy()).load(start + "a" * 100_000)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.pictures.LARGE_PIXELS", 599)
     pictures, slow, small = GuardedPictures(PicturePolicy()), threading.Event(), encoded(Image.new("RGB", (4, 4)))

@@ -170,6 +170,12 @@ def test_a_strangers_text_is_not_echoed_at_length():
     assert len(error.message) < 200 and len(error.param) < 200
 
 
+def test_a_tool_is_chosen_by_a_name_that_a_tool_can_have():
+    choice = {"type": "function", "function": {"name": "x" * 100_000}}
+    error = refused(chat, tools=[TOOL], tool_choice=choice)
+    assert error.param == "tool_choice.function.name" and len(error.message) < 200
+
+
 def test_the_two_names_of_the_longest_answer_may_not_differ():
     assert chat(max_tokens=5).options["max_new_tokens"] == 5
     assert chat(max_completion_tokens=6).options["max_new_tokens"] == 6
