@@ -233,7 +233,8 @@ def _numerator(multiple: Any, subject: str) -> int:
     if isinstance(multiple, dict):  # a property of that name
         return 1
     if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not 0 < multiple < math.inf:
-        raise RequestError(f"{subject} has a schema with multipleOf {str(multiple)[:40]!r}.", hint="Give a number above 0.")
+        said = repr(multiple)[:40]
+        raise RequestError(f"{subject} has a schema with multipleOf {said}.", hint="Give a number above 0.")
     return Fraction(str(multiple)).numerator
 
 
