@@ -39,7 +39,6 @@ def assemble(model: Pixtral, settings: Settings) -> Loaded:
     )
 
     def stop(seconds: float) -> bool:
-        free = service.close()  # the interpreter would wait for a thread that still fetches a picture
-        return worker.stop(seconds) and free
+        return worker.stop(seconds) and not service.preparing
 
     return Loaded(app, service.drain, stop, service.metrics.answered)

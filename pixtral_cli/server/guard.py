@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from ipaddress import ip_address
@@ -101,7 +102,7 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
-class _Check:
+class _Check(ABC):
     """A middleware that lets a request pass or raises ApiError, from its head alone."""
 
     def __init__(self, app: App) -> None:
@@ -115,8 +116,8 @@ class _Check:
                 return await refuse(error, receive, send)
         await self.app(scope, receive, send)
 
-    def check(self, scope: Scope) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def check(self, scope: Scope) -> None: ...
 
 
 class LocalNames(_Check):

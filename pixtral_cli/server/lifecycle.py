@@ -13,7 +13,6 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -23,6 +22,7 @@ import uvicorn
 from pixtral_cli.server.asgi import App
 from pixtral_cli.server.front import Front
 from pixtral_cli.server.protocol import connections_allowed, guarded_protocol
+from pixtral_cli.server.threads import Threads
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE = 5  # seconds
@@ -70,16 +70,6 @@ def _wanted_signals() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-async def _on_a_thread_that_ends(load: Callable[[], Loaded]) -> Loaded:
-    """`load()`. Were its thread kept, so would be OpenMP's threads for it; with those of the engine they would be more
-    than there are cores, and OpenMP then waits in the kernel at every turn: a quarter fewer tokens a second."""
-    pool = ThreadPoolExecutor(1, "loading")
-    try:
-        return await asyncio.get_running_loop().run_in_executor(pool, load)
-    finally:
-        pool.shutdown(wait=False)
-
-
 class _ErrorLines(logging.Handler):
     """A failure as one line; with PIXTRAL_DEBUG, the whole traceback."""
 
@@ -125,7 +115,7 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self.on_signal, number)
         serving = asyncio.create_task(self.serve(sockets=[self.listener]))
         try:
-            self.loaded = await _on_a_thread_that_ends(load)
+            self.loaded = await Threads(1, "loading").run(load)
             self.front.answered, self.front.app = self.loaded.answered, self.loaded.app
             self.outside.say(self.loaded.greeting)
         except BaseException:

@@ -76,9 +76,14 @@ class Service:
         return self.worker.alive and not self.draining
 
     @property
+    def preparing(self) -> bool:
+        """Whether a thread still works on a prompt."""
+        return bool(self.quick.busy or self.slow.busy)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is asked for or being prepared."""
-        return not (self._open or self.quick.busy or self.slow.busy)
+        return not (self._open or self.preparing)
 
     def drain(self) -> None:
         """Take nothing new, and send away who waits; what the engine has begun may finish."""
@@ -86,12 +91,6 @@ class Service:
         begun = {sequence.id for sequence in self.model.engine.scheduler.running}
         for answers in self._open:
             answers.send_away_unless(begun)
-
-    def close(self) -> bool:
-        """Let go of the threads, whose work is not waited for -> whether none was left."""
-        self.quick.close()
-        self.slow.close()
-        return not (self.quick.busy or self.slow.busy)
 
     def check_name(self, name: str | None) -> None:
         """Raise ApiError unless `name` is the model's; None is."""

@@ -5,6 +5,7 @@ import hashlib
 import builders
 import pytest
 import torch
+from engines import run, tokens
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler
@@ -36,19 +37,6 @@ def request(seed, length=30, tokens=16, grid=None, **fields):
         pixels = torch.randn(3, rows * 16, columns * 16, generator=random)
         pictures = (Picture(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels),)
     return Request(tuple(ids), tokens, pictures=pictures, **fields)
-
-
-def run(engine, *requests):
-    """All events of the requests, each list in the order of its request."""
-    events = {engine.submit(r): [] for r in requests}
-    while engine.busy:
-        for event in engine.step():
-            events[event.request_id].append(event)
-    return list(events.values())
-
-
-def tokens(events):
-    return [event.token_id for event in events]
 
 
 MIXED = [

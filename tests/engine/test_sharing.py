@@ -7,6 +7,7 @@ import threading
 import builders
 import pytest
 import torch
+from engines import run, tokens
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler
@@ -49,18 +50,6 @@ def asked(*parts, tokens=12, **fields):
         ids += part if isinstance(part, list) else part[0]
         pictures += [] if isinstance(part, list) else [part[1]]
     return Request(tuple(ids), tokens, pictures=tuple(pictures), **fields)
-
-
-def run(engine, *requests):
-    events = {engine.submit(request): [] for request in requests}
-    while engine.busy:
-        for event in engine.step():
-            events[event.request_id].append(event)
-    return list(events.values())
-
-
-def tokens(events):
-    return [event.token_id for event in events]
 
 
 def loosely(engine):

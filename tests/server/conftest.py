@@ -24,5 +24,4 @@ def server(tiny):
     service = Service(tiny, worker, ("tiny",))
     with serving(service) as running:
         yield running
-    service.close()
     worker.stop(10)
