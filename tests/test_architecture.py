@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"errors", "encodings", "devices"}  # names and failures, which know nothing but each other
 MAY_IMPORT = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "process_environment"},
     "cli": {"commands", "console", "flags", "help", "weights_cache"},
     "commands": {"api", "console", "flags", "options", "prompt", "server", "source", "weights_cache"},
     "server": {"api", "engine", "generate", "prompt"},
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "options": {"flags"},
     "flags": set(),
     "help": set(),
+    "process_environment": set(),
     "progress": set(),
     "weights_cache": set(),
 } | dict.fromkeys(SHARED, set())

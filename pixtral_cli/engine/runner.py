@@ -13,6 +13,7 @@ from pixtral_cli.engine.scheduler import Piece
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
 from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.threads import threads_for
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
 
@@ -60,8 +61,10 @@ class Runner:
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
         spans = [piece.sequence.span(piece.tokens) for piece in pieces]
-        hidden = self.model(x, positions, AttendPaged(self.model.config.text, self.kv_cache, spans, device))
-        return self.model.logits(hidden[wanted])
+        text = self.model.config.text
+        with threads_for(len(x) * text.multiplications_per_token):
+            hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
+            return self.model.logits(hidden[wanted])
 
     def _positions(self, piece: Piece) -> Tensor:
         start = piece.sequence.computed

@@ -82,6 +82,12 @@ class TextConfig:
         """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def multiplications_per_token(self) -> int:
+        """Of its matrices' weights with one token, the head's left out."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+
 
 @dataclass(frozen=True)
 class VisionConfig:
