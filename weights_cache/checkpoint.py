@@ -148,6 +148,8 @@ class Checkpoint:
             for name in reader.tensors:
                 if ours := naming.ours(name):
                     _put(found, ours, Stored(reader, name, naming.head_dims.get(names.rotary_part(ours) or "")))
+        if names.EMBEDDING not in found and names.HEAD in found and hf_config.ties_embeddings(self.config):
+            found[names.EMBEDDING] = found.pop(names.HEAD)  # of two tied tensors a file may have kept either
         return found
 
 
