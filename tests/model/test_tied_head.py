@@ -23,8 +23,11 @@ OPTIONS = {"max_new_tokens": 16, "ignore_eos": True}
 def keep(folder, *endings):
     """Leave of embedding and head only those that end so."""
     path = folder / "model.safetensors"
-    left = {n: t.clone() for n, t in load_file(path).items() if n.endswith(endings) or not n.endswith((EMBEDDING, HEAD))}
-    save_file(left, path, metadata={"format": "pt"})
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    dropped = [name for name in tensors if name.endswith((EMBEDDING, HEAD)) and not name.endswith(endings)]
+    for name in dropped:
+        del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def tie(folder, *sections):
