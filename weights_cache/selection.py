@@ -119,7 +119,8 @@ def _of_quantization(where: str, models: Sequence[str], tag: str) -> str:
     if not models:
         raise ModelNotFound(where, f"the repository has no GGUF files, so none of {tag}", f"Leave :{tag} out.")
     why = f"{listed(found)} are all of {tag}" if found else f"none of its GGUF files is of {tag}"
-    advice = f"It has {listed(models, GGUFS_SHOWN)}: name one of them, as in {where}:{(found or models)[0]}."
+    example = where.removesuffix(tag) + (found or models)[0]
+    advice = f"It has {listed(models, GGUFS_SHOWN)}: name one of them, as in {example}."
     raise ModelNotFound(where, why, advice)
 
 
