@@ -138,6 +138,8 @@ class Checkpoint:
         chosen = (
             layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder, self.form)
         )
+        for folder in filter(Path.is_dir, self.weight_paths):
+            _refuse_quantized(folder)
         found: dict[str, Stored] = {}
         for reader, naming in readers.opened(chosen):
             for name in reader.tensors:
@@ -189,6 +191,13 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
         note = layout.joined(note, layout.index_note(folder, present, form))
     config = native.to_config(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
     return Checkpoint(folder, config, _with_pictures(weight_paths, config), form=form, note=note)
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Raise QuantizedElsewhere if a config beside the weights in `folder`, which another model borrows, says so."""
+    present = layout.file_names(folder)
+    if layout.CONFIG in present and layout.hf_weights(present):
+        quantization.refuse(folder, read_json_object(folder / layout.CONFIG), present)
 
 
 def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tuple[Form, str | None]:

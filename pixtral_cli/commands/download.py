@@ -30,7 +30,9 @@ class DownloadArguments:
 
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="owner/name, owner/name@revision, owner/name:file.gguf, or a page of the Hub."),
+        typer.Argument(
+            metavar="MODEL", help="owner/name, owner/name@revision, owner/name:file.gguf, or its page on the Hub."
+        ),
     ]
 
 

@@ -90,6 +90,13 @@ def test_a_folder_of_such_weights_is_refused_and_its_config_still_serves_other_w
         assert checkpoint.open(folder, weights=False).config == json.loads(files["config.json"])
 
 
+def test_such_a_folder_is_refused_as_weights_for_another_config_too(tmp_path: Path):
+    model = put(tmp_path / "model", hf({}))
+    other = put(tmp_path / "other", hf({"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(QuantizedElsewhere, match="other was quantised with gptq"):
+        _ = checkpoint.open(model, [other]).tensors
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"quantization_config": None}, {"quantization_config": {}}, {"quantization_config": NF4}]
 )
