@@ -106,7 +106,7 @@ class SafetensorsFile:
 
 def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
     if buffer[: len(GGUF_MAGIC)] == GGUF_MAGIC:
-        raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "A GGUF goes to --model-path, under whatever name.")
+        raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it to --model-path.")
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
     room = len(buffer) - LENGTH_BYTES
     if length > room:
