@@ -69,8 +69,8 @@ class ToolCallReader:
     """Takes an answer's tokens one by one; what stands before the first call is text, and what is no call as well.
 
     A call is told as soon as its name is known and its arguments begin, and they are told as they come, as the model
-    spells them. An id that a list gives after them comes too late, and the call has a new one. From then on it is a
-    call, whatever becomes of its arguments; what is malformed before is text, as the model wrote it.
+    spells them. From then on it is a call, whatever becomes of its arguments; what is malformed before that is text,
+    as the model wrote it. A list may give an id after the arguments: that is too late, and the call has a new one.
 
     Args:
         at_start: whether the answer begins a text, as for `ByteStream`.
