@@ -19,7 +19,7 @@ from pixtral_cli.server.openapi import OPERATIONS
 from pixtral_cli.server.problems import refusal_of
 from pixtral_cli.server.replies import Envelope
 from pixtral_cli.server.service import Service
-from pixtral_cli.server.stream import Chunks
+from pixtral_cli.server.stream import Chunks, takes_pieces
 from pixtral_cli.server.wire import Ask
 
 LARGE_BODY = 256 * 1024
@@ -120,7 +120,8 @@ class Routes:
         token_bytes = service.model.processor.tokenizer.token_bytes
         if ask.stream:
             first = await while_there(request.receive, anext(events))
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage)
+            in_pieces = takes_pieces(request.headers.get("user-agent", ""))
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage, in_pieces)
             return EventStream(first, events, chunks, service.metrics)
         told = await while_there(request.receive, whole(events, ask.answers))
         answer = replies.answer(envelope, told, ask.n, token_bytes)
