@@ -103,7 +103,7 @@ class _Vocabulary:
 def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     split = vocabulary.written.get("pre")
     if split is None:
-        _refuse("does not say how it splits text: the key tokenizer.ggml.pre is missing, as in files of before May 2024")
+        _refuse("does not say how it splits text: the key tokenizer.ggml.pre is missing")
     if split not in SPLITS:
         _refuse(f"splits text the way of {str(split)[:60]!r}, and {', '.join(SPLITS)} are known")
     pattern, whole = SPLITS[split]
