@@ -49,8 +49,9 @@ odd_messages = st.fixed_dictionaries(
 @pytest.fixture(scope="session")
 def dialects(byte_level_json):
     """Mistral's rules of four versions, and a template that writes all that there is."""
-    made = [NativeRules(replace(Tokenizer.load({"tokenizer.json": byte_level_json}.get), version=n)) for n in (3, 7, 13)]
-    return [*made, ChatTemplate("{{ bos_token }}{{ messages | tojson }}", made[0].tokenizer)]
+    tokenizer = Tokenizer.load({"tokenizer.json": byte_level_json}.get)
+    rules = [NativeRules(replace(tokenizer, version=version)) for version in (3, 7, 13, 15)]
+    return [*rules, ChatTemplate("{{ bos_token }}{{ messages | tojson }}", tokenizer)]
 
 
 @given(messages=st.lists(odd_messages, max_size=4) | json_values)
