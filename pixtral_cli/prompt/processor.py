@@ -56,6 +56,8 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
     """What the answer may call, in the form `call_form`."""
     call_form: CallForm = "text"
+    text: str | None = None
+    """A raw prompt as it was written."""
 
     @property
     def image_tokens(self) -> int:
@@ -179,7 +181,7 @@ class Processor:
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
             ids += self.tokenizer.encode(piece, at_start=index == 0) if piece else []
-        return Prompt(ids, images, answer_starts_text=not (text or images))
+        return Prompt(ids, images, answer_starts_text=not (text or images), text=text)
 
     def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
         sources = list(sources)

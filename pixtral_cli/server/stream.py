@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.logprobs import Echo, characters
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
@@ -56,7 +57,8 @@ class Chunks:
     def _event(self, place: int, event: TextEvent) -> str:
         if event.logprob is not None:
             self.held[place].append(event.logprob)
-        chunks = self._text(place, event.text) if event.text or event.finish_reason and self.held[place] else ""
+        chunks = "" if event.echo is None else self._echo(place, event.echo)
+        chunks += self._text(place, event.text) if event.text or event.finish_reason and self.held[place] else ""
         if event.finish_reason:
             self.replies[place] = event.reply
             chunks += self._end(place, event)
@@ -66,6 +68,12 @@ class Chunks:
         logprobs = self._logprobs(place) if self.held[place] else "null"
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
         return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
+
+    def _echo(self, place: int, echo: Echo) -> str:
+        """The chunk that comes before those of the answer."""
+        self.offsets[place] = len(echo.text)
+        said, logprobs = compact(echo.text), compact(replies.echo_logprobs(echo))
+        return self._chunk(f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}')
 
     def _end(self, place: int, event: TextEvent) -> str:
         chunks = "".join(self._call(place, number, call) for number, call in enumerate(event.tool_calls))
@@ -83,7 +91,7 @@ class Chunks:
         if self.is_chat:
             return compact(replies.chat_logprobs(held, self.token_bytes))
         offset = self.offsets[place]
-        self.offsets[place] += sum(replies.characters(entry, self.token_bytes) for entry in held)
+        self.offsets[place] += sum(characters(self.token_bytes(entry.token_id)) for entry in held)
         return compact(replies.text_logprobs(held, offset, self.token_bytes))
 
     def _chunk(self, choice: str) -> str:
