@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from pixtral_cli.prompt.tokenizer import ByteStream
@@ -64,7 +64,7 @@ class Echo:
         """Of every token. They are made when first asked for: of a long prompt that takes a while."""
         if self.scores is None:
             return None
-        ids, label = self.token_ids, self.tokenizer.label
+        ids, label = self.token_ids, cache(self.tokenizer.label)
         told = [TokenLogprob.of(ids[0], None, (), label)]
         for scores in self.scores:
             for logprob, *best in zip(*(each.tolist() for each in scores), strict=True):

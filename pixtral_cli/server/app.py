@@ -126,7 +126,7 @@ class Routes:
         used = replies.usage(told, ask.n)
         state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
         write = lambda: JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))  # noqa: E731
-        return await service.work(write) if ask.is_long else write()
+        return await service.work(write) if ask.tells_prompts else write()
 
     async def _parsed(self, request: Request, parse: Any) -> Any:
         body = await request.body()

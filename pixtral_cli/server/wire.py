@@ -71,9 +71,9 @@ class Ask:
         return self.n * (len(self.prompts) or 1)
 
     @property
-    def is_long(self) -> bool:
-        """Whether its answers may take long to write: they tell every token of the prompts."""
-        return bool(self.options.get("echo"))
+    def tells_prompts(self) -> bool:
+        """Whether its answers have every token of the prompts, which may take long to write."""
+        return "echo" in self.options and "logprobs" in self.options
 
     @property
     def is_slow(self) -> bool:
