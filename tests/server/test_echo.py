@@ -43,6 +43,17 @@ def test_of_tokens_what_they_spell_is_told_without_control_tokens_and_each_is_li
     assert choice.logprobs.text_offset[len(ids)] == 6
 
 
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_control_words_of_a_text_are_told_as_they_were_written(complete, bos):
+    choice = complete(bos + "[INST]Hi you[/INST]", echo=True, logprobs=1, max_tokens=4).choices[0]
+    told = choice.logprobs
+    assert choice.text.startswith(bos + "[INST]Hi you[/INST]")
+    assert told.tokens[:2] == ["<s>", "[INST]"] and "[/INST]" in told.tokens
+    starts = [*zip(told.tokens, told.text_offset, strict=True)]
+    assert starts[:2] == [("<s>", 0), ("[INST]", len(bos))]
+    assert all(choice.text.startswith(token, at) for token, at in starts[1:] if token != "</s>")
+
+
 def test_log_probabilities_are_those_of_the_whole_text(complete, oracle, tiny):
     choice = complete(echo=True, logprobs=2, max_tokens=5).choices[0]
     told, ids = choice.logprobs, tiny.source.complete(PROMPT).token_ids

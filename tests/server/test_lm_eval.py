@@ -59,7 +59,7 @@ print(json.dumps([{"results": each["results"], "samples": each["samples"]} for e
 
 @pytest.fixture(scope="module")
 def found(server, tmp_path_factory):
-    """What each run gives: with tokens and BOS, without BOS, and in a chat."""
+    """What each run gives: of tokens with BOS, of texts with BOS, of tokens without it, and in a chat."""
     folder = tmp_path_factory.mktemp("tasks")
     for name, task in TASKS.items():
         data = folder / f"{name}.jsonl"
@@ -72,6 +72,7 @@ def found(server, tmp_path_factory):
     reading = {"model": "local-completions", "tasks": ["choose", "read"]}
     runs = [
         {**reading, "model_args": {**completions, "add_bos_token": True}, "batch_size": 2},
+        {**reading, "model_args": {**completions, "add_bos_token": True, "tokenized_requests": False}},
         {**reading, "model_args": completions},
         {"model": "local-chat-completions", "model_args": chat, "tasks": ["talk"], "apply_chat_template": True},
     ]
@@ -104,9 +105,9 @@ def loglikelihood(oracle, before, after):
     return float(logits.log_softmax(-1).gather(-1, wanted[:, None]).sum()), bool((logits.argmax(-1) == wanted).all())
 
 
-@pytest.mark.parametrize("run", [0, 1])
+@pytest.mark.parametrize("run", [0, 1, 2])
 def test_choices_have_the_likelihoods_that_transformers_gives_them(found, oracle, tokenizer, run):
-    ids = lambda text: tokenizer(text, add_special_tokens=run == 0).input_ids  # noqa: E731
+    ids = lambda text: tokenizer(text, add_special_tokens=run < 2).input_ids  # noqa: E731
     right, greedy_ones = 0, 0
     for place, doc in enumerate(QUESTIONS):
         sample = next(each for each in found[run]["samples"]["choose"] if each["doc_id"] == place)
@@ -120,17 +121,17 @@ def test_choices_have_the_likelihoods_that_transformers_gives_them(found, oracle
         assert [greedy for _, greedy in told] == [greedy for _, greedy in wanted]
         greedy_ones += sum(greedy for _, greedy in wanted)
         right += max(range(3), key=lambda choice: wanted[choice][0]) == doc["answer"]
-    assert greedy_ones == (1 if run == 0 else 0)
+    assert greedy_ones == (1 if run < 2 else 0)
     assert found[run]["results"]["choose"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
 
 
-def test_perplexities_are_those_of_transformers(found, oracle, tokenizer):
-    total = sum(
-        loglikelihood(oracle, [1], tokenizer(text["page"], add_special_tokens=False).input_ids)[0] for text in TEXTS
-    )
+@pytest.mark.parametrize("run", [0, 1, 2])
+def test_perplexities_are_those_of_transformers(found, oracle, tokenizer, run):
+    ids = lambda text: tokenizer(text, add_special_tokens=run < 2).input_ids  # noqa: E731
+    total = sum(loglikelihood(oracle, [1], ids(text["page"]))[0] for text in TEXTS)
     words = sum(len(text["page"].split(" ")) for text in TEXTS)
     size = sum(len(text["page"].encode()) for text in TEXTS)
-    told = found[1]["results"]["read"]
+    told = found[run]["results"]["read"]
     assert told["word_perplexity,none"] == pytest.approx(math.exp(-total / words), rel=1e-4)
     assert told["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-4)
     assert told["bits_per_byte,none"] == pytest.approx(-total / size / math.log(2), rel=1e-4)
@@ -142,5 +143,5 @@ def test_chats_are_answered_as_transformers_does(found, oracle, tokenizer):
         prompt = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
         whole = oracle.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
         wanted = tokenizer.decode(whole[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        sample = next(each for each in found[2]["samples"]["talk"] if each["doc_id"] == place)
+        sample = next(each for each in found[3]["samples"]["talk"] if each["doc_id"] == place)
         assert sample["resps"] == [[wanted.split("\n\n")[0]]]
