@@ -170,7 +170,7 @@ class Answering:
     def _timings(self) -> Timings:
         now = time.perf_counter()
         prefill, decode = self.first_token - self.started, now - self.first_token
-        decoded = len(self.token_ids) - 1
+        decoded = max(len(self.token_ids) - 1, 0)
         return Timings(
             load_s=self.load_s,
             first_token_s=prefill,

@@ -189,16 +189,16 @@ class Engine:
     def _run(self, pieces: list[Piece]) -> list[Event]:
         """What the pieces give. If that fails, each is tried by itself, so that only the request at fault fails."""
         try:
-            logits, scores = self.runner.run(pieces)
+            logits, told = self.runner.run(pieces)
         except Exception as error:
             if len(pieces) == 1:
                 return [Failure(pieces[0].sequence.id, error)]
             return [event for piece in pieces for event in self._run([piece])]
         ready = [piece.sequence for piece in pieces if piece.completes]
         for piece in pieces:
+            if piece.sequence.id in told:
+                piece.sequence.score(told[piece.sequence.id])
             self.scheduler.computed(piece)
-            if (told := scores.get(piece.sequence.id)) is not None:
-                piece.sequence.score(told)
         likeliest = logits.argmax(-1, keepdim=True)
         scores = logits.gather(-1, likeliest).flatten().tolist()  # one wait for the device, however many requests
         return [self._next(*each) for each in zip(ready, logits, likeliest.flatten().tolist(), scores, strict=True)]
@@ -207,11 +207,9 @@ class Engine:
         try:
             if not math.isfinite(score):  # so it is as well where a single score is no number
                 raise BrokenLogits
-            if any(told.logprobs.isnan().any() for told in sequence.scores):
+            if any(each.logprobs.isnan().any() for each in sequence.scores):
                 raise BrokenLogits
-            if sequence.max_tokens == 0:
-                return self._end_of_prompt(sequence)
-            return self._advance(sequence, logits, likeliest)
+            return self._advance(sequence, logits, likeliest) if sequence.max_tokens else self._end_of_prompt(sequence)
         except Exception as error:
             return Failure(sequence.id, error)
 

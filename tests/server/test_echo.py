@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from pixtral_cli.errors import RequestError
 from pixtral_cli.server import service
 from pixtral_cli.tiny import FOLDER
 
@@ -143,3 +144,8 @@ def test_the_python_api_tells_the_prompt_of_a_chat_too(tiny):
     assert (reply.text, reply.token_ids, reply.finish_reason) == ("", [], "length")
     assert [entry.token_id for entry in reply.echo.logprobs] == reply.prompt_token_ids
     assert reply.echo.text.strip() == "Hello!"
+    assert reply.timings.decode_tokens_per_s == 0
+    with pytest.raises(RequestError, match="max_new_tokens should be"):
+        tiny.complete("a", max_new_tokens=0)
+    with pytest.raises(RequestError, match="echo should be"):
+        tiny.complete("a", echo="yes")

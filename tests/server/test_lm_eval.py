@@ -14,7 +14,7 @@ from pixtral_cli.tiny import FOLDER
 
 CHOICES = ["left", "right", "in the middle of the picture"]
 QUESTIONS = [
-    {"question": "Where is the red star?", "choices": CHOICES, "answer": 0},
+    {"question": "Where is the red star?", "choices": CHOICES, "answer": 1},
     {"question": "There is a star, and it is", "choices": CHOICES[::-1], "answer": 2},
     {"question": "Hi!", "choices": ["left", "you are", "é 🧀"], "answer": 0},
 ]
