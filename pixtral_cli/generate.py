@@ -130,7 +130,7 @@ class Answering:
         if calls and finish == "stop":
             finish = "tool_calls"
         reply = self._reply(finish, calls) if finish else None
-        return TextEvent(text, event.token_id, logprob, finish, reply, calls, echo)
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls, echo=echo)
 
     def _begin(self, event: TokenEvent) -> Echo | None:
         """Take what the first event tells of the prompt."""
