@@ -224,10 +224,11 @@ def _arrangements(conversation: Conversation) -> Iterator[Conversation]:
     turns, by an empty one after a call that was denied or where the user speaks after a result. A template may want
     every turn to say something: a space does. One without a system role gets its text in the last user turn.
     """
+    yield conversation
+    tried = [conversation]
     tidied = conversation.system_first()
-    tried: list[Conversation] = []
     for start in (tidied, tidied.system_in_user()):
-        for arranged in (conversation, start, start.alternating(""), start.alternating(" ")):
+        for arranged in (start, start.alternating(""), start.alternating(" ")):
             if arranged not in tried:
                 tried.append(arranged)
                 yield arranged
@@ -257,6 +258,7 @@ def _cut_at(rendered: str, end: str) -> str:
     before, found, after = rendered.rpartition(end)
     if not found:
         raise TemplateFailed("The model's chat template passes over the text that is to be continued.", BROKEN)
+    before = before.replace(end, "")
     return before if after.startswith(" ") else before.rstrip()
 
 

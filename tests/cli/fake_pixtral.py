@@ -13,7 +13,6 @@ import time
 from types import SimpleNamespace
 
 import pixtral_cli
-from pixtral_cli.prompt.messages import parse
 
 
 def _plain(turn):
@@ -86,6 +85,8 @@ class FakePixtral:
         return model
 
     def stream(self, messages, **options):
+        from pixtral_cli.prompt.messages import parse
+
         turns = parse(messages).messages
         seen = "".join(f"<{turn.role}>{_plain(turn)}" for turn in turns)
         return self._events(_plain(turns[-1]), seen, options)
