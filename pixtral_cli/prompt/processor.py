@@ -56,6 +56,8 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
     """What the answer may call, in the form `call_form`."""
     call_form: CallForm = "text"
+    text: str | None = None
+    """A raw prompt as it was written."""
 
     @property
     def image_tokens(self) -> int:
@@ -185,7 +187,7 @@ class Processor:
             ids += self._raw_ids(piece, at_start=not ids)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return Prompt(ids, images, answer_starts_text=not (text or images))
+        return Prompt(ids, images, answer_starts_text=not (text or images), text=text)
 
     def _raw_ids(self, text: str, at_start: bool) -> list[int]:
         ids: list[int] = []

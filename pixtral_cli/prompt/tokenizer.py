@@ -132,6 +132,11 @@ class Tokenizer:
         piece = self.text_model.id_to_token(token_id)
         return b"" if piece is None else self._spelling[0](piece)
 
+    def label(self, token_id: int) -> str:
+        """What a token shows as by itself: a control token by its name, half a character as U+FFFD."""
+        control = self._control_of.get(token_id)
+        return control.text if control else self.token_bytes(token_id).decode("utf-8", "replace")
+
     def control(self, text: str) -> int:
         """The id of a control token, e.g. ``"[INST]"``. Raises KeyError where the vocabulary has none."""
         return self.controls[text].id

@@ -124,9 +124,10 @@ class Routes:
             chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage, in_pieces)
             return EventStream(first, events, chunks, service.metrics)
         told = await while_there(request.receive, whole(events, ask.answers))
-        answer = replies.answer(envelope, told, ask.n, token_bytes)
-        state["tokens"] = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
-        return JSONResponse(answer)
+        used = replies.usage(told, ask.n)
+        state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
+        write = lambda: JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))  # noqa: E731
+        return await service.work(write) if ask.tells_prompts else write()
 
     async def _parsed(self, request: Request, parse: Any) -> Any:
         body = await request.body()

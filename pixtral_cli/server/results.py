@@ -110,9 +110,11 @@ class ChatCompletionChunk(Answered):
 
 
 class TextLogprobs(BaseModel):
+    """Of an echoed prompt the first token has none."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.logprobs import Echo, characters
 from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
@@ -74,7 +75,8 @@ class Chunks:
     def _event(self, place: int, event: TextEvent) -> str:
         if event.logprob is not None:
             self.held[place].append(event.logprob)
-        chunks = self._text(place, event.text) if event.text else ""
+        chunks = "" if event.echo is None else self._echo(place, event.echo)
+        chunks += self._text(place, event.text) if event.text else ""
         deltas = event.tool_call_deltas if self.in_pieces else whole_deltas(event.tool_calls)
         chunks += "".join(self._call(place, delta) for delta in deltas)
         if event.finish_reason:
@@ -88,6 +90,12 @@ class Chunks:
 
     def _call(self, place: int, delta: ToolCallDelta) -> str:
         return self._said(place, f'"delta":{{"tool_calls":[{compact(replies.tool_call_delta(delta))}]}}')
+
+    def _echo(self, place: int, echo: Echo) -> str:
+        """The chunk that comes before those of the answer."""
+        self.offsets[place] = len(echo.text)
+        said, logprobs = compact(echo.text), compact(replies.echo_logprobs(echo))
+        return self._chunk(f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}')
 
     def _end(self, place: int, event: TextEvent) -> str:
         chunks = self._text(place, "") if self.held[place] else ""
@@ -105,7 +113,7 @@ class Chunks:
         if self.is_chat:
             return compact(replies.chat_logprobs(held, self.token_bytes))
         offset = self.offsets[place]
-        self.offsets[place] += sum(replies.characters(entry, self.token_bytes) for entry in held)
+        self.offsets[place] += sum(characters(self.token_bytes(entry.token_id)) for entry in held)
         return compact(replies.text_logprobs(held, offset, self.token_bytes))
 
     def _chunk(self, choice: str) -> str:
