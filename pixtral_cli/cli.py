@@ -13,6 +13,7 @@ import typer
 
 from pixtral_cli import __version__, console
 from pixtral_cli.commands import cache as cache_command
+from pixtral_cli.commands import completions as completions_command
 from pixtral_cli.commands import download as download_command
 from pixtral_cli.commands import export as export_command
 from pixtral_cli.commands import inspect as inspect_command
@@ -50,6 +51,7 @@ COMMANDS = (
     (inspect_command, inspect_command.inspect),
     (export_command, export_command.export),
     (verify_command, verify_command.verify),
+    (completions_command, completions_command.completions),
 )
 for module, command in COMMANDS:
     app.command(command.__name__, cls=Command, epilog=module.EXAMPLES)(with_flags(command))

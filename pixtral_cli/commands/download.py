@@ -9,6 +9,7 @@ import typer
 
 from pixtral_cli.console import Console
 from pixtral_cli.options import FetchFlags, OutputFlags
+from pixtral_cli.shell.values import MODEL
 
 BUILT_IN = "tiny"
 Progress = Callable[[str, int, int | None], None]
@@ -30,7 +31,11 @@ class DownloadArguments:
 
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="owner/name, owner/name@revision, or owner/name:file.gguf."),
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=MODEL.offered,
+            help="owner/name, owner/name@revision, or owner/name:file.gguf.",
+        ),
     ]
 
 
