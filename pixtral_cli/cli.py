@@ -84,9 +84,9 @@ def run_program(arguments: list[str]) -> int:
     """
     if not (sys.warnoptions or os.environ.get(DEBUG)):
         warnings.simplefilter("ignore")  # libraries' notes to programmers; ours to users are sentences
-    arguments = _spelt_out(arguments)
+    arguments, color = _spelt_out(arguments), None if console.is_styled(sys.stdout) else False
     try:
-        command = app(arguments, prog_name="pixtral", standalone_mode=False)
+        command = app(arguments, prog_name="pixtral", standalone_mode=False, color=color)
     except _TyperError as error:
         return _refuse(error, arguments)
     except OSError as error:  # help or version, and no room where they go

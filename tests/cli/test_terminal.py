@@ -2,12 +2,14 @@
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import time
 
 import pytest
+from hub_cache import put
 from processes import FAKE, clean_environment
 
 
@@ -18,7 +20,7 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         names = ("stdin", "stdout", "stderr")
         chosen = {name: theirs if number in streams else subprocess.PIPE for number, name in enumerate(names)}
-        environment = clean_environment(TERM="xterm", **(env or {}))
+        environment = clean_environment(**{"TERM": "xterm"} | (env or {}))
         self.process = subprocess.Popen([*FAKE, *arguments], env=environment, start_new_session=True, **chosen)
         os.close(theirs)
         self.shown = b""
@@ -93,10 +95,54 @@ def test_quiet_shows_no_progress(terminal):
     assert shown.finish() == 0 and shown.shown == b""
 
 
-def test_errors_are_coloured_only_where_colour_is_welcome(terminal):
-    plain, coloured = terminal("run", env={"NO_COLOR": "1"}), terminal("run")
-    assert (plain.finish(), coloured.finish()) == (2, 2)
-    assert b"\x1b[" not in plain.shown and b"\x1b[1;31m" in coloured.shown
+@pytest.fixture
+def shown_by(terminal, caches):
+    """What the terminal shows when `pixtral` runs to its end; one model is cached, and loading takes a moment."""
+    put(caches, "acme/pixie", {"model-Q4_K_M.gguf": b"GGUF"})
+
+    def run(*arguments, **environment):
+        surroundings = {"PIXTRAL_CACHE": os.environ["PIXTRAL_CACHE"], "FAKE_LOAD_S": "0.3"}
+        shown = terminal(*arguments, env=surroundings | environment)
+        shown.finish()
+        return shown.shown
+
+    return run
+
+
+PRINTING = {
+    "help": ["--help"],
+    "help of a command": ["run", "--help"],
+    "no arguments": [],
+    "an error in the flags": ["run", "--top-k", "x"],
+    "an error": ["run"],
+    "a table": ["cache", "list"],
+    "progress": ["run", "-p", "hi"],
+}
+STYLE = re.compile(rb"\x1b\[[0-9;]*m")
+
+
+@pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
+def test_a_dumb_terminal_gets_no_escape_codes(shown_by, arguments):
+    shown = shown_by(*arguments, TERM="dumb")
+    assert shown and b"\x1b" not in shown
+
+
+@pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
+def test_no_color_is_neither_colour_nor_bold(shown_by, arguments):
+    shown = shown_by(*arguments, NO_COLOR="1")
+    assert shown and STYLE.findall(shown) == []
+
+
+@pytest.mark.parametrize("name", ["help", "help of a command", "no arguments", "an error", "progress"])
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": ""}])
+def test_any_other_terminal_gets_bold_or_colour(shown_by, name, environment):
+    assert STYLE.search(shown_by(*PRINTING[name], **environment))
+
+
+@pytest.mark.parametrize("name", ["help", "an error", "progress"])
+def test_what_is_no_terminal_gets_no_escape_codes(fake, name):
+    done = fake(*PRINTING[name], env={"TERM": "xterm"})
+    assert done.stdout + done.stderr and b"\x1b" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("streams", [(0, 1, 2), (0, 2)])
