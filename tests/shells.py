@@ -14,7 +14,7 @@ import termios
 import time
 from pathlib import Path
 
-from processes import PROGRAM, clean_environment
+from processes import PATIENCE, PROGRAM, clean_environment
 
 COMMANDS = {
     "bash": ["bash", "--norc", "--noprofile", "-i"],
@@ -27,7 +27,6 @@ STAND_IN = f"""#!/bin/sh
 [ "$1" = completions ] && exec {" ".join(PROGRAM)} "$@"
 exec {sys.executable} -c 'import json, sys; print("typed:" + json.dumps(sys.argv[1:]) + ":")' "$@"
 """
-PATIENCE = 120  # seconds: a machine may be busy, and nothing waits so long when all is well
 
 
 class Shell:

@@ -10,7 +10,9 @@ import time
 
 import pytest
 from hub_cache import put
-from processes import FAKE, clean_environment
+from processes import FAKE, PATIENCE, clean_environment
+
+MORE_THAN_A_PIPE_HOLDS = 2**20  # bytes
 
 
 class Terminal:
@@ -25,9 +27,9 @@ class Terminal:
         os.close(theirs)
         self.shown = b""
 
-    def read_until(self, wanted=None, seconds=20):
+    def read_until(self, wanted=None):
         """Collect until `wanted` shows, or, without it, until the terminal closes."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while wanted is None or wanted not in self.shown:
             assert time.monotonic() < end, self.shown
             if select.select([self.ours], [], [], 0.2)[0]:
@@ -39,7 +41,7 @@ class Terminal:
 
     def finish(self):
         self.read_until()
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE)
 
     def close(self):
         self.process.kill()
@@ -169,9 +171,9 @@ def test_an_interrupt_while_loading_leaves_with_130_and_the_cursor(terminal):
 
 def test_an_interrupt_while_waiting_for_input_leaves_with_130(start_fake):
     process = start_fake("run", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(1.0)
+    process.stdin.write(b"x" * MORE_THAN_A_PIPE_HOLDS)  # so it is being read when this comes back
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130 and process.stderr.read() == b""
+    assert process.wait(timeout=PATIENCE) == 130 and process.stderr.read() == b""
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_an_interrupt_in_the_middle_of_an_import_gives_no_traceback(terminal, mo
 
 @pytest.mark.parametrize("order", ["interrupted in exec", "swallowing"])
 def test_an_interrupt_that_python_itself_would_lose_leaves_with_130(fake, order):
-    done = fake("run", "-p", order, timeout=20)
+    done = fake("run", "-p", order)
     assert (done.returncode, done.stderr) == (130, b"") and done.stdout.startswith(b"begun")
 
 
@@ -195,6 +197,6 @@ def test_a_process_started_with_interrupts_ignored_keeps_ignoring_them():
         capture_output=True,
         env=clean_environment(FAKE_LOAD_S="1"),
         stdin=subprocess.DEVNULL,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (0, b"<user>hi\n")
