@@ -1,18 +1,20 @@
 """At a terminal: a pseudo-terminal stands in for it."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
+import termios
 import time
+from pathlib import Path
 
 import pytest
 from hub_cache import put
 from processes import FAKE, PATIENCE, clean_environment
-
-MORE_THAN_A_PIPE_HOLDS = 2**20  # bytes
 
 
 class Terminal:
@@ -169,9 +171,20 @@ def test_an_interrupt_while_loading_leaves_with_130_and_the_cursor(terminal):
     assert shown.shown.rfind(b"\x1b[?25h") > shown.shown.rfind(b"\x1b[?25l")
 
 
+def waits_for_more(process):
+    """Whether all that was sent has been read, and the process sleeps in the next read."""
+    left = struct.unpack("i", fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)))[0]
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return left == 0 and state == "S"
+
+
 def test_an_interrupt_while_waiting_for_input_leaves_with_130(start_fake):
     process = start_fake("run", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdin.write(b"x" * MORE_THAN_A_PIPE_HOLDS)  # so it is being read when this comes back
+    process.stdin.write(b"the first words")
+    process.stdin.flush()
+    while not waits_for_more(process):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=PATIENCE) == 130 and process.stderr.read() == b""
 
