@@ -13,6 +13,7 @@ import typer
 
 from pixtral_cli import __version__, console
 from pixtral_cli.commands import cache as cache_command
+from pixtral_cli.commands import completions as completions_command
 from pixtral_cli.commands import download as download_command
 from pixtral_cli.commands import export as export_command
 from pixtral_cli.commands import inspect as inspect_command
@@ -50,6 +51,7 @@ COMMANDS = (
     (inspect_command, inspect_command.inspect),
     (export_command, export_command.export),
     (verify_command, verify_command.verify),
+    (completions_command, completions_command.completions),
 )
 for module, command in COMMANDS:
     app.command(command.__name__, cls=Command, epilog=module.EXAMPLES)(with_flags(command))
@@ -82,9 +84,9 @@ def run_program(arguments: list[str]) -> int:
     """
     if not (sys.warnoptions or os.environ.get(DEBUG)):
         warnings.simplefilter("ignore")  # libraries' notes to programmers; ours to users are sentences
-    arguments = _spelt_out(arguments)
+    arguments, color = _spelt_out(arguments), None if console.is_styled(sys.stdout) else False
     try:
-        command = app(arguments, prog_name="pixtral", standalone_mode=False)
+        command = app(arguments, prog_name="pixtral", standalone_mode=False, color=color)
     except _TyperError as error:
         return _refuse(error, arguments)
     except OSError as error:  # help or version, and no room where they go

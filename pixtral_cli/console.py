@@ -1,8 +1,9 @@
 """The one place that prints: the answer on standard output, all else on standard error. Knows no model.
 
 Standard output takes the answer, streamed, or one JSON object. Progress bars show only where standard error is
-a terminal. A terminal never sees a control character that came out of a model or a file name: those could
-move its cursor, rename its window or fake a prompt, so they are shown as visible signs instead.
+a terminal that can move its cursor. Which streams take escape codes is decided here for all of the program. A
+terminal never sees a control character that came out of a model or a file name: those could move its cursor,
+rename its window or fake a prompt, so they are shown as visible signs instead.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pixtral_cli.progress import Bars
 
 CHECK_OUTPUT = "Check where standard output goes, and the room there."
+DUMB = ("dumb", "unknown")
 SHOW_CURSOR = "\x1b[?25h"
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 _CONTROL |= {0x0D: "", 0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
@@ -49,13 +51,23 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def moves_cursor(stream: TextIO | None) -> bool:
+    """Whether the terminal behind `stream` follows escape codes: one of type `dumb` shows them as text."""
+    return is_terminal(stream) and os.environ.get("TERM") not in DUMB
+
+
+def is_styled(stream: TextIO | None) -> bool:
+    """Whether colour and bold are welcome on `stream`. NO_COLOR, unless it is empty, wants neither (no-color.org)."""
+    return moves_cursor(stream) and not os.environ.get("NO_COLOR")
+
+
 class Console:
     """Prints one command's results. With `json` the answer is one object; with `quiet` only errors are told."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet
         self._on_terminal = is_terminal(sys.stdout)
-        self._shows_progress = is_terminal(sys.stderr) and not quiet
+        self._shows_progress = moves_cursor(sys.stderr) and not quiet
         self._at_line_start = True
         if isinstance(sys.stdout, TextIOWrapper):
             encoding = None if self._on_terminal else "utf-8"
@@ -101,7 +113,7 @@ class Console:
             return nullcontext()
         from pixtral_cli.progress import bars
 
-        return bars(first_label)
+        return bars(first_label, styled=is_styled(sys.stderr))
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[Any]:
@@ -111,7 +123,7 @@ class Console:
             return
         from pixtral_cli.progress import status
 
-        with status(label) as stop:
+        with status(label, styled=is_styled(sys.stderr)) as stop:
             yield stop
 
     def stream(self, events: Generator[Any, None, None]) -> Any:
@@ -139,7 +151,7 @@ def tell_error(sentence: str, hint: str | None = None) -> None:
     """Print an error, and the next thing to do, on standard error: a line for each, whatever a server wrote in it."""
     sentence, hint = (text and " ".join(printable(text).split()) for text in (sentence, hint))
     prefix = "pixtral: error:"
-    if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
+    if is_styled(sys.stderr):
         prefix = f"\x1b[1;31m{prefix}\x1b[0m"
     _to_stderr(sentence, prefix + " ")
     if hint:
@@ -155,7 +167,7 @@ def tell_traceback() -> None:
 
 def restore_terminal() -> None:
     """Show the cursor again, which a progress bar may have hidden."""
-    if is_terminal(sys.stderr):
+    if moves_cursor(sys.stderr):
         with suppress(OSError):
             os.write(sys.stderr.fileno(), SHOW_CURSOR.encode())
 

@@ -18,6 +18,7 @@ import typer
 
 from pixtral_cli import devices
 from pixtral_cli.errors import DeviceError
+from pixtral_cli.shell.values import Values
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt](?:ib)?)?", re.IGNORECASE)
 UNITS = {"b": 1} | {unit + end: 1024**power for power, unit in enumerate("kmgt", 1) for end in ("", "ib")}
@@ -30,18 +31,18 @@ class UsageError(Exception):
         self.hint = hint
 
 
-def one_of(names: tuple[str, ...]) -> dict[str, Any]:
-    """Typer settings for a flag that takes one of `names`: checked, listed in the error, completed by Tab."""
+def one_of(names: tuple[str, ...], *, beside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Typer settings for a flag that takes one of `names`: checked, listed in the error, completed by Tab.
+
+    What is `beside` them is taken as well, and told to nobody.
+    """
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in names:
+        if value is not None and value not in names + beside:
             raise typer.BadParameter(f"{value!r} is not known; known are {', '.join(names)}.")
         return value
 
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in names if name.startswith(incomplete)]
-
-    return {"callback": check, "autocompletion": complete}
+    return {"callback": check, "autocompletion": Values(names).offered}
 
 
 def within(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], Any]:

@@ -12,19 +12,11 @@ import typer
 
 from pixtral_cli.encodings import CHOICES
 from pixtral_cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
+from pixtral_cli.shell import values
+from pixtral_cli.shell.values import DEFAULT_MODEL
 
-DEFAULT_MODEL = "mistral-community/pixtral-12b"
 RECIPES = ("hf", "native")
 FORMATS = ("hf", "native", "gguf")
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    return [name for name in ("tiny", DEFAULT_MODEL) if name.startswith(incomplete)]
-
-
-def _complete_device(incomplete: str) -> list[str]:
-    return [name for name in ("cpu", "gpu", "gpu-0", "gpu:all") if name.startswith(incomplete)]
-
 
 _request, _model, _answer, _output, _machine = (
     partial(typer.Option, rich_help_panel=panel)
@@ -60,7 +52,7 @@ class SourceFlags(FetchFlags):
             "--model-path",
             metavar="NAME",
             envvar="PIXTRAL_MODEL_PATH",
-            autocompletion=_complete_model,
+            autocompletion=values.MODEL.offered,
             help="A Hugging Face name, a local folder, a .gguf file, or tiny, the built-in demonstration model. "
             f"Default: {DEFAULT_MODEL}.",
         ),
@@ -98,6 +90,7 @@ class EncodingFlags:
         _model(
             "--weight-path",
             metavar="PATH",
+            autocompletion=values.WEIGHTS.offered,
             help="Take the weights from this file or folder instead. Repeatable.",
         ),
     ] = None
@@ -141,7 +134,7 @@ class WeightFlags(EncodingFlags):
             "--devices",
             metavar="NAMES",
             callback=device_text,
-            autocompletion=_complete_device,
+            autocompletion=values.DEVICES.offered,
             help="cpu, gpu or gpu-N. Default: the first GPU, else cpu.",
         ),
     ] = None
@@ -177,12 +170,18 @@ class WeightFlags(EncodingFlags):
         _model(
             "--save-to-serialized-model-path",
             metavar="FILE",
+            autocompletion=values.FILES.offered,
             help="Write the loaded model as one file that starts at once.",
         ),
     ] = None
     serialized_model_path: Annotated[
         Path | None,
-        _model("--serialized-model-path", metavar="FILE", help="Load such a file; nothing else is needed."),
+        _model(
+            "--serialized-model-path",
+            metavar="FILE",
+            autocompletion=values.SERIALIZED.offered,
+            help="Load such a file; nothing else is needed.",
+        ),
     ] = None
 
 
@@ -200,6 +199,7 @@ class RequestFlags:
             "--image",
             "-i",
             metavar="PICTURE",
+            autocompletion=values.PICTURE.offered,
             help="A file, an http(s) URL, a data: URI, or - for standard input. Repeatable, order kept.",
         ),
     ] = None
@@ -212,6 +212,7 @@ class RequestFlags:
         _request(
             "--messages",
             metavar="FILE|-",
+            autocompletion=values.CONVERSATION.offered,
             help="A whole conversation: an OpenAI-style list of messages as JSON.",
         ),
     ] = None

@@ -21,11 +21,11 @@ Bars = Callable[[str, int, int | None], None]
 
 
 @contextmanager
-def bars(first_label: str) -> Iterator[Bars]:
+def bars(first_label: str, *, styled: bool) -> Iterator[Bars]:
     """One bar per label, gone when the block ends. `first_label` is shown until the first step."""
     label = TextColumn("{task.description}", markup=False)
     columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = _console(styled)
     waiting = console.status(first_label)
     shown = Progress(*columns, console=console, transient=True)
     tasks: dict[str, TaskID] = {}
@@ -47,11 +47,16 @@ def bars(first_label: str) -> Iterator[Bars]:
 
 
 @contextmanager
-def status(label: str) -> Iterator[Callable[[], None]]:
+def status(label: str, *, styled: bool) -> Iterator[Callable[[], None]]:
     """A moving sign beside `label`, until the block ends or calls the value."""
-    shown = Console(stderr=True).status(label)
+    shown = _console(styled).status(label)
     shown.start()
     try:
         yield shown.stop
     finally:
         shown.stop()
+
+
+def _console(styled: bool) -> Console:
+    """Rich's own NO_COLOR leaves bold; without a colour system it writes neither."""
+    return Console(stderr=True, color_system="auto" if styled else None)

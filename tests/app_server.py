@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
+from processes import PATIENCE
 
 from pixtral_cli.server.app import create_app
 from pixtral_cli.server.guard import guarded
@@ -31,7 +32,7 @@ class Serving:
         """Call it on the server's event loop, where all of the service belongs."""
         self.loop.call_soon_threadsafe(function)
 
-    def wait_until_idle(self, seconds=10.0):
+    def wait_until_idle(self, seconds=PATIENCE):
         """Whether nothing runs, waits or is being prepared within that time."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import shutil
 
+from processes import PATIENCE
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -52,7 +53,7 @@ class Page:
     def script(self, source, *arguments):
         return self.browser.execute_script(source, *arguments)
 
-    def until(self, promise, seconds=10):
+    def until(self, promise, seconds=PATIENCE):
         return WebDriverWait(self.browser, seconds, 0.02).until(lambda _: promise())
 
     def write(self, words):

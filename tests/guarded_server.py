@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from processes import PATIENCE
 
 from pixtral_cli.server.guard import guarded
 from pixtral_cli.server.protocol import guarded_protocol
@@ -52,7 +53,7 @@ def serving(app=echo, *, max_connections=100, head_seconds=10.0, unread_seconds=
         time.sleep(0.005)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -60,7 +61,7 @@ class Client:
     """One connection."""
 
     def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)

@@ -12,6 +12,10 @@ HEAVY = """torch torch._dynamo transformers bitsandbytes huggingface_hub PIL jin
 safetensors""".split()
 
 
+PATIENCE = 120
+"""Seconds in which whatever is waited for comes, on the busiest machine: nothing waits so long when all is well."""
+
+
 def clean_environment(**extra):
     kept = {
         name: value
@@ -22,7 +26,7 @@ def clean_environment(**extra):
     return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | one_thread | extra
 
 
-def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout=60):
+def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout=PATIENCE):
     streams = {"input": input} if input is not None else {"stdin": stdin or subprocess.DEVNULL}
     return subprocess.run(
         [*command, *arguments],
@@ -42,6 +46,6 @@ def imported_by(*arguments, among=HEAVY, **environment):
         "from pixtral_cli.__main__ import main\nmain()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, env=clean_environment(**environment), timeout=60
+        [sys.executable, "-c", program], capture_output=True, env=clean_environment(**environment), timeout=PATIENCE
     )
     return json.loads(done.stderr.splitlines()[-1])

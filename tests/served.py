@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import PROGRAM, clean_environment
+from processes import PATIENCE, PROGRAM, clean_environment
 
 JSON = {"Content-Type": "application/json"}
 
@@ -51,7 +51,7 @@ class Served:
         response = self.open("/v1/chat/completions", hello(stream=True, **more))
         return (line.decode().removeprefix("data: ").strip() for line in response if line.strip())
 
-    def wait_for(self, pattern, seconds=60):
+    def wait_for(self, pattern, seconds=PATIENCE):
         """What matches in what the server says; it must come while the process lives."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -62,7 +62,7 @@ class Served:
             time.sleep(0.01)
         raise AssertionError(f"{pattern!r} did not come: {self.said()}")
 
-    def end(self, number=signal.SIGTERM, seconds=30):
+    def end(self, number=signal.SIGTERM, seconds=PATIENCE):
         """Send the signal -> exit code."""
         self.process.send_signal(number)
         return self.process.wait(seconds)

@@ -54,6 +54,37 @@ def models() -> list[Model]:
     return sorted([*_from_hub(), *_own()], key=lambda model: (model.name, model.format))
 
 
+def hub_names() -> list[str]:
+    """The names of the models in the Hub's cache, as `models` has them, without a look into their weights."""
+    names: set[str] = set()
+    for root in _repo_folders():
+        with suppress(PermissionError):
+            names |= set(_names_in(root))
+    return sorted(names)
+
+
+def _names_in(root: Path) -> Iterator[str]:
+    repo = _repo(root)
+    found = [(snapshot, form, file) for snapshot in _snapshots(root) for form, file in _forms_in(snapshot)]
+    yield from (_name(repo, snapshot, file) for snapshot, _, file in found)
+    if _parts(root):
+        if all(_is_whole(*each) for each in found):  # else they are its missing shards
+            yield repo
+    elif not found and own_cache.repo_folder(repo).is_dir():
+        yield repo
+
+
+def serialized_files() -> dict[Path, str]:
+    """Serialized models: those in our own folder, named by their place in it, and those that were written elsewhere."""
+    folder = own_cache.models_folder()
+    inside: list[Path] = []
+    with suppress(PermissionError):
+        inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    found = {path: path.relative_to(folder).as_posix() for path in inside if not path.name.startswith(".")}
+    here = {path.resolve() for path in inside}
+    return found | {path: str(path) for path in stamps.files() if path not in here}
+
+
 def altered(model: Model, progress: Callable[[str, int, int | None], None] | None = None) -> list[str]:
     """The names of the model's files that are not what they were when they were fetched or written; reads them all."""
     if model.format == SERIALIZED:
@@ -104,14 +135,23 @@ def _shared(model: Model) -> set[Path]:
 
 
 def _from_hub() -> Iterator[Model]:
-    for root in sorted(store.cache_folder().glob("models--*--*")):
-        if root.is_dir() and not root.is_symlink():  # what is elsewhere is not the cache's
-            with suppress(PermissionError):
-                yield from _in_repo(root)
+    for root in _repo_folders():
+        with suppress(PermissionError):
+            yield from _in_repo(root)
+
+
+def _repo_folders() -> list[Path]:
+    """What is elsewhere is not the cache's."""
+    found = sorted(store.cache_folder().glob("models--*--*"))
+    return [root for root in found if root.is_dir() and not root.is_symlink()]
+
+
+def _repo(root: Path) -> str:
+    return root.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def _in_repo(root: Path) -> list[Model]:
-    repo = root.name.removeprefix("models--").replace("--", "/", 1)
+    repo = _repo(root)
     found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
     parts = _parts(root)
     broken = next((model for model in found if model.format == INCOMPLETE), None)
@@ -163,19 +203,23 @@ def _suffix(root: Path, commit: str) -> str:
     return "" if "main" in names or not files else f"@{names[0] if names else commit}"
 
 
+def _name(repo: str, snapshot: Path, file: str | None) -> str:
+    name = repo + _suffix(store.repo_folder(repo), snapshot.name)
+    return f"{name}:{file}" if file else name
+
+
 def _text(path: Path) -> str:
     return path.read_text(errors="replace").strip()
 
 
 def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
-    name = repo + _suffix(store.repo_folder(repo), snapshot.name)
     asked = own_cache.last_used(repo, snapshot.name)
     for form, file in _forms_in(snapshot):
         weights = _weights(snapshot, form, file)
         files = weights if file else _side(snapshot, form) + weights
         used = max([asked or 0.0, *(path.stat().st_atime for path in weights)])
         yield Model(
-            f"{name}:{file}" if file else name,
+            _name(repo, snapshot, file),
             form if _is_whole(snapshot, form, file) else INCOMPLETE,
             snapshot / file if file else snapshot,
             tuple(files),
@@ -225,18 +269,9 @@ def _side(snapshot: Path, form: Form) -> list[Path]:
 
 
 def _own() -> Iterator[Model]:
-    """Serialized models in our own folder, named by their place in it, and those that were written elsewhere."""
     folder = own_cache.models_folder()
-    inside: list[Path] = []
-    with suppress(PermissionError):
-        inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    for path in inside:
-        if not path.name.startswith("."):
-            yield _serialized(path.relative_to(folder).as_posix(), path, known=True)
-    here = {path.resolve() for path in inside}
-    for path in stamps.files():
-        if path not in here:
-            yield _serialized(str(path), path, known=False)
+    for path, name in serialized_files().items():
+        yield _serialized(name, path, known=path.is_relative_to(folder))
 
 
 def _serialized(name: str, path: Path, *, known: bool) -> Model:

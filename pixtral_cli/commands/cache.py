@@ -16,6 +16,7 @@ from pixtral_cli.console import Console, is_terminal
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError
 from pixtral_cli.options import OutputFlags
+from pixtral_cli.shell.values import CACHED
 from weights_cache.errors import size
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ class NamesArguments:
 
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Names as `pixtral cache list` prints them, or paths."),
+        typer.Argument(
+            metavar="[MODEL]...",
+            autocompletion=CACHED.offered,
+            help="Names as `pixtral cache list` prints them, or paths.",
+        ),
     ] = None
 
 
@@ -63,7 +68,12 @@ class SomeArguments:
     """Which models; at least one."""
 
     names: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Names as `pixtral cache list` prints them, or paths.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            autocompletion=CACHED.offered,
+            help="Names as `pixtral cache list` prints them, or paths.",
+        ),
     ]
 
 

@@ -9,6 +9,7 @@ import typer
 
 from pixtral_cli.console import Console
 from pixtral_cli.options import FetchFlags, OutputFlags
+from pixtral_cli.shell.values import MODEL
 
 BUILT_IN = "tiny"
 Progress = Callable[[str, int, int | None], None]
@@ -31,7 +32,9 @@ class DownloadArguments:
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="owner/name, owner/name@revision, owner/name:file.gguf, or its page on the Hub."
+            metavar="MODEL",
+            autocompletion=MODEL.offered,
+            help="owner/name, owner/name@revision, owner/name:file.gguf, or its page on the Hub.",
         ),
     ]
 

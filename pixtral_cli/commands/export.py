@@ -8,6 +8,7 @@ import typer
 
 from pixtral_cli.console import Console
 from pixtral_cli.options import EncodingFlags, FetchFlags, OutputFlags
+from pixtral_cli.shell import values
 from weights_cache.errors import size
 
 EXAMPLES = """\
@@ -24,9 +25,21 @@ class ExportArguments:
     """What is written where."""
 
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or tiny.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=values.MODEL.offered,
+            help="A Hugging Face name, a local folder, a .gguf file, or tiny.",
+        ),
     ]
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; one that is there is replaced.")]
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            autocompletion=values.FILES.offered,
+            help="The file to write; one that is there is replaced.",
+        ),
+    ]
 
 
 def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlags, output: OutputFlags) -> None:

@@ -12,6 +12,7 @@ import typer
 from pixtral_cli.console import Console
 from pixtral_cli.flags import one_of
 from pixtral_cli.options import FORMATS, OutputFlags
+from pixtral_cli.shell.values import ANY_MODEL
 from weights_cache.errors import size
 
 if TYPE_CHECKING:
@@ -33,7 +34,14 @@ Of a model that is not here only the small files and the headers are fetched.
 class InspectArguments:
     """What is looked at."""
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder or file, or tiny.")]
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=ANY_MODEL.offered,
+            help="A Hugging Face name, a local folder or file, or tiny.",
+        ),
+    ]
     weights_format: Annotated[
         str | None,
         typer.Option(

@@ -13,6 +13,7 @@ import typer
 
 from pixtral_cli.flags import networks, size, within
 from pixtral_cli.options import SamplingFlags, WeightFlags
+from pixtral_cli.shell.values import FOLDER
 
 _server, _guard, _limit, _machine = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Server", "Guard", "Limits", "Speed and memory")
@@ -99,6 +100,7 @@ class GuardFlags:
         _guard(
             "--media-path",
             metavar="DIR",
+            autocompletion=FOLDER.offered,
             exists=True,
             file_okay=False,
             help="Requests may name picture files below this folder. Default: none.",

@@ -8,6 +8,7 @@ import typer
 
 from pixtral_cli.console import Console
 from pixtral_cli.options import OutputFlags
+from pixtral_cli.shell.values import SERIALIZED
 
 EXAMPLES = """\
 Example:
@@ -21,7 +22,12 @@ Example:
 class VerifyArguments:
     """What is checked."""
 
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `pixtral export` wrote.")]
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", autocompletion=SERIALIZED.offered, help="A file that `pixtral export` wrote."
+        ),
+    ]
 
 
 def verify(arguments: VerifyArguments, output: OutputFlags) -> None:

@@ -1,8 +1,8 @@
 """`pixtral` with a model that answers as the prompt orders: for tests of streams, signals and exit codes.
 
 Run as a script in place of the command. The answer is the request as the model would get it, word by word,
-unless the prompt is one of ORDERS. FAKE_LOAD_S is how long loading takes, in seconds; FAKE_INTERRUPT_AT names a
-module at whose import the process gets Ctrl-C.
+unless the prompt is one of ORDERS. FAKE_LOAD_S is how long loading takes, in seconds; FAKE_LOAD_FIFO names a pipe
+that loading opens and reads to its end. FAKE_INTERRUPT_AT names a module at whose import the process gets Ctrl-C.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pixtral_cli
@@ -77,6 +78,8 @@ class FakePixtral:
     @classmethod
     def load(cls, model_path, **arguments):
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+        if fifo := os.environ.get("FAKE_LOAD_FIFO"):
+            Path(fifo).read_bytes()
         model = cls()
         model.name, model.arguments = model_path, arguments
         if arguments["progress"]:

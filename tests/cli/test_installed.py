@@ -9,7 +9,7 @@ import pytest
 from processes import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pixtral_cli", "weights_cache")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "completions", "pixtral_cli", "weights_cache")
 
 
 def pip(*arguments):
@@ -38,6 +38,9 @@ def test_the_installed_wheel_answers_from_anywhere(installed, tmp_path):
         [sys.executable, "-c", where], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=60
     )
     assert found.stdout.split() == [str(installed / name / "__init__.py") for name in ("pixtral_cli", "weights_cache")]
+    share = installed / "share"
+    shells = ("bash-completion/completions/pixtral.bash", "zsh/site-functions/_pixtral", "fish/vendor_completions.d")
+    assert all((share / name).exists() for name in shells)
     picture = ROOT / "examples" / "shapes.png"
     done = subprocess.run(
         [installed / "bin" / "pixtral", "run", "--model-path", "tiny", "-i", picture, "-p", "How many shapes?"],

@@ -1,5 +1,6 @@
 """README.md keeps its word: its commands are the program's, and CI runs the one that it shows."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -24,7 +25,12 @@ def test_ci_runs_the_command_of_the_readme(tmp_path):
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_text((ROOT / ".ci/run").read_text())
     (tmp_path / "README.md").write_text(README.replace(block_under("Tests")[0], 'echo "ran in $PWD" && false\n'))
-    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, timeout=20)
+    nothing_to_install = tmp_path / "bin" / "apt-get"
+    nothing_to_install.parent.mkdir()
+    nothing_to_install.write_text("#!/bin/sh\nexit 1\n")
+    nothing_to_install.chmod(0o755)
+    path = f"{nothing_to_install.parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env={"PATH": path}, capture_output=True)
     assert done.returncode == 1 and done.stdout.decode().endswith(f"ran in {tmp_path}\n")
 
 

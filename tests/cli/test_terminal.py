@@ -1,14 +1,20 @@
 """At a terminal: a pseudo-terminal stands in for it."""
 
+import fcntl
 import os
 import pty
+import re
 import select
 import signal
+import struct
 import subprocess
+import termios
 import time
+from pathlib import Path
 
 import pytest
-from processes import FAKE, clean_environment
+from hub_cache import put
+from processes import FAKE, PATIENCE, clean_environment
 
 
 class Terminal:
@@ -18,14 +24,14 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         names = ("stdin", "stdout", "stderr")
         chosen = {name: theirs if number in streams else subprocess.PIPE for number, name in enumerate(names)}
-        environment = clean_environment(TERM="xterm", **(env or {}))
+        environment = clean_environment(**{"TERM": "xterm"} | (env or {}))
         self.process = subprocess.Popen([*FAKE, *arguments], env=environment, start_new_session=True, **chosen)
         os.close(theirs)
         self.shown = b""
 
-    def read_until(self, wanted=None, seconds=20):
+    def read_until(self, wanted=None):
         """Collect until `wanted` shows, or, without it, until the terminal closes."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while wanted is None or wanted not in self.shown:
             assert time.monotonic() < end, self.shown
             if select.select([self.ours], [], [], 0.2)[0]:
@@ -37,7 +43,7 @@ class Terminal:
 
     def finish(self):
         self.read_until()
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE)
 
     def close(self):
         self.process.kill()
@@ -93,10 +99,54 @@ def test_quiet_shows_no_progress(terminal):
     assert shown.finish() == 0 and shown.shown == b""
 
 
-def test_errors_are_coloured_only_where_colour_is_welcome(terminal):
-    plain, coloured = terminal("run", env={"NO_COLOR": "1"}), terminal("run")
-    assert (plain.finish(), coloured.finish()) == (2, 2)
-    assert b"\x1b[" not in plain.shown and b"\x1b[1;31m" in coloured.shown
+@pytest.fixture
+def shown_by(terminal, caches):
+    """What the terminal shows when `pixtral` runs to its end; one model is cached, and loading takes a moment."""
+    put(caches, "acme/pixie", {"model-Q4_K_M.gguf": b"GGUF"})
+
+    def run(*arguments, **environment):
+        surroundings = {"PIXTRAL_CACHE": os.environ["PIXTRAL_CACHE"], "FAKE_LOAD_S": "0.3"}
+        shown = terminal(*arguments, env=surroundings | environment)
+        shown.finish()
+        return shown.shown
+
+    return run
+
+
+PRINTING = {
+    "help": ["--help"],
+    "help of a command": ["run", "--help"],
+    "no arguments": [],
+    "an error in the flags": ["run", "--top-k", "x"],
+    "an error": ["run"],
+    "a table": ["cache", "list"],
+    "progress": ["run", "-p", "hi"],
+}
+STYLE = re.compile(rb"\x1b\[[0-9;]*m")
+
+
+@pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
+def test_a_dumb_terminal_gets_no_escape_codes(shown_by, arguments):
+    shown = shown_by(*arguments, TERM="dumb")
+    assert shown and b"\x1b" not in shown
+
+
+@pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
+def test_no_color_is_neither_colour_nor_bold(shown_by, arguments):
+    shown = shown_by(*arguments, NO_COLOR="1")
+    assert shown and STYLE.findall(shown) == []
+
+
+@pytest.mark.parametrize("name", ["help", "help of a command", "no arguments", "an error", "progress"])
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": ""}])
+def test_any_other_terminal_gets_bold_or_colour(shown_by, name, environment):
+    assert STYLE.search(shown_by(*PRINTING[name], **environment))
+
+
+@pytest.mark.parametrize("name", ["help", "an error", "progress"])
+def test_what_is_no_terminal_gets_no_escape_codes(fake, name):
+    done = fake(*PRINTING[name], env={"TERM": "xterm"})
+    assert done.stdout + done.stderr and b"\x1b" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("streams", [(0, 1, 2), (0, 2)])
@@ -121,11 +171,22 @@ def test_an_interrupt_while_loading_leaves_with_130_and_the_cursor(terminal):
     assert shown.shown.rfind(b"\x1b[?25h") > shown.shown.rfind(b"\x1b[?25l")
 
 
+def waits_for_more(process):
+    """Whether all that was sent has been read, and the process sleeps in the next read."""
+    left = struct.unpack("i", fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)))[0]
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return left == 0 and state == "S"
+
+
 def test_an_interrupt_while_waiting_for_input_leaves_with_130(start_fake):
     process = start_fake("run", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(1.0)
+    process.stdin.write(b"the first words")
+    process.stdin.flush()
+    while not waits_for_more(process):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130 and process.stderr.read() == b""
+    assert process.wait(timeout=PATIENCE) == 130 and process.stderr.read() == b""
 
 
 @pytest.mark.parametrize(
@@ -138,7 +199,7 @@ def test_an_interrupt_in_the_middle_of_an_import_gives_no_traceback(terminal, mo
 
 @pytest.mark.parametrize("order", ["interrupted in exec", "swallowing"])
 def test_an_interrupt_that_python_itself_would_lose_leaves_with_130(fake, order):
-    done = fake("run", "-p", order, timeout=20)
+    done = fake("run", "-p", order)
     assert (done.returncode, done.stderr) == (130, b"") and done.stdout.startswith(b"begun")
 
 
@@ -149,6 +210,6 @@ def test_a_process_started_with_interrupts_ignored_keeps_ignoring_them():
         capture_output=True,
         env=clean_environment(FAKE_LOAD_S="1"),
         stdin=subprocess.DEVNULL,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (0, b"<user>hi\n")

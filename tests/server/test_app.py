@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from app_server import serving
+from processes import PATIENCE
 
 from pixtral_cli.engine.worker import Worker
 from pixtral_cli.server.service import Limits, Service, checkpoint_defaults
@@ -55,7 +56,7 @@ def error_of(response, status):
     return error
 
 
-def wait_for(condition, seconds=10.0):
+def wait_for(condition, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -214,12 +215,13 @@ def test_the_description_names_every_route_and_field(http):
 
 
 def test_a_stream_that_its_reader_leaves_frees_all_it_held(http, server):
-    before = server.engine.table.in_use
+    before, generated = server.engine.table.in_use, server.engine.counters.generated_tokens
     with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True, "n": 4}) as answer:
         next(answer.iter_raw())
         assert server.engine.running == 4
-    assert server.wait_until_idle(2)
+    assert server.wait_until_idle()
     assert server.engine.running == 0 and server.engine.table.in_use == before
+    assert server.engine.counters.generated_tokens - generated < 4 * LONG["max_tokens"]
 
 
 def leave_after(server, body, condition, path="/v1/chat/completions"):
@@ -233,10 +235,11 @@ def leave_after(server, body, condition, path="/v1/chat/completions"):
 
 
 def test_a_client_that_leaves_without_a_stream_frees_all_it_held(server):
-    before = server.engine.table.in_use
+    before, generated = server.engine.table.in_use, server.engine.counters.generated_tokens
     leave_after(server, LONG, lambda: server.engine.running == 1)
-    assert server.wait_until_idle(2)
+    assert server.wait_until_idle()
     assert server.engine.table.in_use == before
+    assert server.engine.counters.generated_tokens - generated < LONG["max_tokens"]
 
 
 def test_a_client_that_leaves_while_its_prompt_is_computed_frees_all_it_held(server):
@@ -245,7 +248,7 @@ def test_a_client_that_leaves_while_its_prompt_is_computed_frees_all_it_held(ser
     body = {"model": "tiny", "prompt": words, "max_tokens": 4000}
     generated = server.engine.counters.generated_tokens
     leave_after(server, body, lambda: server.engine.running == 1, "/v1/completions")
-    assert server.wait_until_idle(5)
+    assert server.wait_until_idle()
     assert server.engine.table.in_use == before
     assert server.engine.counters.generated_tokens == generated
 
@@ -257,7 +260,7 @@ def test_a_client_that_leaves_the_queue_is_never_computed(server):
         )
         assert wait_for(lambda: server.engine.running == 16)
         leave_after(server, LONG, lambda: server.engine.waiting == 1)
-        assert wait_for(lambda: server.engine.waiting == 0, 2)
+        assert wait_for(lambda: server.engine.waiting == 0)
         assert server.engine.running == 16
         assert blocking.result().status_code == 200
     assert server.wait_until_idle()
@@ -269,16 +272,16 @@ def test_a_client_that_leaves_while_its_picture_is_fetched_is_forgotten_at_once(
 
     def load(source):
         fetching.set()
-        go_on.wait(20)
+        go_on.wait(2 * PATIENCE)
         raise AssertionError("nobody waits for it")
 
     monkeypatch.setattr(tiny.processor, "load_picture", load)
     body = {**LONG, "messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
     leave_after(running, body, fetching.is_set)
-    assert wait_for(lambda: running.service.accepted == 0, 2)
+    assert wait_for(lambda: running.service.accepted == 0)
     assert not running.service.idle
     go_on.set()
-    assert running.wait_until_idle(2)
+    assert running.wait_until_idle()
 
 
 def test_a_full_queue_is_429_and_names_the_flag(own):
@@ -315,16 +318,16 @@ def test_who_waits_when_the_server_drains_is_503_and_who_runs_is_finished(own):
 def test_who_waits_for_a_picture_when_the_server_drains_is_503_at_once(own, tiny, monkeypatch):
     running = own()
     fetching, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(tiny.processor, "load_picture", lambda source: fetching.set() or go_on.wait(20))
+    monkeypatch.setattr(tiny.processor, "load_picture", lambda source: fetching.set() or go_on.wait(2 * PATIENCE))
     body = {"messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=60)
-        assert fetching.wait(10)
+        assert fetching.wait(PATIENCE)
         running.call(running.service.drain)
-        assert error_of(asking.result(5), 503)["code"] == "stopping"
+        assert error_of(asking.result(PATIENCE), 503)["code"] == "stopping"
         assert not running.service.idle
         go_on.set()
-    assert running.wait_until_idle(2)
+    assert running.wait_until_idle()
 
 
 @pytest.mark.parametrize(

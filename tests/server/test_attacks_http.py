@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from guarded_server import Client, ask, serving
+from processes import PATIENCE
 
 from pixtral_cli.server import asgi
 from pixtral_cli.server.errors import ApiError
@@ -145,7 +146,7 @@ def test_bodies_together_have_a_limit_and_give_their_room_back():
         clients = [Client(port) for _ in range(16)]
         for client in clients:
             client.send(HEAD + b"Content-Length: %d\r\n\r\n" % MIB + bytes(MIB))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while len(inside) < 16:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -160,7 +161,7 @@ def test_one_connection_too_many_is_503_and_its_place_is_free_again_when_another
         held = [Client(port) for _ in range(3)]
         assert "too many" in refused(Client(port), 503, "overloaded")
         held.pop().socket.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while ask(port)[0] != 200:
             assert time.monotonic() < deadline
 
@@ -193,7 +194,7 @@ def test_clients_that_leave_anywhere_leave_nothing_behind(port):
             if reset:
                 client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.socket.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while open_files() > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import PROGRAM, run_process
+from processes import PATIENCE, PROGRAM, run_process
 from served import JSON, hello, served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,10 +147,10 @@ def nginx_before(folder, *upstreams):
         yield url
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE)
 
 
-def wait_for(url, seconds=10):
+def wait_for(url, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -7,6 +7,7 @@ import threading
 
 import httpx
 import pytest
+from processes import PATIENCE
 from served import hello, served, starting
 
 from pixtral_cli.server.front import Front
@@ -121,7 +122,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_until_ready(server, seconds=60):
+def wait_until_ready(server, seconds=PATIENCE):
     import time
     import urllib.error
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from openai import AsyncOpenAI
+from processes import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
 from served import hello, served
 from traffic import CHAT, picture
@@ -88,7 +89,7 @@ def open_stream(server, body):
     return connection
 
 
-def wait_for(server, name, wanted, seconds=20):
+def wait_for(server, name, wanted, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while (now := sample(server, name)) != wanted:
         assert time.monotonic() < deadline, (name, now)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import traffic
+from processes import PATIENCE
 
 from pixtral_cli.engine.scheduler import CHUNK
 from pixtral_cli.engine.sequence import Sequence
@@ -22,7 +23,7 @@ def test_nothing_of_requests_is_left_in_engine_or_service(server):
     assert server.wait_until_idle()
     engine, service = server.engine, server.service
     assert (engine.running, engine.waiting, engine.table.in_use, service.accepted) == (0, 0, 0, 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while kept := [each for each in of_requests() if not any(each is known for known in before)]:
         assert time.monotonic() < deadline, kept
         time.sleep(0.1)

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import traffic
+from processes import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
 from served import served
 
@@ -32,7 +33,7 @@ def state(server):
     return {name: values[name] for name in STATE}
 
 
-def wait_until_idle(server, seconds=10):
+def wait_until_idle(server, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while any((now := state(server)).values()):
         assert time.monotonic() < deadline, now

@@ -1,0 +1,48 @@
+"""`pixtral completions`: a shell's name in, its script for Tab out. Loads no model and no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from pixtral_cli.console import Console
+from pixtral_cli.flags import one_of
+from pixtral_cli.shell.values import ANSWERS, answer
+
+SHELLS = ("bash", "zsh", "fish")
+EXAMPLES = """\
+Examples:
+
+\b
+  source <(pixtral completions bash)        # in ~/.bashrc
+  source <(pixtral completions zsh)         # in ~/.zshrc, after compinit
+  pixtral completions fish > ~/.config/fish/completions/pixtral.fish
+
+Commands, flags and their choices stand in the script; the models that are here it asks of pixtral.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionsArguments:
+    """For which shell. What the scripts ask is such a name too: `pixtral completions models`."""
+
+    shell: Annotated[
+        str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.", **one_of(SHELLS, beside=tuple(ANSWERS)))
+    ]
+    context: typer.Context
+
+
+def completions(arguments: CompletionsArguments) -> None:
+    """Print a script with which a shell completes commands, flags, models and files."""
+    console = Console()
+    if arguments.shell in ANSWERS:
+        console.write("".join(f"{word}\n" for word in answer(arguments.shell)))
+    else:
+        console.write(script(arguments.shell, arguments.context))
+
+
+def script(shell: str, context: typer.Context) -> str:
+    """The script for `shell`, one of SHELLS."""
+    from pixtral_cli.shell import bash, fish, tree, zsh
+
+    return {"bash": bash, "zsh": zsh, "fish": fish}[shell].script(tree.read(context))
