@@ -93,6 +93,8 @@ class TextEvent:
     finish_reason: FinishReason | None = None
     reply: Reply | None = None  # on the last event
     tool_calls: tuple[ToolCall, ...] = ()
+    usage: Usage | None = None
+    """Up to this token."""
 
 
 class Answering:
@@ -134,7 +136,11 @@ class Answering:
         if calls and finish == "stop":
             finish = "tool_calls"
         reply = self._reply(finish, calls) if finish else None
-        return TextEvent(text, event.token_id, logprob, finish, reply, calls)
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls, self.usage)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
 
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
         if self.logprobs is None:
@@ -149,7 +155,6 @@ class Answering:
         return TokenLogprob(token_id, token, logprob, top)
 
     def _reply(self, finish: FinishReason, calls: tuple[ToolCall, ...]) -> Reply:
-        usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
         text = "".join(self.text)
         return Reply(
             self.model,
@@ -157,7 +162,7 @@ class Answering:
             self.token_ids,
             self.prompt_token_ids,
             finish,
-            usage,
+            self.usage,
             self._timings(),
             self.logprobs,
             calls,

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.commands.piped_text import LIMIT, PipedText
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError
 from pixtral_cli.options import RequestFlags
+
+if TYPE_CHECKING:
+    from pixtral_cli.prompt.messages import Picture
 
 LEAVE_OUT = "Leave one of them out."
 NOTHING_ASKED = "There is no prompt."
@@ -127,19 +130,23 @@ def _opened_messages(messages: Any) -> list[dict[str, Any]]:
     """The messages, checked, with every picture's source replaced by the picture: it is opened once, here."""
     from pixtral_cli.prompt.messages import parse
 
-    sources = (picture.source for picture in parse(messages).pictures)
-    return [_opened_message(entry, f"messages[{index}]", sources) for index, entry in enumerate(messages)]
+    pictures = iter(parse(messages).pictures)
+    return [_opened_message(entry, f"messages[{index}]", pictures) for index, entry in enumerate(messages)]
 
 
-def _opened_message(entry: dict[str, Any], where: str, sources: Iterator[Any]) -> dict[str, Any]:
-    """`sources` gives the picture of each part that is one, in order."""
+def _opened_message(entry: dict[str, Any], where: str, pictures: Iterator[Picture]) -> dict[str, Any]:
+    """`pictures` gives that of each part which is one, in order."""
     if isinstance(entry["content"], str):
         return entry
     parts = [
-        {"type": "image", "image": _opened(next(sources), f"{where}.content[{index}]")} if _is_picture(part) else part
+        _opened_part(next(pictures), f"{where}.content[{index}]") if _is_picture(part) else part
         for index, part in enumerate(entry["content"])
     ]
     return entry | {"content": parts}
+
+
+def _opened_part(picture: Picture, where: str) -> dict[str, Any]:
+    return {"type": "image", "image": _opened(picture.source, where), "detail": picture.detail}
 
 
 def _is_picture(part: Any) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from pixtral_cli.prompt.errors import InvalidMessages
+from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.tools import NAME, NAME_RULE, ToolCall, fitting_id
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -24,6 +25,7 @@ class Text:
 class Picture:
     source: Any
     """A path, an http(s) or file address, a data: URI, "-" (standard input), bytes, or a PIL.Image."""
+    detail: Detail = "auto"
 
 
 Chunk = Text | Picture
@@ -96,7 +98,8 @@ def parse(messages: Sequence[dict[str, Any]]) -> Conversation:
 
     Roles are system (or developer), user, assistant and tool. `content` is a string or a list of strings and of
     ``{"type": "text", "text": …}``, ``{"type": "image_url", "image_url": {"url": …} | …}``,
-    ``{"type": "image", "image": PIL.Image | …}`` and ``{"type": "image", "url": …}``. An assistant's can be null or
+    ``{"type": "image", "image": PIL.Image | …}`` and ``{"type": "image", "url": …}``; a `detail` of "low" beside the
+    address has the picture scaled to at most 512 pixels a side. An assistant's can be null or
     absent beside `tool_calls`, ``[{"id": …, "type": "function", "function": {"name": …, "arguments": JSON text or
     object}}]``; a tool's message says by `tool_call_id` which of them it answers.
 
@@ -199,10 +202,10 @@ def _chunk(part: Any, where: str) -> Chunk:
     if kind == "text":
         return _text(part.get("text"), where)
     if kind == "image_url":
-        return _picture(part.get("image_url"), where, "image_url")
+        return _picture(part, where, "image_url")
     if kind == "image":
         key = next((key for key in ("image", "url", "path") if part.get(key) is not None), "image")
-        return _picture(part.get(key), where, key)
+        return _picture(part, where, key)
     raise InvalidMessages(where, f"the type should be text, image_url or image, not {kind!r}")
 
 
@@ -212,13 +215,17 @@ def _text(text: Any, where: str) -> Text:
     return Text(text)
 
 
-def _picture(source: Any, where: str, key: str) -> Picture:
+def _picture(part: dict[str, Any], where: str, key: str) -> Picture:
+    """`detail` stands beside the address, wherever that is."""
+    source, detail = part.get(key), part.get("detail")
     if isinstance(source, dict):
-        source = source.get("url")
+        source, detail = source.get("url"), source.get("detail")
     is_image = hasattr(source, "convert") and hasattr(source, "size")
     if not (isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") or is_image) or source in ("", b""):
         raise InvalidMessages(where, f"{key} should be a path, an address, bytes or a picture, not {_kind(source)}")
-    return Picture(source)
+    if detail not in (None, *get_args(Detail)):
+        raise InvalidMessages(where, f"detail should be auto, low or high, not {str(detail)[:40]!r}")
+    return Picture(source, detail or "auto")
 
 
 def _join(first: Message, second: Message) -> Message:

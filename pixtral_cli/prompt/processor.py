@@ -20,7 +20,7 @@ from pixtral_cli.prompt.errors import (
     TemplateFailed,
 )
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
-from pixtral_cli.prompt.messages import Conversation
+from pixtral_cli.prompt.messages import Conversation, Picture
 from pixtral_cli.prompt.native import NativeRules, can_chat, knows_tools
 from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template
@@ -148,7 +148,7 @@ class Processor:
         if self.dialect is None:
             raise NoChatTemplate
         dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_turns else self.dialect
-        images = self._prepare(picture.source for picture in conversation.pictures)
+        images = self._prepare(conversation.pictures)
         prompt = self._filled(dialect.encode(conversation, tools), images)
         return replace(prompt, tools=tuple(tools), call_form=dialect.call_form)
 
@@ -174,18 +174,18 @@ class Processor:
             pieces = [""] * len(pictures) + pieces
         if len(pieces) != len(pictures) + 1:
             raise PicturesMisplaced(len(pieces) - 1, len(pictures))
-        images = self._prepare(pictures)
+        images = self._prepare(map(Picture, pictures))
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
             ids += self.tokenizer.encode(piece, at_start=index == 0) if piece else []
         return Prompt(ids, images, answer_starts_text=not (text or images))
 
-    def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
-        sources = list(sources)
-        if sources and self.image_tokens is None:
+    def _prepare(self, pictures: Iterable[Picture]) -> list[PreparedImage]:
+        pictures = list(pictures)
+        if pictures and self.image_tokens is None:
             raise PicturesUnsupported
-        return [prepare(self.load_picture(source), self.recipe, self.spec) for source in sources]
+        return [prepare(self.load_picture(each.source), self.recipe, self.spec.at(each.detail)) for each in pictures]
 
     def _filled(self, ids: list[int], images: list[PreparedImage]) -> Prompt:
         """`ids` with each picture's tokens in place of its mark."""

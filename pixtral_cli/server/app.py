@@ -11,6 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from pixtral_cli import __version__
 from pixtral_cli.server import openapi, page, replies, wire
+from pixtral_cli.server.asgi import remember
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
 from pixtral_cli.server.errors import ApiError, unavailable
 from pixtral_cli.server.json_body import parse_json
@@ -120,7 +121,8 @@ class Routes:
         token_bytes = service.model.processor.tokenizer.token_bytes
         if ask.stream:
             first = await while_there(request.receive, anext(events))
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage)
+            told = ask.include_usage, ask.usage_in_each
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *told)
             return EventStream(first, events, chunks, service.metrics)
         told = await while_there(request.receive, whole(events, ask.answers))
         answer = replies.answer(envelope, told, ask.n, token_bytes)
@@ -140,12 +142,26 @@ class Routes:
             "created": self.service.started_at,
             "owned_by": "pixtral",
             "max_model_len": self.service.model.max_length,
+            "type": "base",
+            "capabilities": self._capabilities(),
+        }
+
+    def _capabilities(self) -> dict[str, bool]:
+        """In the words of Mistral's API, whose client asks for them."""
+        source = self.service.model.source
+        chats = source.processor.dialect is not None
+        return {
+            "completion_chat": chats,
+            "completion_fim": False,
+            "function_calling": chats,
+            "fine_tuning": False,
+            "vision": source.config.vision is not None,
         }
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.as_response()
+    return _told(request, error)
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -156,7 +172,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
         refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
-    return refusal.as_response()
+    return _told(request, refusal)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -164,7 +180,12 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return refusal_of(error).as_response()
+    return _told(request, refusal_of(error))
+
+
+def _told(request: Request, error: ApiError) -> Response:
+    remember(request.scope, error)
+    return error.as_response()
 
 
 HANDLERS = ((ApiError, _refused), (HTTPException, _not_routed), (ClientLeft, _nobody), (Exception, _failed))

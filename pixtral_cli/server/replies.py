@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pixtral_cli.generate import Reply, TokenLogprob
+from pixtral_cli.generate import Reply, TokenLogprob, Usage
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""
@@ -46,7 +46,7 @@ def answer(envelope: Envelope, replies: Sequence[Reply], n: int, token_bytes: To
     """A whole answer; `replies` in order, `n` to each prompt."""
     choice = chat_choice if envelope.kind == "chat" else text_choice
     choices = [choice(index, reply, token_bytes) for index, reply in enumerate(replies)]
-    return {**envelope.head(), "choices": choices, "usage": usage(replies, n)}
+    return {**envelope.head(), "choices": choices, "usage": usage([reply.usage for reply in replies], n)}
 
 
 def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
@@ -107,11 +107,11 @@ def _alternatives(entry: TokenLogprob) -> dict[str, float]:
     return found
 
 
-def usage(replies: Sequence[Reply], n: int) -> Json:
+def usage(answers: Sequence[Usage], n: int) -> Json:
     """Of all answers; a prompt counts once, however many answers it has."""
-    prompts = [reply.usage for reply in replies[::n]]
+    prompts = answers[::n]
     prompt_tokens = sum(each.prompt_tokens for each in prompts)
-    completion_tokens = sum(reply.usage.completion_tokens for reply in replies)
+    completion_tokens = sum(each.completion_tokens for each in answers)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -121,12 +121,24 @@ class Completion(Answered):
     usage: Usage | None = None
 
 
+class Capabilities(BaseModel):
+    """As Mistral's API tells them."""
+
+    completion_chat: bool
+    completion_fim: bool
+    function_calling: bool
+    fine_tuning: bool
+    vision: bool
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    type: Literal["base"]
+    capabilities: Capabilities
 
 
 class Models(BaseModel):

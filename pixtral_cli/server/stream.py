@@ -7,9 +7,11 @@ anything more would be felt.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.generate import Reply, TextEvent, TokenLogprob, Usage
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
@@ -21,8 +23,17 @@ compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class Chunks:
     """Turns the events of `answers` answers into bytes of a stream."""
 
-    def __init__(self, envelope: Envelope, answers: int, n: int, token_bytes: TokenBytes, include_usage: bool) -> None:
+    def __init__(
+        self,
+        envelope: Envelope,
+        answers: int,
+        n: int,
+        token_bytes: TokenBytes,
+        include_usage: bool,
+        usage_in_each: bool = False,
+    ) -> None:
         self.envelope, self.n, self.token_bytes, self.include_usage = envelope, n, token_bytes, include_usage
+        self.usage_in_each = usage_in_each
         head = compact(envelope.head(chunk=True))[:-1]
         self.head = f'data: {head},"choices":['
         self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
@@ -32,10 +43,12 @@ class Chunks:
         """Characters of the tokens whose log-probabilities were told."""
         self.is_chat = envelope.kind == "chat"
 
-    def opening(self) -> bytes:
-        """A chat's first chunk of each answer, which has the role."""
+    def opening(self, first: Sequence[tuple[int, TextEvent]] = ()) -> bytes:
+        """A chat's first chunk of each answer, which has the role. The `first` events are not told by it."""
         if not self.is_chat:
             return b""
+        if self.usage_in_each:
+            self._tell_usage(replace(first[0][1].usage, completion_tokens=0))
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return "".join(self._chunk(f'{{"index":{place},{delta}}}') for place in range(len(self.replies))).encode()
 
@@ -51,9 +64,15 @@ class Chunks:
 
     def usage(self) -> replies.Json:
         """Of all answers, when they have ended."""
-        return replies.usage([reply for reply in self.replies if reply is not None], self.n)
+        return replies.usage([reply.usage for reply in self.replies if reply is not None], self.n)
+
+    def _tell_usage(self, usage: Usage) -> None:
+        """In the next chunks, all of one answer."""
+        self.tail = f'],"usage":{compact(replies.usage([usage], 1))}}}\n\n'
 
     def _event(self, place: int, event: TextEvent) -> str:
+        if self.usage_in_each:
+            self._tell_usage(event.usage)
         if event.logprob is not None:
             self.held[place].append(event.logprob)
         chunks = self._text(place, event.text) if event.text or event.finish_reason and self.held[place] else ""
