@@ -117,7 +117,7 @@ class Routes:
         service.check_name(ask.model)
         state = request.scope.setdefault("state", {})
         events = service.answer(ask, state.get("key_salt", b""))
-        envelope = Envelope.new(ask.kind, ask.model or service.names[0], self.fingerprint)
+        envelope = Envelope.new(ask.kind, ask.model or service.names[0], self.fingerprint, ask.older_calls)
         token_bytes = service.model.processor.tokenizer.token_bytes
         if ask.stream:
             first = await while_there(request.receive, anext(events))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class TokenDetails(BaseModel):
@@ -56,6 +56,7 @@ class ChatMessage(BaseModel):
     content: str | None
     refusal: None
     tool_calls: list[ToolCall] = []
+    function_call: FunctionCall | None = None
 
 
 class ChatChoice(BaseModel):
@@ -69,6 +70,7 @@ class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCallPart] = []
+    function_call: FunctionCall | None = None
 
 
 class ChunkChoice(BaseModel):

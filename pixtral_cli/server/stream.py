@@ -89,11 +89,14 @@ class Chunks:
     def _end(self, place: int, event: TextEvent) -> str:
         chunks = "".join(self._call(place, number, call) for number, call in enumerate(event.tool_calls))
         said = '"delta":{}' if self.is_chat else '"text":""'
-        ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{event.finish_reason}"}}'
+        reason = replies.older_reason(event.finish_reason) if self.envelope.older_calls else event.finish_reason
+        ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{reason}"}}'
         return chunks + self._chunk(ending)
 
     def _call(self, place: int, number: int, call: Any) -> str:
-        delta = compact({"tool_calls": [{"index": number, **replies.tool_call(call)}]})
+        told = replies.tool_call(call)
+        older = self.envelope.older_calls
+        delta = compact({"function_call": told["function"]} if older else {"tool_calls": [{"index": number, **told}]})
         return self._chunk(f'{{"index":{place},"delta":{delta},"logprobs":null,"finish_reason":null}}')
 
     def _logprobs(self, place: int) -> str:

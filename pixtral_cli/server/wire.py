@@ -67,6 +67,8 @@ class Ask:
     include_usage: bool = False
     usage_in_each: bool = False
     """Whether each chunk of a stream tells the usage so far."""
+    older_calls: bool = False
+    """Whether calls are answered as a `function_call`, because `functions` were given."""
 
     @property
     def answers(self) -> int:
@@ -152,7 +154,7 @@ def _chat(body: Json, given: PredictRequest) -> Ask:
     tools = _newer_form(given, options) if older else body.get("tools")
     if options.get("tool_choice") == "any":
         options["tool_choice"] = "required"
-    return Ask("chat", given.model, options, body["messages"], tools, **_form(given))
+    return Ask("chat", given.model, options, body["messages"], tools, older_calls=older, **_form(given))
 
 
 def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
