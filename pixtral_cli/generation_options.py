@@ -53,7 +53,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, "-1 or a whole number above 0")
-        _check("top_k", self.top_k, int, lambda k: k >= -1, "a whole number, 0 or above", optional=True)
+        _check("top_k", self.top_k, int, lambda k: k >= -1, "a whole number, -1 or above", optional=True)
         _check("temperature", self.temperature, float, lambda t: 0 <= t < math.inf, "0 or above", optional=True)
         _check("top_p", self.top_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")

@@ -28,7 +28,7 @@ LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
 LONGEST_PATH = 200
 LONGEST_REASON = 200
-QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*")
+QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*?(?=[:.,]?(\s|$))")
 """Of an address: what follows may be a key."""
 EVENT_STREAM = b"text/event-stream"
 

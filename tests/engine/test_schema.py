@@ -1,4 +1,4 @@
-"""What an answer is bound to is within the client's schema, says nothing that grammars refuse, and leaves no key twice."""
+"""What an answer is bound to lies within the client's schema, without what grammars refuse or would write twice."""
 
 import json
 
@@ -75,7 +75,8 @@ def test_an_object_that_lists_its_properties_has_no_others_and_none_twice(allows
             assert not allows(schema, text)
     nested = {"type": "object", "properties": {"l": {"type": "array", "items": A}}}
     assert allows(nested, {"l": [{"a": 1}]}) and not allows(nested, {"l": [{"c": 1}]})
-    assert allows({"type": "object", "properties": {}}, {}) and not allows({"properties": {}, "type": "object"}, {"a": 1})
+    none = {"type": "object", "properties": {}}
+    assert allows(none, {}) and not allows(none, {"a": 1})
 
 
 @pytest.mark.parametrize("more", [True, {}, {"type": "integer"}])
