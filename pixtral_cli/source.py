@@ -15,6 +15,7 @@ from pixtral_cli.model import needs
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.needs import Device, Need
 from pixtral_cli.model.placement import Placement, place
+from pixtral_cli.prompt.conversation import Conversation
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
@@ -192,16 +193,16 @@ class Source:
         return frozenset() if eos is None else frozenset([eos])
 
     def chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+        self, messages: Sequence[dict[str, Any]] | Conversation, tools: Sequence[dict[str, Any]] | None = None
     ) -> Prompt:
-        """The prompt for OpenAI-style messages and tools. Raises PromptError or RequestError."""
+        """The prompt for OpenAI-style messages (see `parse`) and tools. Raises PromptError or RequestError."""
         offered = parse_tools(tools)
         conversation = parse(messages)
         self._check_pictures(len(conversation.pictures))
         return self.processor.chat(conversation, offered)
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
-        """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""
+        """The prompt for a raw text after pictures: see `Processor.complete`. Raises PromptError or RequestError."""
         completed = self.processor.complete(prompt, images)
         self._check_pictures(len(completed.images))
         return completed

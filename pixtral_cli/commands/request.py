@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pixtral_cli.commands.piped_text import LIMIT, PipedText
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.flags import UsageError
 from pixtral_cli.options import RequestFlags
-
-if TYPE_CHECKING:
-    from pixtral_cli.prompt.messages import Picture
 
 LEAVE_OUT = "Leave one of them out."
 NOTHING_ASKED = "There is no prompt."
@@ -28,7 +24,8 @@ HOW_TO_ASK = 'Give one with -p "...", on standard input, or a conversation with 
 class Request:
     """`messages` for a chat, or, where it is None, `prompt` and `pictures` for a raw completion."""
 
-    messages: list[dict[str, Any]] | None = None
+    messages: Any = None
+    """A list of dictionaries, or a Conversation."""
     prompt: str = ""
     pictures: list[Any] = field(default_factory=list)
 
@@ -126,31 +123,12 @@ def _limited(name: str, where: str) -> bytes:
     return data
 
 
-def _opened_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, checked, with every picture's source replaced by the picture: it is opened once, here."""
+def _opened_messages(messages: Any) -> Any:
+    """The Conversation of the messages, with the pictures themselves as their sources: each is opened once, here."""
     from pixtral_cli.prompt.messages import parse
 
-    pictures = iter(parse(messages).pictures)
-    return [_opened_message(entry, f"messages[{index}]", pictures) for index, entry in enumerate(messages)]
-
-
-def _opened_message(entry: dict[str, Any], where: str, pictures: Iterator[Picture]) -> dict[str, Any]:
-    """`pictures` gives that of each part which is one, in order."""
-    if isinstance(entry["content"], str):
-        return entry
-    parts = [
-        _opened_part(next(pictures), f"{where}.content[{index}]") if _is_picture(part) else part
-        for index, part in enumerate(entry["content"])
-    ]
-    return entry | {"content": parts}
-
-
-def _opened_part(picture: Picture, where: str) -> dict[str, Any]:
-    return {"type": "image", "image": _opened(picture.source, where), "detail": picture.detail}
-
-
-def _is_picture(part: Any) -> bool:
-    return isinstance(part, dict) and part["type"] != "text"
+    conversation = parse(messages)
+    return conversation.with_sources([_opened(picture.source, picture.where) for picture in conversation.pictures])
 
 
 def _opened(source: Any, where: str | None = None) -> Any:

@@ -44,7 +44,7 @@ class Suite(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self):
-        return {"model": "tiny", "api_key": "none is asked for", "temperature": 0, "max_tokens": 60}
+        return {"model": "tiny", "api_key": "none is asked for", "temperature": 0, "max_tokens": 150}
 
     @property
     def supports_image_inputs(self):
