@@ -16,7 +16,7 @@ from pixtral_cli.engine.request import Failure, Picture, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
 from pixtral_cli.prompt.stops import StopMatcher
-from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
 from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Timings:
 class Reply:
     """A whole answer. `token_ids` are all that the model chose, its end token included; `text` has no stop string.
 
-    The finish reason is "tool_calls" when the model ended its answer with `tool_calls`.
+    The finish reason is "tool_calls" when the model ended its answer with `tool_calls`. When it is "length", the last
+    of them may be cut off: its arguments are then the beginning of some JSON.
     """
 
     model: str
@@ -83,8 +84,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class TextEvent:
-    """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back, and
-    what belongs to a tool call is told on the last event.
+    """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back.
+
+    What belongs to tool calls comes in `tool_call_deltas`, and the whole `tool_calls` with the last event.
     """
 
     text: str
@@ -93,6 +95,7 @@ class TextEvent:
     finish_reason: FinishReason | None = None
     reply: Reply | None = None  # on the last event
     tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_deltas: tuple[ToolCallDelta, ...] = ()
     usage: Usage | None = None
     """Up to this token."""
 
@@ -113,6 +116,7 @@ class Answering:
         )
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
+        self.call_deltas: list[ToolCallDelta] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if options.alternatives is None else []
         self.cached_tokens = 0
@@ -124,19 +128,22 @@ class Answering:
             self.first_token = time.perf_counter()
             self.cached_tokens = event.cached_tokens
         self.token_ids.append(event.token_id)
-        text, stopped = self.stops.push(self.reader.push(event.token_id))
-        calls: tuple[ToolCall, ...] = ()
+        text, deltas = self.reader.push(event.token_id)
+        if event.finish_reason:
+            rest = self.reader.finish(cut=event.finish_reason == "length")
+            text, deltas = text + rest.text, deltas + rest.calls
+        text, stopped = self.stops.push(text)
         if event.finish_reason and not stopped:
-            rest, calls = self.reader.finish()
-            rest, stopped = self.stops.push(rest)
-            text += rest if stopped else rest + self.stops.flush()
+            text += self.stops.flush()
         self.text.append(text)
+        self.call_deltas += deltas
         logprob = self._logprob(event)
         finish: FinishReason | None = "stop" if stopped else event.finish_reason
-        if calls and finish == "stop":
+        if self.call_deltas and finish == "stop":
             finish = "tool_calls"
-        reply = self._reply(finish, calls) if finish else None
-        return TextEvent(text, event.token_id, logprob, finish, reply, calls, self.usage)
+        reply = self._reply(finish) if finish else None
+        calls = reply.tool_calls if reply else ()
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls, deltas, self.usage)
 
     @property
     def usage(self) -> Usage:
@@ -154,7 +161,7 @@ class Answering:
         token = self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         return TokenLogprob(token_id, token, logprob, top)
 
-    def _reply(self, finish: FinishReason, calls: tuple[ToolCall, ...]) -> Reply:
+    def _reply(self, finish: FinishReason) -> Reply:
         text = "".join(self.text)
         return Reply(
             self.model,
@@ -165,7 +172,7 @@ class Answering:
             self.usage,
             self._timings(),
             self.logprobs,
-            calls,
+            joined(self.call_deltas),
         )
 
     def _timings(self) -> Timings:

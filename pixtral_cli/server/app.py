@@ -20,7 +20,7 @@ from pixtral_cli.server.openapi import OPERATIONS
 from pixtral_cli.server.problems import refusal_of
 from pixtral_cli.server.replies import Envelope
 from pixtral_cli.server.service import Service
-from pixtral_cli.server.stream import Chunks
+from pixtral_cli.server.stream import Chunks, takes_pieces
 from pixtral_cli.server.wire import Ask
 
 LARGE_BODY = 256 * 1024
@@ -121,8 +121,9 @@ class Routes:
         token_bytes = service.model.processor.tokenizer.token_bytes
         if ask.stream:
             first = await while_there(request.receive, anext(events))
+            in_pieces = takes_pieces(request.headers.get("user-agent", ""))
             told = ask.include_usage, ask.usage_in_each
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *told)
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *told, in_pieces=in_pieces)
             return EventStream(first, events, chunks, service.metrics)
         told = await while_there(request.receive, whole(events, ask.answers))
         answer = replies.answer(envelope, told, ask.n, token_bytes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pixtral_cli.generate import Reply, TokenLogprob, Usage
+from pixtral_cli.prompt.tool_calls import ToolCallDelta
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""
@@ -83,6 +84,13 @@ def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
 
 def tool_call(call: Any) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def tool_call_delta(delta: ToolCallDelta) -> Json:
+    """What tells a client of a new call has its id and name; what goes on with one has neither."""
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {"index": delta.index, **tool_call(delta)}
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> Json:

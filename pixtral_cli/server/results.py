@@ -47,8 +47,18 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class ToolCallPart(ToolCall):
+class FunctionCallPart(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallPart(BaseModel):
+    """The first of each `index` has id, type and name; the arguments are those of all of them joined."""
+
     index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallPart
 
 
 class ChatMessage(BaseModel):

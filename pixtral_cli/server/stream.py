@@ -9,19 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from pixtral_cli.generate import Reply, TextEvent, TokenLogprob, Usage
+from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
 DONE = b"data: [DONE]\n\n"
 compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """In ASCII: many a client takes U+2028 and its like for the end of a line."""
+WHOLE_CALLS = ("mistral-client-", "python-httpx/")
+"""How clients name themselves that take a call only whole, as Mistral's own servers send it: Mistral's packages refuse
+a piece without a name, and langchain-mistralai (it says httpx) takes each piece of the first call for another call.
+"""
+
+
+def takes_pieces(user_agent: str) -> bool:
+    """Whether a client can put a call together that comes in pieces, as OpenAI sends it."""
+    return not user_agent.startswith(WHOLE_CALLS)
 
 
 class Chunks:
-    """Turns the events of `answers` answers into bytes of a stream."""
+    """Turns the events of `answers` answers into bytes of a stream.
+
+    A call comes `in_pieces`, as from OpenAI; or whole, and with the last choice the usage, as from Mistral.
+    """
 
     def __init__(
         self,
@@ -31,9 +43,10 @@ class Chunks:
         token_bytes: TokenBytes,
         include_usage: bool,
         usage_in_each: bool = False,
+        in_pieces: bool = True,
     ) -> None:
         self.envelope, self.n, self.token_bytes, self.include_usage = envelope, n, token_bytes, include_usage
-        self.usage_in_each = usage_in_each
+        self.usage_in_each, self.in_pieces = usage_in_each, in_pieces
         head = compact(envelope.head(chunk=True))[:-1]
         self.head = f'data: {head},"choices":['
         self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
@@ -48,7 +61,7 @@ class Chunks:
         if not self.is_chat:
             return b""
         if self.usage_in_each:
-            self._tell_usage(replace(first[0][1].usage, completion_tokens=0))
+            self.tail = self._usage_tail(replies.usage([replace(first[0][1].usage, completion_tokens=0)], 1))
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return "".join(self._chunk(f'{{"index":{place},{delta}}}') for place in range(len(self.replies))).encode()
 
@@ -66,38 +79,44 @@ class Chunks:
         """Of all answers, when they have ended."""
         return replies.usage([reply.usage for reply in self.replies if reply is not None], self.n)
 
-    def _tell_usage(self, usage: Usage) -> None:
-        """In the next chunks, all of one answer."""
-        self.tail = f'],"usage":{compact(replies.usage([usage], 1))}}}\n\n'
+    def _usage_tail(self, usage: replies.Json) -> str:
+        """What ends a chunk that tells the usage."""
+        return f'],"usage":{compact(usage)}}}\n\n'
 
     def _event(self, place: int, event: TextEvent) -> str:
         if self.usage_in_each:
-            self._tell_usage(event.usage)
+            self.tail = self._usage_tail(replies.usage([event.usage], 1))
         if event.logprob is not None:
             self.held[place].append(event.logprob)
-        chunks = self._text(place, event.text) if event.text or event.finish_reason and self.held[place] else ""
+        chunks = self._text(place, event.text) if event.text else ""
+        deltas = event.tool_call_deltas if self.in_pieces else whole_deltas(event.tool_calls)
+        chunks += "".join(self._call(place, delta) for delta in deltas)
         if event.finish_reason:
             self.replies[place] = event.reply
             chunks += self._end(place, event)
         return chunks
 
     def _text(self, place: int, text: str) -> str:
-        logprobs = self._logprobs(place) if self.held[place] else "null"
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
-        return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
+        return self._said(place, said)
+
+    def _call(self, place: int, delta: ToolCallDelta) -> str:
+        told = replies.tool_call_delta(delta)
+        calls = {"function_call": told["function"]} if self.envelope.older_calls else {"tool_calls": [told]}
+        return self._said(place, f'"delta":{compact(calls)}')
 
     def _end(self, place: int, event: TextEvent) -> str:
-        chunks = "".join(self._call(place, number, call) for number, call in enumerate(event.tool_calls))
+        chunks = self._text(place, "") if self.held[place] else ""
         said = '"delta":{}' if self.is_chat else '"text":""'
+        if not (self.in_pieces or self.include_usage or None in self.replies):
+            self.tail = self._usage_tail(self.usage())
         reason = replies.older_reason(event.finish_reason) if self.envelope.older_calls else event.finish_reason
         ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{reason}"}}'
         return chunks + self._chunk(ending)
 
-    def _call(self, place: int, number: int, call: Any) -> str:
-        told = replies.tool_call(call)
-        older = self.envelope.older_calls
-        delta = compact({"function_call": told["function"]} if older else {"tool_calls": [{"index": number, **told}]})
-        return self._chunk(f'{{"index":{place},"delta":{delta},"logprobs":null,"finish_reason":null}}')
+    def _said(self, place: int, said: str) -> str:
+        logprobs = self._logprobs(place) if self.held[place] else "null"
+        return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
 
     def _logprobs(self, place: int) -> str:
         """Of the tokens since the last chunk."""

@@ -30,8 +30,6 @@ CANNOT = {
 
 
 class Suite(ChatModelIntegrationTests):
-    cannot = CANNOT
-
     @pytest.fixture(autouse=True)
     def served(self, server, request, monkeypatch):
         name = request.node.originalname
@@ -39,8 +37,8 @@ class Suite(ChatModelIntegrationTests):
         quote = server.service.model.processor.tokenizer.encode('"', at_start=False)[0]
         self.bias = {str(quote): 30} if name.startswith(BOUND) else {}
         monkeypatch.setattr(httpx, "get", lambda url, **_: httpx.Response(200, content=SHAPES))  # the suite's picture
-        if name in self.cannot:
-            request.applymarker(pytest.mark.xfail(reason=self.cannot[name], raises=TOYISH))
+        if name in CANNOT:
+            request.applymarker(pytest.mark.xfail(reason=CANNOT[name], raises=TOYISH))
 
     @property
     def chat_model_params(self):
@@ -76,9 +74,6 @@ class TestThroughMistral(Suite):
     """Pictures in results of tools are not tried: the client sends LangChain's own form of them, which is no API's."""
 
     chat_model_class = ChatMistralAI
-    cannot = CANNOT | {
-        "test_usage_metadata_streaming": "the client does not ask for the usage, and takes it from the last choice only"
-    }
 
     @property
     def chat_model_params(self):
