@@ -5,6 +5,7 @@ PixtralError
 │   └── BrokenLogits    it computes infinities, or what is no number
 ├── DeviceError     the device asked for is not there
 ├── RequestError    this request cannot be answered by this model
+│   └── PromptTooLong   it has more tokens than the context
 └── PromptError     messages, templates and pictures (pixtral_cli.prompt.errors)
 
 weights_cache stands alone and has its own tree, `weights_cache.errors.WeightsError`.
@@ -41,3 +42,7 @@ class DeviceError(PixtralError):
 
 class RequestError(PixtralError):
     """The request does not fit the model: too long, or pictures for a text model."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt leaves no room in the context for an answer."""

@@ -91,6 +91,8 @@ class TextEvent:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_deltas: tuple[ToolCallDelta, ...] = ()
     echo: Echo | None = None
+    usage: Usage | None = None
+    """Up to this token."""
 
 
 class Answering:
@@ -120,7 +122,7 @@ class Answering:
         """Take the engine's next token; a stop string ends the answer before the engine would."""
         echo = self._begin(event) if not self.token_ids else None
         if event.token_id is None:
-            return TextEvent("", None, None, "length", self._reply("length"), echo=echo)
+            return TextEvent("", None, None, "length", self._reply("length"), echo=echo, usage=self.usage)
         self.token_ids.append(event.token_id)
         text, deltas = self.reader.push(event.token_id)
         if event.finish_reason:
@@ -137,7 +139,7 @@ class Answering:
             finish = "tool_calls"
         reply = self._reply(finish) if finish else None
         calls = reply.tool_calls if reply else ()
-        return TextEvent(text, event.token_id, logprob, finish, reply, calls, deltas, echo)
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls, deltas, echo, self.usage)
 
     def _begin(self, event: TokenEvent) -> Echo | None:
         """Take what the first event tells of the prompt."""
@@ -146,6 +148,10 @@ class Answering:
         if self.echo is not None and self.logprobs is not None:
             self.echo = replace(self.echo, scores=event.prompt_scores)
         return self.echo
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
 
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
         if self.logprobs is None:
@@ -159,7 +165,6 @@ class Answering:
         return self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
     def _reply(self, finish: FinishReason) -> Reply:
-        usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
         text = "".join(self.text)
         return Reply(
             self.model,
@@ -167,7 +172,7 @@ class Answering:
             self.token_ids,
             self.prompt_token_ids,
             finish,
-            usage,
+            self.usage,
             self._timings(),
             self.logprobs,
             joined(self.call_deltas),

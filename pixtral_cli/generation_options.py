@@ -17,13 +17,14 @@ class GenerationOptions:
     """How to answer.
 
     max_new_tokens: the longest answer in tokens; -1 is until the end of the context.
-    top_k: choose among that many likeliest tokens, 0 is off. None is 1 (greedy), or off with a temperature above 0.
+    top_k: choose among that many likeliest tokens, 0 or -1 is off. None is 1 (greedy), or off with a temperature
+        above 0.
     temperature: None is 0 (greedy), or 1 when a top_k above 1 is given.
-    top_p, min_p, repetition_penalty: 1, 0 and 1 switch them off.
+    top_p, min_p, repetition_penalty: 1, 0 and 1 switch them off; a top_p of 0 is greedy.
     frequency_penalty, presence_penalty: from -2 to 2; taken off a token's score for every time that the answer has it,
         and once if it does.
     logit_bias: token ids, and what is added to their scores, from -100 to 100.
-    seed: the same seed, the same choices; None draws a new one.
+    seed: the same seed, the same choices; None, or one below 0, draws a new one.
     stop: the answer ends before the first of these texts.
     ignore_eos: go on after the model's end-of-answer token.
     logprobs: True, or the number of alternatives to report beside each token.
@@ -58,15 +59,15 @@ class GenerationOptions:
         if not (self.echo and self.max_new_tokens == 0):
             wanted = "-1 or a whole number above 0"
             _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, wanted)
-        _check("top_k", self.top_k, int, lambda k: k >= 0, "a whole number, 0 or above", optional=True)
+        _check("top_k", self.top_k, int, lambda k: k >= -1, "a whole number, -1 or above", optional=True)
         _check("temperature", self.temperature, float, lambda t: 0 <= t < math.inf, "0 or above", optional=True)
-        _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "above 0 and at most 1")
+        _check("top_p", self.top_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
         _check("repetition_penalty", self.repetition_penalty, float, lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000")
         _check("frequency_penalty", self.frequency_penalty, float, lambda x: -2 <= x <= 2, "from -2 to 2")
         _check("presence_penalty", self.presence_penalty, float, lambda x: -2 <= x <= 2, "from -2 to 2")
         _check_bias(self.logit_bias)
-        _check("seed", self.seed, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1", optional=True)
+        _check("seed", self.seed, int, lambda n: abs(n) < 2**63, "a whole number up to 2^63 - 1", optional=True)
         if not isinstance(self.logprobs, bool):
             _check("logprobs", self.logprobs, int, lambda n: n >= 0, "True, False or a number of alternatives")
         if not isinstance(self.stop, str | list | tuple | None):
@@ -104,7 +105,7 @@ class GenerationOptions:
             self.frequency_penalty,
             self.presence_penalty,
             {int(token_id): float(bias) for token_id, bias in (self.logit_bias or {}).items()},
-            self.seed,
+            None if self.seed is None or self.seed < 0 else self.seed,
         )
 
     @property

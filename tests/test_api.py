@@ -274,8 +274,8 @@ def test_what_cannot_be_loaded_as_asked_is_one_sentence(oracle, arguments, sente
 OUT_OF_RANGE = [
     {"temperature": -1},
     {"temperature": float("nan")},
-    {"top_p": 0},
-    {"top_k": -1},
+    {"top_p": -0.1},
+    {"top_k": -2},
     {"min_p": 2},
     {"max_new_tokens": 0},
     {"repetition_penalty": 0},
@@ -297,6 +297,32 @@ OUT_OF_RANGE = [
 def test_an_option_out_of_range_is_named(ours, options):
     with pytest.raises(RequestError, match=next(iter(options))):
         ours.chat(CONVERSATIONS["text"], **options)
+
+
+def test_a_top_p_of_nothing_is_greedy_whatever_the_temperature(ours):
+    greedy = ours.chat(CONVERSATIONS["text"], max_new_tokens=8).token_ids
+    assert ours.chat(CONVERSATIONS["text"], max_new_tokens=8, temperature=5.0, top_p=0).token_ids == greedy
+
+
+def test_other_ways_to_switch_off_what_chooses_change_nothing(ours):
+    options = {"max_new_tokens": 8, "temperature": 2.0, "seed": 3}
+    assert GenerationOptions(seed=-1).sampling == GenerationOptions().sampling
+    asked = [ours.chat(CONVERSATIONS["text"], **options, top_k=k).token_ids for k in (0, -1)]
+    assert asked[0] == asked[1]
+
+
+def test_a_picture_in_low_detail_is_seen_smaller_and_by_itself(ours):
+    """Of one picture, the features in low detail and in full are not taken for each other's."""
+    image = Image.effect_noise((96, 1200), 90).convert("RGB")
+
+    def answer(**detail):
+        part = {"type": "image_url", "image_url": {"url": image, **detail}}
+        reply = ours.chat([{"role": "user", "content": [part]}], max_new_tokens=8, logprobs=True)
+        return reply.usage.image_tokens, [entry.logprob for entry in reply.logprobs]
+
+    full, low, high = answer(), answer(detail="low"), answer(detail="high")
+    assert full == high == answer(detail="auto") and low == answer(detail="low")
+    assert low[0] < full[0] and low[1] != full[1]
 
 
 def test_the_older_parameter_names_load_as_the_newer(oracle, ours, tmp_path):

@@ -19,7 +19,7 @@ from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
 from pixtral_cli.engine.runner import Runner
 from pixtral_cli.engine.scheduler import Piece, Scheduler
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.errors import BrokenLogits, RequestError
+from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.llava import Llava
 
@@ -95,7 +95,7 @@ class Engine:
             )
         if len(token_ids) + least > self.max_length:
             could = self.max_length < text.max_length
-            raise RequestError(
+            raise PromptTooLong(
                 f"The prompt has {len(token_ids)} tokens, and the context has room for {self.max_length}, "
                 "the answer included.",
                 hint="Shorten it, or send fewer or smaller pictures"

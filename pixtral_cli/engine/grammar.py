@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixtral_cli.engine.schema import bound
 from pixtral_cli.errors import RequestError
 
 WHITE_SPACE = r"(\n {0,20}|\n\t{0,8}| )?"
@@ -146,8 +147,8 @@ class Constraint:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """A Lark expression for JSON by a schema, its white space bounded."""
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    """A Lark expression for JSON by a schema that was checked, its white space bounded."""
+    return "%json " + json.dumps({**bound(schema), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def check_schemas(schemas: Sequence[Any], subject: str) -> None:

@@ -19,7 +19,7 @@ GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and
 class Sampling:
     """How the next token is drawn. The defaults are greedy.
 
-    `top_k` 0 and `top_p` 1 switch those filters off; `seed` None draws a fresh one. `logit_bias` is added to the
+    `top_k` below 1 and `top_p` 1 switch those filters off; `seed` None draws a fresh one. `logit_bias` is added to the
     logits of its token ids. `frequency_penalty` counts for every time that a token was generated, `presence_penalty`
     once for every token that was.
     """
@@ -36,7 +36,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW or self.top_k == 1
+        return self.temperature < GREEDY_BELOW or self.top_k == 1 or self.top_p == 0
 
     @property
     def alters_logits(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.tools import ToolCall
 
 JOIN = "\n\n"
@@ -22,6 +23,7 @@ class Text:
 class Picture:
     source: Any
     """A path, an http(s) or file address, a data: URI, "-" (standard input), bytes, or a PIL.Image."""
+    detail: Detail = "auto"
     where: str = field(default="", compare=False)
     """The entry of the messages that names it, e.g. ``messages[2].content[1]``."""
 

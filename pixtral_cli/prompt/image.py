@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Recipe = Literal["hf", "native"]
+Detail = Literal["auto", "low", "high"]
+"""How closely to look at a picture (OpenAI's `detail`): "auto" and "high" as the model is made for."""
 RECIPES: tuple[Recipe, ...] = ("hf", "native")
+LOW_DETAIL = 512
+"""Pixels of the longest side of a picture in low detail."""
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 NATIVE_SHARPNESS = -0.75
@@ -44,6 +48,10 @@ class ImageSpec:
     def cell(self) -> int:
         """Pixels that one token covers, along each side."""
         return self.patch_size * self.spatial_merge
+
+    def at(self, detail: Detail) -> ImageSpec:
+        """This for a picture of that detail."""
+        return replace(self, longest_side=min(self.longest_side, LOW_DETAIL)) if detail == "low" else self
 
     def with_preprocessor(self, config: Settings) -> ImageSpec:
         """This, changed by a preprocessor_config.json.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pixtral_cli.prompt.conversation import Chunk, Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import InvalidMessages
+from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.media import without_blanks
 from pixtral_cli.prompt.tools import NAME, NAME_RULE, ToolCall, as_json, fitting_id
 
@@ -30,8 +31,9 @@ def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
     Roles are system (or developer), user, assistant and tool. `content` is a string or a list of strings and of parts:
     ``{"type": "text", "text": …}`` (or "content", as in transformers' examples), ``{"type": "refusal", "refusal": …}``,
     ``{"type": "image_url", "image_url": {"url": …} | …}`` and ``{"type": "image", KEY: …}`` with the key image, url,
-    path or base64. The user's messages and those of tools can hold pictures. Other keys, such as a message's `name` or
-    a part's `cache_control`, change nothing.
+    path or base64. The user's messages and those of tools can hold pictures; a `detail` of "low" beside the address
+    has one scaled to at most 512 pixels a side. Other keys, such as a message's `name` or a part's `cache_control`,
+    change nothing.
 
     An assistant's content can be null or absent beside `tool_calls`, ``[{"id": …, "type": "function", "function":
     {"name": …, "arguments": JSON text or object}}]``, and beside a `refusal`, which then is its text. A tool's message
@@ -151,7 +153,7 @@ def _chunk(part: Any, where: str) -> Chunk:
     if isinstance(kind, str) and kind in TEXTS:
         return _text(*_first(part, TEXTS[kind]), where)
     if isinstance(kind, str) and kind in PICTURES:
-        return _picture(*_first(part, PICTURES[kind]), where)
+        return _picture(*_first(part, PICTURES[kind]), part.get("detail"), where)
     raise InvalidMessages(where, f"the type should be text, image_url or image, not {_quoted(kind)}")
 
 
@@ -167,9 +169,9 @@ def _text(key: str, text: Any, where: str) -> Text:
     return Text(text)
 
 
-def _picture(key: str, source: Any, where: str) -> Picture:
+def _picture(key: str, source: Any, detail: Any, where: str) -> Picture:
     if isinstance(source, dict):
-        source = source.get("url")
+        source, detail = source.get("url"), source.get("detail")
     is_image = hasattr(source, "convert") and hasattr(source, "size")
     if not (isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") or is_image) or source in ("", b""):
         raise InvalidMessages(where, f"{key} should be a path, an address, bytes or a picture, not {_kind(source)}")
@@ -177,7 +179,9 @@ def _picture(key: str, source: Any, where: str) -> Picture:
         source = without_blanks(source)
         if key == "base64" and not source.startswith("data:"):
             source = f"data:;base64,{source}"
-    return Picture(source, where)
+    if detail not in (None, *get_args(Detail)):
+        raise InvalidMessages(where, f"detail should be auto, low or high, not {_quoted(detail)}")
+    return Picture(source, detail or "auto", where)
 
 
 def _quoted(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pixtral_cli.prompt import gguf_tokenizer, media
-from pixtral_cli.prompt.conversation import Conversation
+from pixtral_cli.prompt.conversation import Conversation, Picture
 from pixtral_cli.prompt.errors import (
     NoChatTemplate,
     PicturesMisplaced,
@@ -150,7 +150,7 @@ class Processor:
         if self.dialect is None:
             raise NoChatTemplate
         dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_turns else self.dialect
-        images = self._prepare(picture.source for picture in dialect.arranged(conversation).pictures)
+        images = self._prepare(dialect.arranged(conversation).pictures)
         prompt = self._filled(dialect.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         return replace(prompt, answer_starts_text=not in_text, tools=tuple(tools), call_form=dialect.call_form)
@@ -180,7 +180,7 @@ class Processor:
             pieces = [""] * len(pictures) + pieces
         if len(pieces) != len(pictures) + 1:
             raise PicturesMisplaced(len(pieces) - 1, len(pictures))
-        images = self._prepare(pictures)
+        images = self._prepare(map(Picture, pictures))
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
@@ -195,11 +195,11 @@ class Processor:
             ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
         return ids
 
-    def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
-        sources = list(sources)
-        if sources and self.image_tokens is None:
+    def _prepare(self, pictures: Iterable[Picture]) -> list[PreparedImage]:
+        pictures = list(pictures)
+        if pictures and self.image_tokens is None:
             raise PicturesUnsupported
-        return [prepare(self.load_picture(source), self.recipe, self.spec) for source in sources]
+        return [prepare(self.load_picture(each.source), self.recipe, self.spec.at(each.detail)) for each in pictures]
 
     def _filled(self, ids: list[int], images: list[PreparedImage]) -> Prompt:
         """`ids` with each picture's tokens in place of its mark."""

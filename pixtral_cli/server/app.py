@@ -11,6 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from pixtral_cli import __version__
 from pixtral_cli.server import openapi, page, replies, wire
+from pixtral_cli.server.asgi import remember
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
 from pixtral_cli.server.errors import ApiError, unavailable
 from pixtral_cli.server.json_body import parse_json
@@ -116,15 +117,16 @@ class Routes:
         service.check_name(ask.model)
         state = request.scope.setdefault("state", {})
         events = service.answer(ask, state.get("key_salt", b""))
-        envelope = Envelope.new(ask.kind, ask.model or service.names[0], self.fingerprint)
+        envelope = Envelope.new(ask.kind, ask.model or service.names[0], self.fingerprint, ask.older_calls)
         token_bytes = service.model.processor.tokenizer.token_bytes
         if ask.stream:
             first = await while_there(request.receive, anext(events))
             in_pieces = takes_pieces(request.headers.get("user-agent", ""))
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage, in_pieces)
+            told = ask.include_usage, ask.usage_in_each
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *told, in_pieces=in_pieces)
             return EventStream(first, events, chunks, service.metrics)
         told = await while_there(request.receive, whole(events, ask.answers))
-        used = replies.usage(told, ask.n)
+        used = replies.usage([reply.usage for reply in told], ask.n)
         state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
         write = lambda: JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))  # noqa: E731
         return await service.work(write) if ask.tells_prompts else write()
@@ -142,12 +144,26 @@ class Routes:
             "created": self.service.started_at,
             "owned_by": "pixtral",
             "max_model_len": self.service.model.max_length,
+            "type": "base",
+            "capabilities": self._capabilities(),
+        }
+
+    def _capabilities(self) -> dict[str, bool]:
+        """In the words of Mistral's API, whose client asks for them."""
+        source = self.service.model.source
+        chats = source.processor.dialect is not None
+        return {
+            "completion_chat": chats,
+            "completion_fim": False,
+            "function_calling": chats,
+            "fine_tuning": False,
+            "vision": source.config.vision is not None,
         }
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.as_response()
+    return _told(request, error)
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -158,7 +174,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
         refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
-    return refusal.as_response()
+    return _told(request, refusal)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -166,7 +182,12 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return refusal_of(error).as_response()
+    return _told(request, refusal_of(error))
+
+
+def _told(request: Request, error: ApiError) -> Response:
+    remember(request.scope, error)
+    return error.as_response()
 
 
 HANDLERS = ((ApiError, _refused), (HTTPException, _not_routed), (ClientLeft, _nobody), (Exception, _failed))

@@ -23,12 +23,18 @@ def headers_of(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope["headers"] if key == name]
 
 
-async def refuse(error: ApiError, receive: Receive, send: Send) -> None:
+def remember(scope: Scope, error: ApiError) -> None:
+    """Keep why a request is refused, for the line that the log has of it."""
+    scope.setdefault("state", {})["refused"] = error
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with `error` and close the connection.
 
     What the client is still sending is read and forgotten for a moment: a socket closed with data unread makes
     the kernel reset the connection, and the client would see that and never the answer.
     """
+    remember(scope, error)
     response = error.as_response()
     headers = [*response.raw_headers, (b"connection", b"close")]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

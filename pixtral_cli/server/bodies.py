@@ -31,7 +31,7 @@ class Bodies:
         try:
             body = await self._read(scope, receive, share)
         except ApiError as error:
-            await refuse(error, receive, send)
+            await refuse(error, scope, receive, send)
         else:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)

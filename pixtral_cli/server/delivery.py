@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from pixtral_cli.generate import Reply
 from pixtral_cli.server.answers import Events
-from pixtral_cli.server.asgi import Receive, Scope, Send
+from pixtral_cli.server.asgi import Receive, Scope, Send, remember
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.stream import Chunks
@@ -43,12 +43,13 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _write(send, self.chunks.opening() + self.chunks.of(self.first))
+        await _write(send, self.chunks.opening(self.first) + self.chunks.of(self.first))
         try:
             async for events in self.events:
                 await _write(send, self.chunks.of(events))
         except ApiError as error:
             self.metrics.failed(error.status)
+            remember(scope, error)
             await _write(send, b"data: " + error.as_response().body + b"\n\n")
         else:
             used = self.chunks.usage()

@@ -1,7 +1,8 @@
 """What the fields of requests may hold, as pydantic models; knows no HTTP and nothing of what is done with them.
 
 Names and ranges are those of https://platform.openai.com/docs/api-reference; what has no meaning there (`top_k`,
-`min_p`, `repetition_penalty`, `ignore_eos`) has vLLM's. Types are strict: "5" is no number, and true is none either.
+`min_p`, `repetition_penalty`, `ignore_eos`) has vLLM's, and `random_seed`, `safe_prompt` and `prefix` are those of
+https://docs.mistral.ai/api. Types are strict: "5" is no number, and true is none either.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.tools import NAME
 
 MAX_ANSWERS = 16
@@ -26,6 +28,7 @@ Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 NoneGiven = Annotated[None, Field(description="Taken back from answers that have it; only null.")]
+NO_CHANGE = "Changes no answer."
 
 
 class Strict(BaseModel):
@@ -43,22 +46,35 @@ class Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name in known}
 
 
-class TextPart(Strict):
+class Marked(Strict):
+    """What clients mark for a cache that is told what to keep; ours keeps all."""
+
+    cache_control: dict[str, Any] | None = Field(None, description=NO_CHANGE)
+
+
+class TextPart(Marked):
     type: Literal["text"]
     text: str
 
 
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+
 class ImageAddress(Strict):
     url: Text = Field(description="A data: URI, an http(s) address, or a file below --media-path.")
-    detail: Literal["auto", "high"] | None = Field(None, description="Pictures are always seen in full.")
+    detail: Detail | None = Field(None, description="low: at most 512 pixels on the longest side; else in full.")
 
 
-class ImagePart(Strict):
+class ImagePart(Marked):
     type: Literal["image_url"]
     image_url: ImageAddress | Text
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(max_length=MAX_LIST)]
+SaidPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class CalledFunction(Strict):
@@ -73,34 +89,48 @@ class Call(Strict):
     index: int | None = None
 
 
-class SystemMessage(Strict):
+class AnyMessage(Marked):
+    name: str | None = Field(None, description="Who speaks. " + NO_CHANGE)
+
+
+class SystemMessage(AnyMessage):
     role: Literal["system", "developer"]
     content: str | list[TextPart]
 
 
-class UserMessage(Strict):
+class UserMessage(AnyMessage):
     role: Literal["user"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_LIST)]
+    content: str | Parts
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(AnyMessage):
     role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | list[SaidPart] | None = None
     tool_calls: list[Call] | None = None
-    refusal: NoneGiven = None
+    function_call: CalledFunction | None = Field(None, description="The older form of one tool call.")
+    prefix: bool | None = Field(None, description="The last message of an assistant is continued, with it or without.")
+    refusal: str | None = None
     audio: NoneGiven = None
-    function_call: NoneGiven = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class ToolMessage(Strict):
+class ToolMessage(AnyMessage):
     role: Literal["tool"]
-    content: str | list[TextPart]
+    content: str | Parts
     tool_call_id: Text
-    name: str | None = None
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(Marked):
+    """The older form of a tool's message: the result of the call before it."""
+
+    role: Literal["function"]
+    name: str
+    content: str | None
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")
+]
 HELLO = {"role": "user", "content": "Hello"}
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, examples=[[HELLO]])]
 
@@ -112,7 +142,7 @@ class ToolFunction(Strict):
     strict: bool | None = Field(None, description="A forced call keeps to the parameters, strict or not.")
 
 
-class ToolEntry(Strict):
+class ToolEntry(Marked):
     type: Literal["function"]
     function: ToolFunction
 
@@ -153,19 +183,22 @@ Format = Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="typ
 
 class StreamOptions(Strict):
     include_usage: bool = Field(False, description="A last chunk tells the usage.")
+    continuous_usage_stats: bool = Field(False, description="Each chunk tells the usage so far of its answer.")
+    include_obfuscation: bool = Field(False, description="Changes no answer; nothing is padded.")
 
 
 class Sampled(Strict):
     """How tokens are chosen. What is not given: the server's flags, the checkpoint's own settings, else greedy."""
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MAX_ID, description="0 is off.")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy.")
+    top_k: int | None = Field(None, ge=-1, le=MAX_ID, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, gt=-(2**63), lt=2**63, description="Below 0: a fresh one.")
+    random_seed: int | None = Field(None, gt=-(2**63), lt=2**63, description="Another name of seed.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     logit_bias: dict[IdText, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token ids, as strings, and what is added to their scores.", examples=[{"42": -100}]
@@ -178,12 +211,17 @@ class Asked(Sampled):
 
     max_tokens: int | None = Field(None, ge=1, le=MAX_ID)
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    best_of: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="Only as many as n.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    user: str | None = Field(None, description="Changes no answer.")
-    metadata: dict[str, Any] | None = Field(None, description="Changes no answer.")
+    user: str | None = Field(None, description=NO_CHANGE)
+    safety_identifier: str | None = Field(None, description=NO_CHANGE)
+    metadata: dict[str, Any] | None = Field(None, description=NO_CHANGE)
     store: bool | None = Field(None, description="Changes no answer; nothing is stored.")
-    service_tier: str | None = Field(None, description="Changes no answer.")
+    service_tier: str | None = Field(None, description=NO_CHANGE)
+    cache_prompt: bool | None = Field(None, description="Changes no answer; prompts are always cached.")
+    prompt_cache_key: str | None = Field(None, description=NO_CHANGE)
+    prompt_cache_retention: str | None = Field(None, description=NO_CHANGE)
 
 
 class PredictRequest(Asked):
@@ -195,11 +233,22 @@ class PredictRequest(Asked):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_ID, description="Another name of max_tokens.")
     temperature: float | None = Field(None, ge=0, le=2, description="0.7 if not given.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES, description="Only with logprobs.")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES, description="Above 0, only with logprobs.")
     response_format: Format | None = None
     tools: list[ToolEntry] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "any", "required"] | NamedTool | None = Field(
+        None, description="any is another name of required."
+    )
     parallel_tool_calls: bool | None = None
+    functions: list[ToolFunction] | None = Field(None, description="The older form of tools.")
+    function_call: Literal["none", "auto"] | FunctionName | None = Field(
+        None, description="The older form of tool_choice."
+    )
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = Field(None, description=NO_CHANGE)
+    reasoning_effort: str | None = Field(None, description=NO_CHANGE)
+    verbosity: str | None = Field(None, description=NO_CHANGE)
+    safe_prompt: Literal[False] | None = None
 
 
 class ChatRequest(PredictRequest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, refuse
+from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, refuse, remember
 from pixtral_cli.server.errors import ApiError, unavailable
 from pixtral_cli.server.problems import leaving
 
@@ -25,6 +27,9 @@ WATCHED = ("/health", "/ready", "/metrics")
 LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
 LONGEST_PATH = 200
+LONGEST_REASON = 200
+QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*?(?=[:.,]?(\s|$))")
+"""Of an address: what follows may be a key."""
 EVENT_STREAM = b"text/event-stream"
 
 
@@ -53,17 +58,26 @@ class Exchange:
     async def end(self, error: ApiError, receive: Receive) -> None:
         """Say what went wrong in the way that is left: an answer, a stream's last event, or by breaking off."""
         if not self.status:
-            await refuse(error, receive, self.send)
+            await refuse(error, self.scope, receive, self.send)
         elif self.streams_events and not self.ended:
+            remember(self.scope, error)
             event = b"data: " + error.as_response().body + b"\n\n"
             await self.send({"type": "http.response.body", "body": event, "more_body": False})
 
     def __str__(self) -> str:
         path = self.scope["raw_path"][:LONGEST_PATH].decode("ascii", "backslashreplace")
         took = (time.perf_counter() - self.begun) * 1000
-        tokens = self.scope.get("state", {}).get("tokens")
+        state = self.scope.get("state", {})
+        tokens, refused = state.get("tokens"), state.get("refused")
         used = f", {tokens[0]} + {tokens[1]} tokens" if tokens else ""
-        return f"{self.scope['method']} {path} {self.status or LEFT}, {took:.0f} ms{used}"
+        why = f": {in_log(refused)}" if refused else ""
+        return f"{self.scope['method']} {path} {self.status or LEFT}, {took:.0f} ms{used}{why}"
+
+
+def in_log(error: ApiError) -> str:
+    """Why a request was refused, in a line: no more than a little of what it said, and no query of an address."""
+    reason = QUERY.sub(r"\1?…", reason_of(error))
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
 
 
 class Front:
@@ -102,9 +116,9 @@ class Front:
         if self.app is None:
             if path == "/health":
                 return await JSONResponse({"status": "ok"})(exchange.scope, receive, exchange.send)
-            return await refuse(_loading(), receive, exchange.send)
+            return await refuse(_loading(), exchange.scope, receive, exchange.send)
         if self.draining and path not in ("/health", "/metrics"):
-            return await refuse(leaving(), receive, exchange.send)
+            return await refuse(leaving(), exchange.scope, receive, exchange.send)
         await self.app(exchange.scope, receive, exchange.send)
 
     async def idle(self, seconds: float) -> bool:

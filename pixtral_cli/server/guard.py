@@ -113,7 +113,7 @@ class _Check(ABC):
             try:
                 self.check(scope)
             except ApiError as error:
-                return await refuse(error, receive, send)
+                return await refuse(error, scope, receive, send)
         await self.app(scope, receive, send)
 
     @abstractmethod

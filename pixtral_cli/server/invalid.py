@@ -22,7 +22,8 @@ MOST = 200
 
 def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
     """The refusal of `body`: a field that nobody knows, else what is wrong furthest inside."""
-    found = [(_path(problem, body), problem) for problem in error.errors(include_url=False)[:MOST]]
+    problems = _meant(error.errors(include_url=False)[:MOST], body)
+    found = [(_path(problem, body), problem) for problem in problems]
     for path, problem in found:
         if problem["type"] == "extra_forbidden":
             return ApiError(400, f"The field {path} is not supported.", param=path, code="unknown_parameter")
@@ -31,6 +32,43 @@ def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
         return ApiError(400, f"The field {path} is missing.", param=path, code="missing_required_parameter")
     wanted = dict.fromkeys(_wanted(other) for other_path, other in found if other_path == path)
     return ApiError(400, f"{path} should {' or '.join(wanted)}.", param=path, code="invalid_value")
+
+
+def _meant(problems: list[Mapping[str, Any]], value: Any, level: int = 0) -> list[Mapping[str, Any]]:
+    """Without those of branches of a union that `value` was not meant for: of another kind, or wrong in more places.
+
+    The problems have the first `level` places in common, which lead to `value`.
+    """
+    here: list[Mapping[str, Any]] = []
+    further: dict[int | str, list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        is_here = len(problem["loc"]) <= level + (problem["type"] == "missing")
+        (here if is_here else further.setdefault(problem["loc"][level], [])).append(problem)
+    steps = {place: value[place] for place in further if _leads_on(place, value)}
+    branches = [place for place in further if place not in steps]
+    ranks = {place: _misfit(further[place], level + 1) for place in branches}
+    for place in branches:
+        if ranks[place] == min(ranks.values()):
+            here += _meant(further[place], value, level + 1)
+    for place, inner in steps.items():
+        here += _meant(further[place], inner, level + 1)
+    return here
+
+
+def _misfit(problems: Sequence[Mapping[str, Any]], level: int) -> tuple[bool, int]:
+    """How little a value fits a branch: whether it is of another kind, and how many values within it are."""
+    wrong = [problem for problem in problems if _is_of_another_kind(problem)]
+    return any(len(problem["loc"]) == level for problem in wrong), len(wrong)
+
+
+def _is_of_another_kind(problem: Mapping[str, Any]) -> bool:
+    is_word = problem["type"] == "literal_error" and isinstance(problem["input"], str)
+    return problem["type"].endswith(("_type", "literal_error")) and not is_word
+
+
+def _leads_on(place: int | str, value: Any) -> bool:
+    """Whether the place is one in the value, and not the name of a branch."""
+    return isinstance(value, dict) and place in value or isinstance(value, list) and isinstance(place, int)
 
 
 def _inside(problem: Mapping[str, Any], body: Any) -> list[int | str]:
@@ -58,7 +96,7 @@ def _ways(body: Any, places: Sequence[int | str]) -> Iterator[list[int | str]]:
         yield []
         return
     place, *rest = places
-    if isinstance(body, dict) and place in body or isinstance(body, list) and isinstance(place, int):
+    if _leads_on(place, body):
         yield from ([place, *steps] for steps in _ways(body[place], rest))
     if isinstance(place, str):
         yield from _ways(body, rest)

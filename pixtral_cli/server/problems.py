@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pixtral_cli.errors import PixtralError, RequestError
+from pixtral_cli.errors import PixtralError, PromptTooLong, RequestError
 from pixtral_cli.prompt.errors import (
     InvalidEntry,
     InvalidMessages,
@@ -13,6 +13,7 @@ from pixtral_cli.prompt.errors import (
     PictureNotFound,
     PromptError,
     TemplateFailed,
+    TextTooLong,
     TokenizerUnreadable,
 )
 from pixtral_cli.server.errors import RETRY, ApiError, unavailable
@@ -37,10 +38,15 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
     return ApiError(404, sentence, param="model", code="model_not_found")
 
 
-def refusal_of(error: Exception) -> ApiError:
-    """400 for what the sender can change, with the sentence and the hint; else 500, which tells nothing of inside."""
+def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
+    """400 for what the sender can change, with the sentence and the hint; else 500, which tells nothing of inside.
+
+    `asked` is the field that holds the question: clients shorten it when it is too long.
+    """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, PromptTooLong | TextTooLong):
+        return ApiError(400, _joined(error), param=asked, code="context_length_exceeded")
     if isinstance(error, RequestError | PromptError) and not isinstance(error, TokenizerUnreadable):
         param = error.where if isinstance(error, InvalidEntry) else None
         return ApiError(400, _joined(error), param=param, code="invalid_value")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from pixtral_cli.generate import Reply, TokenLogprob
+from pixtral_cli.generate import Reply, TokenLogprob, Usage
 from pixtral_cli.logprobs import Echo, characters
 from pixtral_cli.prompt.tool_calls import ToolCallDelta
 
@@ -28,11 +28,15 @@ class Envelope:
     fingerprint: str
     id: str
     created: int
+    older_calls: bool = False
+    """Whether a call is a `function_call`, as before there were tools."""
 
     @classmethod
-    def new(cls, kind: Literal["chat", "text"], model: str, fingerprint: str) -> Envelope:
+    def new(
+        cls, kind: Literal["chat", "text"], model: str, fingerprint: str, older_calls: bool = False
+    ) -> Envelope:
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        return cls(kind, model, fingerprint, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
+        return cls(kind, model, fingerprint, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), older_calls)
 
     def head(self, chunk: bool = False) -> Json:
         name = ("chat.completion.chunk" if chunk else "chat.completion") if self.kind == "chat" else "text_completion"
@@ -49,7 +53,9 @@ def answer(envelope: Envelope, replies: Sequence[Reply], n: int, token_bytes: To
     """A whole answer; `replies` in order, `n` to each prompt."""
     choice = chat_choice if envelope.kind == "chat" else text_choice
     choices = [choice(index, reply, token_bytes) for index, reply in enumerate(replies)]
-    return {**envelope.head(), "choices": choices, "usage": usage(replies, n)}
+    if envelope.older_calls:
+        choices = [_with_function_call(each) for each in choices]
+    return {**envelope.head(), "choices": choices, "usage": usage([reply.usage for reply in replies], n)}
 
 
 def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
@@ -59,6 +65,18 @@ def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
         message["tool_calls"] = [tool_call(call) for call in reply.tool_calls]
     logprobs = None if reply.logprobs is None else chat_logprobs(reply.logprobs, token_bytes)
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
+
+
+def _with_function_call(choice: Json) -> Json:
+    """A chat's choice with its one call in the older form."""
+    message = dict(choice["message"])
+    for call in message.pop("tool_calls", ()):
+        message["function_call"] = call["function"]
+    return {**choice, "message": message, "finish_reason": older_reason(choice["finish_reason"])}
+
+
+def older_reason(finish_reason: str) -> str:
+    return "function_call" if finish_reason == "tool_calls" else finish_reason
 
 
 def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
@@ -127,11 +145,11 @@ def _alternatives(entry: TokenLogprob) -> dict[str, float | None] | None:
     return found
 
 
-def usage(replies: Sequence[Reply], n: int) -> Json:
+def usage(answers: Sequence[Usage], n: int) -> Json:
     """Of all answers; a prompt counts once, however many answers it has."""
-    prompts = [reply.usage for reply in replies[::n]]
+    prompts = answers[::n]
     prompt_tokens = sum(each.prompt_tokens for each in prompts)
-    completion_tokens = sum(reply.usage.completion_tokens for reply in replies)
+    completion_tokens = sum(each.completion_tokens for each in answers)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

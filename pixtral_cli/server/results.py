@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class TokenDetails(BaseModel):
@@ -66,6 +66,7 @@ class ChatMessage(BaseModel):
     content: str | None
     refusal: None
     tool_calls: list[ToolCall] = []
+    function_call: FunctionCall | None = None
 
 
 class ChatChoice(BaseModel):
@@ -79,6 +80,7 @@ class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCallPart] = []
+    function_call: FunctionCall | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -133,12 +135,24 @@ class Completion(Answered):
     usage: Usage | None = None
 
 
+class Capabilities(BaseModel):
+    """As Mistral's API tells them."""
+
+    completion_chat: bool
+    completion_fim: bool
+    function_calling: bool
+    fine_tuning: bool
+    vision: bool
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    type: Literal["base"]
+    capabilities: Capabilities
 
 
 class Models(BaseModel):

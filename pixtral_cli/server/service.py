@@ -111,7 +111,7 @@ class Service:
         self.accepted += ask.answers
         self._open.add(answers)
         try:
-            making = self.work(partial(self._jobs, ask, salt), slow=ask.is_slow)
+            making = self.work(partial(self._jobs, ask, salt), asked=ask.asked, slow=ask.is_slow)
             answers.submit(await answers.unless_sent_away(making), self.handover)
             while answers.running:
                 events = await answers.next()
@@ -119,7 +119,7 @@ class Service:
                     await self.work(partial(_make_logprobs, echoes))
                 yield events
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._refusal(error, ask.asked) from error
         finally:
             answers.cancel()
             self._open.discard(answers)
@@ -129,22 +129,26 @@ class Service:
         """The prompt of a text or of a chat, whose pictures are looked at. Raises ApiError."""
         if messages is None:
             return await self.work(partial(self._text, text or ""))
-        return await self.work(partial(self._chat, messages, tools), slow=bool(count_pictures(messages)))
+        chat = partial(self._chat, messages, tools)
+        return await self.work(chat, asked="messages", slow=bool(count_pictures(messages)))
 
     async def text_of(self, token_ids: list[int]) -> str:
         """The text that the tokens are, without control tokens. Raises ApiError."""
         return await self.work(partial(self._decoded, token_ids))
 
-    async def work(self, build: Callable[[], Result], *, slow: bool = False) -> Result:
-        """`build()` on a thread; who is cancelled meanwhile does not wait for it. Raises ApiError."""
+    async def work(self, build: Callable[[], Result], *, asked: str = "prompt", slow: bool = False) -> Result:
+        """`build()` on a thread; who is cancelled meanwhile does not wait for it.
+
+        Raises ApiError, about the field `asked` where that is too long.
+        """
         try:
             return await (self.slow if slow else self.quick).run(build)
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._refusal(error, asked) from error
 
-    def _refusal(self, error: Exception) -> ApiError:
+    def _refusal(self, error: Exception, asked: str) -> ApiError:
         """How a failure is told to who asked; what is not theirs is logged."""
-        refusal = refusal_of(error)
+        refusal = refusal_of(error, asked)
         if refusal is not error and refusal.status >= 500:
             logger.error("A request failed: %s: %.300s", type(error).__name__, error)
             logger.debug("It came from here.", exc_info=error)

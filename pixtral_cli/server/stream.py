@@ -7,6 +7,8 @@ anything more would be felt.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
 from pixtral_cli.logprobs import Echo, characters
@@ -29,7 +31,10 @@ def takes_pieces(user_agent: str) -> bool:
 
 
 class Chunks:
-    """Turns the events of `answers` answers into bytes of a stream; a call comes whole, or `in_pieces`."""
+    """Turns the events of `answers` answers into bytes of a stream.
+
+    A call comes `in_pieces`, as from OpenAI; or whole, and with the last choice the usage, as from Mistral.
+    """
 
     def __init__(
         self,
@@ -38,10 +43,11 @@ class Chunks:
         n: int,
         token_bytes: TokenBytes,
         include_usage: bool,
+        usage_in_each: bool = False,
         in_pieces: bool = True,
     ) -> None:
         self.envelope, self.n, self.token_bytes, self.include_usage = envelope, n, token_bytes, include_usage
-        self.in_pieces = in_pieces
+        self.usage_in_each, self.in_pieces = usage_in_each, in_pieces
         head = compact(envelope.head(chunk=True))[:-1]
         self.head = f'data: {head},"choices":['
         self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
@@ -51,10 +57,12 @@ class Chunks:
         """Characters of the tokens whose log-probabilities were told."""
         self.is_chat = envelope.kind == "chat"
 
-    def opening(self) -> bytes:
-        """A chat's first chunk of each answer, which has the role."""
+    def opening(self, first: Sequence[tuple[int, TextEvent]] = ()) -> bytes:
+        """A chat's first chunk of each answer, which has the role. The `first` events are not told by it."""
         if not self.is_chat:
             return b""
+        if self.usage_in_each:
+            self.tail = self._usage_tail(replies.usage([replace(first[0][1].usage, completion_tokens=0)], 1))
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return "".join(self._chunk(f'{{"index":{place},{delta}}}') for place in range(len(self.replies))).encode()
 
@@ -70,9 +78,15 @@ class Chunks:
 
     def usage(self) -> replies.Json:
         """Of all answers, when they have ended."""
-        return replies.usage([reply for reply in self.replies if reply is not None], self.n)
+        return replies.usage([reply.usage for reply in self.replies if reply is not None], self.n)
+
+    def _usage_tail(self, usage: replies.Json) -> str:
+        """What ends a chunk that tells the usage."""
+        return f'],"usage":{compact(usage)}}}\n\n'
 
     def _event(self, place: int, event: TextEvent) -> str:
+        if self.usage_in_each:
+            self.tail = self._usage_tail(replies.usage([event.usage], 1))
         if event.logprob is not None:
             self.held[place].append(event.logprob)
         chunks = "" if event.echo is None else self._echo(place, event.echo)
@@ -89,7 +103,9 @@ class Chunks:
         return self._said(place, said)
 
     def _call(self, place: int, delta: ToolCallDelta) -> str:
-        return self._said(place, f'"delta":{{"tool_calls":[{compact(replies.tool_call_delta(delta))}]}}')
+        told = replies.tool_call_delta(delta)
+        calls = {"function_call": told["function"]} if self.envelope.older_calls else {"tool_calls": [told]}
+        return self._said(place, f'"delta":{compact(calls)}')
 
     def _echo(self, place: int, echo: Echo) -> str:
         """The chunk that comes before those of the answer."""
@@ -100,7 +116,10 @@ class Chunks:
     def _end(self, place: int, event: TextEvent) -> str:
         chunks = self._text(place, "") if self.held[place] else ""
         said = '"delta":{}' if self.is_chat else '"text":""'
-        ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{event.finish_reason}"}}'
+        if not (self.in_pieces or self.include_usage or None in self.replies):
+            self.tail = self._usage_tail(self.usage())
+        reason = replies.older_reason(event.finish_reason) if self.envelope.older_calls else event.finish_reason
+        ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{reason}"}}'
         return chunks + self._chunk(ending)
 
     def _said(self, place: int, said: str) -> str:

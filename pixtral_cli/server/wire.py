@@ -18,6 +18,7 @@ from pixtral_cli.server.fields import (
     CompletionRequest,
     DetokenizeRequest,
     PredictRequest,
+    StreamOptions,
     TokenizeRequest,
 )
 from pixtral_cli.server.invalid import invalid
@@ -64,6 +65,10 @@ class Ask:
     n: int = 1
     stream: bool = False
     include_usage: bool = False
+    usage_in_each: bool = False
+    """Whether each chunk of a stream tells the usage so far."""
+    older_calls: bool = False
+    """Whether calls are answered as a `function_call`, because `functions` were given."""
 
     @property
     def answers(self) -> int:
@@ -74,6 +79,11 @@ class Ask:
     def tells_prompts(self) -> bool:
         """Whether its answers have every token of the prompts, which may take long to write."""
         return "echo" in self.options and "logprobs" in self.options
+
+    @property
+    def asked(self) -> str:
+        """The field that holds the question."""
+        return "messages" if self.kind == "chat" else "prompt"
 
     @property
     def is_slow(self) -> bool:
@@ -142,17 +152,36 @@ def _chat(body: Json, given: PredictRequest) -> Ask:
         raise ApiError(
             400, "max_tokens and max_completion_tokens mean the same, and differ.", param="max_completion_tokens"
         )
-    if given.top_logprobs is not None and not given.logprobs:
+    if given.top_logprobs and not given.logprobs:
         raise ApiError(400, "top_logprobs is only for logprobs: true.", param="top_logprobs")
     options = _options(given)
     if most := given.max_completion_tokens or given.max_tokens:
         options["max_new_tokens"] = most
     if given.logprobs:
         options["logprobs"] = given.top_logprobs or True
-    return Ask("chat", given.model, options, body["messages"], body.get("tools"), **_form(given))
+    older = given.functions is not None or given.function_call is not None
+    tools = _newer_form(given, options) if older else body.get("tools")
+    if options.get("tool_choice") == "any":
+        options["tool_choice"] = "required"
+    return Ask("chat", given.model, options, body["messages"], tools, older_calls=older, **_form(given))
+
+
+def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
+    """The tools that older clients call functions, of which an answer calls one at most."""
+    if given.tools:
+        raise ApiError(400, "tools and functions mean the same: give one of them.", param="functions")
+    options["parallel_tool_calls"] = False
+    if isinstance(given.function_call, str):
+        options["tool_choice"] = given.function_call
+    elif given.function_call is not None:
+        options["tool_choice"] = {"type": "function", "function": {"name": given.function_call.name}}
+    return [{"type": "function", "function": each.model_dump(exclude_none=True)} for each in given.functions or ()]
 
 
 def _options(given: Asked) -> Json:
+    if given.random_seed is not None and given.seed not in (None, given.random_seed):
+        raise ApiError(400, "seed and random_seed mean the same, and differ.", param="random_seed")
+    given.seed = given.random_seed if given.seed is None else given.seed
     return given.model_dump(include=set(SAMPLED), exclude_none=True, by_alias=True)
 
 
@@ -160,8 +189,15 @@ def _form(given: Asked) -> Json:
     stream = bool(given.stream)
     if given.stream_options is not None and not stream:
         raise ApiError(400, "stream_options is only for stream: true.", param="stream_options")
-    usage = given.stream_options is not None and given.stream_options.include_usage
-    return {"n": given.n or 1, "stream": stream, "include_usage": usage}
+    n, told = given.n or 1, given.stream_options or StreamOptions()
+    if given.best_of not in (None, n):
+        raise ApiError(400, f"best_of can only be n, which is {n}.", param="best_of")
+    return {
+        "n": n,
+        "stream": stream,
+        "include_usage": told.include_usage,
+        "usage_in_each": told.continuous_usage_stats,
+    }
 
 
 def count_pictures(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -81,6 +81,15 @@ def test_a_photograph_is_turned_upright_once(program, tmp_path):
         assert (shown["width"], shown["height"]) == (32, 64)
 
 
+def test_messages_may_ask_for_a_picture_in_low_detail(program, tmp_path):
+    Image.new("RGB", (1024, 64)).save(tmp_path / "wide.png")
+    part = {"type": "image_url", "image_url": {"url": str(tmp_path / "wide.png"), "detail": "low"}}
+    (tmp_path / "m.json").write_text(json.dumps([{"role": "user", "content": [part]}]))
+    shown = program("tokenize", "--model-path", "tiny", "--messages", str(tmp_path / "m.json"), "--json").stdout
+    (image,) = json.loads(shown)["images"]
+    assert (image["original_width"], image["width"], image["height"], image["tokens"]) == (1024, 512, 32, 2 * 33)
+
+
 def test_tokenize_says_the_same_in_words(program, picture):
     lines = program("tokenize", "--model-path", "tiny", "-i", picture, "-p", "hi").stdout.decode().splitlines()
     ids = lines[0].split()

@@ -52,6 +52,17 @@ def mistral_pixels(image: Image.Image, **config) -> np.ndarray:
     return np.ascontiguousarray(encoder(ImageChunk(image=image)).image)
 
 
+@pytest.mark.parametrize("size", [(300, 200), (513, 40), (2000, 900), (1024, 1024)])
+def test_in_low_detail_the_longest_side_is_at_most_512_pixels(size):
+    image, spec = picture(*size, "ramp"), ImageSpec().at("low")
+    theirs = transformers_pixels(image, size={"longest_edge": 512})
+    assert difference(prepare(image, "hf", spec).pixels(), theirs).max() <= 2 * LEVEL
+    native = ImageEncoder(ImageConfig(16, 512), SpecialImageIDs(10, 12, 13))(ImageChunk(image=image)).image
+    assert difference(prepare(image, "native", spec).pixels(), np.ascontiguousarray(native)).max() <= LEVEL
+    assert ImageSpec().at("high") == ImageSpec().at("auto") == ImageSpec()
+    assert ImageSpec(longest_side=256).at("low").longest_side == 256
+
+
 @pytest.mark.parametrize("kind", ["noise", "ramp"])
 @pytest.mark.parametrize("size", SIZES)
 def test_hf_pixels_are_those_of_transformers(size, kind):

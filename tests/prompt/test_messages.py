@@ -44,7 +44,7 @@ def test_developer_is_another_word_for_system():
 @pytest.mark.parametrize(
     "part",
     [
-        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}},
         {"type": "image_url", "image_url": "a.png"},
         {"type": "image", "url": "a.png"},
         {"type": "image", "image": "a.png"},
@@ -54,6 +54,15 @@ def test_developer_is_another_word_for_system():
 )
 def test_every_way_to_name_a_picture_gives_its_source(part):
     assert parse(user({"type": "text", "text": "x"}, part)).messages[0].chunks == (Text("x"), Picture("a.png"))
+
+
+@pytest.mark.parametrize("detail", ["low", "high", "auto", None])
+def test_the_detail_of_a_picture_stands_beside_its_address(detail):
+    parts = [{"type": "image_url", "image_url": {"url": "a", "detail": detail}}, {"type": "image", "path": "a"}]
+    parts.append({**parts[1], "detail": detail})
+    assert [picture.detail for picture in parse(user(*parts)).pictures] == [detail or "auto", "auto", detail or "auto"]
+    with pytest.raises(InvalidMessages, match=r"content\[0\].*low.*'fine'"):
+        parse(user({"type": "image_url", "image_url": {"url": "a", "detail": "fine"}}))
 
 
 def test_a_pil_image_is_a_picture():

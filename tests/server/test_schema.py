@@ -13,7 +13,7 @@ from served import JSON, served
 SHORT = ("--max-length", "64")
 """However many tokens a made-up request asks for."""
 BEYOND_SCHEMAS = "positive_data_acceptance"
-"""Not every request that the schema allows has sense: messages of which none is a user's, a prompt beside messages."""
+"""Not every request that the schema allows has sense: a result of a call that nobody made, a prompt beside messages."""
 
 
 @pytest.fixture(scope="module")

@@ -124,10 +124,28 @@ def test_each_request_is_told_in_one_line_with_its_tokens(plain):
     usage = plain.json("/v1/chat/completions", hello(max_tokens=3, ignore_eos=True))["usage"]
     assert plain.open("/nowhere?secret=1").status == 404
     told = plain.wait_for(r"(?m)^GET /nowhere .*$")
-    assert re.fullmatch(r"GET /nowhere 404, \d+ ms", told[0])
+    assert re.fullmatch(r"GET /nowhere 404, \d+ ms: There is nothing at /nowhere", told[0])
     answered = [line for line in plain.said().splitlines() if line.startswith("POST /v1/chat")][-1]
     assert re.fullmatch(rf"POST /v1/chat/completions 200, \d+ ms, {usage['prompt_tokens']} \+ 3 tokens", answered)
     assert "GET /health" not in plain.said() and "GET /ready" not in plain.said()
+
+
+def test_why_a_request_was_refused_is_on_its_line_in_short_and_without_what_is_secret(plain, keyed):
+    def told(server, *question):
+        lines = len(server.said().splitlines())
+        assert server.open("/v1/chat/completions", *question).status >= 400
+        server.wait_for(rf"(?s)\A(.*\n){{{lines + 1}}}")
+        return server.said().splitlines()[lines]
+
+    line = told(plain, hello(colour="red"))
+    assert re.fullmatch(r"POST /v1/chat/completions 400, \d+ ms: The field colour is not supported", line)
+    line = told(plain, hello(**{"x\ny\x1b" * 5000: 1}))
+    assert " 400, " in line and "\x1b" not in line and len(line) < 300
+    line = told(plain, about("http://me:pw9@192.0.2.1/a.png?signature=key9#part"))
+    assert "Cannot fetch http://192.0.2.1/a.png?…: " in line and "key9" not in line and "pw9" not in line
+    assert re.search(r" 401, \d+ ms: An API key is needed", told(keyed, hello()))
+    line = told(keyed, hello(), {"Authorization": "Bearer my-own-key"})
+    assert re.search(r" 401, \d+ ms: This API key", line) and "my-own" not in line
 
 
 def test_when_no_file_is_left_a_line_says_so_and_clients_wait():

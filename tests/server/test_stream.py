@@ -27,11 +27,16 @@ def events(pieces, logprobs=False, calls=(), usage=(7, 3)):
     yield TextEvent("", len(pieces), given[-1], "tool_calls" if calls else "stop", reply, calls)
 
 
+def with_usage(events):
+    """The same, each with what was used up to its token."""
+    return [replace(event, usage=Usage(7, count, 2, 1)) for count, event in enumerate(events, 1)]
+
+
 def streamed(kind, answers, batch=1, **options):
     """The data of every event but the last, which is [DONE]; `answers` are lists of events."""
     chunks = Chunks(Envelope.new(kind, "m", "f"), len(answers), 1, lambda token: b"x", **options)
     together = [(place, event) for place, answer in enumerate(answers) for event in answer]
-    body = chunks.opening()
+    body = chunks.opening(together)
     for start in range(0, len(together), batch):
         body += chunks.of(together[start : start + batch])
     body += chunks.closing()
@@ -76,6 +81,27 @@ def test_the_usage_is_that_of_all_answers_and_comes_last_with_no_choice():
         "total_tokens": 20,
         "prompt_tokens_details": {"cached_tokens": 2, "image_tokens": 4},
     }
+
+
+def test_clients_of_mistrals_own_api_get_the_usage_with_the_last_choice_unasked():
+    answers = [list(events(["a"])), list(events(["b"]))]
+    *chunks, last = streamed("chat", answers, include_usage=False, in_pieces=False)
+    assert all("usage" not in chunk for chunk in chunks)
+    assert last["choices"][0]["finish_reason"] == "stop" and last["usage"]["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_the_usage_in_each_chunk_is_that_of_its_answer_so_far(kind):
+    answers = [with_usage(events(pieces)) for pieces in (["a", "", "b"], ["c"])]
+    chunks = streamed(kind, answers, include_usage=True, usage_in_each=True)
+    told = [[], []]
+    for chunk in chunks[:-1]:
+        used = chunk["usage"]
+        assert used["total_tokens"] == used["prompt_tokens"] + used["completion_tokens"]
+        told[chunk["choices"][0]["index"]].append((used["prompt_tokens"], used["completion_tokens"]))
+    opening = [(7, 0)] if kind == "chat" else []
+    assert told == [[*opening, (7, 1), (7, 3), (7, 4)], [*opening, (7, 1), (7, 2)]]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 6
 
 
 CALLS = ToolCall("abcdefghi", "add", '{"a": 1}'), ToolCall("jklmnopqr", "now", "{}")

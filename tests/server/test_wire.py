@@ -1,9 +1,12 @@
 """OpenAI's JSON becomes what is asked of the engine; what is not supported is refused by its name."""
 
+import dataclasses
+
 import pytest
 
 from pixtral_cli.server import wire
 from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.fields import CompletionRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -57,21 +60,26 @@ def test_what_is_not_given_is_left_to_the_server():
         {"metadata": {"a": "b"}},
         {"store": True},
         {"service_tier": "auto"},
+        {"prompt_cache_key": "a", "prompt_cache_retention": "24h", "safety_identifier": "b", "cache_prompt": True},
+        {"modalities": ["text"], "verbosity": "low", "reasoning_effort": "none", "safe_prompt": False},
+        {"prediction": {"type": "content", "content": "Hello"}},
+        {"top_logprobs": 0},
+        {"best_of": 1},
+        {"stream_options": {"include_obfuscation": True}},
     ],
 )
 def test_what_changes_no_answer_is_accepted_and_changes_nothing(fields):
-    assert chat(**fields) == chat()
+    assert chat(stream=True, **fields) == chat(stream=True)
+    shared = {name: value for name, value in fields.items() if name in CompletionRequest.model_fields}
+    assert completion(stream=True, **shared) == completion(stream=True)
 
 
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"functions": []}, "functions"),
-        ({"function_call": "auto"}, "function_call"),
         ({"audio": {}}, "audio"),
-        ({"modalities": ["text"]}, "modalities"),
-        ({"prediction": {}}, "prediction"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"functions": [{"name": "add", "colour": 1}]}, "functions[0].colour"),
         ({"messages": [{"role": "user", "content": "a", "colour": "red"}]}, "messages[0].colour"),
         ({"messages": [{"role": "user", "content": [{**PICTURE, "size": 3}]}]}, "messages[0].content[0].size"),
         ({"tools": [{**TOOL, "server": "x"}]}, "tools[0].server"),
@@ -86,7 +94,7 @@ def test_a_field_that_is_not_supported_is_refused_by_its_name(fields, name):
 
 
 def test_null_asks_for_nothing_also_by_a_name_that_is_not_supported():
-    nothing = dict.fromkeys(("functions", "function_call", "audio", "modalities", "prediction", "reasoning_effort"))
+    nothing = dict.fromkeys(("functions", "function_call", "audio", "modalities", "prediction", "web_search_options"))
     assert chat(**nothing) == chat()
     assert completion(echo=None, suffix=None, best_of=None) == completion()
     part = {**PICTURE, "cache_control": None}
@@ -94,9 +102,14 @@ def test_null_asks_for_nothing_also_by_a_name_that_is_not_supported():
     assert refused(chat, messages=None).param == "messages"
 
 
-@pytest.mark.parametrize("field", ["echo", "suffix", "best_of"])
+@pytest.mark.parametrize("field", ["echo", "suffix"])
 def test_completions_refuse_what_they_cannot_do(field):
     assert refused(completion, **{field: 1}).param == field
+
+
+def test_the_best_can_be_chosen_only_of_as_many_as_are_given():
+    assert completion(best_of=2, n=2) == completion(n=2)
+    assert refused(completion, best_of=2).param == refused(chat, best_of=1, n=2).param == "best_of"
 
 
 @pytest.mark.parametrize(
@@ -107,15 +120,17 @@ def test_completions_refuse_what_they_cannot_do(field):
         ("temperature", 2.1),
         ("temperature", float("nan")),
         ("temperature", True),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.01),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 1.5),
         ("min_p", 2),
         ("frequency_penalty", 2.5),
         ("presence_penalty", -3),
         ("repetition_penalty", 0),
-        ("seed", -1),
+        ("safe_prompt", True),
+        ("modalities", ["text", "audio"]),
+        ("function_call", "any"),
         ("seed", 2**63),
         ("n", 0),
         ("n", 17),
@@ -165,6 +180,30 @@ def test_an_error_is_about_the_innermost_thing_that_is_wrong():
     assert refused(chat, messages=[{"role": "robot", "content": "a"}]).param == "messages[0].role"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": ["a"] * 65}, "prompt", "at most 64 items"),
+        ({"prompt": [[1]] * 65}, "prompt", "at most 64 items"),
+        ({"prompt": ["a", 1]}, "prompt[1]", "a valid string"),
+        ({"prompt": [1, 2, "a"]}, "prompt[2]", "a valid integer"),
+        ({"prompt": [[1], [-2]]}, "prompt[1][0]", "greater than or equal to 0"),
+        ({"prompt": 5}, "prompt", "a valid string or be a valid list"),
+        ({"stop": "a" * 501}, "stop", "at most 500 characters"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
+    ],
+)
+def test_of_the_forms_that_a_value_may_have_the_one_that_was_meant_is_named(fields, param, words):
+    error = refused(completion, **fields)
+    assert error.param == param and error.message == f"{param} should {error.message.partition(' should ')[2]}"
+    assert error.message.endswith(f"{words}.") and " or " not in error.message.removesuffix(f"{words}.")
+
+
+def test_texts_of_parts_are_named_however_many_are_wrong():
+    parts = [{"type": "text", "text": 5}, {"type": "text", "text": 6}]
+    assert refused(chat, messages=[{"role": "user", "content": parts}]).param == "messages[0].content[0].text"
+
+
 def test_a_strangers_text_is_not_echoed_at_length():
     error = refused(chat, **{"x" * 10_000: 1})
     assert len(error.message) < 200 and len(error.param) < 200
@@ -192,10 +231,28 @@ def test_logprobs_of_chats_and_of_completions():
     assert refused(completion, logprobs=True).param == "logprobs"
 
 
+def test_mistrals_own_words_mean_what_openais_do():
+    assert chat(tool_choice="any", tools=[TOOL]) == chat(tool_choice="required", tools=[TOOL])
+    assert chat(random_seed=3) == chat(seed=3) == chat(seed=3, random_seed=3)
+    assert refused(chat, random_seed=3, seed=4).param == "random_seed"
+
+
+def test_functions_are_the_older_form_of_tools_of_which_one_is_called():
+    function = TOOL["function"]
+    named = {"type": "function", "function": {"name": "add"}}
+    for older, newer in ((None, None), ("auto", "auto"), ("none", "none"), ({"name": "add"}, named)):
+        ask = chat(functions=[function], function_call=older)
+        assert ask == dataclasses.replace(
+            chat(tools=[TOOL], tool_choice=newer, parallel_tool_calls=False), older_calls=True
+        )
+    assert refused(chat, functions=[function], tools=[TOOL]).param == "functions"
+
+
 def test_options_of_a_stream_are_only_for_streams():
     assert refused(chat, stream_options={"include_usage": True}).param == "stream_options"
     ask = chat(stream=True, stream_options={"include_usage": True})
-    assert ask.stream and ask.include_usage
+    assert ask.stream and ask.include_usage and not ask.usage_in_each
+    assert chat(stream=True, stream_options={"continuous_usage_stats": True}).usage_in_each
 
 
 @pytest.mark.parametrize(
@@ -255,11 +312,11 @@ def test_messages_that_the_openai_package_gave_back_are_accepted():
     assert chat(messages=[*HELLO, given, result]).messages == [*HELLO, given, result]
 
 
-def test_low_detail_is_refused_because_pictures_are_seen_in_full():
-    for detail in ("auto", "high"):
+def test_the_details_of_pictures_are_openais():
+    for detail in ("auto", "low", "high", None):
         part = {"type": "image_url", "image_url": {"url": "data:,", "detail": detail}}
         assert chat(messages=[{"role": "user", "content": [part]}])
-    part["image_url"]["detail"] = "low"
+    part["image_url"]["detail"] = "fine"
     assert refused(chat, messages=[{"role": "user", "content": [part]}]).param == (
         "messages[0].content[0].image_url.detail"
     )
