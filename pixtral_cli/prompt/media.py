@@ -211,10 +211,12 @@ def data_uri(uri: str, name: str) -> bytes:
     if not comma:
         raise PictureUnreadable(name, "a data: URI needs a comma before its data")
     data = unquote_to_bytes(body)
+    del body  # each copy of a large picture counts
     if not head.lower().endswith(";base64"):
         return data
     try:
-        return b64decode(b"".join(data.split()) + b"==", altchars=b"-_" if b"-" in data or b"_" in data else None)
+        data += b"=="
+        return b64decode(data, altchars=b"-_" if b"-" in data or b"_" in data else None)
     except ValueError as error:
         raise PictureUnreadable(name, "its base64 is damaged") from error
 

@@ -110,6 +110,7 @@ class Service:
         try:
             making = self.work(partial(self._jobs, ask, salt), slow=ask.is_slow)
             answers.submit(await answers.unless_sent_away(making), self.handover)
+            ask.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while answers.running:
                 yield await answers.next()
         except Exception as error:

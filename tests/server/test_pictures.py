@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -25,6 +26,7 @@ from pixtral_cli.prompt.errors import (
 )
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 from pixtral_cli.server.problems import refusal_of
+from pixtral_cli.server.threads import Threads
 
 NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 LOOPBACK = (ip_network("127.0.0.0/8"),)
@@ -188,6 +190,7 @@ def test_a_long_web_address_is_shortened_where_it_is_told(start):
 
 def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.pictures.LARGE_PIXELS", 599)
+    monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 600)
     load, slow, small = loader(PicturePolicy()), threading.Event(), encoded(Image.new("RGB", (4, 4)))
     work = media.upright_rgb
 
@@ -208,6 +211,54 @@ def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
         slow.set()
         held.join()
     assert same(load(URI))
+
+
+def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
+    monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 1000)
+    monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
+    pictures = GuardedPictures(PicturePolicy())
+    with pictures.opened(URI):
+        with pytest.raises(PictureRefused, match="too many"), pictures.opened(URI):
+            pass
+    with pictures.opened(URI) as picture:
+        assert same(picture)
+
+
+def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
+    monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 1000)
+    monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
+    pictures = GuardedPictures(PicturePolicy())
+    damaged = "data:image/png;base64," + base64.b64encode(PNG[:-200]).decode()
+    for _ in range(3):
+        with pytest.raises(PictureUnreadable), pictures.opened(damaged):
+            pass
+        with pytest.raises(MemoryError), pictures.opened(URI):
+            raise MemoryError
+    with pictures.opened(URI) as picture:
+        assert same(picture)
+
+
+def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
+    pictures, begun, go_on, decoded = GuardedPictures(PicturePolicy()), threading.Event(), threading.Event(), []
+    monkeypatch.setattr(media, "upright_rgb", lambda image: decoded.append(image) or image)
+
+    def three():
+        for _ in range(3):
+            with pictures.opened(URI):
+                begun.set()
+                go_on.wait(20)
+
+    async def leave():
+        threads = Threads(1, "pictures")
+        asking = asyncio.create_task(threads.run(three))
+        await asyncio.to_thread(begun.wait, 20)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        go_on.set()
+        await threads.run(lambda: None)  # the one thread is free again
+
+    asyncio.run(leave())
+    assert len(decoded) == 1
 
 
 def fetching(look_up=None, **policy):
