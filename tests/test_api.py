@@ -324,7 +324,7 @@ def test_the_older_parameter_names_load_as_the_newer(oracle, ours, tmp_path):
 
 
 def test_a_large_picture_is_let_go_of_before_the_next_is_opened(ours, monkeypatch):
-    large, alive, most = Image.new("RGB", (3000, 2000), "teal"), [], []
+    large, alive, most = Image.new("RGB", (3000, 200), "teal"), [], []
 
     @contextmanager
     def opened(source):
