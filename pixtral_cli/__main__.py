@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+from pixtral_cli import process_environment
+
 INTERRUPTED = 130
 
 
@@ -17,6 +19,7 @@ def main() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with interrupts ignored
         signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
+    process_environment.prepare()
     from pixtral_cli.cli import run_program
 
     code = run_program(sys.argv[1:])

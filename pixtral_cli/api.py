@@ -165,12 +165,17 @@ class Pixtral:
     ) -> Reply:
         """Answer OpenAI-style messages, perhaps by calls of `tools`; `options` are the fields of GenerationOptions.
 
+        A last message of the assistant's is continued: the reply is what comes after it.
+
         Raises PromptError (messages, pictures, template) and RequestError (options, length, memory), both PixtralError.
         """
         return _last(self.stream(messages, tools, **options))
 
     def complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Reply:
-        """Continue plain text after the pictures, without a chat template. Raises as `chat`."""
+        """Continue a raw text after the pictures, without a chat template. Raises as `chat`.
+
+        Control words in it, such as ``[INST]``, are control tokens; each ``[IMG]`` is the place of a picture.
+        """
         return _last(self.stream_complete(prompt, images, **options))
 
     def chat_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> list[Reply]:

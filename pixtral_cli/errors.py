@@ -31,7 +31,7 @@ class BrokenLogits(ModelError):
     def __init__(self) -> None:
         super().__init__(
             "The model computed no usable scores for the next token.",
-            hint="Try another --quantization-encoding, or fetch the model again with --force-download.",
+            hint="Try another --quantization-encoding; if none helps, the files are damaged: get the model again.",
         )
 
 

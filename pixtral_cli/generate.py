@@ -15,8 +15,9 @@ from pixtral_cli import constraints
 from pixtral_cli.engine.request import Failure, Picture, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
+from pixtral_cli.logprobs import Echo, TokenLogprob
 from pixtral_cli.prompt.stops import StopMatcher
-from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
 from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
     from pixtral_cli.prompt.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token, its text (bytes that are no whole character show as U+FFFD) and natural log-probability."""
-
-    token_id: int
-    token: str
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,9 @@ class Timings:
 class Reply:
     """A whole answer. `token_ids` are all that the model chose, its end token included; `text` has no stop string.
 
-    The finish reason is "tool_calls" when the model ended its answer with `tool_calls`.
+    The finish reason is "tool_calls" when the model ended its answer with `tool_calls`. When it is "length", the last
+    of them may be cut off: its arguments are then the beginning of some JSON. `echo` is the prompt, if it was asked
+    for.
     """
 
     model: str
@@ -75,20 +68,25 @@ class Reply:
     timings: Timings
     logprobs: list[TokenLogprob] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    echo: Echo | None = None
 
 
 @dataclass(frozen=True)
 class TextEvent:
-    """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back, and
-    what belongs to a tool call is told on the last event.
+    """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back.
+
+    What belongs to tool calls comes in `tool_call_deltas`, and the whole `tool_calls` with the last event. The first
+    event has the `echo`; where no answer was asked for, it is the only one, without a token.
     """
 
     text: str
-    token_id: int
+    token_id: int | None
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     reply: Reply | None = None  # on the last event
     tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_deltas: tuple[ToolCallDelta, ...] = ()
+    echo: Echo | None = None
 
 
 class Answering:
@@ -107,44 +105,56 @@ class Answering:
         )
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
+        self.call_deltas: list[ToolCallDelta] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if options.alternatives is None else []
+        self.echo = Echo.of(prompt, tokenizer) if options.echo else None
         self.cached_tokens = 0
         self.started = self.first_token = time.perf_counter()
 
     def push(self, event: TokenEvent) -> TextEvent:
         """Take the engine's next token; a stop string ends the answer before the engine would."""
-        if not self.token_ids:
-            self.first_token = time.perf_counter()
-            self.cached_tokens = event.cached_tokens
+        echo = self._begin(event) if not self.token_ids else None
+        if event.token_id is None:
+            return TextEvent("", None, None, "length", self._reply("length"), echo=echo)
         self.token_ids.append(event.token_id)
-        text, stopped = self.stops.push(self.reader.push(event.token_id))
-        calls: tuple[ToolCall, ...] = ()
+        text, deltas = self.reader.push(event.token_id)
+        if event.finish_reason:
+            rest = self.reader.finish(cut=event.finish_reason == "length")
+            text, deltas = text + rest.text, deltas + rest.calls
+        text, stopped = self.stops.push(text)
         if event.finish_reason and not stopped:
-            rest, calls = self.reader.finish()
-            rest, stopped = self.stops.push(rest)
-            text += rest if stopped else rest + self.stops.flush()
+            text += self.stops.flush()
         self.text.append(text)
+        self.call_deltas += deltas
         logprob = self._logprob(event)
         finish: FinishReason | None = "stop" if stopped else event.finish_reason
-        if calls and finish == "stop":
+        if self.call_deltas and finish == "stop":
             finish = "tool_calls"
-        reply = self._reply(finish, calls) if finish else None
-        return TextEvent(text, event.token_id, logprob, finish, reply, calls)
+        reply = self._reply(finish) if finish else None
+        calls = reply.tool_calls if reply else ()
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls, deltas, echo)
+
+    def _begin(self, event: TokenEvent) -> Echo | None:
+        """Take what the first event tells of the prompt."""
+        self.first_token = time.perf_counter()
+        self.cached_tokens = event.cached_tokens
+        if self.echo is not None and self.logprobs is not None:
+            self.echo = replace(self.echo, scores=event.prompt_scores)
+        return self.echo
 
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
         if self.logprobs is None:
             return None
         assert event.logprob is not None, event
-        top = tuple(self._named(*pair) for pair in event.alternatives)
-        self.logprobs.append(self._named(event.token_id, event.logprob, top))
+        label = self._text_of if self.echo is None else self.tokenizer.label
+        self.logprobs.append(TokenLogprob.of(event.token_id, event.logprob, event.alternatives, label))
         return self.logprobs[-1]
 
-    def _named(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        token = self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
-        return TokenLogprob(token_id, token, logprob, top)
+    def _text_of(self, token_id: int) -> str:
+        return self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
-    def _reply(self, finish: FinishReason, calls: tuple[ToolCall, ...]) -> Reply:
+    def _reply(self, finish: FinishReason) -> Reply:
         usage = Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
         text = "".join(self.text)
         return Reply(
@@ -156,13 +166,14 @@ class Answering:
             usage,
             self._timings(),
             self.logprobs,
-            calls,
+            joined(self.call_deltas),
+            self.echo,
         )
 
     def _timings(self) -> Timings:
         now = time.perf_counter()
         prefill, decode = self.first_token - self.started, now - self.first_token
-        decoded = len(self.token_ids) - 1
+        decoded = max(len(self.token_ids) - 1, 0)
         return Timings(
             load_s=self.load_s,
             first_token_s=prefill,
@@ -191,6 +202,7 @@ def engine_request(
         sampling=replace(sampling, logit_bias={**sampling.logit_bias, **banned}),
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
+        prompt_logprobs=options.alternatives if options.echo else None,
         constraint=constraints.constraint(
             prompt, options.response_format, options.tool_choice, options.parallel_tool_calls, tokenizer, vocabulary
         ),

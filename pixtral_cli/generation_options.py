@@ -27,6 +27,7 @@ class GenerationOptions:
     stop: the answer ends before the first of these texts.
     ignore_eos: go on after the model's end-of-answer token.
     logprobs: True, or the number of alternatives to report beside each token.
+    echo: tell the prompt as well, in Reply.echo, with logprobs those of its tokens; max_new_tokens may be 0 then.
     response_format: OpenAI's, {"type": "text" | "json_object" | "json_schema", "json_schema": {"schema": …}}; the
         answer keeps to it, `strict` or not.
     tool_choice: OpenAI's, "auto", "none", "required" or {"type": "function", "function": {"name": …}}.
@@ -46,12 +47,17 @@ class GenerationOptions:
     stop: str | Sequence[str] | None = ()
     ignore_eos: bool = False
     logprobs: bool | int = False
+    echo: bool = False
     response_format: Mapping[str, Any] | None = None
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, "-1 or a whole number above 0")
+        if not isinstance(self.echo, bool):
+            raise RequestError(f"echo should be true or false, not {self.echo!r}.")
+        if not (self.echo and self.max_new_tokens == 0):
+            wanted = "-1 or a whole number above 0"
+            _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, wanted)
         _check("top_k", self.top_k, int, lambda k: k >= 0, "a whole number, 0 or above", optional=True)
         _check("temperature", self.temperature, float, lambda t: 0 <= t < math.inf, "0 or above", optional=True)
         _check("top_p", self.top_p, float, lambda p: 0 < p <= 1, "above 0 and at most 1")

@@ -217,7 +217,7 @@ class RequestFlags:
     ] = None
     raw: Annotated[
         bool,
-        _request("--raw", help="Continue the text as it stands, without a chat template."),
+        _request("--raw", help="Continue the text as it stands, control words included, without a chat template."),
     ] = False
 
 

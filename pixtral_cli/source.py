@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
@@ -10,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from pixtral_cli.encodings import Encoding
-from pixtral_cli.errors import ModelError, RequestError
+from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.model import needs
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.needs import Device, Need
 from pixtral_cli.model.placement import Placement, place
+from pixtral_cli.prompt.conversation import Conversation
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
-from weights_cache import checkpoint, hub, layout, serialized, stamps
+from weights_cache import checkpoint, hub, kinds, layout, serialized, stamps
 from weights_cache.checkpoint import Checkpoint, Form
-from weights_cache.errors import WriteFailed
+from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
 from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
 DEFAULT_MODEL = "mistral-community/pixtral-12b"
 BUILT_IN = "tiny"
+EXPORT_AGAIN = "Export the model again"
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
 
@@ -61,7 +64,7 @@ class Source:
         elif name is not None:
             wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
             folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
-        opened = checkpoint.open(folder, paths, weights_format)
+        opened = checkpoint.open(folder, paths, weights_format, weights=weights)
         opened.note = " ".join(notes) or opened.note  # of the same choice, if both tell of one
         return cls(name or opened.folder.name, opened, image_preprocessing)
 
@@ -72,10 +75,13 @@ class Source:
         """A model of which no weights are read: one that is not here leaves its headers in `folder`."""
         if name == BUILT_IN:
             return cls.open(name)
-        found = hub.fetch_headers(name, folder, form=weights_format, progress=progress)
-        if found.is_file() and found.suffix != layout.GGUF:
+        notes: list[str] = []
+        found = hub.fetch_headers(name, folder, form=weights_format, progress=progress, tell=notes.append)
+        if found.is_file() and kinds.of(found) != "gguf":
             return cls.open_serialized(found, weights=False)
-        return cls(name, checkpoint.open(found, form=weights_format))
+        opened = checkpoint.open(found, form=weights_format)
+        opened.note = " ".join(notes) or opened.note
+        return cls(name, opened)
 
     @classmethod
     def open_serialized(
@@ -93,7 +99,19 @@ class Source:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return ModelConfig.from_dict(self.checkpoint.config)
+        with self._advising():
+            return ModelConfig.from_dict(self.checkpoint.config)
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Inside, an error whose hint is to fetch the model again says how this one is got again: what was never
+        fetched has to be copied or exported."""
+        try:
+            yield
+        except PixtralError as error:
+            again = EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
+            error.hint = error.hint and error.hint.replace(FETCH_AGAIN, again)
+            raise
 
     def needs(self) -> list[Need]:
         """What the model takes in each encoding that it can be loaded in, from headers alone: a serialized model in its
@@ -161,6 +179,10 @@ class Source:
 
     @cached_property
     def processor(self) -> Processor:
+        with self._advising():
+            return self._processor()
+
+    def _processor(self) -> Processor:
         vision, recipe = self.config.vision, self.image_preprocessing
         if vision is None:
             return Processor.from_checkpoint(self.checkpoint, image_preprocessing=recipe)
@@ -187,21 +209,23 @@ class Source:
         for section in sections:
             ends = section.get("eos_token_id") if isinstance(section, dict) else None
             if ends is not None:
-                return self._checked_ends(ends if isinstance(ends, list) else [ends])
+                with self._advising():
+                    return self._checked_ends(ends if isinstance(ends, list) else [ends])
         eos = self.processor.tokenizer.eos_id
         return frozenset() if eos is None else frozenset([eos])
 
     def chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+        self, messages: Sequence[dict[str, Any]] | Conversation, tools: Sequence[dict[str, Any]] | None = None
     ) -> Prompt:
-        """The prompt for OpenAI-style messages and tools. Raises PromptError or RequestError."""
+        """The prompt for OpenAI-style messages (see `parse`) and tools. Raises PromptError or RequestError."""
         offered = parse_tools(tools)
         conversation = parse(messages)
         self._check_pictures(len(conversation.pictures))
-        return self.processor.chat(conversation, offered)
+        with self._advising():
+            return self.processor.chat(conversation, offered)
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
-        """The prompt for plain text after pictures, without a chat template. Raises PromptError or RequestError."""
+        """The prompt for a raw text after pictures: see `Processor.complete`. Raises PromptError or RequestError."""
         completed = self.processor.complete(prompt, images)
         self._check_pictures(len(completed.images))
         return completed
@@ -219,6 +243,6 @@ class Source:
             if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab_size:
                 raise ModelError(
                     f"The model's configuration says eos_token_id = {end!r}, which is none of its {vocab_size} tokens.",
-                    hint="Fetch the model again with --force-download, or mend its generation_config.json.",
+                    hint=f"{FETCH_AGAIN}, or mend its generation_config.json.",
                 )
         return frozenset(ends)

@@ -9,6 +9,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
 
+from pixtral_cli import process_environment  # noqa: E402
+
+process_environment.prepare()
+
 
 def pytest_collection_modifyitems(items):
     gpu = [item for item in items if item.get_closest_marker("gpu")]

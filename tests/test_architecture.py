@@ -6,12 +6,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"errors", "encodings", "devices"}  # names and failures, which know nothing but each other
 MAY_IMPORT = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "process_environment"},
     "cli": {"commands", "console", "flags", "help", "weights_cache"},
     "commands": {"api", "console", "flags", "options", "prompt", "server", "source", "weights_cache"},
-    "server": {"api", "engine", "generate", "prompt"},
+    "server": {"api", "engine", "generate", "logprobs", "prompt"},
     "api": {"constraints", "generate", "source", "engine", "model", "prompt"},
-    "generate": {"constraints", "generation_options", "engine", "prompt"},
+    "generate": {"constraints", "generation_options", "engine", "logprobs", "prompt"},
+    "logprobs": {"engine", "prompt"},
     "generation_options": {"constraints", "engine"},
     "constraints": {"engine", "prompt"},
     "source": {"model", "prompt", "tiny", "weights_cache"},
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "options": {"flags"},
     "flags": set(),
     "help": set(),
+    "process_environment": set(),
     "progress": set(),
     "weights_cache": set(),
 } | dict.fromkeys(SHARED, set())

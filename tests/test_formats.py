@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 from pixtral_cli import Pixtral
 from pixtral_cli.source import Source
 from weights_cache import checkpoint
-from weights_cache.errors import FilesMismatch, ModelUnsupported, TensorsMissing, TensorsUnexpected, WeightsNotFound
+from weights_cache.errors import (
+    FilesMismatch,
+    ModelUnsupported,
+    PickleRefused,
+    TensorsMissing,
+    TensorsUnexpected,
+    WeightsNotFound,
+)
 from weights_cache.gguf_reader import GgufFile
 from weights_cache.safetensors_reader import SafetensorsFile
 
@@ -392,3 +399,49 @@ def test_a_k_quant_gguf_keeps_its_bytes_and_its_answers_through_a_serialized_fil
         assert saved.packed(name).equal(stored.packed(name)), name
     first, second = (each.chat(CONVERSATIONS["text"], logprobs=5, **OPTIONS) for each in (model, again))
     assert (second.token_ids, second.logprobs) == (first.token_ids, first.logprobs)
+
+
+# --- files that were named: the header decides
+
+
+@pytest.mark.parametrize(
+    ("text", "pictures"),
+    [("model.gguf", "clip-vision.gguf"), ("model", "vision"), ("sha256-1", "sha256-2"), ("mmproj-not.gguf", "a.bin")],
+)
+def test_of_named_ggufs_the_header_says_which_is_which(models, tmp_path, text, pictures):
+    folder, _, _ = models
+    text = shutil.copy(folder / "gguf/model-f32.gguf", tmp_path / text)
+    pictures = shutil.copy(folder / "gguf/mmproj-f32.gguf", tmp_path / pictures)
+    expected = load(folder / "hf").chat(CONVERSATIONS["picture"], **OPTIONS).token_ids
+    for path, weights in ((text, [pictures]), (pictures, [text]), (None, [text, pictures]), (None, [pictures, text])):
+        ours = load(path, weight_paths=weights)
+        assert ours.source.checkpoint.folder == text
+        assert ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids == expected
+
+
+def test_in_a_folder_a_picture_part_is_known_by_its_header_too(models, tmp_path):
+    shutil.copy(models[0] / "gguf/model-f32.gguf", tmp_path / "model.gguf")
+    shutil.copy(models[0] / "gguf/mmproj-f32.gguf", tmp_path / "clip-vision.gguf")
+    assert "vision_config" in checkpoint.open(tmp_path).config
+
+
+def test_weights_for_a_folders_config_need_no_ending(models, tmp_path):
+    folder, _, _ = models
+    for source in ("hf/model.safetensors", "gguf/model-f32.gguf"):
+        weights = shutil.copy(folder / source, tmp_path / "blob")
+        more = [folder / "gguf/mmproj-f32.gguf"] if "gguf" in source else []
+        opened = checkpoint.open(folder / "hf", [weights, *more])
+        assert opened.tensors.keys() == checkpoint.open(folder / "hf").tensors.keys()
+
+
+def test_a_pickle_is_known_by_its_header_and_not_opened(models, tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(PickleRefused):
+        checkpoint.open(models[0] / "hf", [tmp_path / "model.safetensors"]).tensors  # noqa: B018
+
+
+def test_two_named_text_models_are_refused_by_name(models, tmp_path):
+    text = models[0] / "gguf/model-f32.gguf"
+    other = shutil.copy(text, tmp_path / "other")
+    with pytest.raises(WeightsNotFound, match=r"model-f32\.gguf, other"):
+        checkpoint.open(text, [other])

@@ -10,6 +10,7 @@ import pytest
 from pixtral_cli import Pixtral
 from pixtral_cli.errors import RequestError
 from pixtral_cli.prompt.errors import InvalidTools
+from pixtral_cli.prompt.tool_calls import joined
 
 USER = {"role": "user", "content": "What is 1 + 2?"}
 PARAMETERS = {
@@ -62,9 +63,29 @@ def test_the_calls_come_with_the_last_event_and_are_those_of_the_reply(tiny):
     assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["tool_calls"]
 
 
-def test_a_call_that_is_cut_off_is_text(tiny):
-    reply = chat(tiny, tools=TOOLS, tool_choice=MEASURE, max_new_tokens=20)
-    assert (reply.finish_reason, reply.tool_calls) == ("length", ()) and reply.text.startswith('[{"name": "measure"')
+def test_a_call_is_streamed_as_it_is_written_and_its_pieces_are_the_call_of_the_reply(tiny):
+    events = list(tiny.stream([USER], TOOLS, tool_choice="required", temperature=2.0, seed=3, max_new_tokens=400))
+    assert joined(delta for event in events for delta in event.tool_call_deltas) == events[-1].tool_calls
+    assert sum(bool(event.tool_call_deltas) for event in events) > 3
+
+
+@pytest.mark.parametrize("choice", [MEASURE, "required"])
+def test_of_a_call_that_is_cut_off_there_is_what_was_written_and_no_text(tiny, choice):
+    whole = chat(tiny, tools=TOOLS, tool_choice=choice)
+    length = len(whole.token_ids)
+    for most in (1, 5, length // 2, length - 5):
+        reply = chat(tiny, tools=TOOLS, tool_choice=choice, max_new_tokens=most)
+        assert (reply.finish_reason, reply.text) == ("length", "")
+        begun = [call.arguments for call in reply.tool_calls]
+        expected = [call.arguments for call in whole.tool_calls[: len(begun)]]
+        assert begun[:-1] == expected[:-1] and "".join(expected).startswith("".join(begun))
+    assert reply.tool_calls[0].name == whole.tool_calls[0].name
+
+
+def test_a_call_that_the_model_began_by_itself_and_that_is_cut_off_is_no_text_either(tiny):
+    options = {"tools": TOOLS, "logit_bias": {CALL: 100.0}, "parallel_tool_calls": False}
+    reply = chat(tiny, max_new_tokens=12, **options)
+    assert (reply.finish_reason, reply.text) == ("length", "") and reply.token_ids[0] == CALL
 
 
 def test_a_model_that_is_free_to_call_answers_as_without_and_its_own_calls_keep_to_the_tools(tiny):

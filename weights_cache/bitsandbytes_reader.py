@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointCorrupt, ModelUnsupported
+from .errors import CheckpointCorrupt, QuantizedElsewhere
 from .json_file import parse_json_object
 from .names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
 from .nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
@@ -30,7 +30,7 @@ MAX_DIMENSION = 2**31 - 1
 
 
 class BitsandbytesFiles:
-    """`files`, opened, as one. Raises ModelUnsupported for its other encodings, fp4 and 8-bit integers; a state
+    """`files`, opened, as one. Raises QuantizedElsewhere for its other encodings, fp4 and 8-bit integers; a state
     that contradicts itself or its tensors is CheckpointCorrupt when `tensors` is first asked for."""
 
     def __init__(self, files: Sequence[Reader]) -> None:
@@ -45,7 +45,7 @@ class BitsandbytesFiles:
             _, _, kind = name.partition(BITSANDBYTES_STATE)
             kind = "8-bit integers" if name.endswith(BITSANDBYTES_INT8) else kind
             if kind not in ("", ENCODING):
-                raise ModelUnsupported(file.tensors[name].file, f"weights in bitsandbytes' {kind}")
+                raise QuantizedElsewhere(file.tensors[name].file, f"bitsandbytes' {kind}")
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -1,23 +1,22 @@
 """A model's folder or file in; its config, side files and tensors under our names out. Knows no architecture.
 
 Headers are read when tensors are first asked for, so that a folder without weights serves whoever needs only
-the tokenizer. Formats meet here: a reader per file, a table of names and the order of rotary rows per format.
+the tokenizer. What readers.py opens meets here under one set of names.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import gguf_config, hf_config, layout, names, native, store
+from . import gguf_config, hf_config, kinds, layout, lfs, names, native, quantization, readers, store
 from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .gguf_reader import GgufFile
 from .json_file import read_json_object
 from .layout import Form
 from .reader import Reader, TensorInfo
-from .safetensors_reader import SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
-
-
-class Naming(NamedTuple):
-    """How a file's tensors become ours: their names, and rows of one head where rotary rows lie interleaved."""
-
-    ours: Callable[[str], str | None]
-    head_dims: Mapping[str, int]
 
 
 class Stored(NamedTuple):
@@ -79,9 +71,12 @@ class Checkpoint:
         return read_json_object(path) if path else {}
 
     def file(self, name: str) -> Path | None:
-        """The path of the side file `name` ("tokenizer.json", …), or None when the folder has none."""
+        """The path of the side file `name` ("tokenizer.json", …), or None where there is none. Raises LfsPointer."""
         path = self.folder / name
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        lfs.check(path)
+        return path
 
     def side_files(self) -> dict[str, bytes]:
         """All that is needed beside the weights, by file name: config.json as it is in `config`, what there is of
@@ -143,39 +138,66 @@ class Checkpoint:
         chosen = (
             layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder, self.form)
         )
+        for folder in filter(Path.is_dir, self.weight_paths):
+            _refuse_quantized(folder)
         found: dict[str, Stored] = {}
-        for reader, naming in _merged([_open_reader(path, promised) for path, promised in chosen.items()]):
+        for reader, naming in readers.opened(chosen):
             for name in reader.tensors:
                 if ours := naming.ours(name):
                     _put(found, ours, Stored(reader, name, naming.head_dims.get(names.rotary_part(ours) or "")))
+        if names.EMBEDDING not in found and names.HEAD in found and hf_config.ties_embeddings(self.config):
+            found[names.EMBEDDING] = found.pop(names.HEAD)  # of two tied tensors a file may have kept either
         return found
 
 
-def open(path: Path | None, weight_paths: Sequence[Path] = (), form: Form | None = None) -> Checkpoint:
+def open(
+    path: Path | None, weight_paths: Sequence[Path] = (), form: Form | None = None, *, weights: bool = True
+) -> Checkpoint:
     """The checkpoint at `path`: a folder, or a GGUF file; None for the GGUF file among `weight_paths`.
 
     Files or folders in `weight_paths` replace a folder's own weights; its config and tokenizer stay. Beside a GGUF
     file they add what it lacks, its picture part (mmproj), which is also looked for beside the file itself.
     `form` chooses where a folder holds several; by default the first of "hf", "native", "gguf", and `note` says so.
+    Without `weights`, nobody will ask for the folder's own, which may then be of a kind that is not read here.
 
     Raises WeightsNotFound (nothing there, no config), PickleRefused (only pickles), CheckpointCorrupt (a config or
-    GGUF that cannot be trusted), UnknownArchitecture and ModelUnsupported (of GGUF and native), NotYetSupported.
-    A folder's weights are looked at when asked for.
+    GGUF that cannot be trusted), UnknownArchitecture and ModelUnsupported (of GGUF and native), QuantizedElsewhere,
+    AdapterOnly, NotYetSupported. A folder's weights are looked at when asked for.
     """
     weight_paths = [Path(each) for each in weight_paths]
-    path = _only_gguf(weight_paths) if path is None else Path(path)
+    if path is None:
+        return _open_ggufs(weight_paths, weight_paths[0].parent if weight_paths else Path.cwd())
+    path = Path(path)
     if path.is_file():
-        return _open_file(path, weight_paths)
+        _require_gguf(path)
+        return _open_ggufs([path, *weight_paths], path)
     if not path.is_dir():
         raise WeightsNotFound(f"{path} does not exist, so it", "model", f"Give the folder that holds {layout.CONFIG}.")
     chosen, note = _choose_form(path, form, bool(weight_paths))
     if chosen == "gguf":
-        return _open_file(_only_gguf([path / name for name in layout.file_names(path)]), weight_paths, note)
-    if chosen == "native":
-        config = native.read_config(path / layout.NATIVE_CONFIG)
-    else:
-        config = read_json_object(path / layout.CONFIG)
-    return Checkpoint(path, config, _with_pictures(weight_paths, config), form=chosen, note=note)
+        return _open_ggufs([*layout.gguf_models(path), *weight_paths], path, note)
+    return _open_folder(path, weight_paths, chosen, note, weights=weights and not weight_paths)
+
+
+def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str | None, *, weights: bool) -> Checkpoint:
+    """The model in a folder with a config, whose own weights are wanted or not."""
+    present = layout.file_names(folder)
+    if layout.has_only_sentencepiece(present):
+        raise layout.no_tokenizer(folder, present)
+    described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
+    if weights:
+        other = next((each for each in layout.forms(present) if each != form), None)
+        quantization.refuse(folder, described, present if form == "hf" else (), other)
+        note = layout.joined(note, layout.index_note(folder, present, form))
+    config = native.to_config(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
+    return Checkpoint(folder, config, _with_pictures(weight_paths, config), form=form, note=note)
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Raise QuantizedElsewhere if a config beside the weights in `folder`, which another model borrows, says so."""
+    present = layout.file_names(folder)
+    if layout.CONFIG in present and layout.hf_weights(present):
+        quantization.refuse(folder, read_json_object(folder / layout.CONFIG), present)
 
 
 def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tuple[Form, str | None]:
@@ -199,42 +221,45 @@ def _advice(whole: Sequence[Form]) -> str | None:
     return f"It can be read as {' or '.join(whole)}." if whole else None
 
 
-def _only_gguf(paths: Sequence[Path]) -> Path:
-    """The one GGUF among `paths` that is no picture part by its name."""
-    models = sorted({path.with_name(name) for path in paths for name in layout.text_ggufs([path.name])})
-    if len(models) == 1:
-        return models[0]
-    where = paths[0].parent if paths else Path.cwd()
-    if not models:
-        raise WeightsNotFound(where, "GGUF model", "Give the model's folder or its .gguf file.")
-    many = listed([path.name for path in models])
-    raise WeightsNotFound(where, f"single GGUF model (there are {many})", "Give the path of the .gguf file itself.")
-
-
-def _open_file(path: Path, weight_paths: Sequence[Path], note: str | None = None) -> Checkpoint:
-    """The model in the GGUF file `path`, with the picture part among `weight_paths` or beside it."""
-    if path.suffix != layout.GGUF:
-        if path.suffix in layout.PICKLES:
-            raise PickleRefused(path)
+def _require_gguf(path: Path) -> None:
+    """Raise what says best why a file that someone gave as a model is none."""
+    kind = kinds.of(path)
+    if kind == "pickle":
+        raise PickleRefused(path)
+    if kind != "gguf":
         advice = (
-            "Give the model's folder, or a .gguf file; what `pixtral export` wrote goes to --serialized-model-path, "
+            "Give the model's folder, or a GGUF file; what `pixtral export` wrote goes to --serialized-model-path, "
             "and weights for a folder's config go to --weight-path."
         )
         raise WeightsNotFound(path, "config of its own", advice)
-    path = path.with_name(layout.first_shard(path.name))
-    given = [path, *(each for each in weight_paths if each != path)]
-    others = [each for each in given[1:] if each.suffix == layout.GGUF and each.is_file()]
-    files = [GgufFile(each) for each in (path, *others)]
+
+
+def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> Checkpoint:
+    """The one model of text among `paths`, with the picture part among them or beside it. Headers say which is which;
+    `where` is what errors name."""
+    given = list(dict.fromkeys(path.with_name(layout.first_shard(path.name)) for path in paths))
+    files = [GgufFile(path) for path in given if kinds.of(path) == "gguf" and not path.is_dir()]
+    texts = [file for file in files if not gguf_config.is_picture_part(file)]
     pictures = next((file for file in files if gguf_config.is_picture_part(file)), None)
-    text = next((file for file in files if not gguf_config.is_picture_part(file)), None)
-    if text is None:
-        raise WeightsNotFound(path, "text model: it is the picture part of one", "Give the model's own .gguf as well.")
+    if len(texts) != 1:
+        raise _no_single_model(where, [file.path.name for file in texts], pictures)
+    text = texts[0]
     if pictures is None:
         pictures, said = _pictures_beside(text)
         given += [pictures.path] if pictures else []
-        note = " ".join(each for each in (note, said) if each) or None
+        note = layout.joined(note, said)
     config = gguf_config.read_config(text, pictures)
     return Checkpoint(text.path, config, given, form="gguf", note=note, written_tokenizer=gguf_config.tokenizer(text))
+
+
+def _no_single_model(where: Path, models: Sequence[str], pictures: GgufFile | None) -> WeightsNotFound:
+    if models:
+        looked_for = f"single GGUF model (there are {listed(models)})"
+        return WeightsNotFound(where, looked_for, "Give the path of the .gguf file itself.")
+    if pictures:
+        looked_for = "text model: it is the picture part of one"
+        return WeightsNotFound(pictures.path, looked_for, "Give the model's own .gguf as well.")
+    return WeightsNotFound(where, "GGUF model", "Give the model's folder or its .gguf file.")
 
 
 def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
@@ -254,42 +279,11 @@ def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
 def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:
     """`weight_paths`, and what lies beside a GGUF among them and sees, if the model does."""
     paths = list(weight_paths)
-    ggufs = [GgufFile(path) for path in paths if path.suffix == layout.GGUF and path.is_file()]
+    ggufs = [GgufFile(path) for path in paths if kinds.of(path) == "gguf" and path.is_file()]
     if not ggufs or "vision_config" not in config or any(map(gguf_config.is_picture_part, ggufs)):
         return paths
     pictures, _ = _pictures_beside(ggufs[0])
     return [*paths, pictures.path] if pictures else paths
-
-
-def _open_reader(path: Path, promised: frozenset[str]) -> tuple[Reader, Naming]:
-    """The reader for `path`, which must hold the tensors that an index `promised`, and how its tensors become ours."""
-    if path.suffix == layout.GGUF:
-        file = GgufFile(path)
-        return file, Naming(names.from_gguf, gguf_config.head_dims(file))
-    reader = SafetensorsFile(path)
-    if lacking := sorted(promised - reader.tensors.keys()):
-        raise CheckpointCorrupt(path, f"the index puts {lacking[0]!r} into it, and it is not there")
-    if path.name.startswith(layout.NATIVE) or names.looks_native(reader.tensors):
-        return reader, _native_naming(path)
-    return reader, Naming(names.from_hf, {})
-
-
-def _merged(readers: list[tuple[Reader, Naming]]) -> list[tuple[Reader, Naming]]:
-    """`readers`; where bitsandbytes encoded layers, one over all, since what belongs together may lie apart."""
-    if not names.looks_bitsandbytes(name for reader, _ in readers for name in reader.tensors):
-        return readers
-    from .bitsandbytes_reader import BitsandbytesFiles
-
-    return [(BitsandbytesFiles([reader for reader, _ in readers]), Naming(names.from_hf, {}))]
-
-
-def _native_naming(path: Path) -> Naming:
-    """A native file's rows can be put in order only by its params.json."""
-    params = path.parent / layout.NATIVE_CONFIG
-    if not params.is_file():
-        advice = f"{path.name} is in Mistral's own form, which takes its sizes from {params.name}: put it there."
-        raise WeightsNotFound(path.parent, params.name, advice)
-    return Naming(names.from_native, hf_config.head_dims(native.read_config(params)))
 
 
 def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:

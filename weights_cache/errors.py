@@ -9,8 +9,11 @@ WeightsError
 ├── WeightsNotFound      a folder without weights that can be read
 ├── NotYetSupported      a known format that has no reader yet
 ├── PickleRefused        a file that could run code when opened
+├── AdapterOnly          what was trained on top of a model, without the model
+├── TokenUnusable        a token for the Hub that no request can carry
 ├── CheckpointCorrupt    a file that contradicts itself or is cut short
 │   ├── Unreadable       a file or folder that this user may not read, or that is not there
+│   ├── LfsPointer       what Git LFS puts in the place of a file that it has not fetched
 │   └── FilesMismatch    a file that may be whole, and does not belong to another given with it
 ├── TensorsMissing       the model needs tensors that the checkpoint lacks
 ├── TensorsUnexpected    the checkpoint holds tensors that the model has no place for
@@ -21,6 +24,7 @@ WeightsError
 ├── SerializedTooNew     a serialized model that a newer version wrote
 ├── WriteFailed          a file could not be written
 ├── ModelUnsupported     a model of a known kind with a feature that is not known here
+│   └── QuantizedElsewhere   weights that another program quantised
 └── UnknownArchitecture  a config of a model that is not known here
 """
 
@@ -29,6 +33,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMES_SHOWN = 3
+FETCH_AGAIN = "Fetch the model again with --force-download"
+COPY_AGAIN = "Copy the model's files here again"
+
+
+def get_again(path: Path | str) -> str:
+    """How to get the file or folder `path` anew, without a full stop: only what lies in a cache was fetched."""
+    is_fetched = any(folder.name == "snapshots" for folder in Path(path).absolute().parents)
+    return FETCH_AGAIN if is_fetched else COPY_AGAIN
 
 
 def listed(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
@@ -187,6 +199,37 @@ class PickleRefused(WeightsError):
 
 
 @dataclass(eq=False)
+class AdapterOnly(WeightsError):
+    """`path` holds an adapter of the method `kind` to the model `base`, where they are known."""
+
+    path: Path | str
+    kind: str | None = None
+    base: str | None = None
+
+    def __str__(self) -> str:
+        kind = "a LoRA adapter" if self.kind in (None, "LORA") else f"an adapter ({self.kind})"
+        return f"{self.path} is {kind} of {self.base or 'a model that it does not name'}, and no whole model."
+
+    @property
+    def hint(self) -> str:
+        return "Merge it into its base with peft (merge_and_unload, then save_pretrained) and give that folder."
+
+
+@dataclass(eq=False)
+class TokenUnusable(WeightsError):
+    """The token that stands in `source` has characters that no header of a request may have."""
+
+    source: str
+
+    def __str__(self) -> str:
+        return f"The token in {self.source} has characters that no token has."
+
+    @property
+    def hint(self) -> str:
+        return "Copy it again from the Hub's page of access tokens: it begins with hf_, and letters and digits follow."
+
+
+@dataclass(eq=False)
 class CheckpointCorrupt(WeightsError):
     """`path` cannot be trusted, for `reason`."""
 
@@ -198,7 +241,21 @@ class CheckpointCorrupt(WeightsError):
 
     @property
     def hint(self) -> str:
-        return "Fetch or export it again: --force-download fetches a model from the Hub anew."
+        return f"{get_again(self.path)}, or export it again."
+
+
+@dataclass(eq=False)
+class LfsPointer(CheckpointCorrupt):
+    """`path` is the few lines that stand for a large file in a git repository."""
+
+    reason: str = "it is a pointer of Git LFS"
+
+    def __str__(self) -> str:
+        return f"{self.path} is only a pointer of Git LFS: the file itself was not fetched."
+
+    @property
+    def hint(self) -> str:
+        return f"Run `git lfs pull` in {self.path.parent}."
 
 
 @dataclass(eq=False)
@@ -376,7 +433,7 @@ class UnknownArchitecture(WeightsError):
 class ModelUnsupported(WeightsError):
     """`path` describes a model with `what`, which is not known here; running it without would give wrong answers."""
 
-    path: Path
+    path: Path | str
     what: str
 
     def __str__(self) -> str:
@@ -385,6 +442,25 @@ class ModelUnsupported(WeightsError):
     @property
     def hint(self) -> str:
         return "Use a Pixtral or Mistral checkpoint."
+
+
+@dataclass(eq=False)
+class QuantizedElsewhere(ModelUnsupported):
+    """The weights of `path` were quantised with the method `what`; `other` is another form that is there as well."""
+
+    other: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} was quantised with {self.what}, which is not known here."
+
+    @property
+    def hint(self) -> str:
+        if self.other:
+            return f"Take the other form of it that is there: --weights-format {self.other}."
+        return (
+            "Take the model in bfloat16, which --quantization-encoding q4_k packs while it loads, a GGUF of it, "
+            "or one in bitsandbytes' nf4."
+        )
 
 
 def _count(names: Sequence[str]) -> str:

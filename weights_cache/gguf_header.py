@@ -17,9 +17,9 @@ from typing import Any
 
 from .errors import CheckpointCorrupt, NotYetSupported
 from .gguf_types import NOT_READ, TYPES
+from .kinds import GGUF_MAGIC
 from .reader import TensorInfo
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LEAST_BYTES = 24
 MAX_NAME_BYTES = 65_535  # the format's limit for a key
@@ -174,8 +174,8 @@ class _List:
 
 def _counts(cursor: _Cursor) -> tuple[int, int]:
     """How many tensors and metadata entries there are, after the magic and the version."""
-    begin = cursor.pass_over(len(MAGIC))
-    if cursor.buffer[begin : cursor.at] != MAGIC:
+    begin = cursor.pass_over(len(GGUF_MAGIC))
+    if cursor.buffer[begin : cursor.at] != GGUF_MAGIC:
         raise cursor.corrupt("it does not begin with GGUF")
     version = cursor.number(U32)
     if version not in VERSIONS:

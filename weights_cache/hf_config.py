@@ -32,6 +32,13 @@ def vision_model(
     }
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether the head may be the embedding: either section may say it, as in transformers' `LlavaConfig`."""
+    text = config.get("text_config")
+    sections = (config, text if isinstance(text, Mapping) else {})
+    return any(section.get("tie_word_embeddings") is True for section in sections)
+
+
 def head_dims(config: Mapping[str, Any]) -> dict[str, int]:
     """Rows of one head in the query and key projections of each part, for a config made here."""
     dims = {"text": config.get("text_config", config)["head_dim"]}

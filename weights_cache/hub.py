@@ -5,38 +5,20 @@ network is needed. One format is fetched, never two, and never a file that no on
 """
 
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import layout, own_cache, store
-from .errors import DiskFull, DownloadFailed, ModelNotFound, Offline
+from . import layout, own_cache, quantization, store
+from .errors import AdapterOnly, DiskFull, DownloadFailed, Offline
+from .json_file import read_json_object
 from .layout import Form
-from .meter import Progress
-from .selection import Selection, select
+from .meter import Meter, Progress
+from .repo_name import Repo, parse
+from .selection import CONFIGS, Selection, select
 from .transfer import Transfer
 
-NAME = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:(?P<file>\w[^:\\]*\.gguf))?",
-    re.ASCII,
-)
-FILES = (layout.GGUF, layout.SAFETENSORS)
 TRUE = {"1", "ON", "YES", "TRUE"}
-
-
-@dataclass(frozen=True, slots=True)
-class Repo:
-    """A repository of the Hub at a revision, and perhaps a GGUF in it: `owner/name@revision:file.gguf`."""
-
-    name: str
-    revision: str = "main"
-    file: str | None = None
-
-    def __str__(self) -> str:
-        revision = "" if self.revision == "main" else f"@{self.revision}"
-        return self.name + revision + (f":{self.file}" if self.file else "")
 
 
 def fetch(
@@ -52,14 +34,16 @@ def fetch(
     """What to open as the model `name`: a local folder, or a GGUF file.
 
     A path that exists is returned as it is. Otherwise `name` is `owner/name` on the Hub, `owner/name@revision` for
-    another branch, tag or commit, `owner/name:file.gguf` for a GGUF in it, which brings its picture part along. Of
-    several forms `form` is fetched, or else the first of "hf", "native", "gguf". What is cached completely is used
-    without any network call: a newer version on the Hub is not looked for, unless `force` fetches everything anew.
-    `weights=False` asks for the small files only. A GGUF has none, so all of it is fetched, or with `headers` a file
-    of its length that holds its header only. `tell` is called with a sentence when one of several was chosen.
+    another branch, tag or commit, `owner/name:file.gguf` for a GGUF in it (or its quantisation, `owner/name:Q8_0`),
+    which brings its picture part along, or the address of such a page. Of several forms `form` is fetched, or else the
+    first of "hf", "native", "gguf". What is cached completely is used without any network call: a newer version on the
+    Hub is not looked for, unless `force` fetches everything anew. `weights=False` asks for the small files only. A
+    GGUF has none, so all of it is fetched, or with `headers` a file of its length that holds its header only. `tell`
+    is called with a sentence when one of several was chosen.
 
-    Raises ModelNotFound, Offline (HF_HUB_OFFLINE), Gated, DownloadFailed, DiskFull, and WeightsNotFound or
-    PickleRefused for a repository without weights that can be read.
+    Raises ModelNotFound, Offline (HF_HUB_OFFLINE), TokenUnusable, Gated, DownloadFailed, DiskFull, and, before anything
+    large is fetched, WeightsNotFound, PickleRefused, AdapterOnly or QuantizedElsewhere for a repository that has no
+    weights or no tokenizer that can be read.
     """
     path = os.path.expanduser(name)
     if os.path.exists(path):  # unlike Path.exists, False for what can be no path at all
@@ -72,7 +56,14 @@ def fetch(
     return _download(repo, weights, force, form, headers, progress=progress, tell=tell)
 
 
-def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress: Progress | None = None) -> Path:
+def fetch_headers(
+    name: str,
+    folder: Path,
+    *,
+    form: Form | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     """What to open to read all headers of the model `name`: itself if it is here, else a skeleton of it in `folder`.
 
     A skeleton has the small files (which are cached) and, for every weights file, a file as long as the real one that
@@ -87,28 +78,20 @@ def fetch_headers(name: str, folder: Path, *, form: Form | None = None, progress
     if is_offline():
         raise Offline(str(repo), store.cache_folder())
     transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
-    sizes = transfer.listing()
-    selection = select(str(repo), sizes, form=form, file=repo.file)
+    transfer.listing()
+    selection = _select(transfer, repo, form)
+    if selection.note and tell:
+        tell(selection.note)
     folder = folder / store.SNAPSHOTS / transfer.commit
     weights = _weight_names(transfer, selection, force=False)
     small = [*selection.side, *([selection.index] if selection.index else [])]
-    _get(transfer, selection.side, force=False)
+    _get(transfer, selection, (), force=False)
+    _refuse_quantized(transfer, selection)
     with transfer.our_errors():
         for small_file in small:
             store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
     transfer.get_headers(weights, folder)
     return selection.path(folder)
-
-
-def parse(name: str) -> Repo:
-    """`owner/name[@revision][:file.gguf]`. Raises ModelNotFound for what looks like a path, or like no name."""
-    match = NAME.fullmatch(name)
-    if match and ".." not in name and not match["repo"].endswith(FILES):
-        return Repo(match["repo"], match["revision"] or "main", match["file"])
-    if name.startswith(("/", ".", "~")) or name.endswith(FILES) or name.count("/") > 1 or "\\" in name:
-        raise ModelNotFound(name, "no such file or folder", "Check the path, or give a Hub name such as owner/name.")
-    advice = "Give a folder that exists, or a name such as mistral-community/pixtral-12b."
-    raise ModelNotFound(name, "it is no folder here, and no Hub name, which is owner/name", advice)
 
 
 def is_offline() -> bool:
@@ -142,22 +125,44 @@ def _download(
     """
     transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
     sizes = transfer.listing()
-    selection = select(str(repo), sizes, form=form, file=repo.file, weights=weights)
+    selection = _select(transfer, repo, form, weights=weights)
     if selection.note and tell:
         tell(selection.note)
     own_cache.mark_used(repo.name, transfer.commit)
     own_cache.write_listing(repo.name, transfer.commit, sizes)  # else a GGUF whose picture part is to come looks whole
-    wanted, folder = list(selection.side), store.snapshot(repo.name, transfer.commit)
-    if weights or selection.entry:
-        wanted += _weight_names(transfer, selection, force)
+    large = _weight_names(transfer, selection, force) if weights or selection.entry else []
+    folder = store.snapshot(repo.name, transfer.commit)
     if headers and selection.entry:
         folder = own_cache.headers_folder(repo.name, transfer.commit)
-        transfer.get_headers(wanted, folder)
+        transfer.get_headers(large, folder)
     else:
-        _get(transfer, wanted, force)
+        _get(transfer, selection, large, force)
     with transfer.our_errors():
         store.write_ref(repo.name, repo.revision, transfer.commit)
     return selection.path(folder)
+
+
+def _select(transfer: Transfer, repo: Repo, form: Form | None, weights: bool = True) -> Selection:
+    """What of the repository is needed. Raises as `select`, and for one without a tokenizer that is read here."""
+    label, names = transfer.label, transfer.sizes
+    try:
+        selection = select(label, names, form=form, file=repo.file, weights=weights)
+    except AdapterOnly:
+        transfer.get([layout.ADAPTER])
+        folder = store.snapshot(transfer.repo, transfer.commit)
+        raise layout.adapter(label, read_json_object(folder / layout.ADAPTER)) from None
+    if selection.form != "gguf" and not names.keys() & set(layout.TOKENIZERS):
+        raise layout.no_tokenizer(label, names)
+    return selection
+
+
+def _refuse_quantized(transfer: Transfer, selection: Selection) -> None:
+    """Raise QuantizedElsewhere by the config, which has arrived, before anything large is asked for."""
+    if selection.form == "gguf":
+        return
+    config = read_json_object(store.snapshot(transfer.repo, transfer.commit) / CONFIGS[selection.form])
+    other = next((form for form in layout.forms(transfer.sizes) if form != selection.form), None)
+    quantization.refuse(transfer.label, config, transfer.sizes if selection.form == "hf" else (), other)
 
 
 def _weight_names(transfer: Transfer, selection: Selection, force: bool) -> list[str]:
@@ -166,7 +171,7 @@ def _weight_names(transfer: Transfer, selection: Selection, force: bool) -> list
     if selection.index:
         index = store.snapshot(transfer.repo, transfer.commit) / selection.index
         if force or not index.is_file():
-            transfer.get([selection.index], force=force, quietly=True)
+            transfer.get([selection.index], force=force)
         names = sorted(layout.shards(index))
     if absent := [name for name in names if name not in transfer.sizes]:
         advice = "Tell the model's owner, or try another revision: owner/name@revision."
@@ -175,13 +180,21 @@ def _weight_names(transfer: Transfer, selection: Selection, force: bool) -> list
     return names
 
 
-def _get(transfer: Transfer, names: Iterable[str], force: bool) -> None:
-    """Fetches those of `names` that are not here in full, after a look at the room on the disk."""
+def _get(transfer: Transfer, selection: Selection, weights: Iterable[str], force: bool) -> None:
+    """Fetches what is not here in full: the small files, and then, if their config lets them be read, the `weights`."""
+    small, large = ([name for name in names if force or not transfer.has(name)] for names in (selection.side, weights))
+    _check_room(transfer, [*small, *large])
+    meter = transfer.meter([*small, *large])
+    _get_whole(transfer, small, meter, force)
+    if large:
+        _refuse_quantized(transfer, selection)
+        _get_whole(transfer, large, meter, force)
+
+
+def _get_whole(transfer: Transfer, names: Sequence[str], meter: Meter, force: bool) -> None:
     folder = store.snapshot(transfer.repo, transfer.commit)
-    missing = [name for name in names if force or not transfer.has(name)]
-    _check_room(transfer, missing)
-    transfer.get(missing, force=force)
-    for name in missing:
+    transfer.get(names, meter, force=force)
+    for name in names:
         if not store.is_whole(folder / name):
             raise DownloadFailed(transfer.label, f"{name} arrived with another length than its header says")
 

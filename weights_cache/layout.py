@@ -1,15 +1,16 @@
 """A folder or a list of paths in, the weights files that count out. Knows the files by name only.
 
-The rules speak of names, so that they hold for a folder and for the listing of a repository alike; the one file
-that is read is the index of shards.
+The rules speak of names, so that they hold for a folder and for the listing of a repository alike; what is read is
+the index of shards, the config of an adapter, and of a file that someone named its first bytes.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from .errors import CheckpointCorrupt, PickleRefused, Unreadable, WeightsError, WeightsNotFound, listed
+from . import kinds
+from .errors import AdapterOnly, CheckpointCorrupt, PickleRefused, Unreadable, WeightsError, WeightsNotFound, listed
 from .json_file import read_json_object
 
 CONFIG = "config.json"
@@ -27,7 +28,12 @@ PICTURE_PART = "mmproj"
 """In the name of a GGUF file that holds a model's vision tower and projector."""
 
 PICTURE_TYPES = ("bf16", "f16", "f32")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLES = tuple(suffix for suffix, kind in kinds.SUFFIXES.items() if kind == "pickle")
+ADAPTER = "adapter_config.json"
+TOKENIZERS = ("tokenizer.json", "tekken.json")
+SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+"""How names begin of files that SentencePiece wrote; Mistral's go on with a version."""
+
 Form = Literal["hf", "native", "gguf"]
 FORMS: tuple[Form, ...] = get_args(Form)
 FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
@@ -60,6 +66,11 @@ def text_ggufs(names: Iterable[str]) -> list[str]:
     """The GGUF files among `names` that are models rather than the picture parts of some; of a model in several
     files, the first."""
     return sorted({first_shard(n) for n in names if n.endswith(GGUF) and not is_picture_part(n)})
+
+
+def gguf_models(folder: Path) -> list[Path]:
+    """The files of `text_ggufs` in `folder`."""
+    return [folder / name for name in text_ggufs(file_names(folder))]
 
 
 def is_picture_part(name: str) -> bool:
@@ -119,6 +130,37 @@ def form_note(where: Path | str, whole: Sequence[Form]) -> str | None:
         return None
     several = " and ".join(FORM_NAMES[form] for form in whole)
     return f"{where} holds the model in {several} form; {whole[0]} is read, and --weights-format chooses another."
+
+
+def index_note(where: Path | str, names: Iterable[str], form: Form) -> str | None:
+    """What to say where a whole file lies beside an index of shards: as in transformers, the file is read."""
+    for of, whole, index in (("hf", SINGLE, INDEX), ("native", NATIVE_SINGLE, NATIVE_INDEX)):
+        if form == of and {whole, index} <= set(names):
+            return f"{where} holds {whole} beside {index}: {whole} is read, and no shard."
+    return None
+
+
+def joined(*notes: str | None) -> str | None:
+    """The notes that there are as one, or None."""
+    return " ".join(note for note in notes if note) or None
+
+
+def has_only_sentencepiece(names: Iterable[str]) -> bool:
+    """Whether the tokenizer among the files `names` is in SentencePiece's form only, which is not read here."""
+    names = set(names)
+    return not names & set(TOKENIZERS) and any(name.startswith(SENTENCEPIECE) for name in names)
+
+
+def no_tokenizer(where: Path | str, names: Iterable[str]) -> WeightsError:
+    """The error that says best why the files `names` give no tokenizer."""
+    wanted = " or ".join(TOKENIZERS)
+    if found := next((name for name in sorted(names) if name.startswith(SENTENCEPIECE)), None):
+        advice = (
+            "Take a repository that has one, or make a tokenizer.json with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+        return WeightsNotFound(where, f"{wanted}, only SentencePiece's {found}, which is not read here", advice)
+    return WeightsNotFound(where, f"tokenizer (looked for {wanted})")
 
 
 def chosen_files(paths: Sequence[Path]) -> Expected:
@@ -182,6 +224,8 @@ def no_config(where: Path | str, names: Iterable[str]) -> WeightsError:
 
 def _telling(where: Path | str, names: Sequence[str]) -> WeightsError | None:
     """What is there instead of a whole model, if that tells more than what is missing."""
+    if ADAPTER in names:
+        return adapter(where, read_json_object(where / ADAPTER) if isinstance(where, Path) else {})
     if any(n.startswith(NATIVE) and n.endswith(SAFETENSORS) for n in names) and NATIVE_CONFIG not in names:
         advice = f"Its weights are in Mistral's own form, which takes its sizes from {NATIVE_CONFIG}: put it there."
         return WeightsNotFound(where, NATIVE_CONFIG, advice)
@@ -191,16 +235,21 @@ def _telling(where: Path | str, names: Sequence[str]) -> WeightsError | None:
     return next((PickleRefused(f"{where}/{name}") for name in names if name.endswith(PICKLES)), None)
 
 
+def adapter(where: Path | str, config: Mapping[str, Any]) -> AdapterOnly:
+    """The error for an adapter that its adapter_config.json describes (peft's `PeftConfig`)."""
+    kind, base = (config.get(key) for key in ("peft_type", "base_model_name_or_path"))
+    return AdapterOnly(where, *(found if isinstance(found, str) and found else None for found in (kind, base)))
+
+
 def _readable(path: Path) -> Path:
-    """`path`, if it is a safetensors or GGUF file by its name."""
-    if path.suffix == SAFETENSORS:
-        return path
-    if path.suffix == GGUF:
-        return path.with_name(first_shard(path.name))
-    if path.suffix in PICKLES:
+    """`path`, if it is a safetensors or GGUF file; of one in several files, the first."""
+    kind = kinds.of(path)
+    if kind == "pickle":
         raise PickleRefused(path)
-    what = f"name that ends in {SAFETENSORS} or {GGUF}"
-    raise WeightsNotFound(path, what, f"Give a *{SAFETENSORS} or *{GGUF} file, or their folder.")
+    if kind is None:
+        advice = f"Give a *{SAFETENSORS} or *{GGUF} file, or their folder."
+        raise WeightsNotFound(path, "header of a safetensors or GGUF file", advice)
+    return path.with_name(first_shard(path.name)) if kind == "gguf" else path
 
 
 def _indexed(folder: Path, index: str) -> Expected:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Part = Literal["text", "vision"]
 
+EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
+"""Ours, of the first and the last matrix of the text model, which may be one."""
+
 HF_PREFIXES: tuple[tuple[str, str], ...] = (
     # older: the language model is a complete causal LM inside the LLaVA module
     ("language_model.model.", "language_model."),

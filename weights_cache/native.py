@@ -16,17 +16,21 @@ ROPE_THETA = 1_000_000.0  # `self.args.rope_theta or 1000000.0`
 VISION_ROPE_THETA = 10_000.0
 CONTEXT = 128_000  # positions that the reference prepares; older files do not say it
 
-UNKNOWN_FEATURES = ("moe", "yarn", "llama_4_scaling", "quantization", "lora", "use_biases")
+UNKNOWN_FEATURES = ("moe", "yarn", "llama_4_scaling", "lora", "use_biases")
 UNKNOWN_VISION_FEATURES = ("add_pre_mm_projector_layer_norm", "mm_projector_id")
 """Fields whose presence, unless they are empty or false, changes what the model computes."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config that the params.json at `path` describes.
+    """The config that the params.json at `path` describes. Raises as `to_config`."""
+    return to_config(path, read_json_object(path))
+
+
+def to_config(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that `params` describe, which `path` holds.
 
     Raises CheckpointCorrupt (a field is missing or of the wrong kind), ModelUnsupported.
     """
-    params = read_json_object(path)
     _refuse(path, params, UNKNOWN_FEATURES)
     if params.get("model_type", "transformer") != "transformer":
         raise ModelUnsupported(path, f"model_type {str(params['model_type'])[:60]!r}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from . import lfs
 from .errors import CheckpointCorrupt, Unreadable
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ def map_file(path: Path, least: int, kind: str) -> mmap.mmap:
     """The whole file, which as a `kind` must have `least` bytes, as a private mapping: writable (torch wants that),
     yet never written back.
 
-    No swap is reserved for it, so that a file larger than the machine's memory can be mapped. Raises CheckpointCorrupt.
+    No swap is reserved for it, so that a file larger than the machine's memory can be mapped. Raises CheckpointCorrupt,
+    and LfsPointer for what is none.
     """
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
+            file.seek(0)
+            lfs.refuse_pointer(path, file.read(lfs.MOST_BYTES))
             if size < least:
                 raise CheckpointCorrupt(path, f"it has {size} bytes, and a {kind} file has at least {least}")
             if not hasattr(mmap, "MAP_PRIVATE"):  # Windows

@@ -6,7 +6,7 @@ The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, sh
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointCorrupt, WeightsNotFound
 from .json_file import parse_json_object
+from .kinds import GGUF_MAGIC, MAX_HEADER_BYTES
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
 if TYPE_CHECKING:
     import torch
 
 LENGTH_BYTES = 8
-GGUF_MAGIC = b"GGUF"  # as a length it would be that of a petabyte
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
 MAX_DIMENSION = 2**63 - 1
 
 BITS: dict[str, int] = {
@@ -54,13 +53,15 @@ class Entry:
 class SafetensorsFile:
     """One file, mapped into memory at once and read only where it is touched.
 
-    Raises CheckpointCorrupt with the reason when the header contradicts itself or the file's length.
+    Tensors to be `left_out` are passed over. Raises CheckpointCorrupt with the reason when the header contradicts
+    itself or the file's length.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, left_out: Collection[str] = ()):
         self.path = path
         self._buffer = map_file(path, LENGTH_BYTES, "safetensors")
-        self._entries = _read_header(path, self._buffer)
+        entries = _read_header(path, self._buffer)
+        self._entries = {name: entry for name, entry in entries.items() if name not in left_out}
 
     @property
     def header_bytes(self) -> bytes:
@@ -105,7 +106,7 @@ class SafetensorsFile:
 
 def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
     if buffer[: len(GGUF_MAGIC)] == GGUF_MAGIC:
-        raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it a name that ends in .gguf.")
+        raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it to --model-path.")
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
     room = len(buffer) - LENGTH_BYTES
     if length > room:

@@ -3,6 +3,7 @@
 The same rules choose what to download and tell whether it is here, so that the two cannot disagree.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,7 @@ SIDE_FILES = (
 )
 """The small files that are fetched beside a config; the rest of a repository is left alone."""
 
+GGUFS_SHOWN = 20
 CONFIGS: dict[Form, str] = {"hf": layout.CONFIG, "native": layout.NATIVE_CONFIG}
 
 
@@ -79,6 +81,7 @@ def select(
         raise WeightsNotFound(where, f"model in {layout.FORM_NAMES[form]} form", _other_forms(whole))
     if form == "gguf":
         return _gguf(where, sizes, None)
+    note = layout.joined(note, layout.index_note(where, names, form))
     chosen = layout.hf_weights(names) if form == "hf" else layout.native_weights(names)
     side = tuple(name for name in (*SIDE_FILES, CONFIGS[form]) if name in names)
     return Selection(form, side, tuple(chosen), note=note)
@@ -89,8 +92,10 @@ def _other_forms(whole: Sequence[Form]) -> str | None:
 
 
 def _gguf(where: str, sizes: Listing, file: str | None) -> Selection:
-    """The GGUF `file`, or the only one, with all its parts and its picture part."""
+    """The GGUF `file`, or that of the quantisation `file`, or the only one, with all its parts and its picture part."""
     models = layout.text_ggufs(sizes)
+    if file is not None and not file.endswith(layout.GGUF):
+        file = _of_quantization(where, models, file)
     if file is None and len(models) != 1:
         if not models:
             raise WeightsNotFound(where, "GGUF model", _other_forms(layout.forms(set(sizes))))
@@ -103,6 +108,20 @@ def _gguf(where: str, sizes: Listing, file: str | None) -> Selection:
     pictures, note = _picture_part(where, sizes, entry)
     weights = [*layout.shard_names(entry), *([pictures] if pictures else [])]
     return Selection("gguf", (), tuple(weights), entry, note)
+
+
+def _of_quantization(where: str, models: Sequence[str], tag: str) -> str:
+    """Of GGUF files the one whose name has `tag`, such as Q8_0, as a word: as llama.cpp and Ollama name them."""
+    word = re.compile(rf"(?<![a-z0-9]){re.escape(tag)}(?![a-z0-9]|_[a-z0-9])", re.IGNORECASE)
+    found = [name for name in models if word.search(name)]
+    if len(found) == 1:
+        return found[0]
+    if not models:
+        raise ModelNotFound(where, f"the repository has no GGUF files, so none of {tag}", f"Leave :{tag} out.")
+    why = f"{listed(found)} are all of {tag}" if found else f"none of its GGUF files is of {tag}"
+    example = where.removesuffix(tag) + (found or models)[0]
+    advice = f"It has {listed(models, GGUFS_SHOWN)}: name one of them, as in {example}."
+    raise ModelNotFound(where, why, advice)
 
 
 def _picture_part(where: str, sizes: Listing, entry: str) -> tuple[str | None, str | None]:

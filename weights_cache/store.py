@@ -22,7 +22,6 @@ from .replacing import replacing
 from .safetensors_reader import SafetensorsFile
 from .selection import CONFIGS, SIDE_FILES, Selection, select
 
-TOKENIZERS = ("tokenizer.json", "tekken.json")
 SNAPSHOTS = "snapshots"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -94,7 +93,7 @@ def is_complete(folder: Path, selection: Selection, sizes: Listing, *, weights: 
     """
     if selection.form == "gguf":
         return all(_is_here(folder / name, sizes.get(name)) for name in selection.weights)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not any((folder / name).is_file() for name in layout.TOKENIZERS):
         return False
     if not all(_is_here(folder / name, sizes.get(name)) for name in selection.side):
         return False

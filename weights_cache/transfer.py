@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from . import headers, large_file, own_cache, store
-from .errors import DownloadFailed, Gated, ModelNotFound, Offline, WeightsError
+from . import headers, large_file, own_cache, repo_name, store
+from .errors import DownloadFailed, Gated, ModelNotFound, Offline, TokenUnusable, WeightsError
 from .meter import Meter, Progress, counting
 
-PUBLIC_ENDPOINT = "https://huggingface.co"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 LISTING_TIMEOUT = 30.0  # seconds
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -36,7 +36,7 @@ class Transfer:
 
     def __init__(self, repo: str, revision: str, *, label: str, report: Progress | None):
         self.repo, self.revision, self.label = repo, revision, label
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
+        self.endpoint = repo_name.endpoint()
         self.commit = ""
         self.contents: dict[str, Content] = {}
         self._report = report
@@ -49,6 +49,7 @@ class Transfer:
         """One request: the repository's file names -> sizes in bytes. Raises DownloadFailed for what is no listing."""
         from huggingface_hub import HfApi
 
+        _check_token()
         with self.our_errors():
             api = HfApi(endpoint=self.endpoint)
             info = api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=LISTING_TIMEOUT)
@@ -75,16 +76,19 @@ class Transfer:
         here = large_file.arrived(self.repo, content.sha256) if content.sha256 else 0
         return max((content.size or 0) - here, 0)
 
-    def get(self, names: Iterable[str], *, force: bool = False, quietly: bool = False) -> None:
-        """Fetches `names` one after the other, in this order. What the snapshot has already is fetched anew;
-        what the cache has from another revision is linked, unless `force`."""
-        names = list(names)
+    def meter(self, names: Iterable[str]) -> Meter:
+        """What reports the bytes of `names` as they arrive."""
         sizes = [self.sizes.get(name) for name in names]
-        meter = Meter(self.label, None if None in sizes else sum(sizes), None if quietly else self._report)
-        for name, size in zip(names, sizes, strict=True):
+        return Meter(self.label, None if None in sizes else sum(sizes), self._report)
+
+    def get(self, names: Iterable[str], meter: Meter | None = None, *, force: bool = False) -> None:
+        """Fetches `names` one after the other, in this order, and counts into `meter`. What the snapshot has already is
+        fetched anew; what the cache has from another revision is linked, unless `force`."""
+        meter = meter or Meter(self.label, None, None)
+        for name in names:
             with self.our_errors():
                 self._get_one(name, meter, force)
-            meter.finish_file(size)
+            meter.finish_file(self.sizes.get(name))
 
     def get_headers(self, names: Iterable[str], folder: Path) -> None:
         """Writes into `folder`, for each of the weights files `names`, a file of its length with its header only."""
@@ -207,6 +211,20 @@ class Transfer:
             folder, variable = own_cache.own_cache_folder(), "PIXTRAL_CACHE"
         advice = f"Make room there, or set {variable} to a folder that can be written."
         return DownloadFailed(self.label, f"{folder} cannot be written ({error.strerror})", advice)
+
+
+def _check_token() -> None:
+    """Raise TokenUnusable if a request with the user's token could not be written."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        value = build_hf_headers().get("authorization", "")
+    except UnicodeDecodeError:  # of the file
+        value = "\0"
+    if not (value.isascii() and value.isprintable()):
+        named = next((variable for variable in TOKEN_VARIABLES if os.environ.get(variable)), None)
+        raise TokenUnusable(named or constants.HF_TOKEN_PATH)
 
 
 def _stays_inside(name: str, content: Content) -> bool:

@@ -30,7 +30,9 @@ class DownloadArguments:
 
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="owner/name, owner/name@revision, or owner/name:file.gguf."),
+        typer.Argument(
+            metavar="MODEL", help="owner/name, owner/name@revision, owner/name:file.gguf, or its page on the Hub."
+        ),
     ]
 
 

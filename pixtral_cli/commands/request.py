@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,8 @@ HOW_TO_ASK = 'Give one with -p "...", on standard input, or a conversation with 
 class Request:
     """`messages` for a chat, or, where it is None, `prompt` and `pictures` for a raw completion."""
 
-    messages: list[dict[str, Any]] | None = None
+    messages: Any = None
+    """A list of dictionaries, or a Conversation."""
     prompt: str = ""
     pictures: list[Any] = field(default_factory=list)
 
@@ -123,27 +123,12 @@ def _limited(name: str, where: str) -> bytes:
     return data
 
 
-def _opened_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, checked, with every picture's source replaced by the picture: it is opened once, here."""
+def _opened_messages(messages: Any) -> Any:
+    """The Conversation of the messages, with the pictures themselves as their sources: each is opened once, here."""
     from pixtral_cli.prompt.messages import parse
 
-    sources = (picture.source for picture in parse(messages).pictures)
-    return [_opened_message(entry, f"messages[{index}]", sources) for index, entry in enumerate(messages)]
-
-
-def _opened_message(entry: dict[str, Any], where: str, sources: Iterator[Any]) -> dict[str, Any]:
-    """`sources` gives the picture of each part that is one, in order."""
-    if isinstance(entry["content"], str):
-        return entry
-    parts = [
-        {"type": "image", "image": _opened(next(sources), f"{where}.content[{index}]")} if _is_picture(part) else part
-        for index, part in enumerate(entry["content"])
-    ]
-    return entry | {"content": parts}
-
-
-def _is_picture(part: Any) -> bool:
-    return isinstance(part, dict) and part["type"] != "text"
+    conversation = parse(messages)
+    return conversation.with_sources([_opened(picture.source, picture.where) for picture in conversation.pictures])
 
 
 def _opened(source: Any, where: str | None = None) -> Any:

@@ -81,9 +81,10 @@ class Engine:
     def check(self, *requests: Request) -> None:
         """Raise RequestError if a request cannot be run: no tokens, unknown ones, or too many."""
         for request in requests:
-            self._check_tokens(request.token_ids)
+            self._check_tokens(request.token_ids, 0 if request.max_new_tokens == 0 else 1)
 
-    def _check_tokens(self, token_ids: tuple[int, ...]) -> None:
+    def _check_tokens(self, token_ids: tuple[int, ...], least: int) -> None:
+        """`least`: new tokens that there must be room for."""
         text = self.model.config.text
         if not token_ids:
             raise RequestError("The prompt has no tokens.", hint="Write something, or look at the chat template.")
@@ -92,7 +93,7 @@ class Engine:
                 f"The tokenizer gives token {highest}, and the model knows {text.vocab_size}.",
                 hint="The model's tokenizer files and its weights may be of different models.",
             )
-        if len(token_ids) >= self.max_length:
+        if len(token_ids) + least > self.max_length:
             could = self.max_length < text.max_length
             raise RequestError(
                 f"The prompt has {len(token_ids)} tokens, and the context has room for {self.max_length}, "
@@ -188,13 +189,15 @@ class Engine:
     def _run(self, pieces: list[Piece]) -> list[Event]:
         """What the pieces give. If that fails, each is tried by itself, so that only the request at fault fails."""
         try:
-            logits = self.runner.run(pieces)
+            logits, told = self.runner.run(pieces)
         except Exception as error:
             if len(pieces) == 1:
                 return [Failure(pieces[0].sequence.id, error)]
             return [event for piece in pieces for event in self._run([piece])]
         ready = [piece.sequence for piece in pieces if piece.completes]
         for piece in pieces:
+            if piece.sequence.id in told:
+                piece.sequence.score(told[piece.sequence.id])
             self.scheduler.computed(piece)
         likeliest = logits.argmax(-1, keepdim=True)
         scores = logits.gather(-1, likeliest).flatten().tolist()  # one wait for the device, however many requests
@@ -204,7 +207,9 @@ class Engine:
         try:
             if not math.isfinite(score):  # so it is as well where a single score is no number
                 raise BrokenLogits
-            return self._advance(sequence, logits, likeliest)
+            if any(each.logprobs.isnan().any() for each in sequence.scores):
+                raise BrokenLogits
+            return self._advance(sequence, logits, likeliest) if sequence.max_tokens else self._end_of_prompt(sequence)
         except Exception as error:
             return Failure(sequence.id, error)
 
@@ -222,11 +227,25 @@ class Engine:
         if request.logprobs is not None:
             logprob, alternatives = sampler.logprob(logits, token_id, request.logprobs)
         return TokenEvent(
-            sequence.id, token_id, sequence.finish_reason, logprob, alternatives, sequence.cached_tokens
+            sequence.id,
+            token_id,
+            sequence.finish_reason,
+            logprob,
+            alternatives,
+            sequence.cached_tokens,
+            sequence.take_scores(),
         )
+
+    def _end_of_prompt(self, sequence: Sequence) -> TokenEvent:
+        self._count_prompt(sequence)
+        cached, scores = sequence.cached_tokens, sequence.take_scores()
+        return TokenEvent(sequence.id, None, sequence.finish_reason, cached_tokens=cached, prompt_scores=scores)
 
     def _count(self, sequence: Sequence, first: bool) -> None:
         self.counters.generated_tokens += 1
         if first:
-            self.counters.prompt_tokens += sequence.prompt_length
-            self.counters.cached_tokens += sequence.cached_tokens
+            self._count_prompt(sequence)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self.counters.prompt_tokens += sequence.prompt_length
+        self.counters.cached_tokens += sequence.cached_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -63,8 +63,9 @@ class Request:
     """One prompt; `pictures` are in the order of their [IMG] tokens.
 
     Generation ends at a token of `end_token_ids`, after `max_new_tokens`, or with the context (None). `logprobs` is
-    None, or how many alternatives to report beside the token that was chosen. `constraint` says which tokens may
-    come next; it is this request's own. What is computed is shared only with requests of the same `cache_salt`.
+    None, or how many alternatives to report beside the token that was chosen; `prompt_logprobs` is the same for the
+    tokens of the prompt. `constraint` says which tokens may come next; it is this request's own. What is computed is
+    shared only with requests of the same `cache_salt`.
     """
 
     token_ids: tuple[int, ...]
@@ -73,23 +74,37 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     end_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     cache_salt: bytes = b""
+
+
+class TokenScores(NamedTuple):
+    """Natural log-probabilities [N] of N tokens that follow each other, each after those before it, and of the k
+    likeliest in its place, best first: their ids [N, k] and log-probabilities [N, k]. On the CPU, float32 and int64.
+    """
+
+    logprobs: Tensor
+    best_ids: Tensor
+    best_logprobs: Tensor
 
 
 @dataclass(frozen=True)
 class TokenEvent:
     """One new token of request `request_id`; log-probabilities are natural and of the unfiltered distribution.
 
-    `cached_tokens` of the prompt had been computed before, for this or another request.
+    `cached_tokens` of the prompt had been computed before, for this or another request. The first event has the
+    scores of the prompt's tokens, all but the first, if they were asked for. The only event of a request for no new
+    tokens has no token.
     """
 
     request_id: int
-    token_id: int
+    token_id: int | None
     finish_reason: FinishReason | None = None
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
     cached_tokens: int = 0
+    prompt_scores: tuple[TokenScores, ...] = ()
 
 
 @dataclass(frozen=True)

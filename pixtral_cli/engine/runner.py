@@ -1,20 +1,33 @@
-"""Pieces of sequences in, logits out: flattens them into one forward pass. Knows no scheduling and no sampling."""
+"""Pieces of sequences in, logits out: flattens them into one forward pass. Knows no scheduling and chooses no token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pixtral_cli.engine import sampler
 from pixtral_cli.engine.features import PictureFeatures
+from pixtral_cli.engine.request import TokenScores
 from pixtral_cli.engine.scheduler import Piece
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
 from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.threads import threads_for
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
+SCORED_ROWS = 64
+"""Logits of the tokens of prompts are made and let go of for so many at a time: 32 MiB with 131,072 tokens."""
+
+
+class Computed(NamedTuple):
+    """Float32 logits [N, V], and the scores that pieces give to the tokens of their prompts, by sequence id."""
+
+    logits: Tensor
+    scores: dict[int, TokenScores]
 
 
 def rounded_rows(rows: int) -> int:
@@ -37,18 +50,19 @@ class Runner:
         self.exact = exact
 
     @torch.inference_mode()
-    def run(self, pieces: list[Piece]) -> Tensor:
-        """Compute the pieces -> float32 logits [pieces that complete their sequence, vocab_size], in order."""
+    def run(self, pieces: list[Piece]) -> Computed:
+        """Compute the pieces -> float32 logits [pieces that complete their sequence, vocab_size], in order; scores."""
         if not self.exact:
-            completing = sum(piece.completes for piece in pieces)
-            return self._pass(pieces, rounded_rows(sum(piece.tokens for piece in pieces)))[:completing]
+            logits, scores = self._pass(pieces, rounded_rows(sum(piece.tokens for piece in pieces)))
+            return Computed(logits[: sum(piece.completes for piece in pieces)], scores)
         decoding = [piece for piece in pieces if piece.sequence.answering]
         groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
-        logits = [self._pass(group, EXACT_ROWS)[_completing(group)] for group in groups]
-        logits += [self._pass([piece]) for piece in pieces if not piece.sequence.answering]
-        return torch.cat(logits)
+        logits = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
+        prompts = [self._pass([piece]) for piece in pieces if not piece.sequence.answering]
+        scores = {request_id: told for prompt in prompts for request_id, told in prompt.scores.items()}
+        return Computed(torch.cat(logits + [prompt.logits for prompt in prompts]), scores)
 
-    def _pass(self, pieces: list[Piece], rows: int = 0) -> Tensor:
+    def _pass(self, pieces: list[Piece], rows: int = 0) -> Computed:
         """One forward pass, padded to `rows` tokens; the logits of padding come last."""
         device = self.model.device
         x = torch.cat([self._embed(piece) for piece in pieces])
@@ -60,8 +74,33 @@ class Runner:
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
         spans = [piece.sequence.span(piece.tokens) for piece in pieces]
-        hidden = self.model(x, positions, AttendPaged(self.model.config.text, self.kv_cache, spans, device))
-        return self.model.logits(hidden[wanted])
+        text = self.model.config.text
+        with threads_for(len(x) * text.multiplications_per_token):
+            hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
+            logits = self.model.logits(hidden[wanted])
+        scores = {
+            piece.sequence.id: self._scores(piece, hidden[end - piece.tokens : end])
+            for end, piece in zip(ends, pieces, strict=True)
+            if piece.sequence.unscored(piece.tokens)
+        }
+        return Computed(logits, scores)
+
+    def _scores(self, piece: Piece, hidden: Tensor) -> TokenScores:
+        """Of the prompt's tokens that come after those of `hidden` [tokens of the piece, C]."""
+        sequence = piece.sequence
+        places, alternatives = sequence.unscored(piece.tokens), sequence.request.prompt_logprobs or 0
+        blocks = []
+        for start in range(places.start, places.stop, SCORED_ROWS):
+            end = min(start + SCORED_ROWS, places.stop)
+            following = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=hidden.device)
+            logits = self._few_logits(hidden[start - sequence.computed : end - sequence.computed])
+            blocks.append(sampler.score(logits, following, alternatives))
+        return TokenScores(*map(torch.cat, zip(*blocks, strict=True)))
+
+    def _few_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden [N, C], computed in one of a few sizes."""
+        padding = hidden.new_zeros(rounded_rows(len(hidden)) - len(hidden), hidden.shape[1])
+        return self.model.logits(torch.cat([hidden, padding]))[: len(hidden)]
 
     def _positions(self, piece: Piece) -> Tensor:
         start = piece.sequence.computed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.request import Sampling, TokenScores
 from pixtral_cli.errors import BrokenLogits
 
 if TYPE_CHECKING:
@@ -116,6 +116,13 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
         return logits
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
+
+
+def score(logits: Tensor, token_ids: Tensor, alternatives: int) -> TokenScores:
+    """Of the tokens [N] that came after float32 logits [N, V], and of the likeliest `alternatives`."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(alternatives, logits.shape[-1]))
+    return TokenScores(logprobs.gather(-1, token_ids[:, None])[:, 0].cpu(), best.indices.cpu(), best.values.cpu())
 
 
 def logprob(logits: Tensor, token_id: int, alternatives: int) -> tuple[float, tuple[tuple[int, float], ...]]:

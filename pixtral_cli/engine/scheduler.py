@@ -108,7 +108,7 @@ class Scheduler:
 
     def _awaits_another(self, sequence: Sequence) -> bool:
         """Whether the next page that it needs is being computed for another: then it is cheaper to wait for it."""
-        keys = sequence.page_keys.keys
+        keys = sequence.page_keys.keys[: sequence.shareable // PAGE]
         known = len(self.table.known(keys))
         if known == len(keys):
             return False
@@ -117,8 +117,8 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> bool:
         """Give it the pages of its whole prompt, those that are known already shared; False if there is no room."""
-        known_at_most = sequence.prompt_length if self.exact else len(sequence.token_ids)
-        known = self.table.known(sequence.page_keys.keys)[: (known_at_most - 1) // PAGE]
+        most = min(sequence.shareable, sequence.prompt_length - 1) if self.exact else sequence.shareable
+        known = self.table.known(sequence.page_keys.keys)[: most // PAGE]
         if self.exact:
             known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
         self.table.share(known)

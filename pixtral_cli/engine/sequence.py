@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from pixtral_cli.engine.pages import PageKeys
-from pixtral_cli.engine.request import FinishReason, Request
+from pixtral_cli.engine.request import FinishReason, Request, TokenScores
 from pixtral_cli.model.kv_cache import PAGE, Span
 
 
 class Sequence:
     """`token_ids` is the prompt and all that came after it; the first `computed` of them have keys and values.
 
-    It ends after `max_tokens` new tokens at the latest.
+    It ends after `max_tokens` new tokens at the latest. Of the prompt, `scored` tokens have what was asked of them.
     """
 
     def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int) -> None:
@@ -25,6 +25,8 @@ class Sequence:
         self.pages: list[int] = []
         self.computed = 0
         self.cached_tokens = 0
+        self.scored = self.prompt_length if request.prompt_logprobs is None else 1  # nothing comes before the first
+        self.scores: list[TokenScores] = []
         self.prefilling = True
         self.turn = 0  # of prefilling: the step after the last in which it had one, or that in which it entered
         self.random = torch.Generator()
@@ -48,6 +50,16 @@ class Sequence:
         return self.computed >= self.prompt_length
 
     @property
+    def shareable(self) -> int:
+        """Tokens of which the keys and values are enough: to score one, the logits of the one before it are needed."""
+        return self.scored - 1 if self.scored < self.prompt_length else len(self.token_ids) - 1
+
+    def unscored(self, tokens: int) -> range:
+        """Of the next `tokens` pending tokens, the places of those whose logits score the next one of the prompt."""
+        end = min(self.computed + tokens, self.prompt_length - 1)
+        return range(max(self.computed, self.scored - 1), end)
+
+    @property
     def generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
@@ -62,6 +74,16 @@ class Sequence:
         self.prefilling = self.pending > 0
         self.page_keys.extend(self.token_ids, self.computed // PAGE)
         return range(full, self.computed // PAGE)
+
+    def score(self, scores: TokenScores) -> None:
+        """Take the scores of the prompt's next tokens; they are kept when it restarts."""
+        self.scores.append(scores)
+        self.scored += len(scores.logprobs)
+
+    def take_scores(self) -> tuple[TokenScores, ...]:
+        """All of the prompt's, once."""
+        scores, self.scores = tuple(self.scores), []
+        return scores
 
     def append(self, token_id: int) -> None:
         """Take the token that was chosen."""

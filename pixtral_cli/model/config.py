@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pixtral_cli.errors import ModelError
+from weights_cache.errors import FETCH_AGAIN
 
 VISION_ARCHITECTURES = ("LlavaForConditionalGeneration",)
 TEXT_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM")
@@ -81,6 +82,12 @@ class TextConfig:
     def kv_numbers_per_token(self) -> int:
         """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def multiplications_per_token(self) -> int:
+        """Of its matrices' weights with one token, the head's left out."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ class Fields:
         """Raise ModelError: the field `should` be something else."""
         raise ModelError(
             f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {should}.",
-            hint="Fetch the model again with --force-download, or mend its config.json.",
+            hint=f"{FETCH_AGAIN}, or mend its config.json.",
         )
 
     def size(self, key: str, absent: int | None = None) -> int:
@@ -266,7 +273,12 @@ def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 def _feature_layer(layer: Any, layers: int) -> int:
-    """Number of layers to run for `vision_feature_layer`, which indexes [after ln_pre, layer 1, … layer n]."""
+    """Number of layers to run for `vision_feature_layer`, which indexes [after ln_pre, layer 1, … layer n].
+
+    A list of one layer is that layer; transformers puts the features of several side by side.
+    """
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
     if isinstance(layer, bool) or not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
         Fields({"vision_feature_layer": layer}, {}).wrong("vision_feature_layer", f"should index {layers} layers")
     return layer % (layers + 1)

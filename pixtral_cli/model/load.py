@@ -21,10 +21,10 @@ from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.int4 import Int4
+from weights_cache.names import HEAD
 from weights_cache.nf4 import NF4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
 
@@ -49,7 +49,7 @@ def load(
         done += checkpoint.tensors[name].nbytes
         if progress is not None:
             progress("Loading", done, total)
-    if config.text.tied_embeddings:
+    if HEAD not in names:
         _tie(model)
     return model.requires_grad_(False).eval()
 
@@ -61,9 +61,12 @@ def empty(config: ModelConfig) -> Llava:
 
 
 def check_names(model: Llava, checkpoint: Checkpoint) -> list[str]:
-    """The tensors that the model is made of, in its order; raises as `load` when the checkpoint has others."""
+    """The tensors that the model is made of, in its order; raises as `load` when the checkpoint has others.
+
+    A head of its own counts, whatever the config says of tied ones (as in transformers since 5.24).
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if model.config.text.tied_embeddings:
+    if model.config.text.tied_embeddings and HEAD not in checkpoint.tensors:
         del shapes[HEAD]
     check_tensors(shapes, checkpoint)
     return list(shapes)
@@ -126,11 +129,11 @@ def _tie(model: Llava) -> None:
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
-    """Every tensor there, none left over, each of its shape. A tied model's own lm_head is passed over."""
+    """Every tensor there, none left over, each of its shape."""
     tensors, where = checkpoint.tensors, next(iter(checkpoint.weight_paths), checkpoint.folder)
     if missing := [name for name in shapes if name not in tensors]:
         raise TensorsMissing(missing, where)
-    if unexpected := [name for name in tensors if name not in shapes and name != HEAD]:
+    if unexpected := [name for name in tensors if name not in shapes]:
         raise TensorsUnexpected(unexpected, where)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

@@ -54,6 +54,8 @@ def load(written: Mapping[str, Any]) -> Tokenizer:
     """
     kinds: dict[str, Callable[[_Vocabulary], tokenizers.Tokenizer]] = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = written.get("model")
+    if kind is None:
+        _refuse("does not say of which kind it is: the key tokenizer.ggml.model is missing")
     if kind not in kinds:
         _refuse(f"is of the kind {str(kind)[:60]!r}, and {' and '.join(kinds)} are known")
     vocabulary = _Vocabulary(written)
@@ -71,12 +73,6 @@ def load(written: Mapping[str, Any]) -> Tokenizer:
         vocabulary.control("eos_token_id"),
         adds_bos=adds_bos if isinstance(adds_bos, bool) else kind == "llama" or written.get("pre") != "gpt-2",
     )
-
-
-def template(written: Mapping[str, Any]) -> str | None:
-    """The chat template, if the file has one."""
-    found = written.get("chat_template")
-    return found if isinstance(found, str) else None
 
 
 class _Vocabulary:
@@ -106,6 +102,8 @@ class _Vocabulary:
 
 def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     split = vocabulary.written.get("pre")
+    if split is None:
+        _refuse("does not say how it splits text: the key tokenizer.ggml.pre is missing")
     if split not in SPLITS:
         _refuse(f"splits text the way of {str(split)[:60]!r}, and {', '.join(SPLITS)} are known")
     pattern, whole = SPLITS[split]

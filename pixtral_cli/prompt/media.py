@@ -30,6 +30,7 @@ MAX_PIXELS = 178_000_000
 KEPT_PIXELS = 4_000_000
 """A picture of no more is kept as it is decoded: 16 MB. To decode one of 12 million again takes a tenth of a second."""
 MAX_PIPE_BYTES = 256 * 2**20
+ADDRESS = re.compile(r"\s*(data|file|https?):", re.IGNORECASE)
 OTHER_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 STDIN = "-"
@@ -132,7 +133,13 @@ def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
     return _path(Path(source), name)
 
 
+def without_blanks(source: str) -> str:
+    """An address without the blanks around it; the name of a file keeps them."""
+    return source.strip() if ADDRESS.match(source) else source
+
+
 def _named(source: str, name: str, fetch: Fetch) -> BinaryIO:
+    source = without_blanks(source)
     scheme = source[:8].partition(":")[0].lower()
     if scheme in ("http", "https"):
         return BytesIO(fetch(source))

@@ -2,177 +2,129 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
+from pixtral_cli.prompt.conversation import Chunk, Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import InvalidMessages
-from pixtral_cli.prompt.tools import NAME, NAME_RULE, ToolCall, fitting_id
+from pixtral_cli.prompt.media import without_blanks
+from pixtral_cli.prompt.tools import NAME, NAME_RULE, ToolCall, as_json, fitting_id
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-JOIN = "\n\n"
-"""Stands between texts that are put together, as in mistral-common's `normalize.py`."""
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    source: Any
-    """A path, an http(s) or file address, a data: URI, "-" (standard input), bytes, or a PIL.Image."""
-
-
-Chunk = Text | Picture
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+TEXTS = {"text": ("text", "content"), "refusal": ("refusal",)}
+PICTURES = {"image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
+"""The type of a part -> the keys under which its text or picture may stand, as OpenAI and transformers have them."""
+GIVE_RESULTS = "Give the result of each call in a message of the role tool, or leave the calls out."
 
 
-@dataclass(frozen=True)
-class Message:
-    role: str
-    chunks: tuple[Chunk, ...]
-    is_string: bool = True
-    """Whether `content` was a string and not a list: some templates tell the two apart."""
-    tool_calls: tuple[ToolCall, ...] = ()
-    """What an assistant asked for; the ids are nine letters or digits, whatever the client's were."""
-    answers: str = ""
-    """The id of the call whose result a tool's message is."""
-    name: str = ""
-    """The name that a tool's message gives, if it does."""
+def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
+    """Check OpenAI-style messages; a Conversation is returned as it is.
 
-    @property
-    def text(self) -> str:
-        """Its texts, joined by a blank line."""
-        return JOIN.join(chunk.text for chunk in self.chunks if isinstance(chunk, Text))
+    Roles are system (or developer), user, assistant and tool. `content` is a string or a list of strings and of parts:
+    ``{"type": "text", "text": …}`` (or "content", as in transformers' examples), ``{"type": "refusal", "refusal": …}``,
+    ``{"type": "image_url", "image_url": {"url": …} | …}`` and ``{"type": "image", KEY: …}`` with the key image, url,
+    path or base64. The user's messages and those of tools can hold pictures. Other keys, such as a message's `name` or
+    a part's `cache_control`, change nothing.
 
-    @property
-    def has_pictures(self) -> bool:
-        return any(isinstance(chunk, Picture) for chunk in self.chunks)
+    An assistant's content can be null or absent beside `tool_calls`, ``[{"id": …, "type": "function", "function":
+    {"name": …, "arguments": JSON text or object}}]``, and beside a `refusal`, which then is its text. A tool's message
+    says by `tool_call_id` which call it answers. The older `function_call` of an assistant is a call as well, and the
+    role function, by its `name`, gives the result of the latest call of that function.
 
-
-@dataclass(frozen=True)
-class Conversation:
-    messages: tuple[Message, ...]
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """Every picture, in the order of the messages."""
-        return [chunk for message in self.messages for chunk in message.chunks if isinstance(chunk, Picture)]
-
-    @property
-    def has_tool_turns(self) -> bool:
-        """Whether tools were called in it."""
-        return any(message.tool_calls or message.role == "tool" for message in self.messages)
-
-    def merged(self, *, apart: Sequence[str] = ()) -> Conversation:
-        """Consecutive messages of one role become one, their texts joined by a blank line; not the roles `apart`.
-
-        Nor the results of tools, each of which answers a call of its own.
-        """
-        result: list[Message] = []
-        for message in self.messages:
-            if result and result[-1].role == message.role and message.role not in ("tool", *apart):
-                result[-1] = _join(result[-1], message)
-            else:
-                result.append(message)
-        return Conversation(tuple(result))
-
-    def system_first(self) -> Conversation:
-        """Every system text in one leading message, then turns that begin with the user's."""
-        system = [message for message in self.messages if message.role == "system"]
-        turns = [message for message in self.messages if message.role != "system"]
-        return Conversation((*system, *user_first(turns))).merged()
-
-
-def user_first(turns: list[Message]) -> list[Message]:
-    """The turns, after an empty one of the user's if they begin with another's."""
-    return turns if turns and turns[0].role == "user" else [Message("user", (Text(""),)), *turns]
-
-
-def parse(messages: Sequence[dict[str, Any]]) -> Conversation:
-    """Check OpenAI-style messages.
-
-    Roles are system (or developer), user, assistant and tool. `content` is a string or a list of strings and of
-    ``{"type": "text", "text": …}``, ``{"type": "image_url", "image_url": {"url": …} | …}``,
-    ``{"type": "image", "image": PIL.Image | …}`` and ``{"type": "image", "url": …}``. An assistant's can be null or
-    absent beside `tool_calls`, ``[{"id": …, "type": "function", "function": {"name": …, "arguments": JSON text or
-    object}}]``; a tool's message says by `tool_call_id` which of them it answers.
+    A last message of the assistant's is to be continued, with or without ``"prefix": true``. No message needs to be
+    the user's: one of the system alone is a conversation.
 
     Raises:
         InvalidMessages: names the entry that is wrong, e.g. ``messages[2].content[1]``.
     """
+    if isinstance(messages, Conversation):
+        return messages
     if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
         raise InvalidMessages("messages", f"should be a list of messages, not {_kind(messages)}")
-    parsed = tuple(_message(entry, f"messages[{index}]") for index, entry in enumerate(messages))
-    _check_turns(parsed)
-    return Conversation(parsed)
-
-
-def _check_turns(messages: Sequence[Message]) -> None:
-    if not messages:
+    parsed: list[Message] = []
+    for index, entry in enumerate(messages):
+        parsed.append(_message(entry, f"messages[{index}]", parsed))
+    if not parsed:
         raise InvalidMessages("messages", "the list is empty", "Give at least one user message.")
-    if all(message.role != "user" for message in messages):
-        raise InvalidMessages("messages", "no message has the role user")
-    if messages[-1].role == "assistant":
-        where = f"messages[{len(messages) - 1}]"
-        raise InvalidMessages(where, "the last message is the assistant's, so there is nothing left to answer")
-    _check_results(messages)
+    if parsed[-1].tool_calls:
+        raise InvalidMessages(f"messages[{len(parsed) - 1}]", "the last message's calls have no results", GIVE_RESULTS)
+    return Conversation(tuple(parsed))
 
 
-def _check_results(messages: Sequence[Message]) -> None:
-    called: set[str] = set()
-    for index, message in enumerate(messages):
-        called.update(call.id for call in message.tool_calls)
-        if message.role == "tool" and message.answers not in called:
-            raise InvalidMessages(f"messages[{index}].tool_call_id", "no message before it makes a call of that id")
-
-
-def _message(entry: Any, where: str) -> Message:
+def _message(entry: Any, where: str, before: Sequence[Message]) -> Message:
     if not isinstance(entry, dict):
         raise InvalidMessages(where, f"should be an object with role and content, not {_kind(entry)}")
     role = entry.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise InvalidMessages(where, f"the role should be system, user, assistant or tool, not {role!r}")
-    calls = _calls(entry.get("tool_calls"), role, where)
-    content = entry.get("content")
-    chunks = _content("" if content is None and calls else content, where)
-    message = Message(ROLES[role], *chunks, calls, *(_answered(entry, where) if role == "tool" else ()))
-    if message.has_pictures and message.role != "user":
-        raise InvalidMessages(where, f"only user messages can hold pictures, not {message.role} messages")
+        raise InvalidMessages(where, f"the role should be system, user, assistant or tool, not {_quoted(role)}")
+    calls = _calls(entry, role, where)
+    chunks = _content(_said(entry, role, calls), where)
+    answered = _answered(entry, where, before) if ROLES[role] == "tool" else ()
+    message = Message(ROLES[role], *chunks, calls, *answered)
+    if message.has_pictures and message.role not in ("user", "tool"):
+        raise InvalidMessages(where, f"only messages of users and tools can hold pictures, not {message.role} messages")
     return message
 
 
-def _calls(calls: Any, role: str, where: str) -> tuple[ToolCall, ...]:
-    if not calls:
+def _said(entry: dict[str, Any], role: str, calls: tuple[ToolCall, ...]) -> Any:
+    """The content; where an assistant's is null, its refusal, or nothing beside calls."""
+    content = entry.get("content")
+    if content is not None or role != "assistant":
+        return content
+    refusal = entry.get("refusal")
+    return "" if refusal is None and calls else refusal
+
+
+def _calls(entry: dict[str, Any], role: str, where: str) -> tuple[ToolCall, ...]:
+    calls, older = entry.get("tool_calls"), entry.get("function_call")
+    if not calls and not older:
         return ()
     if role != "assistant":
         raise InvalidMessages(where, f"only the assistant makes tool calls, not the {role}")
+    if not calls:
+        place = f"{where}.function_call"
+        return (_call({"id": place, "function": older}, place, place),)
     if not isinstance(calls, list | tuple):
         raise InvalidMessages(f"{where}.tool_calls", f"should be a list, not {_kind(calls)}")
-    return tuple(_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls))
+    places = (f"{where}.tool_calls[{index}]" for index in range(len(calls)))
+    return tuple(_call(call, place, f"{place}.function") for call, place in zip(calls, places, strict=True))
 
 
-def _call(call: Any, where: str) -> ToolCall:
+def _call(call: Any, where: str, function_where: str) -> ToolCall:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or call.get("type", "function") != "function":
+    if not isinstance(function, dict) or call.get("type") not in (None, "function"):
         raise InvalidMessages(where, 'should be an object with id, the type "function", and function')
-    name, arguments = function.get("name"), function.get("arguments", "")
+    name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InvalidMessages(f"{where}.function.name", f"should be {NAME_RULE}")
-    if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    if not isinstance(arguments, str):
-        raise InvalidMessages(f"{where}.function.arguments", "should be JSON text or an object")
-    return ToolCall(_id(call, "id", where), name, arguments)
+        raise InvalidMessages(f"{function_where}.name", f"should be {NAME_RULE}")
+    text = "" if arguments is None else as_json(arguments) if isinstance(arguments, dict) else arguments
+    if not isinstance(text, str):
+        raise InvalidMessages(f"{function_where}.arguments", "should be JSON text or an object")
+    return ToolCall(_id(call, "id", where), name, text)
 
 
-def _answered(entry: dict[str, Any], where: str) -> tuple[str, str]:
+def _answered(entry: dict[str, Any], where: str, before: Sequence[Message]) -> tuple[str, str]:
+    """The id of the call whose result this is, and the name that is given."""
     name = entry.get("name") or ""
     if not isinstance(name, str):
         raise InvalidMessages(f"{where}.name", f"should be a string, not {_kind(name)}")
-    return _id(entry, "tool_call_id", where), name
+    calls = [call for message in before for call in message.tool_calls]
+    if entry["role"] == "function":
+        id = next((call.id for call in reversed(calls) if call.name == name), None)
+        if id is None:
+            raise InvalidMessages(f"{where}.name", "no message before it calls a function of that name")
+        return id, name
+    id = _id(entry, "tool_call_id", where)
+    if all(call.id != id for call in calls):
+        raise InvalidMessages(f"{where}.tool_call_id", "no message before it makes a call of that id")
+    return id, name
 
 
 def _id(entry: dict[str, Any], key: str, where: str) -> str:
@@ -196,40 +148,41 @@ def _chunk(part: Any, where: str) -> Chunk:
     if not isinstance(part, dict):
         raise InvalidMessages(where, f"should be an object with a type, not {_kind(part)}")
     kind = part.get("type")
-    if kind == "text":
-        return _text(part.get("text"), where)
-    if kind == "image_url":
-        return _picture(part.get("image_url"), where, "image_url")
-    if kind == "image":
-        key = next((key for key in ("image", "url", "path") if part.get(key) is not None), "image")
-        return _picture(part.get(key), where, key)
-    raise InvalidMessages(where, f"the type should be text, image_url or image, not {kind!r}")
+    if isinstance(kind, str) and kind in TEXTS:
+        return _text(*_first(part, TEXTS[kind]), where)
+    if isinstance(kind, str) and kind in PICTURES:
+        return _picture(*_first(part, PICTURES[kind]), where)
+    raise InvalidMessages(where, f"the type should be text, image_url or image, not {_quoted(kind)}")
 
 
-def _text(text: Any, where: str) -> Text:
+def _first(part: dict[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
+    """The first of `keys` that has a value, and that."""
+    key = next((key for key in keys if part.get(key) is not None), keys[0])
+    return key, part.get(key)
+
+
+def _text(key: str, text: Any, where: str) -> Text:
     if not isinstance(text, str):
-        raise InvalidMessages(where, f"text should be a string, not {_kind(text)}")
+        raise InvalidMessages(where, f"{key} should be a string, not {_kind(text)}")
     return Text(text)
 
 
-def _picture(source: Any, where: str, key: str) -> Picture:
+def _picture(key: str, source: Any, where: str) -> Picture:
     if isinstance(source, dict):
         source = source.get("url")
     is_image = hasattr(source, "convert") and hasattr(source, "size")
     if not (isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") or is_image) or source in ("", b""):
         raise InvalidMessages(where, f"{key} should be a path, an address, bytes or a picture, not {_kind(source)}")
-    return Picture(source)
+    if isinstance(source, str):
+        source = without_blanks(source)
+        if key == "base64" and not source.startswith("data:"):
+            source = f"data:;base64,{source}"
+    return Picture(source, where)
 
 
-def _join(first: Message, second: Message) -> Message:
-    chunks = list(first.chunks)
-    rest = list(second.chunks)
-    if chunks and rest and isinstance(chunks[-1], Text) and isinstance(rest[0], Text):
-        chunks[-1] = Text(JOIN.join(text for text in (chunks[-1].text, rest.pop(0).text) if text))
-    calls = first.tool_calls + second.tool_calls
-    return replace(
-        first, chunks=(*chunks, *rest), is_string=first.is_string and second.is_string, tool_calls=calls
-    )
+def _quoted(value: Any) -> str:
+    """A short word as it is, else what kind of value it is."""
+    return repr(value) if isinstance(value, str) and 0 < len(value) <= 60 else _kind(value)
 
 
 def _kind(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 Source: mistral-common `protocol/instruct/normalize.py` and `tokens/tokenizers/instruct.py`. V3 (Pixtral-12B, NeMo)
 writes the system text into the last user turn; V7 and later have a turn for it. Tools stand before the last user turn,
-from V13 on before the first. How calls are written is in `tool_calls.py`.
+from V13 on before the first. How calls are written is in `tool_calls.py`. An assistant's last turn is continued: it
+has no end, as with mistral-common's `prefix`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from pixtral_cli.prompt.messages import JOIN, Chunk, Conversation, Message, Picture, Text, user_first
+from pixtral_cli.prompt.conversation import JOIN, Chunk, Conversation, Message, Picture, Text, user_first
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, ToolCall, value_of
 
 NEEDED = ("[INST]", "[/INST]")
 FOR_TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+PIXTRAL = 3
 SYSTEM_TURNS = 7
 NAMED_CALLS = 11
 TOOLS_FIRST = 13
 TEXTS_TOUCH = 15
-"""The first versions with system turns, with calls that are no JSON list and results in the order of their calls, with
-tools before the first user turn and calls without ids, and with nothing between the texts of one message."""
+RESULTS_SHOW = 15
+"""Pixtral's version, and the first ones with system turns, with calls that are no JSON list and results in the order of
+their calls, with tools before the first user turn and calls without ids, with nothing between the texts of one message,
+and with pictures in results."""
 
 
 def knows_tools(tokenizer: Tokenizer) -> bool:
@@ -38,16 +42,29 @@ def can_chat(tokenizer: Tokenizer) -> bool:
     return all(name in tokenizer.controls for name in NEEDED) and tokenizer.eos_id is not None
 
 
+def version_of(template: str | None, written: int | None) -> int:
+    """The version of the rules: what the checkpoint's template shows, else `written` in tekken.json, else Pixtral's.
+
+    A template shows it by the way in which it writes system texts. The vocabulary tells nothing: mistral-common names
+    the control tokens of V7 in those of V3 as well. Pixtral-12B, NeMo, Ministral-8B and the 7B models are V3; later
+    models come with a tekken.json or a template.
+    """
+    if template is None or "system" not in template.lower():
+        return written or PIXTRAL
+    return max(SYSTEM_TURNS, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
+
+
 @dataclass
 class NativeRules:
     """Mistral's chat rules of one version, with a tokenizer."""
 
     tokenizer: Tokenizer
+    template: str | None = None
+    """A template that came with the model, which these rules stand in for: it tells their version."""
 
     @property
     def version(self) -> int:
-        """What tekken.json says; elsewhere, whether there are control tokens for a system turn."""
-        return self.tokenizer.version or (7 if "[SYSTEM_PROMPT]" in self.tokenizer.controls else 3)
+        return version_of(self.template, self.tokenizer.version)
 
     @property
     def call_form(self) -> CallForm:
@@ -58,22 +75,30 @@ class NativeRules:
             return "list"
         return "named with id" if self.version < TOOLS_FIRST else "named"
 
+    def arranged(self, conversation: Conversation) -> Conversation:
+        """The turns, pictures included, in the order in which they are written."""
+        if self.version < RESULTS_SHOW:
+            conversation = conversation.pictures_after_results()
+        turns = conversation.merged(apart=("system",)).messages
+        return Conversation(tuple(_results_in_order(turns) if self.version >= NAMED_CALLS else turns))
+
     def encode(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids up to where the answer begins; every picture is one image token."""
         ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        turns = conversation.merged(apart=("system",)).messages
+        turns = list(self.arranged(conversation).messages)
         system = ""
         if self.version < SYSTEM_TURNS:
-            system = JOIN.join(turn.text for turn in turns if turn.role == "system" and turn.text)
+            texts = [self._joined(turn.chunks) for turn in turns if turn.role == "system"]
+            system = JOIN.join(text for text in texts if text)
             turns = user_first([turn for turn in turns if turn.role != "system"])
-        if self.version >= NAMED_CALLS:
-            turns = _results_in_order(turns)
-        users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+        elif tools and all(turn.role != "user" for turn in turns):  # tools stand before one
+            turns = [*turns[: turns[0].role == "system"], *user_first(turns[turns[0].role == "system" :])]
+        users = [index for index, turn in enumerate(turns) if turn.role == "user"] or [-1]
         for index, turn in enumerate(turns):
             if index == users[0 if self.version >= TOOLS_FIRST else -1]:
                 ids += self._tools(tools)
             ids += self._turn(turn, system if index == users[-1] else "")
-        return ids
+        return ids[:-1] if conversation.is_continued else ids
 
     def _tools(self, tools: Sequence[Tool]) -> list[int]:
         if not tools or not knows_tools(self.tokenizer):
@@ -82,9 +107,9 @@ class NativeRules:
 
     def _turn(self, turn: Message, system: str) -> list[int]:
         if turn.role == "system":
-            return self._between("[SYSTEM_PROMPT]", self._text(turn.text), "[/SYSTEM_PROMPT]")
+            return self._between("[SYSTEM_PROMPT]", self._text(self._joined(turn.chunks)), "[/SYSTEM_PROMPT]")
         if turn.role == "assistant":
-            said = [*self._text(turn.text.rstrip(" ")), *self._calls(turn.tool_calls)]
+            said = [*self._text(self._joined(turn.chunks).rstrip(" ")), *self._calls(turn.tool_calls)]
             return [*said, self.tokenizer.eos_id]  # type: ignore[list-item]
         if turn.role == "tool":
             return self._between("[TOOL_RESULTS]", self._result(turn), "[/TOOL_RESULTS]")
@@ -116,7 +141,7 @@ class NativeRules:
             return self._json({"content": value_of(text), "call_id": turn.answers})
         if self.version < TOOLS_FIRST:
             return [*self._text(turn.answers), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
-        return self._text(text)
+        return self._in_pieces(self._pieces(turn.chunks)) if turn.has_pictures else self._text(text)
 
     def _json(self, value: Any) -> list[int]:
         return self._text(json.dumps(value, ensure_ascii=False))
@@ -126,19 +151,23 @@ class NativeRules:
         lead = system + JOIN if system else ""
         if not turn.has_pictures:
             return self._text(lead + self._joined(turn.chunks))
-        return self._text(lead) + [id for chunk in self._pieces(turn) for id in self._chunk(chunk)]
+        pieces = self._pieces(turn.chunks)
+        if isinstance(pieces[-1], Picture) and all(isinstance(piece, Text) for piece in pieces[:-1]):
+            pieces = [pieces[-1], *pieces[:-1]]  # a single picture at the end of only texts
+        return self._text(lead) + self._in_pieces(pieces)
 
-    def _pieces(self, turn: Message) -> list[Chunk]:
-        """Neighbouring texts joined; a single picture at the end of only texts moves to the front."""
+    def _pieces(self, chunks: Iterable[Chunk]) -> list[Chunk]:
+        """The chunks with neighbouring texts joined."""
         pieces: list[Chunk] = []
-        for chunk in turn.chunks:
+        for chunk in chunks:
             if isinstance(chunk, Text) and pieces and isinstance(pieces[-1], Text):
                 pieces[-1] = Text(self._joined((pieces[-1], chunk)))
             elif chunk != Text(""):
                 pieces.append(chunk)
-        if isinstance(pieces[-1], Picture) and all(isinstance(piece, Text) for piece in pieces[:-1]):
-            return [pieces[-1], *pieces[:-1]]
         return pieces
+
+    def _in_pieces(self, pieces: Iterable[Chunk]) -> list[int]:
+        return [id for piece in pieces for id in self._chunk(piece)]
 
     def _joined(self, chunks: tuple[Chunk, ...]) -> str:
         join = "" if self.version >= TEXTS_TOUCH else JOIN

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pixtral_cli.prompt import gguf_tokenizer, media
+from pixtral_cli.prompt.conversation import Conversation
 from pixtral_cli.prompt.errors import (
     NoChatTemplate,
     PicturesMisplaced,
@@ -21,10 +22,9 @@ from pixtral_cli.prompt.errors import (
     TemplateFailed,
 )
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
-from pixtral_cli.prompt.messages import Conversation
 from pixtral_cli.prompt.native import NativeRules, can_chat, knows_tools
 from pixtral_cli.prompt.settings import Settings
-from pixtral_cli.prompt.template import ChatTemplate, find_template
+from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
@@ -57,6 +57,8 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
     """What the answer may call, in the form `call_form`."""
     call_form: CallForm = "text"
+    text: str | None = None
+    """A raw prompt as it was written."""
 
     @property
     def image_tokens(self) -> int:
@@ -143,7 +145,7 @@ class Processor:
         )
 
     def chat(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> Prompt:
-        """The prompt that asks for the next answer, in which `tools` may be called.
+        """The prompt that asks for the next answer, in which `tools` may be called, or for more of the last one.
 
         Raises:
             NoChatTemplate, TemplateFailed, PicturesUnsupported, PictureError.
@@ -151,19 +153,23 @@ class Processor:
         if self.dialect is None:
             raise NoChatTemplate
         dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_turns else self.dialect
-        images = self._prepare(picture.source for picture in conversation.pictures)
+        images = self._prepare(picture.source for picture in dialect.arranged(conversation).pictures)
         prompt = self._filled(dialect.encode(conversation, tools), images)
-        return replace(prompt, tools=tuple(tools), call_form=dialect.call_form)
+        in_text = conversation.is_continued and conversation.messages[-1].text != ""
+        return replace(prompt, answer_starts_text=not in_text, tools=tuple(tools), call_form=dialect.call_form)
 
     def _tool_dialect(self, dialect: ChatTemplate | NativeRules) -> ChatTemplate | NativeRules:
         """Mistral's own rules in place of a template that passes over tools, as Pixtral-12B's does."""
         passes_over = isinstance(dialect, ChatTemplate) and not dialect.knows_tools
-        return NativeRules(self.tokenizer) if passes_over and knows_tools(self.tokenizer) else dialect
+        return NativeRules(self.tokenizer, dialect.source) if passes_over and knows_tools(self.tokenizer) else dialect
 
     def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
-        """The prompt that continues `text`: BOS first, no template, control strings in it are text.
+        """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.
 
-        The pictures come first when the text holds no ``[IMG]``, and else take the place of each.
+        Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``: who writes
+        a raw prompt writes all of it, so texts of strangers belong in a chat, where they stay text. Each ``[IMG]``
+        stands for a picture; with pictures and no ``[IMG]`` they come first; without pictures it is text, as in a
+        page of a forum, and never an image token that has no image.
 
         Raises:
             PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
@@ -178,11 +184,19 @@ class Processor:
         if len(pieces) != len(pictures) + 1:
             raise PicturesMisplaced(len(pieces) - 1, len(pictures))
         images = self._prepare(pictures)
-        ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids: list[int] = []
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
-            ids += self.tokenizer.encode(piece, at_start=index == 0) if piece else []
-        return Prompt(ids, images, answer_starts_text=not (text or images))
+            ids += self._raw_ids(piece, at_start=not ids)
+        if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return Prompt(ids, images, answer_starts_text=not (text or images), text=text)
+
+    def _raw_ids(self, text: str, at_start: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self.tokenizer.split_controls(text, but=self.image_tokens and self.image_tokens.patch):
+            ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
+        return ids
 
     def _prepare(self, sources: Iterable[Any]) -> list[PreparedImage]:
         sources = list(sources)
@@ -233,7 +247,7 @@ def _dialect(
 ) -> ChatTemplate | NativeRules | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
     if checkpoint.form == "gguf":
-        source = gguf_tokenizer.template(written or {})
+        source = written_template((written or {}).get("chat_template"))
     else:
         source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
     if source is not None:

@@ -6,17 +6,16 @@ Its own control strings become control ids; the same strings in a user's text st
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from pixtral_cli.prompt.conversation import Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import TemplateFailed
-from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text
+from pixtral_cli.prompt.sandbox import OWN_TEXT, environment
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.tokenizer import Files, Tokenizer
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
@@ -24,8 +23,9 @@ from pixtral_cli.prompt.tools import Tool, ToolCall, texts_in, value_of
 
 Protect = Callable[[str], str]
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
-OWN_TEXT, OWN_TIMES = 2**20, 16
-"""A template may write so many characters of its own, and everything in the messages so many times."""
+OWN_TIMES = 16
+"""A template may write OWN_TEXT characters, and everything in the messages so many times."""
+MANY_WORDS = 50
 TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 CHUNK_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 CHUNK_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
@@ -34,16 +34,20 @@ BROKEN = "Fetch the model again with --force-download, or use --raw (in Python: 
 
 def find_template(file: Files) -> str | None:
     """The checkpoint's chat template: chat_template.jinja, or `chat_template` in one of its JSON files."""
-    if path := file("chat_template.jinja"):
-        return _read(path)
+    if (path := file("chat_template.jinja")) and (template := written_template(_read(path))):
+        return template
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = Settings.read(file(name)).values.get("chat_template")
-        if isinstance(template, list):  # named templates
-            default = (e for e in template if isinstance(e, dict) and e.get("name") == "default")
-            template = next(default, {}).get("template")
-        if isinstance(template, str):
+        if template := written_template(Settings.read(file(name)).values.get("chat_template")):
             return template
     return None
+
+
+def written_template(value: Any) -> str | None:
+    """The template in a setting, alone or the default among named ones; a blank one is none."""
+    if isinstance(value, list):
+        value = next((e.get("template") for e in value if isinstance(e, dict) and e.get("name") == "default"), None)
+    value = value.removeprefix("\ufeff") if isinstance(value, str) else ""
+    return value if value.strip() else None
 
 
 def _read(path: Path) -> str:
@@ -69,10 +73,11 @@ class Shield:
         self._beginnings = {control[:length] for control in controls for length in range(1, len(control))}
         self._longest = max(map(len, controls), default=1) - 1
 
-    def mark_for(self, texts: Iterable[str]) -> str:
-        """A private-use character that none of `texts` holds."""
+    def marks_for(self, texts: Iterable[str]) -> tuple[str, str]:
+        """Two private-use characters that none of `texts` holds."""
         used = set().union(*texts)
-        return next(chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        return next(free), next(free)
 
     def raise_over(self, text: str, mark: str) -> str:
         return self._first_letters.sub(rf"\g<0>{mark}", self._broken_end(text, mark))
@@ -111,28 +116,39 @@ class ChatTemplate:
     def encode(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids up to where the answer begins; every picture is one image token.
 
-        Consecutive messages of one role are put together first. If the template refuses the rest, a system message
-        in the middle moves to the front and an empty user turn precedes an answer that has none.
+        Consecutive messages of one role are put together first. If the template refuses the rest, or passes over the
+        question, other arrangements are tried: see `_arrangements`. An assistant's last message is continued.
 
         Raises:
             TemplateFailed: with what the template itself says.
         """
         described = [tool.described for tool in tools] or None
-        conversation = conversation.merged()
-        try:
-            return self._encode(conversation, described)
-        except TemplateFailed:
-            if (tidied := conversation.system_first()) == conversation:
-                raise
-            return self._encode(tidied, described)
+        refusal: TemplateFailed | None = None
+        for arranged in _arrangements(self.arranged(conversation)):
+            try:
+                return self._encode(arranged, described)
+            except TemplateFailed as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    def arranged(self, conversation: Conversation) -> Conversation:
+        """The turns as the template gets them at first: pictures of tools apart from results, which are text to it."""
+        return conversation.pictures_after_results().merged()
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
         texts = [text for message in conversation.messages for text in _texts(message)] + [*texts_in(tools)]
-        mark = self._shield.mark_for([self.source, *texts])
+        mark, end = self._shield.marks_for([self.source, *texts])
         protect = partial(self._shield.raise_over, mark=mark)
         longest = OWN_TEXT + OWN_TIMES * sum(map(len, texts))
         messages = [self._entry(message, protect) for message in conversation.messages]
-        rendered = self._render(messages, _protected(tools, protect), longest)
+        if conversation.is_continued:
+            _put_end(messages[-1], end)
+        rendered = self._render(messages, _protected(tools, protect), longest, answers=not conversation.is_continued)
+        if not _is_asked(conversation, rendered.replace(mark, "")):
+            raise TemplateFailed("The model's chat template passes over what is asked.", BROKEN)
+        if conversation.is_continued:
+            rendered = _cut_at(rendered, end)
         ids = self._forgotten_bos(rendered)
         for part in self.tokenizer.split_controls(rendered):
             if isinstance(part, int):
@@ -146,12 +162,14 @@ class ChatTemplate:
         needed = self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos)
         return [self.tokenizer.control(bos)] if needed else []
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, longest: int) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, longest: int, answers: bool
+    ) -> str:
         pieces = self._compiled.generate(
             messages=messages,
             tools=tools,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=answers,
             bos_token=self.tokenizer.bos or "",
             eos_token=self.tokenizer.eos or "",
         )
@@ -194,9 +212,54 @@ class ChatTemplate:
     @cached_property
     def _compiled(self) -> Any:
         try:
-            return _environment().from_string(self.source)
+            return environment().from_string(self.source)
         except Exception as error:  # Jinja's own, and Python's about what Jinja compiles to
             raise TemplateFailed(f"The model's chat template is broken: {reason_of(error)}.", BROKEN) from error
+
+
+def _arrangements(conversation: Conversation) -> Iterator[Conversation]:
+    """The conversation, and then what strict templates ask for, each once.
+
+    System texts move to the front and an empty user turn precedes an answer that has none; then user and assistant take
+    turns, by an empty one after a call that was denied or where the user speaks after a result. A template may want
+    every turn to say something: a space does. One without a system role gets its text in the last user turn.
+    """
+    yield conversation
+    tried = [conversation]
+    tidied = conversation.system_first()
+    for start in (tidied, tidied.system_in_user()):
+        for arranged in (start, start.alternating(""), start.alternating(" ")):
+            if arranged not in tried:
+                tried.append(arranged)
+                yield arranged
+
+
+def _is_asked(conversation: Conversation, rendered: str) -> bool:
+    """Whether a word of what is asked is in the prompt: by the last user turn, or by the system where it is blank."""
+    user = next((message for message in reversed(conversation.messages) if message.role == "user"), None)
+    words = user.text.split(None, MANY_WORDS) if user else []
+    if not words and not (user and user.has_pictures):
+        words = [word for m in conversation.messages if m.role == "system" for word in m.text.split(None, MANY_WORDS)]
+    return not words or any(word in rendered for word in words)
+
+
+def _put_end(entry: dict[str, Any], end: str) -> None:
+    """Mark where the text of a message ends, with a space after it, which a template that trims takes away."""
+    if isinstance(entry["content"], str):
+        entry["content"] += f"{end} "
+        return
+    chunks = entry["content"] or [{"type": "text", "text": "", "content": ""}]
+    text = f"{chunks[-1]['text']}{end} "
+    entry["content"] = [*chunks[:-1], {"type": "text", "text": text, "content": text}]
+
+
+def _cut_at(rendered: str, end: str) -> str:
+    """What stands before the mark, trimmed if the template trims: transformers' `continue_final_message`."""
+    before, found, after = rendered.rpartition(end)
+    if not found:
+        raise TemplateFailed("The model's chat template passes over the text that is to be continued.", BROKEN)
+    before = before.replace(end, "")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _joined(pieces: Iterable[str], longest: int) -> str:
@@ -246,66 +309,3 @@ def _protected(value: Any, protect: Protect) -> Any:
     if isinstance(value, dict):
         return {_protected(key, protect): _protected(entry, protect) for key, entry in value.items()}
     return [_protected(entry, protect) for entry in value] if isinstance(value, list) else value
-
-
-def _environment() -> Any:
-    """Jinja as chat templates are written for: what transformers gives them, without more."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Environment(ImmutableSandboxedEnvironment):
-        """In which a few characters of arithmetic cannot fill the memory."""
-
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _refuse_giant(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    return environment
-
-
-def _refuse_giant(operator: str, left: Any, right: Any) -> None:
-    """Raise OverflowError for a product or power of more than OWN_TEXT letters, items or bits."""
-    sizes = [value.bit_length() if isinstance(value, int) else 1 for value in (left, right)]
-    if operator == "**":
-        size = sizes[0] * right if isinstance(right, int) else 0
-    else:
-        times = next((value for value in (left, right) if isinstance(value, int)), 0)
-        size = sum(sizes) + max((len(v) * times for v in (left, right) if hasattr(v, "__len__")), default=0)
-    if size > OWN_TEXT:
-        raise OverflowError(f"it calculates something of more than {OWN_TEXT:,} characters")
-
-
-def _generation_tag() -> type:
-    """``{% generation %}…{% endgeneration %}``, which some templates put around answers, shows its body."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    return Generation
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-_strftime_now: Callable[[str], str] = lambda form: datetime.now().strftime(form)  # noqa: E731

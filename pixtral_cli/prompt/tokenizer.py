@@ -1,7 +1,7 @@
 """Text in, token ids out, and ids back to bytes; knows no messages and no templates.
 
 A control string in text is text: only `control` and `split_controls` give control ids, and only a template's
-own words go through the latter.
+own words and raw prompts go through the latter.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,17 +132,26 @@ class Tokenizer:
         piece = self.text_model.id_to_token(token_id)
         return b"" if piece is None else self._spelling[0](piece)
 
+    def label(self, token_id: int) -> str:
+        """What a token shows as by itself: a control token by its name, half a character as U+FFFD."""
+        control = self._control_of.get(token_id)
+        return control.text if control else self.token_bytes(token_id).decode("utf-8", "replace")
+
     def control(self, text: str) -> int:
         """The id of a control token, e.g. ``"[INST]"``. Raises KeyError where the vocabulary has none."""
         return self.controls[text].id
 
-    def split_controls(self, text: str) -> list[str | int]:
-        """A template's words cut at its control strings: text, control id, text, … without empty texts."""
+    def split_controls(self, text: str, but: int | None = None) -> list[str | int]:
+        """A template's words cut at its control strings: text, control id, text, … without empty texts.
+
+        The string of the control `but` is text.
+        """
         parts: list[str | int] = []
         end = 0
         for match in self._control_pattern.finditer(text):
-            parts += [text[end : match.start()], self._controls_by_match(match[0])]
-            end = match.end()
+            if (id := self._controls_by_match(match[0])) != but:
+                parts += [text[end : match.start()], id]
+                end = match.end()
         return [part for part in (*parts, text[end:]) if part != ""]
 
     @property
@@ -242,7 +252,7 @@ def _from_tekken(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], 
 
 def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], dict[str, Any]]:
     try:
-        whole = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        whole = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(BOM_UTF8))
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
         raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
     text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens

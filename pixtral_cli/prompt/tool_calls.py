@@ -11,7 +11,9 @@ Source: mistral-common `tokens/tokenizers/instruct.py`.
 from __future__ import annotations
 
 import json
-from typing import Literal
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
 from pixtral_cli.prompt.tools import ID, NAME, ToolCall, new_id
@@ -19,11 +21,56 @@ from pixtral_cli.prompt.tools import ID, NAME, ToolCall, new_id
 CallForm = Literal["list", "named with id", "named", "text"]
 CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 BLANK = " \t\r\n"
-DECODER = json.JSONDecoder()
+Steps = Generator[None, None, Any]
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of call number `index`: the first has its id and name, each later one more of its arguments."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class Read(NamedTuple):
+    """What a token adds to an answer."""
+
+    text: str
+    calls: tuple[ToolCallDelta, ...] = ()
+
+
+def joined(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """The calls whose pieces these are.
+
+    >>> pieces = ToolCallDelta(0, "abcdefghi", "add"), ToolCallDelta(0, arguments="{"), ToolCallDelta(0, arguments="}")
+    >>> joined(pieces)
+    (ToolCall(id='abcdefghi', name='add', arguments='{}'),)
+    """
+    heads: list[ToolCallDelta] = []
+    arguments: list[list[str]] = []
+    for delta in deltas:
+        if delta.name is not None:
+            heads.append(delta)
+            arguments.append([])
+        arguments[delta.index].append(delta.arguments)
+    return tuple(
+        ToolCall(head.id or "", head.name or "", "".join(pieces)) for head, pieces in zip(heads, arguments, strict=True)
+    )
+
+
+def whole_deltas(calls: Iterable[ToolCall]) -> list[ToolCallDelta]:
+    """Each call as one piece."""
+    return [ToolCallDelta(index, call.id, call.name, call.arguments) for index, call in enumerate(calls)]
 
 
 class ToolCallReader:
     """Takes an answer's tokens one by one; what stands before the first call is text, and what is no call as well.
+
+    A call is told as soon as its name is known and its arguments begin, and they are told as they come, as the model
+    spells them. From then on it is a call, whatever becomes of its arguments; what is malformed before that is text,
+    as the model wrote it. A list may give an id after the arguments: that is too late, and the call has a new one.
 
     Args:
         at_start: whether the answer begins a text, as for `ByteStream`.
@@ -37,120 +84,262 @@ class ToolCallReader:
         self._tokenizer, self._at_start = tokenizer, at_start
         self._marks = _marks(tokenizer) if reads_calls else {}
         self._stream = ByteStream(tokenizer, at_start=at_start)
-        self._calls: list[list[str]] = [[""]] if only_calls else []  # for each [TOOL_CALLS]: text, mark, text, …
+        self._parser = _Parser()
+        if only_calls:
+            self._parser.begin()
 
-    def push(self, token_id: int) -> str:
-        """The text that this token adds to the answer; "" within a call."""
+    def push(self, token_id: int) -> Read:
+        """What this token adds to the answer; it may be nothing."""
         mark = self._marks.get(token_id)
         if mark is None:
-            return self._kept(self._stream.push(token_id))
-        text = self._kept(self._stream.finish())
-        self._stream = ByteStream(self._tokenizer, at_start=self._at_start)
-        if mark == CALLS:
-            self._calls.append([""])
-        elif self._calls:
-            self._calls[-1] += [mark, ""]
-        return text
+            self._parser.push(self._stream.push(token_id))
+        else:
+            self._parser.push(self._stream.finish())
+            self._stream = ByteStream(self._tokenizer, at_start=self._at_start)
+            self._parser.begin() if mark == CALLS else self._parser.mark(mark)
+        return self._parser.take()
 
-    def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
-        """The rest of the text, and the calls; a call that is malformed is text as the model wrote it."""
-        text, calls = self._kept(self._stream.finish()), []
-        for parts in self._calls:
-            found, left = read_calls(parts)
-            calls += found
-            text += left
-        return text, tuple(calls)
+    def finish(self, cut: bool = False) -> Read:
+        """The rest.
 
-    def _kept(self, text: str) -> str:
-        """The text if it is one; within a call it is kept for later."""
-        if not self._calls:
-            return text
-        self._calls[-1][-1] += text
-        return ""
+        `cut`: the answer was cut off, and not ended by the model. A call whose name is known is then told, with what
+        there is of its arguments; one whose name is not whole is dropped. Neither leaves anything in the text.
+        """
+        self._parser.push(self._stream.finish())
+        self._parser.end(cut)
+        return self._parser.take()
 
 
 def _marks(tokenizer: Tokenizer) -> dict[int, str]:
     return {tokenizer.control(name): name for name in (CALLS, CALL_ID, ARGS) if name in tokenizer.controls}
 
 
-def read_calls(parts: list[str]) -> tuple[list[ToolCall], str]:
-    """What follows one [TOOL_CALLS], cut at its control tokens -> the calls in it, and the text that is none.
+class _Mark(ValueError):
+    """A control token, where only a name or an id may be before one."""
 
-    >>> read_calls(["add", "[ARGS]", '{"a": 1}'])[0][0].arguments
-    '{"a": 1}'
+
+class _Parser:
+    """Reads what follows each [TOOL_CALLS], a block, in pieces cut anywhere; knows no tokens.
+
+    The reading of a block is one generator, which stops wherever it needs more. ValueError says that it is malformed.
     """
-    try:
-        return _named(parts) if ARGS in parts[1::2] else _list(parts[0])
-    except (ValueError, RecursionError):
-        return [], "".join(parts[::2])
 
+    def __init__(self) -> None:
+        self._steps: Steps | None = None  # None outside of a block, where all is text
+        self._piece, self._at = "", 0  # what was pushed last, and how far it is read
+        self._held: list[str] = []  # with self._piece[self._start:], what is neither told nor yet known to be text
+        self._start = 0
+        self._head: dict[str, Any] = {}  # what is known of a call that is not told yet, and its arguments
+        self._early: list[str] = []
+        self._told = False
+        self._count = 0
+        self._drops_blanks = False
+        self._text: list[str] = []
+        self._deltas: list[ToolCallDelta] = []
 
-def _named(parts: list[str]) -> tuple[list[ToolCall], str]:
-    fields = dict(zip(["name", *parts[1::2]], parts[::2], strict=True))
-    id = fields.get(CALL_ID, "").strip(BLANK)
-    arguments, end = _value(fields[ARGS], 0)
-    call = _checked(fields["name"].strip(BLANK), arguments, id)
-    return [call], fields[ARGS][end:].strip(BLANK)
+    def take(self) -> Read:
+        """What was found since the last time."""
+        read = Read("".join(self._text), tuple(self._deltas))
+        self._text.clear()
+        self._deltas.clear()
+        return read
 
+    def begin(self) -> None:
+        """Here stands [TOOL_CALLS]."""
+        self.end(cut=False)
+        self._expect_call()
+        self._drops_blanks = False
+        self._piece, self._at, self._start = "", 0, 0
+        self._steps = self._block()
+        next(self._steps)
 
-def _list(text: str) -> tuple[list[ToolCall], str]:
-    """The calls of a JSON list, or of one object alone, and what follows it."""
-    at = _skip(text, 0)
-    if not text.startswith("[", at):
-        call, at = _entry(text, at)
-        return [call], text[at:].strip(BLANK)
-    calls: list[ToolCall] = []
-    while text[at : at + 1] in ("[", ","):
+    def push(self, text: str) -> None:
+        if self._steps is None:
+            self._say(text)
+        elif text:
+            self._held.append(self._piece[self._start :])
+            self._piece, self._at, self._start = text, 0, 0
+            self._run(self._steps.send, None)
+
+    def mark(self, name: str) -> None:
+        """Here stands another control token."""
+        if self._steps is not None:
+            self._run(self._steps.throw, _Mark(name))
+
+    def end(self, cut: bool) -> None:
+        """Nothing more comes in this block."""
+        if self._steps is None:
+            return
+        if cut and not self._told and "name" in self._head:
+            self._tell()
+        if cut:
+            self._settle()  # in the middle of a call, or of the list
+        self._say_held()
+
+    def _run(self, step: Callable[[Any], None], sent: Any) -> None:
         try:
-            call, end = _entry(text, _skip(text, at + 1))
-        except (ValueError, RecursionError):
-            if calls:  # the answer was cut off in a later one
-                return calls, text[at + 1 :].strip(BLANK)
-            raise
-        calls.append(call)
-        at = _skip(text, end)
-    return calls, text[at:].strip(BLANK).removeprefix("]").strip(BLANK)
+            step(sent)
+        except (StopIteration, ValueError, RecursionError):
+            self._say_held()
 
+    def _say_held(self) -> None:
+        """The block is over: what was held is text."""
+        self._steps = None
+        self._held.append(self._piece[self._start :])
+        self._say("".join(self._held))
+        self._held.clear()
 
-def _entry(text: str, at: int) -> tuple[ToolCall, int]:
-    """One object of a list; each value keeps the spelling that it has."""
-    values: dict[str, str] = {}
-    at = _expect(text, at, "{") - 1
-    while text[at : at + 1] in ("{", ","):
-        key, at = _value(text, _expect(text, at + 1, '"') - 1)
-        start = _skip(text, _expect(text, at, ":"))
-        _, at = _value(text, start)
-        values[json.loads(key)] = text[start:at]
-        at = _skip(text, at)
-    at = _expect(text, at, "}")
-    name, id = (json.loads(values.get(field, '""')) for field in ("name", "id"))
-    arguments = values.get("arguments", "{}")
-    return _checked(name, arguments, id), at
+    def _say(self, text: str) -> None:
+        if self._drops_blanks:
+            text = text.lstrip(BLANK)
+            self._drops_blanks = not text
+        self._text.append(text)
 
+    def _settle(self) -> None:
+        """What was read so far will not be text."""
+        self._held.clear()
+        self._start = self._at
 
-def _value(text: str, at: int) -> tuple[str, int]:
-    """The spelling of the JSON value at `at`, and where it ends."""
-    start = _skip(text, at)
-    _, end = DECODER.raw_decode(text, start)
-    return text[start:end], end
+    def _expect_call(self) -> None:
+        self._head, self._early, self._told = {}, [], False
 
+    def _know(self, field: str, value: object) -> None:
+        """Of a call that may be told; what comes later changes nothing."""
+        if self._told:
+            return
+        if field == "name" and not (isinstance(value, str) and NAME.fullmatch(value)):
+            raise ValueError("a call has a name")
+        self._head[field] = value
+        if self._early and "name" in self._head:
+            self._tell()
+            self._add("".join(self._early))
 
-def _checked(name: object, arguments: str, id: object) -> ToolCall:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ValueError("a call has a name")
-    if not arguments.startswith("{"):
-        raise ValueError("arguments are an object")
-    return ToolCall(id if isinstance(id, str) and ID.fullmatch(id) else new_id(), name, arguments)
+    def _tell(self) -> None:
+        if "name" not in self._head:
+            raise ValueError("a call has a name")
+        id = self._head.get("id")
+        id = id if isinstance(id, str) and ID.fullmatch(id) else new_id()
+        self._deltas.append(ToolCallDelta(self._count, id, self._head["name"]))
+        self._count += 1
+        self._told = self._drops_blanks = True
+        self._settle()
 
+    def _add(self, arguments: str) -> None:
+        self._deltas.append(ToolCallDelta(self._count - 1, arguments=arguments))
+        self._settle()
 
-def _skip(text: str, at: int) -> int:
-    while text[at : at + 1] and text[at] in BLANK:
-        at += 1
-    return at
+    def _block(self) -> Steps:
+        first = yield from self._next()
+        if first == "[":
+            self._at += 1
+            yield from self._entry()
+            while (yield from self._one_of(",]")) == ",":
+                self._settle()
+                self._expect_call()
+                yield from self._entry()
+        elif first == "{":
+            yield from self._entry()
+        else:
+            yield from self._named()
+        self._settle()
 
+    def _named(self) -> Steps:
+        name, mark = yield from self._until_mark()
+        self._know("name", name)
+        if mark == CALL_ID:
+            id, mark = yield from self._until_mark()
+            self._know("id", id)
+        if mark != ARGS:
+            raise ValueError("a call has arguments")
+        yield from self._arguments()
 
-def _expect(text: str, at: int, mark: str) -> int:
-    at = _skip(text, at)
-    if not text.startswith(mark, at):
-        raise ValueError(f"{mark} is missing")
-    return at + 1
+    def _until_mark(self) -> Steps:
+        """The name or id that ends at the next control token, and that token."""
+        text = ""
+        try:
+            while not text or NAME.fullmatch(text.rstrip(BLANK)):
+                text = (text + self._piece[self._at :]).lstrip(BLANK)
+                self._at = len(self._piece)
+                yield
+        except _Mark as mark:
+            return text.rstrip(BLANK), mark.args[0]
+        raise ValueError("no name and no id")
+
+    def _entry(self) -> Steps:
+        """One object of a list."""
+        yield from self._one_of("{")
+        while True:
+            key = yield from self._value()
+            if not isinstance(key, str):
+                raise ValueError("a key is a string")
+            yield from self._one_of(":")
+            if key == "arguments":
+                yield from self._arguments()
+            else:
+                self._know(key, (yield from self._value()))
+            if (yield from self._one_of(",}")) == "}":
+                break
+        if not self._told:
+            self._tell()
+            self._add("{}")
+        self._settle()
+
+    def _arguments(self) -> Steps:
+        """Told as they come, or, where a list gives them before the name, kept until it is known."""
+        if (yield from self._next()) != "{":
+            raise ValueError("arguments are an object")
+        if self._told or self._early:
+            raise ValueError("a call has its arguments once")
+        if "name" in self._head:
+            self._tell()
+        yield from self._spelled(self._add if self._told else self._early.append)
+
+    def _value(self) -> Steps:
+        """The JSON value that stands here."""
+        spelled: list[str] = []
+        if (yield from self._next()) in '"[{':
+            yield from self._spelled(spelled.append)
+        else:
+            while (char := (yield from self._char())) not in ",:]}" + BLANK:
+                spelled.append(char)
+                self._at += 1
+        return json.loads("".join(spelled))
+
+    def _spelled(self, take: Callable[[str], None]) -> Steps:
+        """One JSON string, list or object, given to `take` in pieces: up to the quote or bracket that closes it."""
+        depth, quoted, escaped, open = 0, False, False, True
+        while open:
+            yield from self._char()
+            begin = self._at
+            while open and self._at < len(self._piece):
+                char = self._piece[self._at]
+                self._at += 1
+                if escaped:
+                    escaped = False
+                elif quoted:
+                    escaped, quoted = char == "\\", char != '"'
+                else:
+                    quoted = char == '"'
+                    depth += (char in "[{") - (char in "]}")
+                open = quoted or depth > 0
+            take(self._piece[begin : self._at])
+
+    def _one_of(self, chars: str) -> Steps:
+        """The next character, read, which is one of these."""
+        char = yield from self._next()
+        if char not in chars:
+            raise ValueError(f"one of {chars} is missing")
+        self._at += 1
+        return char
+
+    def _next(self) -> Steps:
+        """The next character that is no blank, which is not read yet."""
+        while (char := (yield from self._char())) in BLANK:
+            self._at += 1
+        return char
+
+    def _char(self) -> Steps:
+        """The next character, which is not read yet."""
+        while self._at == len(self._piece):
+            yield
+        return self._piece[self._at]

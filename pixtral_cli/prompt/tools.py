@@ -18,6 +18,8 @@ NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 ID = re.compile(r"[a-zA-Z0-9]{9}")
 """What Mistral's models and templates know a call by."""
 LETTERS = string.ascii_letters + string.digits
+DEPTH = 100
+"""Objects and lists within each other that arguments and schemas may have."""
 NAME_RULE = "1 to 64 letters, digits, underscores or dashes"
 
 
@@ -78,7 +80,7 @@ def _tool(entry: Any, where: str) -> Tool:
         raise InvalidTools(f"{where}.name", f"should be {NAME_RULE}")
     if not isinstance(description, str | None):
         raise InvalidTools(f"{where}.description", "should be a text")
-    if not isinstance(parameters, dict | None):
+    if not isinstance(parameters, dict | None) or as_json(parameters) is None:
         raise InvalidTools(f"{where}.parameters", "should be an object: a JSON schema")
     if not isinstance(function.get("strict"), bool | None):
         raise InvalidTools(f"{where}.strict", "should be true or false")
@@ -99,11 +101,34 @@ def new_id() -> str:
 
 
 def value_of(text: str) -> Any:
-    """What JSON text stands for, {} for an empty text; text that is no JSON stands for itself."""
+    """What JSON text stands for, {} for an empty text; text that is no JSON, or nested too deep, stands for itself."""
     try:
-        return json.loads(text) if text else {}
+        value = json.loads(text) if text else {}
     except (ValueError, RecursionError):
         return text
+    return text if _is_deep(value) else value
+
+
+def as_json(value: Any) -> str | None:
+    """The value as JSON text; None where it is none, or nested too deep."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return None if _is_deep(value) else text
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
 
 
 def texts_in(value: Any) -> Iterable[str]:

@@ -19,7 +19,7 @@ from pixtral_cli.server.openapi import OPERATIONS
 from pixtral_cli.server.problems import refusal_of
 from pixtral_cli.server.replies import Envelope
 from pixtral_cli.server.service import Service
-from pixtral_cli.server.stream import Chunks
+from pixtral_cli.server.stream import Chunks, takes_pieces
 from pixtral_cli.server.wire import Ask
 
 LARGE_BODY = 256 * 1024
@@ -120,12 +120,14 @@ class Routes:
         token_bytes = service.model.processor.tokenizer.token_bytes
         if ask.stream:
             first = await while_there(request.receive, anext(events))
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage)
+            in_pieces = takes_pieces(request.headers.get("user-agent", ""))
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, ask.include_usage, in_pieces)
             return EventStream(first, events, chunks, service.metrics)
         told = await while_there(request.receive, whole(events, ask.answers))
-        answer = replies.answer(envelope, told, ask.n, token_bytes)
-        state["tokens"] = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
-        return JSONResponse(answer)
+        used = replies.usage(told, ask.n)
+        state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
+        write = lambda: JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))  # noqa: E731
+        return await service.work(write) if ask.tells_prompts else write()
 
     async def _parsed(self, request: Request, parse: Any) -> Any:
         body = b"".join([piece async for piece in request.stream() if piece])  # `request.body()` would keep it

@@ -223,8 +223,11 @@ class CompletionRequest(Asked):
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int | None = Field(None, ge=1, le=MAX_ID, description="16 if not given.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_ID, description="16 if not given; 0 only with echo.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_ALTERNATIVES, description="Of each token, and of so many likeliest in its place."
+    )
+    echo: bool | None = Field(None, description="The prompt comes first, with logprobs those of its tokens.")
     response_format: Format | None = None
 
 

@@ -6,9 +6,12 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from pixtral_cli.generate import Reply, TokenLogprob
+from pixtral_cli.logprobs import Echo, characters
+from pixtral_cli.prompt.tool_calls import ToolCallDelta
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""
@@ -59,12 +62,22 @@ def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
 
 
 def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
-    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, 0, token_bytes)
-    return {"index": index, "text": reply.text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
+    echoed = "" if reply.echo is None else reply.echo.text
+    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, len(echoed), token_bytes)
+    if reply.echo is not None and (before := echo_logprobs(reply.echo)) is not None:
+        logprobs = {name: told + logprobs[name] for name, told in before.items()}
+    return {"index": index, "text": echoed + reply.text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
 
 def tool_call(call: Any) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def tool_call_delta(delta: ToolCallDelta) -> Json:
+    """What tells a client of a new call has its id and name; what goes on with one has neither."""
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {"index": delta.index, **tool_call(delta)}
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> Json:
@@ -77,33 +90,40 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> 
 
 def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> Json:
     data = list(token_bytes(entry.token_id))
-    return {"token": entry.token, "logprob": max(entry.logprob, LOWEST_LOGPROB), "bytes": data}
+    return {"token": entry.token, "logprob": _number(entry), "bytes": data}
+
+
+def _number(entry: TokenLogprob) -> float | None:
+    return None if entry.logprob is None else max(entry.logprob, LOWEST_LOGPROB)
 
 
 def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, token_bytes: TokenBytes) -> Json:
-    """`offset`: characters of the answer before the first of them."""
-    offsets = []
-    for entry in logprobs:
-        offsets.append(offset)
-        offset += characters(entry, token_bytes)
+    """`offset`: characters of the text before the first of them."""
+    rooms = [characters(token_bytes(entry.token_id)) for entry in logprobs]
+    return _text_logprobs(logprobs, list(accumulate(rooms, initial=offset))[:-1])
+
+
+def echo_logprobs(echo: Echo) -> Json | None:
+    """Of the prompt that comes before an answer, if they were asked for."""
+    return None if echo.logprobs is None else _text_logprobs(echo.logprobs, echo.offsets)
+
+
+def _text_logprobs(logprobs: Sequence[TokenLogprob], offsets: list[int]) -> Json:
     return {
         "tokens": [entry.token for entry in logprobs],
-        "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in logprobs],
+        "token_logprobs": [_number(entry) for entry in logprobs],
         "top_logprobs": [_alternatives(entry) for entry in logprobs],
         "text_offset": offsets,
     }
 
 
-def characters(entry: TokenLogprob, token_bytes: TokenBytes) -> int:
-    """How many characters begin in the token; of a character cut in two, the second half begins none."""
-    return sum(byte & 0xC0 != 0x80 for byte in token_bytes(entry.token_id))
-
-
-def _alternatives(entry: TokenLogprob) -> dict[str, float]:
+def _alternatives(entry: TokenLogprob) -> dict[str, float | None] | None:
     """By text, the likeliest first; of tokens that look alike, that one. The chosen token is among them as well."""
-    found: dict[str, float] = {}
+    if entry.logprob is None:
+        return None
+    found: dict[str, float | None] = {}
     for other in (*entry.top, entry):
-        found.setdefault(other.token, max(other.logprob, LOWEST_LOGPROB))
+        found.setdefault(other.token, _number(other))
     return found
 
 

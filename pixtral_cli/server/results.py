@@ -47,8 +47,18 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class ToolCallPart(ToolCall):
+class FunctionCallPart(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallPart(BaseModel):
+    """The first of each `index` has id, type and name; the arguments are those of all of them joined."""
+
     index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallPart
 
 
 class ChatMessage(BaseModel):
@@ -100,9 +110,11 @@ class ChatCompletionChunk(Answered):
 
 
 class TextLogprobs(BaseModel):
+    """Of an echoed prompt the first token has none."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

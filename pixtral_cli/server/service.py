@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from pixtral_cli.api import Pixtral
 from pixtral_cli.engine.worker import Worker
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generate import Answering, GenerationOptions, Request
+from pixtral_cli.logprobs import Echo
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.answers import Answers, Events, Handover
@@ -29,6 +30,8 @@ from pixtral_cli.server.wire import Ask, TextOrTokens, count_pictures
 QUICK_THREADS = 4
 SLOW_THREADS = 64
 """For what waits for the network or a turn at the decoder, and for grammars."""
+MOST_TOLD = 3_000_000
+"""Log-probabilities of prompts in one answer: as many as 131,072 tokens have with 20 alternatives."""
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -112,7 +115,10 @@ class Service:
             answers.submit(await answers.unless_sent_away(making), self.handover)
             ask.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while answers.running:
-                yield await answers.next()
+                events = await answers.next()
+                if echoes := [event.echo for _, event in events if event.echo is not None]:
+                    await self.work(partial(_make_logprobs, echoes))
+                yield events
         except Exception as error:
             raise self._refusal(error) from error
         finally:
@@ -158,6 +164,7 @@ class Service:
             prompts = [self._chat(ask.messages, ask.tools)]
         else:
             prompts = [self._text(prompt) for prompt in ask.prompts]
+            _check_told(prompts, options, ask.n)
         return [job for prompt in prompts for job in self.model.jobs(prompt, options, ask.n, salt)]
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any) -> Prompt:
@@ -184,6 +191,24 @@ class Service:
         size = self.model.vocabulary.size
         if outside := [token_id for token_id in token_ids if token_id >= size]:
             raise RequestError(f"There is no token {outside[0]}: the model knows {size}.")
+
+
+def _check_told(prompts: Sequence[Prompt], options: GenerationOptions, n: int) -> None:
+    """Raise RequestError if more log-probabilities of prompts are asked for than memory should hold."""
+    if not options.echo or options.alternatives is None:
+        return
+    told = n * sum(len(prompt.token_ids) for prompt in prompts) * (1 + options.alternatives)
+    if told > MOST_TOLD:
+        raise RequestError(
+            f"The prompts have {told} log-probabilities to tell, and one answer tells at most {MOST_TOLD}.",
+            hint="Send fewer prompts together, or ask for less in logprobs.",
+        )
+
+
+def _make_logprobs(echoes: Sequence[Echo]) -> None:
+    """They take a while, and are kept: so that the event loop finds them made."""
+    for echo in echoes:
+        _ = echo.logprobs
 
 
 def checkpoint_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,22 +7,41 @@ anything more would be felt.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.logprobs import Echo, characters
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
 DONE = b"data: [DONE]\n\n"
 compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """In ASCII: many a client takes U+2028 and its like for the end of a line."""
+WHOLE_CALLS = ("mistral-client-", "python-httpx/")
+"""How clients name themselves that take a call only whole, as Mistral's own servers send it: Mistral's packages refuse
+a piece without a name, and langchain-mistralai (it says httpx) takes each piece of the first call for another call.
+"""
+
+
+def takes_pieces(user_agent: str) -> bool:
+    """Whether a client can put a call together that comes in pieces, as OpenAI sends it."""
+    return not user_agent.startswith(WHOLE_CALLS)
 
 
 class Chunks:
-    """Turns the events of `answers` answers into bytes of a stream."""
+    """Turns the events of `answers` answers into bytes of a stream; a call comes whole, or `in_pieces`."""
 
-    def __init__(self, envelope: Envelope, answers: int, n: int, token_bytes: TokenBytes, include_usage: bool) -> None:
+    def __init__(
+        self,
+        envelope: Envelope,
+        answers: int,
+        n: int,
+        token_bytes: TokenBytes,
+        include_usage: bool,
+        in_pieces: bool = True,
+    ) -> None:
         self.envelope, self.n, self.token_bytes, self.include_usage = envelope, n, token_bytes, include_usage
+        self.in_pieces = in_pieces
         head = compact(envelope.head(chunk=True))[:-1]
         self.head = f'data: {head},"choices":['
         self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
@@ -56,26 +75,37 @@ class Chunks:
     def _event(self, place: int, event: TextEvent) -> str:
         if event.logprob is not None:
             self.held[place].append(event.logprob)
-        chunks = self._text(place, event.text) if event.text or event.finish_reason and self.held[place] else ""
+        chunks = "" if event.echo is None else self._echo(place, event.echo)
+        chunks += self._text(place, event.text) if event.text else ""
+        deltas = event.tool_call_deltas if self.in_pieces else whole_deltas(event.tool_calls)
+        chunks += "".join(self._call(place, delta) for delta in deltas)
         if event.finish_reason:
             self.replies[place] = event.reply
             chunks += self._end(place, event)
         return chunks
 
     def _text(self, place: int, text: str) -> str:
-        logprobs = self._logprobs(place) if self.held[place] else "null"
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
-        return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
+        return self._said(place, said)
+
+    def _call(self, place: int, delta: ToolCallDelta) -> str:
+        return self._said(place, f'"delta":{{"tool_calls":[{compact(replies.tool_call_delta(delta))}]}}')
+
+    def _echo(self, place: int, echo: Echo) -> str:
+        """The chunk that comes before those of the answer."""
+        self.offsets[place] = len(echo.text)
+        said, logprobs = compact(echo.text), compact(replies.echo_logprobs(echo))
+        return self._chunk(f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}')
 
     def _end(self, place: int, event: TextEvent) -> str:
-        chunks = "".join(self._call(place, number, call) for number, call in enumerate(event.tool_calls))
+        chunks = self._text(place, "") if self.held[place] else ""
         said = '"delta":{}' if self.is_chat else '"text":""'
         ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{event.finish_reason}"}}'
         return chunks + self._chunk(ending)
 
-    def _call(self, place: int, number: int, call: Any) -> str:
-        delta = compact({"tool_calls": [{"index": number, **replies.tool_call(call)}]})
-        return self._chunk(f'{{"index":{place},"delta":{delta},"logprobs":null,"finish_reason":null}}')
+    def _said(self, place: int, said: str) -> str:
+        logprobs = self._logprobs(place) if self.held[place] else "null"
+        return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
 
     def _logprobs(self, place: int) -> str:
         """Of the tokens since the last chunk."""
@@ -83,7 +113,7 @@ class Chunks:
         if self.is_chat:
             return compact(replies.chat_logprobs(held, self.token_bytes))
         offset = self.offsets[place]
-        self.offsets[place] += sum(replies.characters(entry, self.token_bytes) for entry in held)
+        self.offsets[place] += sum(characters(self.token_bytes(entry.token_id)) for entry in held)
         return compact(replies.text_logprobs(held, offset, self.token_bytes))
 
     def _chunk(self, choice: str) -> str:

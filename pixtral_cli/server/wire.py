@@ -71,6 +71,11 @@ class Ask:
         return self.n * (len(self.prompts) or 1)
 
     @property
+    def tells_prompts(self) -> bool:
+        """Whether its answers have every token of the prompts, which may take long to write."""
+        return "echo" in self.options and "logprobs" in self.options
+
+    @property
     def is_slow(self) -> bool:
         """Whether its prompt may take long to make: pictures, grammars."""
         return bool(self.tools or "response_format" in self.options or count_pictures(self.messages))
@@ -94,7 +99,11 @@ def completion(body: Json) -> Ask:
     """The request of /v1/completions. Raises ApiError."""
     given = validated(CompletionRequest, body)
     options = _options(given)
-    options["max_new_tokens"] = given.max_tokens or COMPLETION_TOKENS
+    options["max_new_tokens"] = COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens
+    if given.echo:
+        options["echo"] = True
+    elif given.max_tokens == 0:
+        raise ApiError(400, "max_tokens should be above 0, or 0 with echo: true.", param="max_tokens")
     if given.logprobs is not None:
         options["logprobs"] = given.logprobs
     several = isinstance(given.prompt, list) and not isinstance(given.prompt[0], int)

@@ -15,10 +15,8 @@ from types import SimpleNamespace
 import pixtral_cli
 
 
-def _plain(content):
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] if part["type"] == "text" else "[picture]" for part in content)
+def _plain(turn):
+    return "".join(getattr(chunk, "text", "[picture]") for chunk in turn.chunks)
 
 
 def _slowly(_):
@@ -87,8 +85,11 @@ class FakePixtral:
         return model
 
     def stream(self, messages, **options):
-        seen = "".join(f"<{entry['role']}>{_plain(entry['content'])}" for entry in messages)
-        return self._events(_plain(messages[-1]["content"]), seen, options)
+        from pixtral_cli.prompt.messages import parse
+
+        turns = parse(messages).messages
+        seen = "".join(f"<{turn.role}>{_plain(turn)}" for turn in turns)
+        return self._events(_plain(turns[-1]), seen, options)
 
     def stream_complete(self, prompt, images, **options):
         return self._events(prompt, "[picture]" * len(images) + prompt, options)

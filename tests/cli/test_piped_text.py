@@ -1,5 +1,6 @@
 """Standard input: what is read, what is waited for, and what is left alone."""
 
+import json
 import os
 import socket
 import subprocess
@@ -122,6 +123,18 @@ def test_a_picture_can_come_on_standard_input(fake, tmp_path):
 def test_messages_can_come_on_standard_input(fake):
     messages = b'[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]'
     assert fake("run", "--messages", "-", input=messages).stdout == b"<system>be kind<user>hello\n"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_an_assistant_in_the_messages_may_say_nothing_beside_its_calls(fake, content):
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "w"},
+        {"role": "assistant", "tool_calls": [call], **content},
+        {"role": "tool", "tool_call_id": "1", "content": "Sunny"},
+    ]
+    said = fake("run", "--messages", "-", input=json.dumps(turns).encode()).stdout
+    assert said == b"<user>w<assistant><tool>Sunny\n"
 
 
 def test_messages_in_a_file_leave_standard_input_alone(start_fake, tmp_path):

@@ -194,10 +194,11 @@ def test_scores_that_are_no_numbers_fail_the_request_that_has_them_and_no_other(
     compute = engine.runner.run
 
     def spoilt(pieces):
-        logits = compute(pieces).clone()
+        logits, scores = compute(pieces)
+        logits = logits.clone()
         ready = [piece.sequence.request for piece in pieces if piece.completes]
         logits[[place for place, request in enumerate(ready) if request is bad], 77] = score
-        return logits
+        return logits, scores
 
     bad = asked(words(51, 9), sampling=sampling)
     engine.runner.run = spoilt

@@ -186,7 +186,7 @@ def test_gelu_in_a_vision_config_means_silu(tmp_path):
     torch.testing.assert_close(our_logits(open_model(tmp_path), ids, pictures), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("layer", [-1, -2, 1])
+@pytest.mark.parametrize("layer", [-1, -2, 1, [-1], [2]], ids=str)
 def test_vision_feature_layer_counts_as_transformers_does(tmp_path, layer):
     hf = builders.pixtral(tmp_path)
     builders.edit_config(tmp_path, lambda config: config.update(vision_feature_layer=layer))

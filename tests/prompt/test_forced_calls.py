@@ -12,7 +12,7 @@ from pixtral_cli import constraints
 from pixtral_cli.engine.request import Sampling
 from pixtral_cli.engine.sampler import choose
 from pixtral_cli.prompt.processor import Prompt
-from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
 from pixtral_cli.prompt.tools import Tool
 
 UNITS = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/u"}}, "$defs": {"u": {"enum": ["é 何", "m"]}}}
@@ -45,11 +45,10 @@ def written(constraint, seed, begun=()):
     raise AssertionError("no end")
 
 
-def read(tokenizer, ids, only_calls):
+def read(tokenizer, ids, only_calls, cut=False):
     reader = ToolCallReader(tokenizer, reads_calls=True, only_calls=only_calls)
-    shown = "".join(map(reader.push, ids))
-    rest, calls = reader.finish()
-    return shown + rest, calls
+    read = [*map(reader.push, ids), reader.finish(cut)]
+    return "".join(part.text for part in read), joined(delta for part in read for delta in part.calls)
 
 
 def assert_kept(calls):
@@ -70,6 +69,19 @@ def test_a_required_call_is_read_back_and_keeps_to_its_tool(both, vocabulary, fo
     text, calls = read(tokenizer, ids, form == "text")
     assert text == ""
     assert_kept(calls)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_wherever_an_answer_is_cut_its_calls_are_the_beginning_of_the_whole_ones_and_no_text(both, vocabulary, form):
+    prompt = Prompt([1], [], tools=TOOLS, call_form=form)
+    ids = written(constraints.constraint(prompt, None, "required", True, both[0], vocabulary), 1)
+    _, whole = read(both[0], ids, form == "text")
+    for length in range(len(ids)):
+        text, calls = read(both[0], ids[:length], form == "text", cut=True)
+        assert text == "" and [call.name for call in calls] == [call.name for call in whole[: len(calls)]]
+        beginning = "".join(call.arguments for call in calls)
+        assert "".join(call.arguments for call in whole).startswith(beginning.removesuffix("\ufffd"))
+        assert [call.arguments for call in calls[:-1]] == [call.arguments for call in whole[: len(calls)][:-1]]
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "text"])

@@ -198,8 +198,8 @@ def test_a_picture_comes_from_wherever_it_is_named(file, monkeypatch):
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     quoted = "data:image/png," + "".join(f"%{byte:02x}" for byte in data)
     unpadded = uri.rstrip("=")
-    sources = [str(file), file, file.name, f"~/{file.name}", file.as_uri(), uri, quoted, unpadded, "-", data, RGB]
-    for source in sources:
+    named = [str(file), file, file.name, f"~/{file.name}", file.as_uri(), uri, quoted, unpadded, f" {uri}\n"]
+    for source in (*named, "-", data, RGB):
         assert np.array_equal(array(media.load(source)), array(RGB)), source
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from io import BytesIO
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from pixtral_cli.prompt import media
+from pixtral_cli.prompt.conversation import Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import InvalidMessages
-from pixtral_cli.prompt.messages import Conversation, Message, Picture, Text, parse
+from pixtral_cli.prompt.messages import parse
 
 USER = {"role": "user", "content": "hi"}
 
@@ -44,6 +49,7 @@ def test_developer_is_another_word_for_system():
         {"type": "image", "url": "a.png"},
         {"type": "image", "image": "a.png"},
         {"type": "image", "path": "a.png"},
+        {"type": "image", "path": "a.png", "cache_control": {"type": "ephemeral"}},
     ],
 )
 def test_every_way_to_name_a_picture_gives_its_source(part):
@@ -89,9 +95,15 @@ def test_a_pil_image_is_a_picture():
         ([USER, answers("call_1"), asks(call()), USER], "messages[1].tool_call_id"),
         ([USER, asks(call()), answers("call_1") | {"name": 3}], "messages[2].name"),
         ([USER, asks(call()), answers("call_1") | {"content": None}], "messages[2]"),
-        ([USER, {"role": "assistant", "content": "x"}], "messages[1]"),
-        ([{"role": "system", "content": "x"}], "messages"),
+        ([USER, asks(call())], "messages[1]"),
+        ([USER, {"role": "function", "name": "add", "content": "3"}], "messages[1].name"),
+        ([USER, asks(call()), {"role": "function", "content": "3"}], "messages[2].name"),
+        ([USER, {"role": "assistant", "function_call": {"name": "a b"}}, USER], "messages[1].function_call.name"),
+        ([USER, {"role": "assistant", "function_call": "add"}, USER], "messages[1].function_call"),
+        ([USER, asks(call(arguments={"a": {1, 2}})), USER], "messages[1].tool_calls[0].function.arguments"),
+        ([USER, {"role": "assistant", "refusal": 5}, USER], "messages[1]"),
         ([{"role": "system", "content": [{"type": "image", "url": "x"}]}, USER], "messages[0]"),
+        ([USER, {"role": "assistant", "content": [{"type": "image", "url": "x"}]}, USER], "messages[1]"),
     ],
 )
 def test_the_entry_that_is_wrong_is_named(messages, where):
@@ -141,3 +153,88 @@ def test_results_of_tools_stay_apart_and_calls_of_joined_messages_add_up():
     merged = parse(turns).merged().messages
     assert [turn.role for turn in merged] == ["user", "assistant", "tool", "tool"]
     assert len(merged[1].tool_calls) == 2 and merged[1].text == "a\n\nb"
+
+
+def test_a_text_part_may_have_its_text_under_content_as_in_transformers_examples():
+    assert parse(user({"type": "text", "content": "a"})).messages[0].chunks == (Text("a"),)
+
+
+@pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
+def test_a_picture_may_be_bare_base64(start):
+    Image.new("RGB", (2, 1)).save(file := BytesIO(), "PNG")
+    (picture,) = parse(user({"type": "image", "base64": start + b64encode(file.getvalue()).decode()})).pictures
+    assert media.load(picture.source).size == (2, 1)
+
+
+@pytest.mark.parametrize("address", ["data:,x", "https://example.org/a.png", "HTTP://example.org", "file:///a.png"])
+def test_an_address_has_no_blanks_around_it_and_the_name_of_a_file_keeps_its_own(address):
+    parts = [{"type": "image_url", "image_url": {"url": source}} for source in (f" {address}\n", " a.png")]
+    assert [picture.source for picture in parse(user(*parts)).pictures] == [address, " a.png"]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_a_name_changes_nothing_on_any_role(role):
+    turns = [USER, asks(call("1")), answers("1"), {"role": role, "content": "x"}, USER]
+    if role == "tool":
+        turns[3] |= {"tool_call_id": "1"}
+    named = [turn | {"name": "add"} if turn is turns[3] and role != "tool" else turn for turn in turns]
+    assert parse(named) == parse(turns)
+
+
+def test_a_system_message_alone_is_a_conversation():
+    assert [turn.role for turn in parse([{"role": "system", "content": "x"}]).messages] == ["system"]
+
+
+@pytest.mark.parametrize("prefix", [{}, {"prefix": True}])
+def test_a_last_message_of_the_assistants_is_continued(prefix):
+    conversation = parse([USER, {"role": "assistant", "content": "It is"} | prefix])
+    assert conversation.is_continued and not parse([USER]).is_continued
+
+
+def test_functions_are_the_older_form_of_calls_and_results():
+    older = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}},
+        {"role": "function", "name": "add", "content": "3"},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": {"a": 1}}},
+        {"role": "function", "name": "add", "content": "4"},
+    ]
+    turns = parse(older).messages
+    first, second = (turn.tool_calls[0] for turn in turns if turn.tool_calls)
+    assert (first.name, first.arguments, second.arguments) == ("add", "{}", '{"a": 1}') and first.id != second.id
+    assert [turn.answers for turn in turns if turn.role == "tool"] == [first.id, second.id]
+    assert parse([*older, USER]).messages[:5] == turns  # the ids stay as the conversation grows
+
+
+def test_of_a_call_in_both_forms_the_newer_counts():
+    both = asks(call("abcdefgh1"), function_call={"name": "add", "arguments": "{}"})
+    (made,) = parse([USER, both, answers("abcdefgh1")]).messages[1].tool_calls
+    assert made.id == "abcdefgh1"
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"content": None, "refusal": "No."},
+        {"refusal": "No."},
+        {"content": "No.", "refusal": None},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+    ],
+)
+def test_a_refusal_sent_back_is_the_assistants_text(refused):
+    assert parse([USER, {"role": "assistant", **refused}, USER]).messages[1].text == "No."
+
+
+def test_tools_may_give_pictures():
+    result = answers("1", [{"type": "image_url", "image_url": "a.png"}, {"type": "text", "text": "b"}])
+    conversation = parse([USER, asks(call("1")), result, USER])
+    assert conversation.pictures == [Picture("a.png")]
+    assert conversation.pictures[0].where == "messages[2].content[0]"
+    apart = conversation.pictures_after_results()
+    assert [turn.role for turn in apart.messages] == ["user", "assistant", "tool", "user", "user"]
+    assert apart.messages[2].chunks == (Text("b"),) and apart.pictures == conversation.pictures
+
+
+def test_a_conversation_that_was_parsed_is_taken_as_it_is():
+    conversation = parse([USER])
+    assert parse(conversation) is conversation

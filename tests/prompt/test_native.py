@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV7
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
+from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV7, get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV7
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
+from tool_builders import KINDS, call
 
 from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules
 from pixtral_cli.prompt.processor import ImageTokens, Processor
 from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tools import parse_tools
 
 SMALL, WIDE = Image.new("RGB", (20, 40), "red"), Image.new("RGB", (1500, 300), "blue")
 IMG, SMALL_IDS = 10, [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -135,3 +142,78 @@ def test_the_golden_vectors_of_pixtral(native):
 def test_a_user_turn_that_is_missing_is_empty(native):
     ids = native.chat(parse([message("assistant", "a"), message("user", "b")])).token_ids
     assert ids[:4] == [1, 3, 4, 1097]
+
+
+@pytest.mark.parametrize("said", ["It is", "It is  ", "[INST]", "a\n"])
+@pytest.mark.parametrize("version", [3, 7])
+def test_a_continued_answer_has_the_ids_of_mistral_commons_prefix(native, mistral, tekken, monkeypatch, version, said):
+    monkeypatch.setattr(tekken, "version", version)
+    messages = [message("system", "S"), message("user", "a"), message("assistant", said)]
+    given = [*map(theirs, messages[:2]), AssistantMessage(content=said, prefix=True)]
+    name, kind = KINDS[version]
+    rules = kind(mistral.instruct_tokenizer.tokenizer, mistral.instruct_tokenizer.image_encoder)
+    asked = get_normalizer(name).from_chat_completion_request(ChatCompletionRequest(messages=given))
+    assert native.chat(parse(messages)).token_ids == rules.encode_instruct(asked).tokens
+
+
+@pytest.mark.parametrize("version", [3, 7])
+def test_a_system_text_alone_is_asked_as_mistral_common_asks_it(native, mistral, tekken, monkeypatch, version):
+    monkeypatch.setattr(tekken, "version", version)
+    messages = [message("system", "S")]
+    expected = v7_ids(mistral, messages) if version == 7 else mistral_ids(mistral, messages)
+    assert native.chat(parse(messages)).token_ids == expected
+
+
+def test_tools_are_offered_without_a_user_turn(native, tekken, monkeypatch):
+    tools = parse_tools([{"function": {"name": "add"}}])
+    for version in (3, 7, 13):
+        monkeypatch.setattr(tekken, "version", version)
+        for said in ([message("system", "S")], [message("system", "S"), message("assistant", "a")]):
+            ids = native.chat(parse(said), tools).token_ids
+            assert ids.count(tekken.control("[AVAILABLE_TOOLS]")) == ids.count(3) == 1
+
+
+def test_pictures_of_tools_follow_the_results_before_v15_in_their_order(native, tekken, monkeypatch):
+    calls = [call("abcdefgh1"), call("abcdefgh2")]
+    turns = [message("user", "a"), {"role": "assistant", "tool_calls": calls}]
+    wide = {"role": "tool", "tool_call_id": "abcdefgh2", "content": [part(WIDE), part("w")]}
+    small = {"role": "tool", "tool_call_id": "abcdefgh1", "content": [part(SMALL), part("s")]}
+    texts = [result | {"content": result["content"][1]["text"]} for result in (wide, small)]
+    for version in (3, 7, 11, 13):
+        monkeypatch.setattr(tekken, "version", version)
+        prompt = native.chat(parse([*turns, wide, small, message("user", "b")]))
+        apart = native.chat(parse([*turns, *texts, message("user", [part(WIDE), part(SMALL), part("b")])]))
+        assert prompt.token_ids == apart.token_ids and len(prompt.images) == 2
+        assert [image.original_size for image in prompt.images] == [WIDE.size, SMALL.size]
+
+
+def test_pictures_of_tools_stand_in_their_results_from_v15_on(fifteen):
+    ours, theirs = fifteen
+    calls = [call("abcdefgh1"), call("abcdefgh2")]
+    turns = [message("user", "a"), {"role": "assistant", "tool_calls": calls}]
+    wide = {"role": "tool", "tool_call_id": "abcdefgh2", "content": [part("w"), part(WIDE), part("x"), part("y")]}
+    small = {"role": "tool", "tool_call_id": "abcdefgh1", "content": [part("s"), part(SMALL)]}
+    given = [UserMessage(content="a"), AssistantMessage(tool_calls=calls)]
+    for result in (wide, small):
+        chunks = [TextChunk(text=p["text"]) if "text" in p else ImageChunk(image=p["image"]) for p in result["content"]]
+        given.append(ToolMessage(content=chunks, tool_call_id=result["tool_call_id"]))
+    expected = theirs.encode_chat_completion(ChatCompletionRequest(messages=given))
+    prompt = ours.chat(parse([*turns, wide, small]))
+    assert prompt.token_ids == expected.tokens
+    assert [image.original_size for image in prompt.images] == [SMALL.size, WIDE.size]
+
+
+@pytest.fixture(scope="session")
+def fifteen(tekken_file, tmp_path_factory):
+    """Pixtral's vocabulary as one of V15, as ours and as Mistral's."""
+    data = json.loads(tekken_file.read_bytes())
+    names = [token["token_str"] for token in data.get("special_tokens") or Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    names += ("[CALL_ID]", "[ARGS]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")
+    data["special_tokens"] = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(names)]
+    data["config"]["version"] = "v15"
+    data["model_settings_builder"] = {}
+    path = tmp_path_factory.mktemp("fifteen") / "tekken.json"
+    path.write_text(json.dumps(data))
+    ours = Tokenizer.load({"tekken.json": path}.get)
+    made = Processor(ours, NativeRules(ours), ImageTokens.of(ours, Settings()), "native", ImageSpec())
+    return made, MistralTokenizer.from_file(str(path))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.errors import (
     NoChatTemplate,
@@ -21,8 +22,8 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules
-from pixtral_cli.prompt.processor import Processor
-from pixtral_cli.prompt.settings import SettingsUnreadable
+from pixtral_cli.prompt.processor import ImageTokens, Processor
+from pixtral_cli.prompt.settings import Settings, SettingsUnreadable
 
 SMALL = Image.new("RGB", (20, 40), "red")
 SMALL_IDS = [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -82,9 +83,70 @@ def test_raw_text_after_a_picture_is_encoded_as_the_tokenizers_library_does(chec
     assert made.complete("a red", [SMALL]).token_ids == [1, *SMALL_IDS[:-1], *theirs[1:]]
 
 
-def test_raw_control_strings_are_text(raw):
-    ids = raw.complete("[INST][IMG]</s>").token_ids
-    assert b"".join(map(raw.tokenizer.token_bytes, ids[1:])) == b"[INST][IMG]</s>"
+RAW = ["[INST]hi[/INST]", "<s>[INST] a red [/INST] a</s>", "a [INST]", "</s>", " <s>a", "[INST", "[IMG_BREAK] a", "a\n"]
+
+
+def transformers_ids(path, text):
+    ids = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>", eos_token="</s>")(text).input_ids
+    return ids[1:] if ids[:2] == [1, 1] else ids  # a leading <s> is never doubled
+
+
+@pytest.mark.parametrize("text", [*RAW, ""])
+def test_raw_control_strings_are_control_tokens_as_in_transformers(raw, byte_level_json, text):
+    assert raw.complete(text).token_ids == transformers_ids(byte_level_json, text)
+
+
+@pytest.mark.parametrize("text", RAW)
+def test_raw_control_strings_are_control_tokens_beside_sentencepiece_text(checkpoint, sentencepiece_json, text):
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=sentencepiece_json))
+    assert made.complete(text).token_ids == transformers_ids(sentencepiece_json, text)
+
+
+def test_a_picture_mark_without_pictures_is_text(raw):
+    ids = raw.complete("[INST]a [IMG] b[/INST]").token_ids
+    assert ids == [1, 3, *raw.tokenizer.encode("a [IMG] b"), 4] and 10 not in ids
+
+
+def test_raw_control_strings_beside_pictures_are_control_tokens(raw):
+    ids = raw.complete("<s>[INST]a[IMG][/INST]", [SMALL]).token_ids
+    assert ids == [1, 3, *raw.tokenizer.encode("a"), *SMALL_IDS, 4]
+
+
+def test_a_raw_prompt_and_a_chat_can_ask_the_same(raw):
+    assert raw.complete("[INST]a[/INST]").token_ids == raw.chat(HELLO).token_ids
+
+
+def test_the_answer_to_a_text_that_is_continued_is_the_middle_of_one(raw):
+    for said, starts in (("", True), ("It is", False)):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        assert raw.chat(parse(turns)).answer_starts_text is starts
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\ufeff"])
+def test_a_blank_template_is_none(checkpoint, byte_level_json, raw, blank):
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, chat_template_jinja=blank))
+    assert made.chat(HELLO).token_ids == raw.chat(HELLO).token_ids
+
+
+def test_a_byte_order_mark_before_side_files_is_passed_over(checkpoint, byte_level_json, tmp_path):
+    written = {
+        "tokenizer_json": byte_level_json.read_text(),
+        "tokenizer_config_json": '{"chat_template": "{{ messages[0].content }}a"}',
+        "processor_config_json": '{"image_token": "[TOOL_RESULTS]"}',
+        "preprocessor_config_json": '{"size": {"longest_edge": 320}}',
+        "chat_template_json": '{"chat_template": "\ufeff{{ messages[0].content }}b"}',
+        "chat_template_jinja": "{{ messages[0].content }}c",
+    }
+    marked = {name: "\ufeff" + text for name, text in written.items()}
+    for name in ("none", "chat_template_jinja", "chat_template_json"):
+        written.pop(name, None), marked.pop(name, None)
+        plain, made = (Processor.from_checkpoint(checkpoint(**files)) for files in (written, marked))
+        assert made.chat(HELLO).token_ids == plain.chat(HELLO).token_ids
+        assert (made.image_tokens, made.spec) == (plain.image_tokens, plain.spec) != (raw_tokens(plain), ImageSpec())
+
+
+def raw_tokens(made):
+    return ImageTokens.of(made.tokenizer, Settings())
 
 
 def test_an_hf_folder_without_a_template_follows_mistrals_rules(raw):

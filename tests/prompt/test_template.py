@@ -60,6 +60,7 @@ SPACED = """\
 NO_BOS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"
 )
+TRIMS = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
 SMALL, WIDE = Image.new("RGB", (20, 40), "red"), Image.new("RGB", (1500, 300), "blue")
 
 
@@ -264,6 +265,47 @@ def test_a_template_that_is_no_utf_8_is_one_sentence(checkpoint, byte_level_json
     with pytest.raises(TemplateFailed, match=r"chat_template\.jinja") as caught:
         Processor.from_checkpoint(files)
     assert caught.value.hint
+
+
+SAID = ["It is", "It is  ", "  a\n", "[IMG", "a<", ""]
+
+
+@pytest.mark.parametrize("template", [PIXTRAL, SPACED, NO_BOS, TRIMS])
+@pytest.mark.parametrize("said", SAID)
+def test_a_continued_answer_has_the_ids_of_transformers(processor, byte_level_json, template, said):
+    messages = [SYSTEM, user("What?"), assistant(said)]
+    if template == SPACED:
+        messages = messages[1:]  # it writes system texts as answers
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(byte_level_json), bos_token="<s>", eos_token="</s>")
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, continue_final_message=True
+    )
+    ids = processor(byte_level_json, template).chat(parse(messages)).token_ids
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_continued_answer_in_parts_ends_with_its_last_text(processor, byte_level_json):
+    inner = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}</s>"
+    made = processor(byte_level_json, "{% for m in messages %}" + inner + "{% endfor %}")
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]}
+    ids = made.chat(parse([user("a"), parts])).token_ids
+    assert b"".join(map(made.tokenizer.token_bytes, ids)) == b"abc" and ids.count(2) == 1
+
+
+def test_a_system_text_alone_is_asked_with_an_empty_user_turn_where_the_template_would_lose_it(
+    processor, byte_level_json
+):
+    made = processor(byte_level_json, PIXTRAL)
+    assert made.chat(parse([SYSTEM])).token_ids == made.chat(parse([SYSTEM, user("")])).token_ids
+    shows = processor(byte_level_json, NO_BOS)
+    assert shows.chat(parse([SYSTEM])).token_ids == transformers_ids(byte_level_json, NO_BOS, [SYSTEM])
+
+
+@pytest.mark.parametrize("template", ["{# a #}", "{{ bos_token }}", "{% for m in messages %}[INST][/INST]{% endfor %}"])
+def test_a_template_that_passes_over_the_question_is_one_sentence(processor, byte_level_json, template):
+    with pytest.raises(TemplateFailed, match="passes over what is asked") as caught:
+        processor(byte_level_json, template).chat(parse([user("What colour is it?")]))
+    assert "--raw" in caught.value.hint
 
 
 def test_a_template_without_room_for_a_picture_is_one_sentence(processor, byte_level_json):

@@ -186,11 +186,64 @@ def test_a_forced_call_is_told_as_a_call(chat):
     assert answer.finish_reason == "tool_calls"
     call = answer.message.tool_calls[0]
     assert call.function.name == "colour" and json.loads(call.function.arguments)["name"] in ("red", "blue")
-    chunks = list(chat(stream=True, **options))
+
+
+ENDS_LIST = {"92": 12}  # a token of the built-in model: "]", rather than one call more
+CALLED = {"tools": [ADD], "tool_choice": "required", "max_tokens": 1000, "temperature": 2.0, "seed": 3}
+CALLED["logit_bias"] = ENDS_LIST
+
+
+def spoken(calls):
+    return [(call.function.name, call.function.arguments) for call in calls]
+
+
+def test_calls_are_streamed_in_pieces_that_the_package_puts_together_to_those_of_the_whole_answer(client, chat):
+    whole = [choice.message for choice in chat(n=2, **CALLED).choices]
+    assert all(message.content is None for message in whole)
+    with client.chat.completions.stream(model="tiny", messages=HELLO, n=2, **CALLED) as stream:
+        pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        final = stream.get_final_completion().choices
+    assert [spoken(choice.message.tool_calls) for choice in final] == [spoken(each.tool_calls) for each in whole]
+    assert [choice.finish_reason for choice in final] == ["tool_calls"] * 2
+    assert len(pieces) > 2 * sum(len(each.tool_calls) for each in whole)
+
+
+def test_the_first_piece_of_each_call_has_its_name_and_the_others_arguments_alone(chat):
+    chunks = list(chat(stream=True, **CALLED))
     parts = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
-    assert [(part.index, part.function.name) for part in parts] == [(0, "colour")]
-    assert json.loads(parts[0].function.arguments) == json.loads(call.function.arguments)
+    heads = [part for part in parts if part.id]
+    assert [head.index for head in heads] == list(range(len(heads)))
+    assert all((head.type, head.function.name, head.function.arguments) == ("function", "colour", "") for head in heads)
+    assert all(part.type is None and part.function.name is None for part in parts if not part.id)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("most", [3, 14, 40])
+def test_a_call_that_is_cut_off_is_no_content_in_streams_as_in_whole_answers(chat, most):
+    options = {**CALLED, "max_tokens": most, "parallel_tool_calls": False}
+    whole = chat(**options).choices[0]
+    chunks = [chunk.choices[0] for chunk in chat(stream=True, **options)]
+    assert whole.finish_reason == chunks[-1].finish_reason == "length"
+    assert not whole.message.content and not any(chunk.delta.content for chunk in chunks)
+    parts = [part.function for chunk in chunks for part in chunk.delta.tool_calls or ()]
+    written = "".join(part.arguments for part in parts)
+    assert [(part.name, written) for part in parts if part.name] == spoken(whole.message.tool_calls or ())
+    assert bool(parts) == (most > 3)
+
+
+def test_log_probabilities_of_calls_are_told_once_in_streams_as_in_whole_answers(chat):
+    options = {**CALLED, "logprobs": True}
+    entries = [entry.token for entry in chat(**options).choices[0].logprobs.content]
+    streamed = [chunk.choices[0].logprobs for chunk in chat(stream=True, **options)]
+    assert [entry.token for part in streamed if part for entry in part.content] == entries
+
+
+@pytest.mark.parametrize("agent", ["mistral-client-python/3.7.0", "python-httpx/0.28.1"])
+def test_mistrals_own_clients_get_each_call_in_one_piece(chat, agent):
+    chunks = chat(stream=True, extra_headers={"User-Agent": agent}, **CALLED)
+    parts = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+    assert spoken(parts) == spoken(chat(**CALLED).choices[0].message.tool_calls)
+    assert [part.index for part in parts] == list(range(len(parts))) and all(part.id for part in parts)
 
 
 def test_the_result_of_a_call_can_be_sent_back(chat):
@@ -248,8 +301,8 @@ def test_errors_are_the_packages_own(chat, client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="other", messages=HELLO)
     assert caught.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="no message has the role user"):
-        chat([{"role": "system", "content": "Be kind."}])
+    with pytest.raises(openai.BadRequestError, match="no message before it makes a call of that id"):
+        chat([*HELLO, {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"}])
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with pytest.raises(openai.BadRequestError, match="not a picture of a known format"):
         chat([{"role": "user", "content": [broken]}])

@@ -1,16 +1,20 @@
 """Chunks of a stream, read as an SSE client reads them, are the answer again."""
 
 import json
+from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pixtral_cli.generate import Reply, TextEvent, Timings, TokenLogprob, Usage
+from pixtral_cli.prompt.tool_calls import ToolCallDelta
 from pixtral_cli.prompt.tools import ToolCall
+from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope
-from pixtral_cli.server.stream import DONE, Chunks
+from pixtral_cli.server.stream import DONE, Chunks, takes_pieces
 
-letters = st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n\u2028\x85\"\\\0")
+letters = st.characters(exclude_categories=["Cs"]) | st.sampled_from('\r\n\u2028\x85"\\\0')
 texts = st.lists(st.text(letters, max_size=5))
 
 
@@ -74,12 +78,60 @@ def test_the_usage_is_that_of_all_answers_and_comes_last_with_no_choice():
     }
 
 
-def test_several_calls_are_told_apart_by_their_index():
-    calls = ToolCall("abcdefghi", "add", '{"a": 1}'), ToolCall("jklmnopqr", "add", "{}")
-    chunks = streamed("chat", [list(events([], calls=calls))], include_usage=False)
-    told = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
-    assert [(call["index"], call["id"], call["function"]["arguments"]) for call in told] == [
-        (0, "abcdefghi", '{"a": 1}'),
-        (1, "jklmnopqr", "{}"),
+CALLS = ToolCall("abcdefghi", "add", '{"a": 1}'), ToolCall("jklmnopqr", "now", "{}")
+DELTAS = [
+    (ToolCallDelta(0, "abcdefghi", "add"), ToolCallDelta(0, arguments='{"a"')),
+    (ToolCallDelta(0, arguments=": 1}"),),
+    (),
+    (ToolCallDelta(1, "jklmnopqr", "now"), ToolCallDelta(1, arguments="{}")),
+]
+
+
+def calling(logprobs=False):
+    """The events of an answer of two calls."""
+    *begun, last = events([""] * len(DELTAS), logprobs, CALLS)
+    return [*(replace(event, tool_call_deltas=deltas) for event, deltas in zip(begun, DELTAS, strict=True)), last]
+
+
+def told(chunks):
+    return [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+
+
+def test_calls_come_in_pieces_and_are_told_apart_by_their_index():
+    chunks = streamed("chat", [calling()], include_usage=False)
+    assert told(chunks) == [
+        {"index": 0, "id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '{"a"'}},
+        {"index": 0, "function": {"arguments": ": 1}"}},
+        {"index": 1, "id": "jklmnopqr", "type": "function", "function": {"name": "now", "arguments": ""}},
+        {"index": 1, "function": {"arguments": "{}"}},
     ]
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_clients_that_take_no_pieces_get_each_call_whole():
+    calls = told(streamed("chat", [calling()], include_usage=False, in_pieces=False))
+    assert calls == [{"index": index, **replies.tool_call(call)} for index, call in enumerate(CALLS)]
+
+
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_the_log_probabilities_of_calls_come_once_each_and_with_the_pieces(in_pieces):
+    chunks = streamed("chat", [calling(logprobs=True)], include_usage=False, in_pieces=in_pieces)
+    found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert sum(len(each["content"]) for each in found if each) == len(DELTAS) + 1
+    first_piece = next(chunk["choices"][0] for chunk in chunks if told([chunk]))
+    assert len(first_piece["logprobs"]["content"]) == (1 if in_pieces else len(DELTAS) + 1)
+
+
+@pytest.mark.parametrize(
+    ("agent", "expected"),
+    [
+        ("OpenAI/Python 3.57.0", True),
+        ("", True),
+        ("mistral-client-python/3.7.0", False),
+        ("mistral-client-typescript/1.9.0", False),
+        ("python-httpx/0.28.1", False),
+    ],
+)
+def test_clients_of_mistral_are_known_by_the_names_that_they_give(agent, expected):
+    assert takes_pieces(agent) is expected

@@ -80,8 +80,17 @@ def test_what_belongs_to_a_matrix_may_lie_in_another_file(tmp_path, double):
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     tensors, _ = layer(GATE, (96, 320))
+    found = opened(tmp_path, tensors, {f"{GATE}.absmax": tensors[f"{GATE}.absmax"]})
+    (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointCorrupt, match="absmax.* too"):
-        _ = opened(tmp_path, tensors, {f"{GATE}.absmax": tensors[f"{GATE}.absmax"]}).tensors
+        _ = found.tensors
+
+
+def test_of_a_tensor_in_two_files_the_index_decides_which_counts(tmp_path):
+    tensors, weights = layer(GATE, (96, 320))
+    old = tensors | {f"{GATE}.absmax": torch.zeros_like(tensors[f"{GATE}.absmax"])}
+    found = opened(tmp_path, old, {f"{GATE}.absmax": tensors[f"{GATE}.absmax"]})
+    assert torch.equal(found.tensor(OURS).bfloat16(), weights)
 
 
 def test_fp4_is_named_as_not_known(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from weights_cache import checkpoint, layout
-from weights_cache.errors import CheckpointCorrupt, PickleRefused, WeightsError, WeightsNotFound
+from weights_cache.errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsError, WeightsNotFound
 
 WEIGHTS = {
     "model.embed_tokens.weight": torch.arange(6.0).view(3, 2),
@@ -255,3 +255,74 @@ def test_a_truncated_file_is_refused_when_opened_not_when_used(folder: Path):
     path.write_bytes(path.read_bytes()[:-1])
     error = failure(folder)
     assert isinstance(error, CheckpointCorrupt) and "cut short" in str(error)
+
+
+# --- an index
+
+
+def overlay(folder: Path) -> None:
+    """An older copy of the head in the first shard; the index sends it to the second."""
+    index = shard(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    save_file(WEIGHTS | {"lm_head.weight": torch.zeros(3, 2)}, first)
+    save_file({"lm_head.weight": WEIGHTS["lm_head.weight"]}, second)
+    edit_index(index, **dict.fromkeys(WEIGHTS, first.name) | {"lm_head.weight": second.name})
+
+
+def test_of_copies_in_two_shards_the_one_that_the_index_names_counts(folder: Path):
+    overlay(folder)
+    assert_holds(checkpoint.open(folder), OURS)
+
+
+def test_the_index_decides_as_in_transformers(tmp_path: Path):
+    import builders
+    from transformers import MistralForCausalLM
+
+    model = builders.mistral(tmp_path, num_hidden_layers=1)
+    shard(tmp_path)
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second, metadata={"format": "pt"})
+    save_file({name: torch.zeros_like(load_file(first)[name])}, first, metadata={"format": "pt"})
+    edit_index(tmp_path / "model.safetensors.index.json", **{name: second.name})
+    theirs = MistralForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert theirs[name].equal(model.state_dict()[name])
+    assert checkpoint.open(tmp_path).tensor(in_our_words(name)).equal(theirs[name])
+
+
+def test_without_an_index_two_copies_are_still_refused(folder: Path):
+    overlay(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert isinstance(failure(folder), FilesMismatch)
+
+
+def test_a_tensor_that_the_index_forgets_is_read_all_the_same(folder: Path):
+    index = shard(folder)
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    assert_holds(checkpoint.open(folder), OURS)
+
+
+def test_a_whole_file_beside_an_index_is_read_and_said(folder: Path):
+    whole = (folder / "model.safetensors").read_bytes()
+    shard(folder)
+    assert checkpoint.open(folder).note is None
+    (folder / "model.safetensors").write_bytes(whole)
+    opened = checkpoint.open(folder)
+    assert "model.safetensors is read" in opened.note and "index" in opened.note
+    assert {info.file.name for info in opened.tensors.values()} == {"model.safetensors"}
+    assert checkpoint.open(folder, [folder / "model.safetensors"]).note is None
+
+
+# --- a byte order mark
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+def test_a_byte_order_mark_is_passed_over(folder: Path, name: str):
+    shard(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    opened = checkpoint.open(folder)
+    assert_holds(opened, OURS)
+    assert (opened.config, opened.generation_config) == ({"model_type": "mistral"}, {"eos_token_id": 2})

@@ -204,3 +204,53 @@ def test_our_own_cache_is_where_the_environment_says(
 def test_a_revision_is_found_by_its_commit_as_well(repo):
     fetch(REPO)
     assert store.find(REPO, repo.commit(REPO), weights=True) is not None
+
+
+# --- a quantisation as the name of a file, as llama.cpp and Ollama have it
+
+
+@pytest.mark.parametrize(
+    ("tag", "files", "expected"),
+    [
+        ("Q8_0", ["m-Q4_K_M.gguf", "m-Q8_0.gguf"], "m-Q8_0.gguf"),
+        ("q4_k_m", ["m.Q4_K_S.gguf", "m.Q4_K_M.gguf"], "m.Q4_K_M.gguf"),
+        ("Q4_K", ["m_Q4_K.gguf", "m_Q4_K_M.gguf"], "m_Q4_K.gguf"),
+        ("Q4_0", ["m-Q4_0.gguf", "m-IQ4_0.gguf", "mmproj-Q4_0.gguf"], "m-Q4_0.gguf"),
+        ("BF16", ["BF16/m-00001-of-00002.gguf", "BF16/m-00002-of-00002.gguf", "m-Q8_0.gguf"],
+         "BF16/m-00001-of-00002.gguf"),
+        ("UD-Q4_K_XL", ["m-UD-Q4_K_XL.gguf", "m-Q4_K_XL.gguf"], "m-UD-Q4_K_XL.gguf"),
+    ],
+)  # fmt: skip
+def test_a_quantisation_names_the_one_file_that_has_it(hub, tag: str, files: list[str], expected: str):
+    hub.repos["acme/many"] = {name: b"GGUF " + name.encode() for name in files}
+    path = fetch(f"acme/many:{tag}")
+    assert path.as_posix().endswith(expected) and expected in hub.fetched()
+    assert not set(hub.fetched()) & {"m-IQ4_0.gguf", "m_Q4_K_M.gguf", "m-Q4_K_XL.gguf", "m.Q4_K_S.gguf"}
+    hub.requests.clear()
+    assert fetch(f"acme/many:{tag}") == path and hub.requests == []
+
+
+@pytest.mark.parametrize("tag", ["Q5_0", "latest", "Q4_K_M"])
+def test_a_quantisation_that_no_file_or_several_have_is_refused_with_the_files_there_are(hub, tag: str):
+    hub.repos["acme/many"] = {name: b"GGUF" for name in ("a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "b-Q8_0.gguf")}
+    error = failure(ModelNotFound, f"acme/many:{tag}")
+    assert tag in str(error) and "a-Q4_K_M.gguf, b-Q4_K_M.gguf, b-Q8_0.gguf" in error.hint
+    assert "acme/many:a-Q4_K_M.gguf" in error.hint and hub.fetched() == []
+
+
+def test_a_quantisation_of_a_repository_without_ggufs_is_a_sentence(hub):
+    hub.repos["acme/hf"] = HF | {"model.safetensors": b""}
+    error = failure(ModelNotFound, "acme/hf:Q8_0")
+    assert "no GGUF" in str(error) and "Q8_0" in error.hint and hub.fetched() == []
+
+
+def test_a_pasted_address_is_fetched_as_the_name_is(repo):
+    folder = fetch(f"https://huggingface.co/{REPO}/tree/main", form="hf")
+    assert folder == fetch(REPO, form="hf") and f"/api/models/{REPO}/revision/main" in repo.requests[0][1]
+
+
+def test_a_whole_file_beside_an_index_is_told(repo):
+    repo.repos[REPO]["model.safetensors.index.json"] = b"{}"
+    told = []
+    fetch(REPO, form="hf", tell=told.append)
+    assert len(told) == 1 and "model.safetensors is read" in told[0]

@@ -1,4 +1,4 @@
-"""Promises about the way to the Hub: proxies, mirrors with a path, and what does not go through them."""
+"""Promises about the way to the Hub: proxies, mirrors with a path, what does not go through them, and tokens."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from weights_cache.errors import DownloadFailed
+from weights_cache.errors import DownloadFailed, TokenUnusable
 from weights_cache.hub import fetch, fetch_headers
 
 REPO = "acme/pixtral-small"
@@ -79,3 +79,31 @@ def test_a_mirror_that_gives_a_path_for_a_hash_is_not_believed(hub, monkeypatch,
     with pytest.raises(DownloadFailed):
         fetch(REPO)
     assert hub.fetched() == []
+
+
+# --- a token that no request can carry
+
+
+@pytest.mark.parametrize("token", ["hf_ключ", "hf_“quoted”", "hf_a\x07b", "hf_a\tb", "hf_\udc80"])
+@pytest.mark.parametrize("kept", ["environment", "file"])
+def test_a_token_with_strange_characters_is_a_sentence_and_never_shown(
+    hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, kept: str
+):
+    path = tmp_path / "token"
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(path))
+    if kept == "environment":
+        monkeypatch.setenv("HF_TOKEN", token)
+    else:
+        path.write_bytes(token.encode("utf-8", "surrogateescape"))
+    with pytest.raises(TokenUnusable) as refused:
+        fetch(REPO)
+    error = refused.value
+    assert ("HF_TOKEN" if kept == "environment" else str(path)) in str(error)
+    assert token not in str(error) + error.hint and hub.requests == []
+
+
+def test_a_newline_at_the_end_of_a_token_is_no_matter(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "token").write_text("hf_secret\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    fetch(REPO)
+    assert {headers.get("authorization") for _, _, headers in hub.requests} == {"Bearer hf_secret"}

@@ -137,7 +137,7 @@ def test_a_vision_field_that_is_not_what_it_should_be_is_named(read, key, value)
         read(vision={key: value})
 
 
-@pytest.mark.parametrize("key", ["moe", "yarn", "llama_4_scaling", "quantization", "lora", "use_biases"])
+@pytest.mark.parametrize("key", ["moe", "yarn", "llama_4_scaling", "lora", "use_biases"])
 def test_a_feature_that_would_change_the_answers_is_refused_by_name(read, key):
     assert read(**{key: False}) == read()
     with pytest.raises(ModelUnsupported, match=key):

@@ -1,0 +1,39 @@
+"""A file that someone named in, what it is by its first bytes out: a name may say anything, or nothing."""
+
+from pathlib import Path
+from typing import Literal
+
+from . import lfs
+
+Kind = Literal["gguf", "safetensors", "pickle"]
+GGUF_MAGIC = b"GGUF"
+MAX_HEADER_BYTES = 100_000_000  # of safetensors: the limit of the format's reference implementation
+PICKLE_MAGICS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # torch's archives, and bare pickles
+SUFFIXES: dict[str, Kind] = {
+    ".gguf": "gguf",
+    ".safetensors": "safetensors",
+    **dict.fromkeys((".bin", ".pt", ".pth", ".pkl", ".ckpt"), "pickle"),
+}
+
+
+def of(path: Path) -> Kind | None:
+    """What the weights file `path` is: by its header, else (so that its reader can say what is wrong) by its name.
+
+    None for what is no file, or none of weights. Raises LfsPointer.
+    """
+    return _by_header(path) or SUFFIXES.get(path.suffix)
+
+
+def _by_header(path: Path) -> Kind | None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(lfs.MOST_BYTES)
+    except OSError:
+        return None
+    lfs.refuse_pointer(path, start)
+    if start.startswith(GGUF_MAGIC):
+        return "gguf"
+    if start.startswith(PICKLE_MAGICS):
+        return "pickle"
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    return "safetensors" if is_safetensors else None
