@@ -23,12 +23,8 @@ from pixtral_cli.prompt.tools import ToolCall
 if TYPE_CHECKING:
     from pixtral_cli.engine.engine import Engine
     from pixtral_cli.engine.grammar import Vocabulary
-    from pixtral_cli.prompt.image import PreparedImage
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
-
-LARGE = 4
-"""Times its size after resizing: from there on a picture (3 bytes a pixel) outweighs its pixels (12 bytes each)."""
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -195,7 +191,7 @@ class Answering:
 def engine_request(
     prompt: Prompt, options: GenerationOptions, ends: frozenset[int], tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> Request:
-    """The engine's form of a prompt. Pictures become pixels when the engine gets to them, but for large ones.
+    """The engine's form of a prompt. Pictures become pixels when the engine gets to them.
 
     A schema is compiled here, which may take seconds: not on the engine's thread. Of several answers to one prompt,
     each needs a constraint of its own, `constraint.fresh()`. Raises RequestError.
@@ -207,7 +203,7 @@ def engine_request(
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
-        pictures=tuple(map(_picture, prompt.images)),
+        pictures=tuple(Picture(image.key, image.rows * image.columns, image.pixels) for image in prompt.images),
         sampling=replace(sampling, logit_bias={**sampling.logit_bias, **banned}),
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
@@ -216,15 +212,6 @@ def engine_request(
             prompt, options.response_format, options.tool_choice, options.parallel_tool_calls, tokenizer, vocabulary
         ),
     )
-
-
-def _picture(image: PreparedImage) -> Picture:
-    """A picture that takes more memory than its pixels is let go of: many requests may wait with theirs."""
-    pixels = image.pixels
-    if image.picture.width * image.picture.height > LARGE * image.width * image.height:
-        made = pixels()
-        pixels = lambda: made  # noqa: E731
-    return Picture(image.key, image.rows * image.columns, pixels)
 
 
 def nth(request: Request, place: int) -> Request:

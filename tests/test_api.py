@@ -1,8 +1,8 @@
 """`Pixtral` from end to end: messages and pictures in, the very tokens of transformers out."""
 
-import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import builders
 import pytest
@@ -11,7 +11,7 @@ from PIL import Image
 
 from pixtral_cli import GenerationOptions, Pixtral, PixtralError
 from pixtral_cli.errors import ModelError, RequestError
-from pixtral_cli.prompt.image import PreparedImage
+from pixtral_cli.prompt.image import PreparedImage, prepare
 
 OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
 
@@ -349,17 +349,20 @@ def test_the_older_parameter_names_load_as_the_newer(oracle, ours, tmp_path):
     assert reply.token_ids == ours.chat(CONVERSATIONS["picture"], **OPTIONS).token_ids
 
 
-def test_a_large_picture_is_let_go_of_before_the_engine_gets_to_it(ours):
-    large, small = Image.new("RGB", (3000, 2000), "teal"), Image.new("RGB", (60, 40), "teal")
-    gone = []
-    for picture in (large, small):
-        message = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]}
-        prompt = ours.source.chat([message])
-        weakref.finalize(prompt.images[0].picture, gone.append, picture.size)
-        jobs = ours.jobs(prompt, GenerationOptions())
-        expected = prompt.images[0].pixels()
-        del prompt
-        torch.testing.assert_close(jobs[0][0].pictures[0].pixels(), expected, rtol=0, atol=0)
-    del large, small, picture, message
-    gc.collect()
-    assert gone == [(3000, 2000)]
+def test_a_large_picture_is_let_go_of_before_the_next_is_opened(ours, monkeypatch):
+    large, alive, most = Image.new("RGB", (3000, 200), "teal"), [], []
+
+    @contextmanager
+    def opened(source):
+        picture = large.copy()
+        alive.append(weakref.ref(picture))
+        most.append(sum(each() is not None for each in alive))
+        yield picture
+
+    expected = prepare(large, "hf", ours.processor.spec).pixels()
+    monkeypatch.setattr(ours.processor, "open_picture", opened)
+    content = [{"type": "image", "image": f"{number}.png"} for number in range(4)]
+    prompt = ours.source.chat([{"role": "user", "content": content}])
+    assert most == [1] * 4
+    for picture in ours.jobs(prompt, GenerationOptions())[0][0].pictures:
+        torch.testing.assert_close(picture.pixels(), expected, rtol=0, atol=0)

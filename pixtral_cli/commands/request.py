@@ -132,12 +132,12 @@ def _opened_messages(messages: Any) -> Any:
 
 
 def _opened(source: Any, where: str | None = None) -> Any:
-    """The picture; `where` is the entry of the messages that names it."""
+    """The picture, or what gives it once more; `where` is the entry of the messages that names it."""
     from pixtral_cli.prompt.errors import InvalidMessages, PictureError
-    from pixtral_cli.prompt.media import load
+    from pixtral_cli.prompt.media import checked
 
     try:
-        return load(source)
+        return checked(source)
     except PictureError as error:
         if where is None:
             raise

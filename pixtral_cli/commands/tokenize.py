@@ -54,6 +54,7 @@ def open_source(source: SourceFlags, console: Console) -> Any:
 
 def encode(model: Any, request: Request) -> Any:
     """The Prompt of a request: token ids, and prepared pictures whose pixels nobody asks for."""
+    model.processor.sizes_only = True
     if request.messages is None:
         return model.complete(request.prompt, request.pictures)
     return model.chat(request.messages)

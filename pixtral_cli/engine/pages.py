@@ -11,12 +11,15 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from pixtral_cli.engine.request import Request
 from pixtral_cli.model.kv_cache import PAGE
 
 SLACK = 16  # pages kept free behind a sequence while there is room, so that it can grow in one piece
+ROOMINESS = 1.5
+"""Times the pages that are needed, among which new ones are looked for. With more, sequences lie in one piece more
+often; but known pages come to lie everywhere, and a page that was written once takes memory for good."""
 
 
 class PageTable:
@@ -73,7 +76,7 @@ class PageTable:
         if not self._free_count:
             return next(iter(self._unused))
         best, longest, run, slack = 0, 0, 0, 0
-        for page, free in enumerate(self._free):
+        for page, free in enumerate(islice(self._free, self._reach(wanted))):
             run = run + 1 if free else 0
             if run == 1:
                 slack = SLACK if page - 1 in self._users else 0
@@ -82,6 +85,10 @@ class PageTable:
                 if longest == wanted + SLACK:
                     break
         return best if longest else self._free.index(True)
+
+    def _reach(self, wanted: int) -> int:
+        """Pages from the first on among which to look: not many more than are needed."""
+        return int((self.in_use + len(self._unused) + wanted) * ROOMINESS) + SLACK
 
     def _forget(self, page: int) -> None:
         del self._unused[page]

@@ -6,6 +6,7 @@ Knows the checkpoint's side files and nothing of its tensors; imports torch only
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -31,8 +32,8 @@ from pixtral_cli.prompt.tools import Tool
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
-LoadPicture = Callable[[Any], Any]
-"""A picture's source -> an RGB PIL.Image: `media.load`, or one that guards a server."""
+OpenPicture = Callable[[Any], AbstractContextManager[Any]]
+"""A picture's source -> an RGB PIL.Image, until it is let go of: `media.opened`, or one that guards a server."""
 
 
 class CheckpointFiles(Protocol):
@@ -96,7 +97,9 @@ class Processor:
     image_tokens: ImageTokens | None
     recipe: Recipe
     spec: ImageSpec
-    load_picture: LoadPicture = media.load
+    open_picture: OpenPicture = media.opened
+    sizes_only: bool = False
+    """Whether nobody will ask for pixels."""
 
     @classmethod
     def from_checkpoint(
@@ -107,7 +110,7 @@ class Processor:
         patch_size: int = 16,
         image_size: int = 1024,
         spatial_merge: int = 1,
-        load_picture: LoadPicture = media.load,
+        open_picture: OpenPicture = media.opened,
     ) -> Processor:
         """Read the tokenizer, template and picture settings of a checkpoint.
 
@@ -115,7 +118,7 @@ class Processor:
             image_preprocessing: "hf" or "native"; by default the checkpoint's form, and "hf" for a GGUF.
             patch_size, image_size: of the vision tower, in pixels; the preprocessor's own longest side wins.
             spatial_merge: patches that become one token, along each side.
-            load_picture: makes a picture's source an RGB PIL.Image.
+            open_picture: makes a picture's source an RGB PIL.Image, for as long as it is needed.
 
         Raises:
             TokenizerUnreadable: no tokenizer, or a damaged one.
@@ -138,7 +141,7 @@ class Processor:
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
-            load_picture,
+            open_picture,
         )
 
     def chat(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> Prompt:
@@ -199,7 +202,13 @@ class Processor:
         pictures = list(pictures)
         if pictures and self.image_tokens is None:
             raise PicturesUnsupported
-        return [prepare(self.load_picture(each.source), self.recipe, self.spec.at(each.detail)) for each in pictures]
+        return [self._prepared(picture) for picture in pictures]
+
+    def _prepared(self, picture: Picture) -> PreparedImage:
+        """The picture is made small before the next one is opened."""
+        with self.open_picture(picture.source) as opened:
+            image = prepare(opened, self.recipe, self.spec.at(picture.detail))
+            return image.without_pixels() if self.sizes_only else image.compact()
 
     def _filled(self, ids: list[int], images: list[PreparedImage]) -> Prompt:
         """`ids` with each picture's tokens in place of its mark."""

@@ -31,7 +31,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """The first frame, transparency on white, greys of more than 8 bits scaled, turned as its EXIF says."""
     image.load()
     orientation = _orientation(image)
-    if image.mode == "RGB" and not image.info and orientation == 1:
+    if image.mode == "RGB" and "transparency" not in image.info and orientation == 1:
         return image
     seen = _upright(_rgb(_eight_bit(image)), orientation)
     seen.info = {}  # an orientation left in it would turn the picture again when it is loaded again

@@ -132,7 +132,7 @@ class Routes:
         return await service.work(write) if ask.tells_prompts else write()
 
     async def _parsed(self, request: Request, parse: Any) -> Any:
-        body = await request.body()
+        body = b"".join([piece async for piece in request.stream() if piece])  # `request.body()` would keep it
         if len(body) < LARGE_BODY:
             return parse(parse_json(body))
         return await self.service.work(lambda: parse(parse_json(body)))

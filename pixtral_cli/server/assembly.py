@@ -31,7 +31,7 @@ class Settings:
 
 def assemble(model: Pixtral, settings: Settings) -> Loaded:
     """Put the model behind HTTP; from now on its engine runs on a thread of its own."""
-    model.processor.load_picture = GuardedPictures(settings.pictures).load
+    model.processor.open_picture = GuardedPictures(settings.pictures).opened
     worker = Worker(model.engine)
     service = Service(model, worker, settings.names, settings.defaults, settings.limits)
     app = guarded(

@@ -29,17 +29,17 @@ class Bodies:
             return await self.app(scope, receive, send)
         share = _Share(self)
         try:
-            body = await self._read(scope, receive, share)
+            replayed = await self._read(scope, receive, share)
         except ApiError as error:
             await refuse(error, scope, receive, send)
         else:
-            if body is not None:
-                await self.app(scope, _replay(body, receive), send)
+            if replayed is not None:
+                await self.app(scope, replayed, send)
         finally:
             self.room += share.size
 
-    async def _read(self, scope: Scope, receive: Receive, share: _Share) -> bytes | None:
-        """The body; None if the client left."""
+    async def _read(self, scope: Scope, receive: Receive, share: _Share) -> Receive | None:
+        """A `receive` that gives the whole body, of which nothing is kept here; None if the client left."""
         share.check(_stated_length(scope))
         pieces = []
         try:
@@ -55,7 +55,7 @@ class Bodies:
         except TimeoutError:
             late = f"The body did not arrive within {self.seconds:g} seconds."
             raise ApiError(408, late, code="body_timeout") from None
-        return b"".join(pieces)
+        return _replay(b"".join(pieces), receive)
 
 
 @dataclass
@@ -87,6 +87,7 @@ def _stated_length(scope: Scope) -> int:
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the whole body, then what the client does next."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    del body
 
     async def replayed() -> Message:
         return waiting.pop() if waiting else await receive()

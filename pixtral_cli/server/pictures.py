@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -28,15 +27,18 @@ from pixtral_cli.prompt.errors import (
     PictureUnreadable,
 )
 from pixtral_cli.server.network import LookUp, Network, NetworkPolicy
+from pixtral_cli.server.room import Room
 from pixtral_cli.server.structure import check_structure
+from pixtral_cli.server.threads import check_waited_for
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 LARGE_PIXELS = 16_000_000
-SMALL_AT_ONCE = 4
-LARGE_AT_ONCE = 1
+PIXELS_AT_ONCE = 64_000_000
+"""Of small pictures, and as many of large ones, from their decoding until they are scaled: PIL takes 4 bytes for each,
+and 4 more while it turns them or puts them on white. One that has more pixels has its turn alone."""
 WAIT_SECONDS = 60.0
 BLOCK_BYTES = 64 * 2**20
 """In which PIL takes memory. What is below 32 MiB, as its own 16 are, glibc may keep for good when it is let go of."""
@@ -62,12 +64,12 @@ class PicturePolicy:
 
 
 class GuardedPictures:
-    """`load` for `Processor.load_picture`: blocks, so it belongs on a worker thread; any number may call it at once."""
+    """`opened` is for `Processor.open_picture`: it blocks, so it belongs on a worker thread; any number may call it."""
 
     def __init__(self, policy: PicturePolicy, look_up: LookUp | None = None) -> None:
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = None  # `media.decode` checks; per picture, a lock would let one hold up all others
+        Image.MAX_IMAGE_PIXELS = None  # `media.decoded` checks; per picture, a lock would let one hold up all others
         Image.core.set_block_size(BLOCK_BYTES)
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self.policy = policy
@@ -75,20 +77,24 @@ class GuardedPictures:
         network = NetworkPolicy(policy.allowed_domains, policy.private_networks, **known)
         self.guard = fetch.Guard(network.dial, policy.redirects)
         self.media_path = policy.media_path.resolve() if policy.media_path else None
-        self.small = threading.BoundedSemaphore(SMALL_AT_ONCE)
-        self.large = threading.BoundedSemaphore(LARGE_AT_ONCE)
+        self.small, self.large = Room(PIXELS_AT_ONCE), Room(PIXELS_AT_ONCE)
 
-    def load(self, source: Any) -> Image.Image:
-        """The picture, upright, on white, 8-bit RGB.
+    @contextmanager
+    def opened(self, source: Any) -> Iterator[Image.Image]:
+        """The picture, upright, on white, 8-bit RGB. Others wait for their turn until it is let go of.
 
         Raises:
             PictureError: its text has nothing in it that the client did not send, or should not know.
+            NobodyWaits: the client has left.
         """
         name = media.name_of(source)
+        check_waited_for()
         data = self._bytes(source, name)
         check_structure(data, name)
+        turn = partial(self._turn, name)
         try:
-            return media.decode(BytesIO(data), name, max_pixels=self.policy.max_pixels, turn=partial(self._turn, name))
+            with media.decoded(BytesIO(data), name, max_pixels=self.policy.max_pixels, turn=turn) as picture:
+                yield picture
         except PictureDamaged:
             raise PictureUnreadable(name, "it is damaged or cut short", PictureDamaged.default_hint) from None
 
@@ -143,10 +149,12 @@ class GuardedPictures:
     @contextmanager
     def _turn(self, name: str, pixels: int) -> Iterator[None]:
         """Large pictures take memory and time: they wait for each other, and the small ones do not wait for them."""
-        lane = self.large if pixels > LARGE_PIXELS else self.small
-        if not lane.acquire(timeout=WAIT_SECONDS):
-            raise PictureRefused(name, "the server is decoding too many others", "Try again, or send it smaller.")
-        try:
+        room = self.large if pixels > LARGE_PIXELS else self.small
+        with ExitStack() as held:
+            try:
+                held.enter_context(room.held(pixels, WAIT_SECONDS))
+            except TimeoutError:
+                reason = "the server is decoding too many others"
+                raise PictureRefused(name, reason, "Try again, or send it smaller.") from None
+            check_waited_for()
             yield
-        finally:
-            lane.release()

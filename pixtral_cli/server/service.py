@@ -113,6 +113,7 @@ class Service:
         try:
             making = self.work(partial(self._jobs, ask, salt), asked=ask.asked, slow=ask.is_slow)
             answers.submit(await answers.unless_sent_away(making), self.handover)
+            ask.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while answers.running:
                 events = await answers.next()
                 if echoes := [event.echo for _, event in events if event.echo is not None]:

@@ -6,10 +6,24 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+
+class NobodyWaits(Exception):
+    """Who wanted what this thread works on has left."""
+
+
+def check_waited_for() -> None:
+    """Raise NobodyWaits on a thread whose work is wanted no more: to be called before what takes long."""
+    if getattr(current_thread(), "abandoned", False):
+        raise NobodyWaits
+
+
+class _Work(Thread):
+    abandoned = False
 
 
 class Threads:
@@ -25,14 +39,21 @@ class Threads:
         self._free = asyncio.Semaphore(count)
 
     async def run(self, build: Callable[[], Result]) -> Result:
-        """`build()`; who is cancelled meanwhile does not wait for it, and its thread is taken until it ends."""
+        """`build()`; who is cancelled meanwhile does not wait for it, and its thread is taken until it ends, which
+        `check_waited_for` can make soon.
+        """
         await self._free.acquire()
         loop, future = asyncio.get_running_loop(), Future[Result]()
         future.set_running_or_notify_cancel()  # from now on only the thread can end it
         self.busy += 1
         future.add_done_callback(lambda _: self._tell_freed(loop))
-        Thread(target=_into, args=(future, build), name=self.name, daemon=True).start()
-        return await asyncio.wrap_future(future)
+        thread = _Work(target=_into, args=(future, build), name=self.name, daemon=True)
+        thread.start()
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            thread.abandoned = True
+            raise
 
     def _tell_freed(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # the loop has ended

@@ -1,6 +1,8 @@
 """The table of pages, against a plain model of what each page must be."""
 
 import hashlib
+from collections import deque
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,21 @@ def test_no_more_unused_pages_stay_known_than_asked():
     table.release(pages)
     assert [len(table.known([bytes([place])])) for place in range(6)] == [1, 1, 1, 0, 0, 0]
     assert table.available == 10 and len(table.take(10)) == 10
+
+
+def test_pages_that_are_written_are_not_many_more_than_are_needed_at_once():
+    """What was written once takes memory for good, and known pages come to lie between the free ones."""
+    random, table, running, written = Random(5), PageTable(10_000, most_unused=500), deque(), set()
+    for number in range(3000):
+        pages = table.take(random.choice([1, 2, 5, 40]))
+        pages += [page for _ in range(3) for page in table.take(1, pages[-1])]
+        for place, page in enumerate(pages):
+            table.name(page, f"{number} {place}".encode())
+        written.update(pages)
+        running.append(pages)
+        if len(running) > 10:
+            table.release(running.popleft())
+    assert len(written) < 1.6 * (500 + 11 * 43)
 
 
 def picture(text, features):

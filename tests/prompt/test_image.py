@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,34 @@ def test_native_pixels_with_merged_patches_are_those_of_mistral_common():
     image = picture(100, 70)
     prepared = prepare(image, "native", ImageSpec(spatial_merge=2))
     assert difference(prepared.pixels(), mistral_pixels(image, spatial_merge_size=2)).max() <= 0.5 * LEVEL
+
+
+@pytest.mark.parametrize("recipe", ["hf", "native"])
+@pytest.mark.parametrize("size", [(3000, 2000), (1500, 1100), (300, 200), (5000, 9)])
+def test_a_compact_picture_has_the_same_pixels_and_sizes(size, recipe):
+    whole = prepare(picture(*size), recipe, ImageSpec())
+    compact = whole.compact()
+    assert torch.equal(compact.pixels(), whole.pixels())
+    assert (compact.original_size, compact.tokens) == (size, whole.tokens)
+
+
+@pytest.mark.parametrize("recipe", ["hf", "native"])
+def test_a_compact_picture_takes_no_more_than_its_pixels(recipe):
+    image = picture(3000, 2000)
+    gone = weakref.ref(image)
+    compact = prepare(image, recipe, ImageSpec()).compact()
+    del image
+    assert gone() is None and compact.pixels().nbytes == 12 * compact.width * compact.height
+
+
+@pytest.mark.parametrize("recipe", ["hf", "native"])
+@pytest.mark.parametrize("size", [(3000, 2000), (300, 200)])
+def test_compact_pictures_have_one_key_if_their_pixels_are_the_same(size, recipe):
+    def key(kind, recipe):
+        return prepare(picture(*size, kind), recipe, ImageSpec()).compact().key
+
+    assert key("noise", recipe) == key("noise", recipe)
+    assert len({key(kind, recipe) for kind in ("noise", "ramp") for recipe in ("hf", "native")}) == 4
 
 
 @pytest.mark.parametrize("size", THIN)

@@ -270,6 +270,27 @@ def test_a_named_pipe_is_read(tmp_path):
     writer.join()
 
 
+def test_a_picture_that_was_checked_loads_as_it_would_have(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RGB))
+    uri = "data:image/png;base64," + base64.b64encode(encoded(RGB)).decode()
+    for kept in (RGB.width * RGB.height, 1):
+        monkeypatch.setattr(media, "KEPT_PIXELS", kept)
+        for source in (path, str(path), path.as_uri(), uri, encoded(RGB)):
+            assert np.array_equal(array(media.load(media.checked(source))), array(RGB)), source
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(encoded(RGB))))
+        assert np.array_equal(array(media.load(media.checked("-"))), array(RGB))
+
+
+def test_a_large_picture_that_was_checked_is_not_kept_decoded(tmp_path):
+    path, data = tmp_path / "a.png", encoded(Image.new("RGB", (3000, 2000)))
+    path.write_bytes(data)
+    assert media.checked(path) == path and media.checked(data) == data
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(PictureUnreadable):
+        media.checked(path)
+
+
 def test_closed_standard_input_is_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(PictureUnreadable, match="closed"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -215,10 +216,11 @@ def test_a_picture_that_fails_is_named(raw):
         raw.complete("a", ["missing.png"])
 
 
-def test_pictures_are_loaded_by_the_function_given(checkpoint, byte_level_json):
+def test_pictures_are_opened_by_the_function_given(checkpoint, byte_level_json):
     seen = []
     made = Processor.from_checkpoint(
-        checkpoint(tokenizer_json=byte_level_json), load_picture=lambda source: seen.append(source) or SMALL
+        checkpoint(tokenizer_json=byte_level_json),
+        open_picture=lambda source: nullcontext(seen.append(source) or SMALL),
     )
     made.complete("", ["somewhere"])
     assert seen == ["somewhere"]
@@ -234,6 +236,7 @@ def test_prompts_and_their_sizes_need_no_torch(byte_level_json, tmp_path):
     SMALL.save(tmp_path / "a.png")
     code = f"""
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from pixtral_cli.prompt.messages import parse

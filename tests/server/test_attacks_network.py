@@ -45,7 +45,8 @@ def secret(site):
 
 
 def load(url, look_up=None, **policy):
-    return GuardedPictures(PicturePolicy(**{"private_networks": ALLOWED, **policy}), look_up).load(url)
+    with GuardedPictures(PicturePolicy(**{"private_networks": ALLOWED, **policy}), look_up).opened(url) as picture:
+        return picture
 
 
 def refused(url, look_up=None, match=None, **policy):

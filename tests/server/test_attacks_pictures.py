@@ -21,7 +21,7 @@ from pixtral_cli.errors import PixtralError
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 import PIL.Image
 name, arguments = json.loads(sys.argv[1])
-load = GuardedPictures(PicturePolicy()).load
+opened = GuardedPictures(PicturePolicy()).opened
 uri = "data:;base64," + base64.b64encode(getattr(bombs, name)(*arguments)).decode()
 def taken():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
@@ -29,7 +29,8 @@ limit = taken() + int(sys.argv[2]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 start = time.process_time()
 try:
-    said = "%dx%d" % load(uri).size
+    with opened(uri) as picture:
+        said = "%dx%d" % picture.size
 except PixtralError as error:
     said = str(error)
 print(json.dumps([said, time.process_time() - start, len(uri)]))
@@ -108,9 +109,10 @@ import bombs
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
-load = GuardedPictures(PicturePolicy()).load
+opened = GuardedPictures(PicturePolicy()).opened
 def small(uri):
-    return load(uri).resize((64, 64)).size
+    with opened(uri) as picture:
+        return picture.resize((64, 64)).size
 uri = "data:;base64," + base64.b64encode(bombs.png(8000, 8000)).decode()
 small("data:;base64," + base64.b64encode(bombs.png(8, 8)).decode())
 before = resident()

@@ -12,8 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import served
 
 LITTLE = ("--kv-cache-memory", "16MiB", "--image-cache-memory", "4MiB", "--quantization-encoding", "float32")
-"""Caches that the first load fills: what grows afterwards is a leak. In bfloat16, oneDNN, which torch multiplies with,
-keeps a program of its own for each of a thousand shapes of matrices, and that takes thousands of requests to fill."""
+"""Caches that the first load fills: what grows afterwards is a leak."""
+AS_IT_COMES = ("--image-cache-memory", "4MiB")
+"""The features of so many pictures are all that a server may go on to fill its memory with for thousands of requests,
+up to --image-cache-memory."""
 POOLS = 4 + 64
 """Threads that the server may have for prompts; they come as they are needed and stay."""
 STATE = ("pixtral_requests_running", "pixtral_requests_queued", "pixtral_kv_cache_used_ratio")
@@ -83,3 +85,16 @@ def test_after_2000_requests_of_64_clients_all_is_as_before(crowded, capsys):
         print(f"\n2,000 requests in {seconds:.0f} s; cut: {dict(outcome.cuts)}; {before} -> {after}")
     assert after[0] == before[0] and after[1] <= idle[1] + POOLS
     assert after[2] <= before[2] * 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_after_a_thousand_requests_a_server_has_the_memory_that_it_needs(capsys):
+    with served(*AS_IT_COMES) as server:
+        check(server, load(server, range(30_000, 31_000))[0], range(1000))
+        before = held(server)[2]
+        check(server, load(server, range(40_000, 42_000))[0], range(2000))
+        after = held(server)[2]
+    with capsys.disabled():
+        print(f"\nresident after 1,000 requests: {before / 2**20:.0f} MiB, after 3,000: {after / 2**20:.0f} MiB")
+    assert after <= before + 48 * 2**20
