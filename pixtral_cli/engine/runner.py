@@ -16,7 +16,7 @@ from pixtral_cli.engine.scheduler import Piece
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
 from pixtral_cli.model.llava import Llava
-from pixtral_cli.model.threads import threads_for
+from pixtral_cli.model.threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
 SCORED_ROWS = 64
@@ -48,6 +48,7 @@ class Runner:
         self.kv_cache = kv_cache
         self.features = features
         self.exact = exact
+        self.threads = PassThreads(exact)
 
     @torch.inference_mode()
     def run(self, pieces: list[Piece]) -> Computed:
@@ -75,7 +76,7 @@ class Runner:
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
         spans = [piece.sequence.span(piece.tokens) for piece in pieces]
         text = self.model.config.text
-        with threads_for(len(x) * text.multiplications_per_token):
+        with self.threads.chosen(len(x), text.multiplications_per_token):
             hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
             logits = self.model.logits(hidden[wanted])
         scores = {

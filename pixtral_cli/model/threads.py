@@ -1,31 +1,53 @@
-"""How many of torch's threads a forward pass on a CPU is worth. Knows no model."""
+"""How many of torch's threads a forward pass on a CPU uses. Knows no model."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 SMALL_PASS = 2**26
-"""Multiplications. Below this, several threads wait for each other about as long as they save when the machine is
-quiet, and many times as long when other programs use its cores."""
+"""Multiplications. Below this, threads wait for each other about as long as they save."""
+FEW_ROWS = 16
+"""A pass of so few rows reads each weight for little work: its threads meet every fraction of a millisecond."""
+BUSY = 0.7
+"""Of the time of a pass with several threads, its own thread runs 0.8 to 1 when the machine is quiet, and half when
+one other program computes on two cores: the threads that meet there wait for the one that does not run."""
+SECONDS_ALONE = 1.0
 USERS_OWN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-@contextmanager
-def threads_for(multiplications: int) -> Iterator[None]:
-    """Within it torch has one thread if the work is small, and else as many as before.
+@dataclass
+class PassThreads:
+    """Chooses pass by pass: one thread for little work, and for few rows while other programs use the cores.
 
-    The choice is made by the work alone, so equal shapes give equal bits. Who sets OMP_NUM_THREADS gets that number.
+    With `exact` the work alone decides, so that equal shapes give equal bits: the last bits of a float32 product
+    depend on the number of threads. Who sets OMP_NUM_THREADS gets that number.
     """
-    threads = torch.get_num_threads()
-    if multiplications >= SMALL_PASS or threads == 1 or any(name in os.environ for name in USERS_OWN):
-        yield
-        return
-    torch.set_num_threads(1)  # takes a microsecond
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+
+    exact: bool = False
+    alone_until: float = 0.0
+    """Of `time.monotonic`: then several threads are tried again."""
+
+    @contextmanager
+    def chosen(self, rows: int, multiplications: int) -> Iterator[None]:
+        """Within it torch has the threads for a pass of `rows`, `multiplications` for each; then as many as before."""
+        threads = torch.get_num_threads()
+        if threads == 1 or any(name in os.environ for name in USERS_OWN):
+            yield
+            return
+        watched = rows <= FEW_ROWS and not self.exact
+        alone = rows * multiplications < SMALL_PASS or watched and time.monotonic() < self.alone_until
+        wall, own = time.perf_counter(), time.thread_time()
+        try:
+            if alone:
+                torch.set_num_threads(1)  # takes a microsecond
+            yield
+        finally:
+            torch.set_num_threads(threads)
+        if watched and not alone and time.thread_time() - own < BUSY * (time.perf_counter() - wall):
+            self.alone_until = time.monotonic() + SECONDS_ALONE

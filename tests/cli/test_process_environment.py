@@ -20,7 +20,7 @@ finally:
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
 def test_the_program_says_how_long_threads_wait_before_torch_is_loaded(given, spins):
     kept = {name: value for name, value in clean_environment().items() if name != "GOMP_SPINCOUNT"}

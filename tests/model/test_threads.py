@@ -1,10 +1,12 @@
-"""One thread for a small pass, all of them for a large one, and the user's own number always."""
+"""One thread for a small pass and on a busy machine, all of them for a large one, and the user's own number always."""
+
+import time
 
 import pytest
 import torch
 
 from pixtral_cli import Pixtral
-from pixtral_cli.model.threads import SMALL_PASS, USERS_OWN, threads_for
+from pixtral_cli.model.threads import FEW_ROWS, SECONDS_ALONE, SMALL_PASS, USERS_OWN, PassThreads
 
 
 @pytest.fixture
@@ -17,17 +19,57 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-def within(work):
-    with threads_for(work):
+@pytest.fixture
+def clock(monkeypatch):
+    """The clocks of the module, in seconds; a test moves them."""
+    clock = {"perf_counter": 0.0, "thread_time": 0.0, "monotonic": 100.0}
+    for name in clock:
+        monkeypatch.setattr(time, name, lambda name=name: clock[name])
+    return clock
+
+
+def threads_of(passes, rows, multiplications=SMALL_PASS, work=lambda: None):
+    with passes.chosen(rows, multiplications):
+        work()
         return torch.get_num_threads()
 
 
+def run(clock, own):
+    """What a pass of a second does to the clocks if its thread runs for `own` of it."""
+
+    def work():
+        clock["perf_counter"] += 1
+        clock["thread_time"] += own
+
+    return work
+
+
 def test_a_small_pass_has_one_thread_and_a_large_one_has_all(two_threads):
-    assert (within(SMALL_PASS - 1), within(SMALL_PASS)) == (1, 2)
+    assert [threads_of(PassThreads(), 2, each) for each in (SMALL_PASS // 2 - 1, SMALL_PASS // 2)] == [1, 2]
+
+
+def test_a_pass_that_others_kept_waiting_is_followed_by_passes_with_one_thread_for_a_while(two_threads, clock):
+    passes = PassThreads()
+    assert threads_of(passes, 1, work=run(clock, 0.95)) == threads_of(passes, 1, work=run(clock, 0.5)) == 2
+    assert threads_of(passes, 1, work=run(clock, 0.5)) == 1
+    clock["monotonic"] += SECONDS_ALONE
+    assert threads_of(passes, 1, work=run(clock, 0.95)) == threads_of(passes, 1) == 2
+
+
+def test_a_prompt_has_all_threads_on_a_busy_machine_too(two_threads, clock):
+    passes = PassThreads()
+    threads_of(passes, 1, work=run(clock, 0.1))
+    assert threads_of(passes, FEW_ROWS + 1) == 2
+
+
+def test_where_bits_are_promised_the_clock_decides_nothing(two_threads, clock):
+    passes = PassThreads(exact=True)
+    threads_of(passes, 1, work=run(clock, 0.1))
+    assert threads_of(passes, 1) == 2
 
 
 def test_afterwards_there_are_as_many_as_before_even_if_the_pass_fails(two_threads):
-    with pytest.raises(RuntimeError), threads_for(1):
+    with pytest.raises(RuntimeError), PassThreads().chosen(1, 1):
         raise RuntimeError
     assert torch.get_num_threads() == 2
 
@@ -35,7 +77,7 @@ def test_afterwards_there_are_as_many_as_before_even_if_the_pass_fails(two_threa
 @pytest.mark.parametrize("name", USERS_OWN)
 def test_the_number_that_the_user_sets_wins(two_threads, monkeypatch, name):
     monkeypatch.setenv(name, "2")
-    assert within(1) == 2
+    assert threads_of(PassThreads(), 1, 1) == 2
 
 
 def test_the_built_in_model_decodes_on_one_thread_and_reads_a_long_prompt_on_all(two_threads):
