@@ -74,8 +74,16 @@ def _ready(seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
+def _pieces() -> Iterator[bytes]:
+    """Standard input up to its end or just over the limit; between two pieces an interrupt is noticed."""
+    length = 0
+    while length <= LIMIT and (piece := sys.stdin.buffer.read1(LIMIT + 1 - length)):
+        length += len(piece)
+        yield piece
+
+
 def _read_text() -> str:
-    data = sys.stdin.buffer.read(LIMIT + 1)
+    data = b"".join(_pieces())
     if len(data) > LIMIT:
         raise UsageError(f"Standard input holds more than {LIMIT // 2**20} MiB of text.", "Send less of it.")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from builders import CONTROLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
@@ -40,7 +41,7 @@ USER = {"role": "user", "content": "What is 1 + 2?"}
 ordinary = st.text("ab c[]/\n\té日1", max_size=12)
 
 
-harmless = arguments.filter(lambda value: "[INST]" not in str(value) and "</s>" not in str(value))
+harmless = arguments.filter(lambda value: all(control not in str(value) for control in CONTROLS))
 
 
 @given(objects=st.lists(harmless, min_size=1, max_size=2), said=ordinary, result=ordinary)

@@ -389,7 +389,7 @@ def test_what_a_request_does_not_say_comes_from_the_flags_and_then_from_the_chec
     running.service.worker.submit = lambda request, sink: asked.append(request) or submit(request, sink)
     for given in ({}, {"temperature": 0.1}):
         body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **given}
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 200
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
     assert [(request.sampling.temperature, request.sampling.min_p) for request in asked] == [(0.4, 0.3), (0.1, 0.3)]
 
 
@@ -406,7 +406,8 @@ def test_the_caches_of_different_keys_are_apart(tiny):
         body = {"messages": [{"role": "user", "content": "A secret. " * 400}], "max_tokens": 1}
 
         def cached(key):
-            answer = httpx.post(f"{running.url}/predict", json=body, headers={"Authorization": f"Bearer {key}"})
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{running.url}/predict", json=body, headers=headers, timeout=PATIENCE)
             return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
         assert cached("one") == 0
