@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from . import headers, large_file, own_cache, repo_name, store
-from .errors import DownloadFailed, Gated, ModelNotFound, Offline, TokenUnusable, WeightsError
+from .errors import DownloadFailed, Gated, ModelNotFound, Offline, TokenUnusable, Unreadable, WeightsError
 from .meter import Meter, Progress, counting
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -214,7 +214,7 @@ class Transfer:
 
 
 def _check_token() -> None:
-    """Raise TokenUnusable if a request with the user's token could not be written."""
+    """Raise TokenUnusable if a request with the user's token could not be written, Unreadable if its file is not."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
 
@@ -222,6 +222,8 @@ def _check_token() -> None:
         value = build_hf_headers().get("authorization", "")
     except UnicodeDecodeError:  # of the file
         value = "\0"
+    except OSError as error:  # of the file
+        raise Unreadable(Path(constants.HF_TOKEN_PATH), error.strerror or str(error)) from error
     if not (value.isascii() and value.isprintable()):
         named = next((variable for variable in TOKEN_VARIABLES if os.environ.get(variable)), None)
         raise TokenUnusable(named or constants.HF_TOKEN_PATH)

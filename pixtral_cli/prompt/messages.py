@@ -76,10 +76,12 @@ def _message(entry: Any, where: str, before: Sequence[Message]) -> Message:
 
 
 def _said(entry: dict[str, Any], role: str, calls: tuple[ToolCall, ...]) -> Any:
-    """The content; where an assistant's is null, its refusal, or nothing beside calls."""
+    """The content; where an assistant's is null, its refusal, or nothing beside calls. A function may give nothing."""
     content = entry.get("content")
-    if content is not None or role != "assistant":
+    if content is not None or role not in ("assistant", "function"):
         return content
+    if role == "function":
+        return ""
     refusal = entry.get("refusal")
     return "" if refusal is None and calls else refusal
 

@@ -79,6 +79,12 @@ def test_function_calls_and_their_results_are_as_those_of_tools(http):
     assert abs(len(tokens(http, [USER, older, result])) - len(newer)) < 20
 
 
+def test_a_function_may_give_nothing(http):
+    older = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    nothing = {"role": "function", "name": "add", "content": None}
+    assert len(tokens(http, [USER, older, nothing])) == len(tokens(http, [USER, older, nothing | {"content": ""}]))
+
+
 @pytest.mark.parametrize("content", [None, [{"type": "refusal", "refusal": "I will not."}]])
 def test_a_refusal_that_is_sent_back_is_what_was_said(http, content):
     refused = {"role": "assistant", "content": content, "refusal": "I will not."}

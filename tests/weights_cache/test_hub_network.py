@@ -1,13 +1,14 @@
 """Promises about the way to the Hub: proxies, mirrors with a path, what does not go through them, and tokens."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from weights_cache.errors import DownloadFailed, TokenUnusable
+from weights_cache.errors import DownloadFailed, TokenUnusable, Unreadable
 from weights_cache.hub import fetch, fetch_headers
 
 REPO = "acme/pixtral-small"
@@ -107,3 +108,10 @@ def test_a_newline_at_the_end_of_a_token_is_no_matter(hub, tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     fetch(REPO)
     assert {headers.get("authorization") for _, _, headers in hub.requests} == {"Bearer hf_secret"}
+
+
+def test_a_token_file_that_cannot_be_read_is_named(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
+    with pytest.raises(Unreadable, match=re.escape(str(tmp_path))):
+        fetch(REPO)
+    assert hub.requests == []
