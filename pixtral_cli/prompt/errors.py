@@ -121,6 +121,16 @@ class TemplateFailed(PromptError):
     default_hint = "Use --raw (in Python: complete) to write the prompt yourself."
 
 
+class PicturesPassedOver(TemplateFailed):
+    """The checkpoint's chat template does not write one mark for each picture."""
+
+    default_hint = "Use --raw (in Python: complete) with one [IMG] for each picture."
+
+    def __init__(self, marks: int, pictures: int):
+        given = "1 picture" if pictures == 1 else f"{pictures} pictures"
+        super().__init__(f"The model's chat template writes {marks} [IMG] for {given}.")
+
+
 class NoChatTemplate(PromptError):
     """The model has neither a chat template nor the control tokens of one."""
 

@@ -94,6 +94,8 @@ def _calls(entry: dict[str, Any], role: str, where: str) -> tuple[ToolCall, ...]
         raise InvalidMessages(where, f"only the assistant makes tool calls, not the {role}")
     if not calls:
         place = f"{where}.function_call"
+        if not isinstance(older, dict):
+            raise InvalidMessages(place, "should be an object with name and arguments")
         return (_call({"id": place, "function": older}, place, place),)
     if not isinstance(calls, list | tuple):
         raise InvalidMessages(f"{where}.tool_calls", f"should be a list, not {_kind(calls)}")

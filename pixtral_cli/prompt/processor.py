@@ -17,9 +17,9 @@ from pixtral_cli.prompt.conversation import Conversation, Picture
 from pixtral_cli.prompt.errors import (
     NoChatTemplate,
     PicturesMisplaced,
+    PicturesPassedOver,
     PicturesUnsupported,
     PromptError,
-    TemplateFailed,
 )
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
 from pixtral_cli.prompt.native import NativeRules, can_chat, knows_tools
@@ -216,10 +216,7 @@ class Processor:
             return Prompt(ids, [])
         marks = ids.count(self.image_tokens.patch)
         if marks != len(images):
-            raise TemplateFailed(
-                f"The model's chat template writes {marks} [IMG] for {len(images)} picture{'s' * (len(images) != 1)}.",
-                "Use --raw (in Python: complete) with one [IMG] for each picture.",
-            )
+            raise PicturesPassedOver(marks, len(images))
         if not images:
             return Prompt(ids, [])
         left = iter(images)

@@ -237,10 +237,20 @@ def _arrangements(conversation: Conversation) -> Iterator[Conversation]:
 def _is_asked(conversation: Conversation, rendered: str) -> bool:
     """Whether a word of what is asked is in the prompt: by the last user turn, or by the system where it is blank."""
     user = next((message for message in reversed(conversation.messages) if message.role == "user"), None)
-    words = user.text.split(None, MANY_WORDS) if user else []
+    words = _bare_words(user.text) if user else []
     if not words and not (user and user.has_pictures):
-        words = [word for m in conversation.messages if m.role == "system" for word in m.text.split(None, MANY_WORDS)]
-    return not words or any(word in rendered for word in words)
+        words = [word for m in conversation.messages if m.role == "system" for word in _bare_words(m.text)]
+    written = _bare(rendered)
+    return not words or any(word in written for word in words)
+
+
+def _bare_words(text: str) -> list[str]:
+    return [bare for word in text.split(None, MANY_WORDS) if (bare := _bare(word))]
+
+
+def _bare(text: str) -> str:
+    """Letters and digits alone, in one case: a template may change the case, or write the text as JSON."""
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def _put_end(entry: dict[str, Any], end: str) -> None:

@@ -11,6 +11,7 @@ from pixtral_cli.prompt.errors import (
     NoChatTemplate,
     PictureFetchFailed,
     PictureNotFound,
+    PicturesPassedOver,
     PromptError,
     TemplateFailed,
     TextTooLong,
@@ -20,6 +21,7 @@ from pixtral_cli.server.errors import RETRY, ApiError, unavailable
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 RAW = "Use /v1/completions to write the prompt yourself."
+NO_PICTURES = "Leave the pictures out: this model's template has no place for them."
 DATA = "The picture itself can be sent, as a data: URI."
 
 
@@ -61,6 +63,8 @@ def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
 def _joined(error: PixtralError) -> str:
     """Hints for Python and the command line give way to those for HTTP."""
     hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
+    if isinstance(error, PicturesPassedOver):
+        hint = NO_PICTURES
     if isinstance(error, PictureFetchFailed | PictureNotFound):
         hint = DATA
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:

@@ -170,6 +170,8 @@ def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
     """The tools that older clients call functions, of which an answer calls one at most."""
     if given.tools:
         raise ApiError(400, "tools and functions mean the same: give one of them.", param="functions")
+    if not given.functions and given.function_call not in (None, "none", "auto"):
+        raise ApiError(400, "function_call asks for a call, and there are no functions.", param="function_call")
     options["parallel_tool_calls"] = False
     if isinstance(given.function_call, str):
         options["tool_choice"] = given.function_call

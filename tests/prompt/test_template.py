@@ -308,6 +308,13 @@ def test_a_template_that_passes_over_the_question_is_one_sentence(processor, byt
     assert "--raw" in caught.value.hint
 
 
+@pytest.mark.parametrize("filter", ["upper", "tojson", "trim"])
+@pytest.mark.parametrize("question", ['"x"', "C:\\x", "Straße?", "?!"])
+def test_a_template_may_change_how_the_question_is_written(processor, byte_level_json, filter, question):
+    template = "{% for m in messages %}[INST]{{ m.content | " + filter + " }}[/INST]{% endfor %}"
+    assert processor(byte_level_json, template).chat(parse([user(question)])).token_ids
+
+
 def test_a_template_without_room_for_a_picture_is_one_sentence(processor, byte_level_json):
     with pytest.raises(TemplateFailed, match=r"0 \[IMG\] for 1 picture\."):
         processor(byte_level_json, SPACED).chat(parse([user("a", SMALL)]))

@@ -71,6 +71,11 @@ def test_who_gives_functions_gets_a_function_call(http, call):
     assert set(json.loads(choice["message"]["function_call"]["arguments"])) == {"a"}
 
 
+def test_a_function_call_without_functions_is_refused_by_its_own_name(http):
+    assert ask(http, function_call={"name": "add"}, status=400)["error"]["param"] == "function_call"
+    ask(http, function_call="auto")
+
+
 def test_a_function_call_is_streamed_as_one(http):
     chunks = stream(http, functions=[ADD], function_call={"name": "add"}, max_tokens=100)
     parts = [chunk["choices"][0]["delta"].get("function_call") for chunk in chunks]
