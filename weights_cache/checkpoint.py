@@ -184,6 +184,8 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
     present = layout.file_names(folder)
     if layout.has_only_sentencepiece(present):
         raise layout.no_tokenizer(folder, present)
+    for name in set(present).intersection(layout.TOKENIZERS):
+        lfs.check(folder / name)
     described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
     if weights:
         other = next((each for each in layout.forms(present) if each != form), None)

@@ -37,6 +37,10 @@ def test_a_pointer_in_the_place_of_a_models_file_is_named(folder: Path, name: st
     assert_told(folder / name, read)
 
 
+def test_a_pointer_in_the_place_of_a_tokenizer_is_named_before_anything_else_is_read(folder: Path):
+    assert_told(folder / "tokenizer.json", lambda: checkpoint.open(folder))
+
+
 @pytest.mark.parametrize("name", ["chat_template.jinja", "preprocessor_config.json", "tokenizer_config.json"])
 def test_a_pointer_in_the_place_of_a_side_file_is_named(folder: Path, name: str):
     assert (folder / name).is_file()
