@@ -76,8 +76,8 @@ class Ask:
         return self.n * (len(self.prompts) or 1)
 
     @property
-    def tells_prompts(self) -> bool:
-        """Whether its answers have every token of the prompts, which may take long to write."""
+    def scores_prompts(self) -> bool:
+        """Whether its answers have the log-probabilities of all tokens of the prompts, which may take long to write."""
         return "echo" in self.options and "logprobs" in self.options
 
     @property
