@@ -82,7 +82,7 @@ class ToolCallReader:
         self, tokenizer: Tokenizer, *, at_start: bool = True, reads_calls: bool = False, only_calls: bool = False
     ) -> None:
         self._tokenizer, self._at_start = tokenizer, at_start
-        self._marks = _marks(tokenizer) if reads_calls else {}
+        self._marks = {id: name for name, id in call_marks(tokenizer).items()} if reads_calls else {}
         self._stream = ByteStream(tokenizer, at_start=at_start)
         self._parser = _Parser()
         if only_calls:
@@ -110,8 +110,9 @@ class ToolCallReader:
         return self._parser.take()
 
 
-def _marks(tokenizer: Tokenizer) -> dict[int, str]:
-    return {tokenizer.control(name): name for name in (CALLS, CALL_ID, ARGS) if name in tokenizer.controls}
+def call_marks(tokenizer: Tokenizer) -> dict[str, int]:
+    """The control tokens that belong to calls and are in the vocabulary: name -> id."""
+    return {name: tokenizer.control(name) for name in (CALLS, CALL_ID, ARGS) if name in tokenizer.controls}
 
 
 class _Mark(ValueError):
