@@ -258,13 +258,14 @@ class _Parser:
         """The name or id that ends at the next control token, and that token."""
         text = ""
         try:
-            while not text or NAME.fullmatch(text.rstrip(BLANK)):
+            while True:
                 text = (text + self._piece[self._at :]).lstrip(BLANK)
                 self._at = len(self._piece)
+                if text and not NAME.fullmatch(text.rstrip(BLANK)):
+                    raise ValueError("no name and no id")
                 yield
         except _Mark as mark:
             return text.rstrip(BLANK), mark.args[0]
-        raise ValueError("no name and no id")
 
     def _entry(self) -> Steps:
         """One object of a list."""

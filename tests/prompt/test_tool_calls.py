@@ -200,6 +200,13 @@ def test_however_an_answer_is_cut_into_tokens_it_is_read_alike(both, data, writt
     assert [(call.name, call.arguments) for call in calls] == [(call.name, call.arguments) for call in whole[1]]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("pieces", [["::"], [":", ":"], ["add", " two"], ["add two"]])
+def test_what_can_be_no_name_is_text_at_once_however_it_is_cut(both, pieces, cut):
+    ids = [id for piece in pieces for id in both[0].encode(piece, at_start=False)]
+    assert read(both[0], ids, only_calls=True, cut=cut) == ("".join(pieces), ())
+
+
 def test_arguments_come_as_they_are_written_each_piece_once(both):
     spelled = json.dumps({"text": "It rains. " * 50})
     for parts in ([f'[{{"name": "add", "arguments": {spelled}}}]'], ["add", "[ARGS]", spelled]):
