@@ -160,8 +160,9 @@ class Processor:
 
     def _tool_dialect(self, dialect: ChatTemplate | NativeRules) -> ChatTemplate | NativeRules:
         """Mistral's own rules in place of a template that passes over tools, as Pixtral-12B's does."""
-        passes_over = isinstance(dialect, ChatTemplate) and not dialect.knows_tools
-        return NativeRules(self.tokenizer, dialect.source) if passes_over and knows_tools(self.tokenizer) else dialect
+        if isinstance(dialect, ChatTemplate) and not dialect.knows_tools and knows_tools(self.tokenizer):
+            return NativeRules(self.tokenizer, dialect.source)
+        return dialect
 
     def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.
@@ -193,8 +194,9 @@ class Processor:
         return Prompt(ids, images, answer_starts_text=not (text or images), text=text)
 
     def _raw_ids(self, text: str, at_start: bool) -> list[int]:
+        image = self.image_tokens.patch if self.image_tokens else None
         ids: list[int] = []
-        for part in self.tokenizer.split_controls(text, but=self.image_tokens and self.image_tokens.patch):
+        for part in self.tokenizer.split_controls(text, but=image):
             ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
         return ids
 
