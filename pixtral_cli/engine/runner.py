@@ -58,10 +58,10 @@ class Runner:
             return Computed(logits[: sum(piece.completes for piece in pieces)], scores)
         decoding = [piece for piece in pieces if piece.sequence.answering]
         groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
-        logits = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
+        answers = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
         prompts = [self._pass([piece]) for piece in pieces if not piece.sequence.answering]
-        scores = {request_id: told for prompt in prompts for request_id, told in prompt.scores.items()}
-        return Computed(torch.cat(logits + [prompt.logits for prompt in prompts]), scores)
+        scores = {request_id: of_piece for prompt in prompts for request_id, of_piece in prompt.scores.items()}
+        return Computed(torch.cat(answers + [prompt.logits for prompt in prompts]), scores)
 
     def _pass(self, pieces: list[Piece], rows: int = 0) -> Computed:
         """One forward pass, padded to `rows` tokens; the logits of padding come last."""

@@ -152,10 +152,10 @@ def user_first(turns: list[Message]) -> list[Message]:
 
 
 def _join(first: Message, second: Message) -> Message:
-    chunks = list(first.chunks)
-    rest = list(second.chunks)
-    if chunks and rest and isinstance(chunks[-1], Text) and isinstance(rest[0], Text):
-        chunks[-1] = Text(JOIN.join(text for text in (chunks[-1].text, rest.pop(0).text) if text))
+    chunks, rest = first.chunks, second.chunks
+    if chunks and rest and isinstance(last := chunks[-1], Text) and isinstance(then := rest[0], Text):
+        joined = Text(JOIN.join(text for text in (last.text, then.text) if text))
+        chunks, rest = (*chunks[:-1], joined), rest[1:]
     calls = first.tool_calls + second.tool_calls
     return replace(
         first, chunks=(*chunks, *rest), is_string=first.is_string and second.is_string, tool_calls=calls
