@@ -20,7 +20,7 @@ from pixtral_cli.model.pass_threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
 SCORED_ROWS = 64
-"""Logits of the tokens of prompts are made and let go of for so many at a time: 32 MiB with 131,072 tokens."""
+"""Tokens of prompts whose logits are held at one time: 32 MiB for a vocabulary of 131,072."""
 
 
 class Computed(NamedTuple):

@@ -33,7 +33,7 @@ GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
 OpenPicture = Callable[[Any], AbstractContextManager[Any]]
-"""A picture's source -> an RGB PIL.Image, until it is let go of: `media.opened`, or one that guards a server."""
+"""A picture's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
 
 
 class CheckpointFiles(Protocol):
@@ -167,10 +167,9 @@ class Processor:
     def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.
 
-        Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``: who writes
-        a raw prompt writes all of it, so texts of strangers belong in a chat, where they stay text. Each ``[IMG]``
-        stands for a picture; with pictures and no ``[IMG]`` they come first; without pictures it is text, as in a
-        page of a forum, and never an image token that has no image.
+        Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``. Texts of
+        strangers therefore belong in a chat, where they stay text. Each ``[IMG]`` stands for a picture; with pictures
+        and no ``[IMG]`` they come first. Without pictures ``[IMG]`` is text: an image token always has an image.
 
         Raises:
             PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.

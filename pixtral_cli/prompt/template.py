@@ -133,7 +133,7 @@ class ChatTemplate:
         raise refusal
 
     def arranged(self, conversation: Conversation) -> Conversation:
-        """The turns as the template gets them at first: pictures of tools apart from results, which are text to it."""
+        """The turns as the template gets them at first. Pictures of tools follow the results, which are text to it."""
         return conversation.pictures_after_results().merged()
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:

@@ -20,8 +20,8 @@ DONE = b"data: [DONE]\n\n"
 compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """In ASCII: many a client takes U+2028 and its like for the end of a line."""
 WHOLE_CALLS = ("mistral-client-", "python-httpx/")
-"""How clients name themselves that take a call only whole, as Mistral's own servers send it: Mistral's packages refuse
-a piece without a name, and langchain-mistralai (it says httpx) takes each piece of the first call for another call.
+"""How user agents begin of clients that need each call whole, as Mistral's own servers send it. Mistral's packages
+refuse a piece without a name. langchain-mistralai, which says that it is httpx, takes each piece for another call.
 """
 
 
@@ -33,7 +33,8 @@ def takes_pieces(user_agent: str) -> bool:
 class Chunks:
     """Turns the events of `answers` answers into bytes of a stream.
 
-    A call comes `in_pieces`, as from OpenAI; or whole, and with the last choice the usage, as from Mistral.
+    With `in_pieces` calls come in pieces, as from OpenAI. Else each call comes whole, and the last choice has the
+    usage, as from Mistral.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class Values:
 
 
 def answer(asked: str) -> list[str]:
-    """What there is at this moment of models or devices."""
+    """The models, files or devices that there are now, each once."""
     return list(dict.fromkeys(ANSWERS[asked]()))
 
 
