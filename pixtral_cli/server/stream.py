@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from pixtral_cli.generate import Reply, TextEvent, TokenLogprob, Usage
 from pixtral_cli.logprobs import Echo, characters
-from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
+from pixtral_cli.prompt.call_parser import ToolCallDelta, whole_deltas
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 

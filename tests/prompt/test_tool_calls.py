@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from tool_builders import KINDS, arguments, call
 
-from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
+from pixtral_cli.prompt.call_parser import joined
+from pixtral_cli.prompt.tool_calls import ToolCallReader
 
 
 def pieces(tokenizer, ids, cut=False, **options):
