@@ -153,8 +153,8 @@ class Answering:
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
         if self.logprobs is None:
             return None
-        assert event.logprob is not None, event
-        label = self._text_of if self.echo is None else self.tokenizer.label
+        assert event.token_id is not None and event.logprob is not None, event
+        label = self._text_of if self.echo is None else self.tokenizer.label  # an echo names its control tokens
         self.logprobs.append(TokenLogprob.of(event.token_id, event.logprob, event.alternatives, label))
         return self.logprobs[-1]
 

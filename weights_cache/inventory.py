@@ -59,6 +59,7 @@ def hub_names() -> list[str]:
 
 
 def _names_in(root: Path) -> Iterator[str]:
+    """The names that the models of `_in_repo` have."""
     repo = _repo(root)
     found = [(snapshot, form, file) for snapshot in _snapshots(root) for form, file in _forms_in(snapshot)]
     yield from (_name(repo, snapshot, file) for snapshot, _, file in found)
