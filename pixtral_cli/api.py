@@ -20,6 +20,7 @@ from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generate import Answering, GenerationOptions, Reply, Request, TextEvent
+from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save
 from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
@@ -27,7 +28,7 @@ from pixtral_cli.model.needs import kv_bytes, weight_bytes
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.model.plan import LEAST, check_weights, kv_tokens
 from pixtral_cli.prompt.processor import Processor, Prompt
-from pixtral_cli.source import DEFAULT_MODEL, Form, Progress, Source
+from pixtral_cli.source import Form, Progress, Source
 
 KEPT_UNASKED = 0.25
 """Of a computer's own memory nobody has given us: so much of the room for keys and values may hold what was."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pixtral_cli.engine import grammar
 from pixtral_cli.engine.grammar import Constraint, Vocabulary
 from pixtral_cli.errors import RequestError
-from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS
+from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, call_marks
 from pixtral_cli.prompt.tools import Tool
 
 if TYPE_CHECKING:
@@ -33,12 +33,8 @@ def vocabulary(tokenizer: Tokenizer, end_ids: Collection[int]) -> Vocabulary:
         tokenizer.token_bytes,
         lambda text: tokenizer.encode(text, at_start=False),
         end_ids,
-        tokenizer.special_ids | set(_marks(tokenizer).values()),
+        tokenizer.special_ids | set(call_marks(tokenizer).values()),
     )
-
-
-def _marks(tokenizer: Tokenizer) -> dict[str, int]:
-    return {name: tokenizer.control(name) for name in (CALLS, CALL_ID, ARGS) if name in tokenizer.controls}
 
 
 def schema_of(response_format: Any) -> Mapping[str, Any] | None:
@@ -78,7 +74,7 @@ def is_forced(tool_choice: Any) -> bool:
 
 def banned(prompt: Prompt, tool_choice: Any, tokenizer: Tokenizer) -> dict[int, float]:
     """The bias that keeps a model from calling the tools that it knows of: minus infinity for what begins a call."""
-    marks = _marks(tokenizer)
+    marks = call_marks(tokenizer)
     return {marks[CALLS]: float("-inf")} if prompt.tools and tool_choice == "none" and CALLS in marks else {}
 
 
@@ -98,7 +94,7 @@ def constraint(
     schema = schema_of(response_format)
     tools = _callable(prompt.tools, tool_choice)
     several = several_calls and _chosen_name(tool_choice) is None
-    calls = CallRules(prompt, tools, several, _marks(tokenizer)) if tools else None
+    calls = CallRules(prompt, tools, several, call_marks(tokenizer)) if tools else None
     if calls and is_forced(tool_choice):
         return calls.compile(vocabulary, "start: calls")
     can_call = calls is not None and prompt.call_form != "text"

@@ -34,7 +34,7 @@ class UsageError(Exception):
 def one_of(names: tuple[str, ...], *, beside: tuple[str, ...] = ()) -> dict[str, Any]:
     """Typer settings for a flag that takes one of `names`: checked, listed in the error, completed by Tab.
 
-    What is `beside` them is taken as well, and told to nobody.
+    Those of `beside` are accepted as well, but not shown.
     """
 
     def check(value: str | None) -> str | None:

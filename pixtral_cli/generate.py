@@ -16,8 +16,9 @@ from pixtral_cli.engine.request import Failure, Picture, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
 from pixtral_cli.logprobs import Echo, TokenLogprob
+from pixtral_cli.prompt.call_parser import ToolCallDelta, joined
 from pixtral_cli.prompt.stops import StopMatcher
-from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
+from pixtral_cli.prompt.tool_calls import ToolCallReader
 from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ class Answering:
     def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
         if self.logprobs is None:
             return None
-        assert event.logprob is not None, event
-        label = self._text_of if self.echo is None else self.tokenizer.label
+        assert event.token_id is not None and event.logprob is not None, event
+        label = self._text_of if self.echo is None else self.tokenizer.label  # an echo names its control tokens
         self.logprobs.append(TokenLogprob.of(event.token_id, event.logprob, event.alternatives, label))
         return self.logprobs[-1]
 

@@ -28,7 +28,7 @@ class GenerationOptions:
     stop: the answer ends before the first of these texts.
     ignore_eos: go on after the model's end-of-answer token.
     logprobs: True, or the number of alternatives to report beside each token.
-    echo: tell the prompt as well, in Reply.echo, with logprobs those of its tokens; max_new_tokens may be 0 then.
+    echo: repeat the prompt in Reply.echo, with `logprobs` those of its tokens as well; max_new_tokens may be 0 then.
     response_format: OpenAI's, {"type": "text" | "json_object" | "json_schema", "json_schema": {"schema": …}}; the
         answer keeps to it, `strict` or not.
     tool_choice: OpenAI's, "auto", "none", "required" or {"type": "function", "function": {"name": …}}.

@@ -1,4 +1,4 @@
-"""Tokens and log-probabilities in, what is told of them out: of an answer's, and of a prompt that is told again.
+"""Token ids and scores in, tokens with their texts and log-probabilities out: of answers and of echoed prompts.
 
 Runs no model and writes no JSON.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pixtral_cli.prompt.tokenizer import Tokenizer
 
 Label = Callable[[int], str]
-"""What an id's token is shown as."""
+"""A token id -> the text that the token is shown as."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, eq=False)
 class Echo:
-    """A prompt that is told before its answer.
+    """A prompt that is repeated before its answer.
 
     `text` is the prompt as it was written; of one that was given as tokens, what they spell, control tokens left out.
     `scores` are the engine's, of all tokens but the first; None if they were not asked for.
@@ -76,10 +76,10 @@ class Echo:
         """Where in `text` each token begins."""
         offsets = [0]
         for token_id in self.token_ids:
-            offsets.append(offsets[-1] + self._room(token_id, offsets[-1]))
+            offsets.append(offsets[-1] + self._width(token_id, offsets[-1]))
         return [min(offset, len(self.text)) for offset in offsets[:-1]]
 
-    def _room(self, token_id: int, at: int) -> int:
+    def _width(self, token_id: int, at: int) -> int:
         """Characters that begin in the token at the place `at`: none in a control token that the text does not show."""
         data = self.tokenizer.token_bytes(token_id)
         if not data:

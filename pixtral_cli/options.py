@@ -12,8 +12,8 @@ import typer
 
 from pixtral_cli.encodings import CHOICES
 from pixtral_cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
+from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.shell import values
-from pixtral_cli.shell.values import DEFAULT_MODEL
 
 RECIPES = ("hf", "native")
 FORMATS = ("hf", "native", "gguf")

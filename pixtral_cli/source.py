@@ -12,6 +12,7 @@ from typing import Any
 
 from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
+from pixtral_cli.known_models import BUILT_IN
 from pixtral_cli.model import needs
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.needs import Device, Need
@@ -25,8 +26,6 @@ from weights_cache.checkpoint import Checkpoint, Form
 from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
 from weights_cache.serialized_checkpoint import SerializedCheckpoint
 
-DEFAULT_MODEL = "mistral-community/pixtral-12b"
-BUILT_IN = "tiny"
 EXPORT_AGAIN = "Export the model again"
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 

@@ -3,7 +3,6 @@
 Knows no terminal. Only folders are trusted to say what is ours to remove: links are taken away, never followed.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import large_file, layout, own_cache, serialized, stamps, store
+from . import large_file, layout, main_encoding, own_cache, serialized, stamps, store
 from .errors import WeightsError
-from .gguf_reader import GgufFile
-from .json_file import read_json_object
 from .layout import Form
-from .reader import Reader
-from .safetensors_reader import SafetensorsFile
 from .selection import CONFIGS, SIDE_FILES, select
 
 INCOMPLETE = "incomplete"
@@ -64,6 +59,7 @@ def hub_names() -> list[str]:
 
 
 def _names_in(root: Path) -> Iterator[str]:
+    """The names that the models of `_in_repo` have."""
     repo = _repo(root)
     found = [(snapshot, form, file) for snapshot in _snapshots(root) for form, file in _forms_in(snapshot)]
     yield from (_name(repo, snapshot, file) for snapshot, _, file in found)
@@ -223,7 +219,7 @@ def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
             form if _is_whole(snapshot, form, file) else INCOMPLETE,
             snapshot / file if file else snapshot,
             tuple(files),
-            _encoding(snapshot / file if file else weights[0], snapshot) if weights else None,
+            main_encoding.of(snapshot / file if file else weights[0], snapshot) if weights else None,
             sum(map(_size, files)),
             used,
             asked is not None,
@@ -281,32 +277,6 @@ def _serialized(name: str, path: Path, *, known: bool) -> Model:
     found = path.stat()
     used = stamps.last_used(path) or found.st_mtime
     return Model(name, SERIALIZED, path, (path,), encoding, found.st_size, used, known)
-
-
-def _encoding(path: Path, snapshot: Path) -> str | None:
-    """The encoding that takes most bytes of the weights file. Reading its header leaves its time of use alone."""
-    if path.suffix not in (layout.SAFETENSORS, layout.GGUF) or not path.is_file():
-        return None
-    before = path.stat()
-    try:
-        reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
-        return _most_common(reader, snapshot)
-    except WeightsError:
-        return None
-    finally:
-        with suppress(OSError):
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _most_common(reader: Reader, snapshot: Path) -> str | None:
-    if (snapshot / layout.CONFIG).is_file():
-        method = read_json_object(snapshot / layout.CONFIG).get("quantization_config")
-        if isinstance(method, dict) and method.get("load_in_4bit"):
-            return str(method.get("bnb_4bit_quant_type", "nf4"))
-    sizes: dict[str, int] = {}
-    for tensor in reader.tensors.values():
-        sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
-    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def _is_genuine(path: Path) -> bool:

@@ -24,7 +24,7 @@ Commands, flags and their choices stand in the script; the models that are here 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionsArguments:
-    """For which shell. What the scripts ask is such a name too: `pixtral completions models`."""
+    """For which shell. The scripts themselves ask for lists by the same argument: `pixtral completions models`."""
 
     shell: Annotated[
         str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.", **one_of(SHELLS, beside=tuple(ANSWERS)))

@@ -132,7 +132,7 @@ def _opened_messages(messages: Any) -> Any:
 
 
 def _opened(source: Any, where: str | None = None) -> Any:
-    """The picture, or what gives it once more; `where` is the entry of the messages that names it."""
+    """What stands for the picture, which was checked; `where` is the entry of the messages that names it."""
     from pixtral_cli.prompt.errors import InvalidMessages, PictureError
     from pixtral_cli.prompt.media import checked
 

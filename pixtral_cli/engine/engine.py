@@ -189,23 +189,23 @@ class Engine:
     def _run(self, pieces: list[Piece]) -> list[Event]:
         """What the pieces give. If that fails, each is tried by itself, so that only the request at fault fails."""
         try:
-            logits, told = self.runner.run(pieces)
+            logits, scores = self.runner.run(pieces)
         except Exception as error:
             if len(pieces) == 1:
                 return [Failure(pieces[0].sequence.id, error)]
             return [event for piece in pieces for event in self._run([piece])]
         ready = [piece.sequence for piece in pieces if piece.completes]
         for piece in pieces:
-            if piece.sequence.id in told:
-                piece.sequence.score(told[piece.sequence.id])
+            if piece.sequence.id in scores:
+                piece.sequence.score(scores[piece.sequence.id])
             self.scheduler.computed(piece)
         likeliest = logits.argmax(-1, keepdim=True)
-        scores = logits.gather(-1, likeliest).flatten().tolist()  # one wait for the device, however many requests
-        return [self._next(*each) for each in zip(ready, logits, likeliest.flatten().tolist(), scores, strict=True)]
+        highest = logits.gather(-1, likeliest).flatten().tolist()  # one wait for the device, however many requests
+        return [self._next(*each) for each in zip(ready, logits, likeliest.flatten().tolist(), highest, strict=True)]
 
-    def _next(self, sequence: Sequence, logits: Tensor, likeliest: int, score: float) -> Event:
+    def _next(self, sequence: Sequence, logits: Tensor, likeliest: int, highest: float) -> Event:
         try:
-            if not math.isfinite(score):  # so it is as well where a single score is no number
+            if not math.isfinite(highest):  # so it is as well where a single score is no number
                 raise BrokenLogits
             if any(each.logprobs.isnan().any() for each in sequence.scores):
                 raise BrokenLogits

@@ -18,8 +18,8 @@ from pixtral_cli.model.kv_cache import PAGE
 
 SLACK = 16  # pages kept free behind a sequence while there is room, so that it can grow in one piece
 ROOMINESS = 1.5
-"""Times the pages that are needed, among which new ones are looked for. With more, sequences lie in one piece more
-often; but known pages come to lie everywhere, and a page that was written once takes memory for good."""
+"""New pages are looked for among the first ones, of this many times as many as are needed. With more, sequences lie in
+one piece more often; but more pages are written, and a page that was written once takes memory for good."""
 
 
 class PageTable:

@@ -80,8 +80,10 @@ class Request:
 
 
 class TokenScores(NamedTuple):
-    """Natural log-probabilities [N] of N tokens that follow each other, each after those before it, and of the k
-    likeliest in its place, best first: their ids [N, k] and log-probabilities [N, k]. On the CPU, float32 and int64.
+    """Scores of N consecutive tokens, each given those before it, on the CPU, float32 and int64.
+
+    They are natural log-probabilities [N], and the ids [N, k] and log-probabilities [N, k] of the k likeliest tokens
+    in the place of each, best first.
     """
 
     logprobs: Tensor

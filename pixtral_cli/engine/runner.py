@@ -16,11 +16,11 @@ from pixtral_cli.engine.scheduler import Piece
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
 from pixtral_cli.model.llava import Llava
-from pixtral_cli.model.threads import PassThreads
+from pixtral_cli.model.pass_threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
 SCORED_ROWS = 64
-"""Logits of the tokens of prompts are made and let go of for so many at a time: 32 MiB with 131,072 tokens."""
+"""Tokens of prompts whose logits are held at one time: 32 MiB for a vocabulary of 131,072."""
 
 
 class Computed(NamedTuple):
@@ -58,10 +58,10 @@ class Runner:
             return Computed(logits[: sum(piece.completes for piece in pieces)], scores)
         decoding = [piece for piece in pieces if piece.sequence.answering]
         groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
-        logits = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
+        answers = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
         prompts = [self._pass([piece]) for piece in pieces if not piece.sequence.answering]
-        scores = {request_id: told for prompt in prompts for request_id, told in prompt.scores.items()}
-        return Computed(torch.cat(logits + [prompt.logits for prompt in prompts]), scores)
+        scores = {request_id: of_piece for prompt in prompts for request_id, of_piece in prompt.scores.items()}
+        return Computed(torch.cat(answers + [prompt.logits for prompt in prompts]), scores)
 
     def _pass(self, pieces: list[Piece], rows: int = 0) -> Computed:
         """One forward pass, padded to `rows` tokens; the logits of padding come last."""

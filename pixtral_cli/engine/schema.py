@@ -25,9 +25,12 @@ def bound(schema: Any) -> Any:
     """The schema without annotations that would be refused, its objects closed.
 
     An object that lists `properties` has no others unless `additionalProperties` says so: else a model would write
-    others, and the same one twice. Schemas that describe one object together stay open, for each is the other's rest.
+    others, and the same one twice. Schemas that describe one object together stay open: each would forbid what the
+    others list.
     """
-    return _Binding(schema).made(schema)  # all that is shared is known by now
+    binding = _Binding(schema)
+    binding.made(schema)  # finds what is shared
+    return binding.made(schema)
 
 
 class _Binding:
@@ -35,7 +38,6 @@ class _Binding:
         self.shared: set[str] = set()
         """References to schemas that describe an object together with others."""
         self.root = schema
-        self.made(schema)
 
     def made(self, schema: Any, path: str = "#", alone: bool = True) -> Any:
         """`schema`, which is at `path`; `alone` says that nothing else describes the same value."""

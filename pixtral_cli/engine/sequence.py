@@ -12,7 +12,7 @@ from pixtral_cli.model.kv_cache import PAGE, Span
 class Sequence:
     """`token_ids` is the prompt and all that came after it; the first `computed` of them have keys and values.
 
-    It ends after `max_tokens` new tokens at the latest. Of the prompt, `scored` tokens have what was asked of them.
+    It ends after `max_tokens` new tokens at the latest. The first `scored` tokens of the prompt need no more scores.
     """
 
     def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int) -> None:
@@ -51,11 +51,11 @@ class Sequence:
 
     @property
     def shareable(self) -> int:
-        """Tokens of which the keys and values are enough: to score one, the logits of the one before it are needed."""
+        """Tokens that can come from known pages. The one before a token to score, or to choose, has to be computed."""
         return self.scored - 1 if self.scored < self.prompt_length else len(self.token_ids) - 1
 
     def unscored(self, tokens: int) -> range:
-        """Of the next `tokens` pending tokens, the places of those whose logits score the next one of the prompt."""
+        """Of the next `tokens` pending tokens, the places of those whose logits score the prompt's token after them."""
         end = min(self.computed + tokens, self.prompt_length - 1)
         return range(max(self.computed, self.scored - 1), end)
 

@@ -108,7 +108,7 @@ class Conversation:
         return Conversation((*system, *user_first(turns))).merged()
 
     def system_in_user(self) -> Conversation:
-        """The leading system text stands in the last user turn, as in Mistral's V3, for who knows no such role."""
+        """The leading system text stands in the last user turn, as in Mistral's V3: for templates without that role."""
         system, turns = self.messages[:1], list(self.messages[1:])
         last = max((index for index, message in enumerate(turns) if message.role == "user"), default=None)
         if last is None or system[0].role != "system":
@@ -117,9 +117,9 @@ class Conversation:
         return Conversation(tuple(turns))
 
     def alternating(self, filler: str) -> Conversation:
-        """With a turn of the text `filler` wherever two neighbouring turns are of one role, calls and results apart.
+        """With a turn of the text `filler` between neighbouring turns of one role; calls and results are passed over.
 
-        So it is after a call that was denied, and when the user speaks after a result.
+        Such neighbours come after a call that was denied, and where the user speaks after a result.
         """
         result: list[Message] = []
         role = "user"
@@ -152,10 +152,10 @@ def user_first(turns: list[Message]) -> list[Message]:
 
 
 def _join(first: Message, second: Message) -> Message:
-    chunks = list(first.chunks)
-    rest = list(second.chunks)
-    if chunks and rest and isinstance(chunks[-1], Text) and isinstance(rest[0], Text):
-        chunks[-1] = Text(JOIN.join(text for text in (chunks[-1].text, rest.pop(0).text) if text))
+    chunks, rest = first.chunks, second.chunks
+    if chunks and rest and isinstance(last := chunks[-1], Text) and isinstance(then := rest[0], Text):
+        joined = Text(JOIN.join(text for text in (last.text, then.text) if text))
+        chunks, rest = (*chunks[:-1], joined), rest[1:]
     calls = first.tool_calls + second.tool_calls
     return replace(
         first, chunks=(*chunks, *rest), is_string=first.is_string and second.is_string, tool_calls=calls

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pixtral_cli.errors import PixtralError
 
+FETCH_AGAIN = "Fetch the model again with --force-download"
+"""In the words of `weights_cache.errors.FETCH_AGAIN`, which `Source` changes for a model that was never fetched."""
+
 
 class PromptError(PixtralError):
     """Base of every failure to turn messages and pictures into a prompt."""
@@ -112,7 +115,7 @@ class TextTooLong(PromptError):
 class TokenizerUnreadable(PromptError):
     """The checkpoint has no tokenizer that can be read here."""
 
-    default_hint = "Fetch the model again with --force-download."
+    default_hint = f"{FETCH_AGAIN}."
 
 
 class TemplateFailed(PromptError):

@@ -32,7 +32,7 @@ NATIVE_SHARPNESS = -0.75
 """The `a` of OpenCV's INTER_CUBIC."""
 STRIP_ROWS = 128
 PICTURE_BYTES, PIXEL_BYTES = 4, 12
-"""That a picture's pixel takes in PIL, and as three floats."""
+"""Of one pixel: in PIL, and as three float32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ImageSpec:
         return self.patch_size * self.spatial_merge
 
     def at(self, detail: Detail) -> ImageSpec:
-        """This for a picture of that detail."""
+        """This spec for a picture that is to be seen in that detail."""
         return replace(self, longest_side=min(self.longest_side, LOW_DETAIL)) if detail == "low" else self
 
     def with_preprocessor(self, config: Settings) -> ImageSpec:
@@ -139,7 +139,7 @@ class PreparedImage:
         return content.digest()
 
     def compact(self) -> PreparedImage:
-        """The same, with the picture let go of if what is made of it takes less memory."""
+        """The same, with the resized picture or its pixels in place of the picture where that takes less memory."""
         picture, resized = self.content.width * self.content.height, self.width * self.height
         if self.recipe == "hf" and resized < picture:
             return replace(self, content=_resized_hf(self.content, self.width, self.height))
@@ -189,7 +189,7 @@ def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _parts(content: Image.Image | torch.Tensor) -> Iterator[bytes | bytearray]:
-    """What tells one content from another."""
+    """The bytes that identify a content."""
     import torch
 
     if not isinstance(content, torch.Tensor):

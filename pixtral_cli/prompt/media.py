@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 178_000_000
 KEPT_PIXELS = 4_000_000
-"""A picture of no more is kept as it is decoded: 16 MB. To decode one of 12 million again takes a tenth of a second."""
+"""Up to this size, 16 MB, a picture is kept decoded. To decode 12 million pixels again takes a tenth of a second."""
 MAX_PIPE_BYTES = 256 * 2**20
 ADDRESS = re.compile(r"\s*(data|file|https?):", re.IGNORECASE)
 OTHER_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -37,7 +37,7 @@ STDIN = "-"
 FROM_ARRAY = "Of an array, PIL.Image.fromarray makes a picture."
 Fetch = Callable[[str], bytes]
 Turn = Callable[[int], AbstractContextManager[Any]]
-"""A number of pixels -> what is held while there is a picture of so many."""
+"""A number of pixels -> a context that is held while a picture of that size is in memory."""
 PIL_SETTINGS = threading.Lock()
 """Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
 
@@ -70,10 +70,10 @@ def opened(source: Any) -> Iterator[Image.Image]:
 
 
 def checked(source: Any) -> Any:
-    """Read and decode a picture, so that what is wrong with it is told now -> what `load` takes in its place.
+    """Read and decode a picture, so that what is wrong with it is told now. Returns what `load` takes in its place.
 
-    Standard input and the web are read only once. A large picture is not kept as it is decoded, but as its bytes, or
-    by its name if it is a file: many of them would fill the memory before they are needed.
+    Standard input and the web are read only once. A large picture is kept as its bytes, or by its name if it is a file:
+    many decoded ones would fill the memory before they are needed.
 
     Raises:
         PictureError: as `load`.

@@ -91,8 +91,9 @@ class NativeRules:
             texts = [self._joined(turn.chunks) for turn in turns if turn.role == "system"]
             system = JOIN.join(text for text in texts if text)
             turns = user_first([turn for turn in turns if turn.role != "system"])
-        elif tools and all(turn.role != "user" for turn in turns):  # tools stand before one
-            turns = [*turns[: turns[0].role == "system"], *user_first(turns[turns[0].role == "system" :])]
+        elif tools and all(turn.role != "user" for turn in turns):  # tools need one to stand before
+            start = 1 if turns[0].role == "system" else 0
+            turns = turns[:start] + user_first(turns[start:])
         users = [index for index, turn in enumerate(turns) if turn.role == "user"] or [-1]
         for index, turn in enumerate(turns):
             if index == users[0 if self.version >= TOOLS_FIRST else -1]:

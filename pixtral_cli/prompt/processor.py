@@ -33,7 +33,7 @@ GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
 OpenPicture = Callable[[Any], AbstractContextManager[Any]]
-"""A picture's source -> an RGB PIL.Image, until it is let go of: `media.opened`, or one that guards a server."""
+"""A picture's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
 
 
 class CheckpointFiles(Protocol):
@@ -160,16 +160,16 @@ class Processor:
 
     def _tool_dialect(self, dialect: ChatTemplate | NativeRules) -> ChatTemplate | NativeRules:
         """Mistral's own rules in place of a template that passes over tools, as Pixtral-12B's does."""
-        passes_over = isinstance(dialect, ChatTemplate) and not dialect.knows_tools
-        return NativeRules(self.tokenizer, dialect.source) if passes_over and knows_tools(self.tokenizer) else dialect
+        if isinstance(dialect, ChatTemplate) and not dialect.knows_tools and knows_tools(self.tokenizer):
+            return NativeRules(self.tokenizer, dialect.source)
+        return dialect
 
     def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.
 
-        Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``: who writes
-        a raw prompt writes all of it, so texts of strangers belong in a chat, where they stay text. Each ``[IMG]``
-        stands for a picture; with pictures and no ``[IMG]`` they come first; without pictures it is text, as in a
-        page of a forum, and never an image token that has no image.
+        Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``. Texts of
+        strangers therefore belong in a chat, where they stay text. Each ``[IMG]`` stands for a picture; with pictures
+        and no ``[IMG]`` they come first. Without pictures ``[IMG]`` is text: an image token always has an image.
 
         Raises:
             PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
@@ -193,8 +193,9 @@ class Processor:
         return Prompt(ids, images, answer_starts_text=not (text or images), text=text)
 
     def _raw_ids(self, text: str, at_start: bool) -> list[int]:
+        image = self.image_tokens.patch if self.image_tokens else None
         ids: list[int] = []
-        for part in self.tokenizer.split_controls(text, but=self.image_tokens and self.image_tokens.patch):
+        for part in self.tokenizer.split_controls(text, but=image):
             ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
         return ids
 

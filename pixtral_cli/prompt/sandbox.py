@@ -1,4 +1,4 @@
-"""Jinja as chat templates are written for, in a sandbox: transformers' helpers and limits for a stranger's program."""
+"""The Jinja that chat templates are written for: transformers' helpers, in a sandbox with limits."""
 
 from __future__ import annotations
 

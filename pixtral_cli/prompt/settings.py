@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.prompt.errors import PromptError
-
-FETCH_AGAIN = "Fetch the model again with --force-download, or correct the file."
+from pixtral_cli.prompt.errors import FETCH_AGAIN, PromptError
 
 
 class SettingsUnreadable(PromptError):
     """A file of settings is damaged, or one of its values is not what it should be."""
 
-    default_hint = FETCH_AGAIN
+    default_hint = f"{FETCH_AGAIN}, or correct the file."
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtral_cli.prompt.conversation import Conversation, Message, Picture, Text
-from pixtral_cli.prompt.errors import TemplateFailed
+from pixtral_cli.prompt.errors import FETCH_AGAIN, TemplateFailed
 from pixtral_cli.prompt.sandbox import OWN_TEXT, environment
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.tokenizer import Files, Tokenizer
@@ -29,7 +29,7 @@ MANY_WORDS = 50
 TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 CHUNK_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 CHUNK_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
-BROKEN = "Fetch the model again with --force-download, or use --raw (in Python: complete)."
+BROKEN = f"{FETCH_AGAIN}, or use --raw (in Python: complete)."
 
 
 def find_template(file: Files) -> str | None:
@@ -133,7 +133,7 @@ class ChatTemplate:
         raise refusal
 
     def arranged(self, conversation: Conversation) -> Conversation:
-        """The turns as the template gets them at first: pictures of tools apart from results, which are text to it."""
+        """The turns as the template gets them at first. Pictures of tools follow the results, which are text to it."""
         return conversation.pictures_after_results().merged()
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:

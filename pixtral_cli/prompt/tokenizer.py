@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from pixtral_cli.prompt import tekken
-from pixtral_cli.prompt.errors import TextTooLong, TokenizerUnreadable
+from pixtral_cli.prompt.errors import FETCH_AGAIN, TextTooLong, TokenizerUnreadable
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.token_bytes import speller
 
@@ -82,7 +82,7 @@ class Tokenizer:
         else:
             raise TokenizerUnreadable(
                 "The model's folder has neither a tokenizer.json nor a tekken.json.",
-                "Fetch the model again with --force-download, or add its tokenizer file.",
+                f"{FETCH_AGAIN}, or add its tokenizer file.",
             )
         config = Settings.read(file("tokenizer_config.json"))
         bos, eos = config.token("bos_token", "<s>"), config.token("eos_token", "</s>")

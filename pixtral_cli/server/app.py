@@ -122,14 +122,17 @@ class Routes:
         if ask.stream:
             first = await while_there(request.receive, anext(events))
             in_pieces = takes_pieces(request.headers.get("user-agent", ""))
-            told = ask.include_usage, ask.usage_in_each
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *told, in_pieces=in_pieces)
-            return EventStream(first, events, chunks, service.metrics)
+            usage = ask.include_usage, ask.usage_in_each
+            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *usage, in_pieces)
+            return EventStream(first, events, chunks, service.metrics, service.work)
         told = await while_there(request.receive, whole(events, ask.answers))
         used = replies.usage([reply.usage for reply in told], ask.n)
         state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
-        write = lambda: JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))  # noqa: E731
-        return await service.work(write) if ask.tells_prompts else write()
+
+        def written() -> Response:
+            return JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))
+
+        return await service.work(written) if ask.scores_prompts else written()
 
     async def _parsed(self, request: Request, parse: Any) -> Any:
         body = b"".join([piece async for piece in request.stream() if piece])  # `request.body()` would keep it

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import TypeVar
 
 from starlette.responses import Response
@@ -22,6 +23,7 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 Result = TypeVar("Result")
+Work = Callable[[Callable[[], bytes]], Awaitable[bytes]]
 
 
 class ClientLeft(Exception):
@@ -29,12 +31,17 @@ class ClientLeft(Exception):
 
 
 class EventStream(Response):
-    """Sends what comes until it ends or the client leaves; then nothing of it is computed any longer."""
+    """Sends what comes until it ends or the client leaves; then nothing of it is computed any longer.
 
-    def __init__(self, first: Events, events: AsyncGenerator[Events], chunks: Chunks, metrics: Metrics) -> None:
+    `work` runs a function on a thread.
+    """
+
+    def __init__(
+        self, first: Events, events: AsyncGenerator[Events], chunks: Chunks, metrics: Metrics, work: Work
+    ) -> None:
         super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
-        self.first, self.events, self.chunks, self.metrics = first, events, chunks, metrics
+        self.first, self.events, self.chunks, self.metrics, self.work = first, events, chunks, metrics, work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.events):
@@ -43,10 +50,10 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _write(send, self.chunks.opening(self.first) + self.chunks.of(self.first))
         try:
+            await _write(send, self.chunks.opening(self.first) + await self._written(self.first))
             async for events in self.events:
-                await _write(send, self.chunks.of(events))
+                await _write(send, await self._written(events))
         except ApiError as error:
             self.metrics.failed(error.status)
             remember(scope, error)
@@ -56,6 +63,12 @@ class EventStream(Response):
             scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]
             await _write(send, self.chunks.closing())
         await send({"type": "http.response.body", "body": b""})
+
+    async def _written(self, events: Events) -> bytes:
+        """An echo has every token of a prompt, and may take seconds: too long for the event loop."""
+        if any(event.echo is not None for _, event in events):
+            return await self.work(partial(self.chunks.of, events))
+        return self.chunks.of(events)
 
 
 class NoResponse(Response):

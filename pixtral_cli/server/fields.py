@@ -47,7 +47,7 @@ class Strict(BaseModel):
 
 
 class Marked(Strict):
-    """What clients mark for a cache that is told what to keep; ours keeps all."""
+    """What clients may mark for a prompt cache. Ours keeps everything, so the mark changes nothing."""
 
     cache_control: dict[str, Any] | None = Field(None, description=NO_CHANGE)
 

@@ -34,7 +34,7 @@ def invalid(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
     return ApiError(400, f"{path} should {' or '.join(wanted)}.", param=path, code="invalid_value")
 
 
-def _meant(problems: list[Mapping[str, Any]], value: Any, level: int = 0) -> list[Mapping[str, Any]]:
+def _meant(problems: Sequence[Mapping[str, Any]], value: Any, level: int = 0) -> list[Mapping[str, Any]]:
     """Without those of branches of a union that `value` was not meant for: of another kind, or wrong in more places.
 
     The problems have the first `level` places in common, which lead to `value`.

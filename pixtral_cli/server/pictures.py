@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 LARGE_PIXELS = 16_000_000
 PIXELS_AT_ONCE = 64_000_000
-"""Of small pictures, and as many of large ones, from their decoding until they are scaled: PIL takes 4 bytes for each,
-and 4 more while it turns them or puts them on white. One that has more pixels has its turn alone."""
+"""Pixels in memory at one time, of small pictures and again of large ones, from decoding until they are scaled. PIL
+takes 4 bytes for each, and 4 more while it turns a picture or puts it on white. A picture with more goes alone."""
 WAIT_SECONDS = 60.0
 BLOCK_BYTES = 64 * 2**20
 """In which PIL takes memory. What is below 32 MiB, as its own 16 are, glibc may keep for good when it is let go of."""

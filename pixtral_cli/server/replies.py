@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pixtral_cli.generate import Reply, TokenLogprob, Usage
 from pixtral_cli.logprobs import Echo, characters
-from pixtral_cli.prompt.tool_calls import ToolCallDelta
+from pixtral_cli.prompt.call_parser import ToolCallDelta
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""

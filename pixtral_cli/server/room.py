@@ -1,4 +1,4 @@
-"""Room for what takes memory while it is worked on, shared by threads; knows nothing of what it is."""
+"""A limit on what threads hold at one time, such as pixels in memory; knows nothing of what it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Room:
-    """So much at a time. First come, first served; what is larger than the room goes alone."""
+    """Threads hold at most `size` together. First come, first served; an amount above `size` is held alone."""
 
     def __init__(self, size: int) -> None:
         self.size = self.free = size
@@ -18,7 +18,7 @@ class Room:
 
     @contextmanager
     def held(self, amount: int, seconds: float) -> Iterator[None]:
-        """Wait for `amount` of the room, and hold it. Raises TimeoutError after so many seconds."""
+        """Wait for `amount` of the room, and hold it. Raises TimeoutError after `seconds`."""
         amount = min(amount, self.size)
         self._take(amount, seconds)
         try:

@@ -17,7 +17,6 @@ from pixtral_cli.api import Pixtral
 from pixtral_cli.engine.worker import Worker
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generate import Answering, GenerationOptions, Request
-from pixtral_cli.logprobs import Echo
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.answers import Answers, Events, Handover
@@ -115,10 +114,7 @@ class Service:
             answers.submit(await answers.unless_sent_away(making), self.handover)
             ask.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while answers.running:
-                events = await answers.next()
-                if echoes := [event.echo for _, event in events if event.echo is not None]:
-                    await self.work(partial(_make_logprobs, echoes))
-                yield events
+                yield await answers.next()
         except Exception as error:
             raise self._refusal(error, ask.asked) from error
         finally:
@@ -207,12 +203,6 @@ def _check_told(prompts: Sequence[Prompt], options: GenerationOptions, n: int) -
             f"The prompts have {told} log-probabilities to tell, and one answer tells at most {MOST_TOLD}.",
             hint="Send fewer prompts together, or ask for less in logprobs.",
         )
-
-
-def _make_logprobs(echoes: Sequence[Echo]) -> None:
-    """They take a while, and are kept: so that the event loop finds them made."""
-    for echo in echoes:
-        _ = echo.logprobs
 
 
 def checkpoint_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

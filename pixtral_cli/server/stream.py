@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pixtral_cli.generate import Reply, TextEvent, TokenLogprob
+from pixtral_cli.generate import Reply, TextEvent, TokenLogprob, Usage
 from pixtral_cli.logprobs import Echo, characters
-from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
+from pixtral_cli.prompt.call_parser import ToolCallDelta, whole_deltas
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
@@ -20,8 +20,8 @@ DONE = b"data: [DONE]\n\n"
 compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """In ASCII: many a client takes U+2028 and its like for the end of a line."""
 WHOLE_CALLS = ("mistral-client-", "python-httpx/")
-"""How clients name themselves that take a call only whole, as Mistral's own servers send it: Mistral's packages refuse
-a piece without a name, and langchain-mistralai (it says httpx) takes each piece of the first call for another call.
+"""How user agents begin of clients that need each call whole, as Mistral's own servers send it. Mistral's packages
+refuse a piece without a name. langchain-mistralai, which says that it is httpx, takes each piece for another call.
 """
 
 
@@ -33,7 +33,8 @@ def takes_pieces(user_agent: str) -> bool:
 class Chunks:
     """Turns the events of `answers` answers into bytes of a stream.
 
-    A call comes `in_pieces`, as from OpenAI; or whole, and with the last choice the usage, as from Mistral.
+    With `in_pieces` calls come in pieces, as from OpenAI. Else each call comes whole, and the last choice has the
+    usage, as from Mistral.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class Chunks:
         """Characters of the tokens whose log-probabilities were told."""
         self.is_chat = envelope.kind == "chat"
 
-    def opening(self, first: Sequence[tuple[int, TextEvent]] = ()) -> bytes:
-        """A chat's first chunk of each answer, which has the role. The `first` events are not told by it."""
+    def opening(self, first: Sequence[tuple[int, TextEvent]]) -> bytes:
+        """A chat's first chunk of each answer, which has the role. The `first` events give the usage of the prompt."""
         if not self.is_chat:
             return b""
-        if self.usage_in_each:
-            self.tail = self._usage_tail(replies.usage([replace(first[0][1].usage, completion_tokens=0)], 1))
+        used = replace(first[0][1].usage, completion_tokens=0) if self.usage_in_each else None
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return "".join(self._chunk(f'{{"index":{place},{delta}}}') for place in range(len(self.replies))).encode()
+        choices = [f'{{"index":{place},{delta}}}' for place in range(len(self.replies))]
+        return "".join(self._chunk(choice, used) for choice in choices).encode()
 
     def of(self, events: list[tuple[int, TextEvent]]) -> bytes:
         """The chunks of what came together; b"" while nothing can be shown."""
@@ -74,29 +75,34 @@ class Chunks:
         """After the last event."""
         if not self.include_usage:
             return DONE
-        return f'{self.head}],"usage":{compact(self.usage())}}}\n\n'.encode() + DONE
+        return self._with_usage("", self.usage()).encode() + DONE
 
     def usage(self) -> replies.Json:
         """Of all answers, when they have ended."""
         return replies.usage([reply.usage for reply in self.replies if reply is not None], self.n)
 
-    def _usage_tail(self, usage: replies.Json) -> str:
-        """What ends a chunk that tells the usage."""
-        return f'],"usage":{compact(usage)}}}\n\n'
-
     def _event(self, place: int, event: TextEvent) -> str:
-        if self.usage_in_each:
-            self.tail = self._usage_tail(replies.usage([event.usage], 1))
-        if event.logprob is not None:
-            self.held[place].append(event.logprob)
-        chunks = "" if event.echo is None else self._echo(place, event.echo)
-        chunks += self._text(place, event.text) if event.text else ""
-        deltas = event.tool_call_deltas if self.in_pieces else whole_deltas(event.tool_calls)
-        chunks += "".join(self._call(place, delta) for delta in deltas)
+        used = event.usage if self.usage_in_each else None
+        chunks = "".join([self._chunk(choice, used) for choice in self._choices(place, event)])
         if event.finish_reason:
             self.replies[place] = event.reply
-            chunks += self._end(place, event)
+            chunks += self._end(place, event.finish_reason, used)
         return chunks
+
+    def _choices(self, place: int, event: TextEvent) -> list[str]:
+        """What the event adds to its answer: one choice for each chunk."""
+        choices = []
+        if event.logprob is not None:
+            self.held[place].append(event.logprob)
+        if event.echo is not None:
+            choices.append(self._echo(place, event.echo))
+        if event.text:
+            choices.append(self._text(place, event.text))
+        deltas = event.tool_call_deltas if self.in_pieces else whole_deltas(event.tool_calls)
+        choices += [self._call(place, delta) for delta in deltas]
+        if event.finish_reason and self.held[place]:
+            choices.append(self._text(place, ""))
+        return choices
 
     def _text(self, place: int, text: str) -> str:
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
@@ -108,23 +114,23 @@ class Chunks:
         return self._said(place, f'"delta":{compact(calls)}')
 
     def _echo(self, place: int, echo: Echo) -> str:
-        """The chunk that comes before those of the answer."""
+        """The prompt, which comes before the answer."""
         self.offsets[place] = len(echo.text)
         said, logprobs = compact(echo.text), compact(replies.echo_logprobs(echo))
-        return self._chunk(f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}')
-
-    def _end(self, place: int, event: TextEvent) -> str:
-        chunks = self._text(place, "") if self.held[place] else ""
-        said = '"delta":{}' if self.is_chat else '"text":""'
-        if not (self.in_pieces or self.include_usage or None in self.replies):
-            self.tail = self._usage_tail(self.usage())
-        reason = replies.older_reason(event.finish_reason) if self.envelope.older_calls else event.finish_reason
-        ending = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{reason}"}}'
-        return chunks + self._chunk(ending)
+        return f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}'
 
     def _said(self, place: int, said: str) -> str:
         logprobs = self._logprobs(place) if self.held[place] else "null"
-        return self._chunk(f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}')
+        return f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}'
+
+    def _end(self, place: int, finish_reason: str, used: Usage | None) -> str:
+        """The last chunk of an answer. The last of all answers has their usage, for clients that want calls whole."""
+        said = '"delta":{}' if self.is_chat else '"text":""'
+        reason = replies.older_reason(finish_reason) if self.envelope.older_calls else finish_reason
+        choice = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{reason}"}}'
+        if self.in_pieces or self.include_usage or None in self.replies:
+            return self._chunk(choice, used)
+        return self._with_usage(choice, self.usage())
 
     def _logprobs(self, place: int) -> str:
         """Of the tokens since the last chunk."""
@@ -135,5 +141,9 @@ class Chunks:
         self.offsets[place] += sum(characters(self.token_bytes(entry.token_id)) for entry in held)
         return compact(replies.text_logprobs(held, offset, self.token_bytes))
 
-    def _chunk(self, choice: str) -> str:
-        return f"{self.head}{choice}{self.tail}"
+    def _chunk(self, choice: str, used: Usage | None) -> str:
+        """`used` is told only where each chunk tells the usage so far."""
+        return f"{self.head}{choice}{self.tail}" if used is None else self._with_usage(choice, replies.usage([used], 1))
+
+    def _with_usage(self, choice: str, usage: replies.Json) -> str:
+        return f'{self.head}{choice}],"usage":{compact(usage)}}}\n\n'

@@ -13,11 +13,11 @@ Result = TypeVar("Result")
 
 
 class NobodyWaits(Exception):
-    """Who wanted what this thread works on has left."""
+    """The one who wanted the work of this thread has left."""
 
 
 def check_waited_for() -> None:
-    """Raise NobodyWaits on a thread whose work is wanted no more: to be called before what takes long."""
+    """Raise NobodyWaits if nobody wants the work of this thread any more. Call it before each long step."""
     if getattr(current_thread(), "abandoned", False):
         raise NobodyWaits
 

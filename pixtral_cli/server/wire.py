@@ -76,8 +76,8 @@ class Ask:
         return self.n * (len(self.prompts) or 1)
 
     @property
-    def tells_prompts(self) -> bool:
-        """Whether its answers have every token of the prompts, which may take long to write."""
+    def scores_prompts(self) -> bool:
+        """Whether its answers have the log-probabilities of all tokens of the prompts, which may take long to write."""
         return "echo" in self.options and "logprobs" in self.options
 
     @property
@@ -183,8 +183,8 @@ def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
 def _options(given: Asked) -> Json:
     if given.random_seed is not None and given.seed not in (None, given.random_seed):
         raise ApiError(400, "seed and random_seed mean the same, and differ.", param="random_seed")
-    given.seed = given.random_seed if given.seed is None else given.seed
-    return given.model_dump(include=set(SAMPLED), exclude_none=True, by_alias=True)
+    options = given.model_dump(include=set(SAMPLED), exclude_none=True, by_alias=True)
+    return options if given.random_seed is None else options | {"seed": given.random_seed}
 
 
 def _form(given: Asked) -> Json:

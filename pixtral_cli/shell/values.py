@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILT_IN, DEFAULT_MODEL = "tiny", "mistral-community/pixtral-12b"
+from pixtral_cli.known_models import BUILT_IN, DEFAULT_MODEL
+
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 NVIDIA_GPU = re.compile(r"nvidia\d+")
 FOLDERS = ("/",)
@@ -33,7 +34,7 @@ class Values:
 
 
 def answer(asked: str) -> list[str]:
-    """What there is at this moment of models or devices."""
+    """The models, files or devices that there are now, each once."""
     return list(dict.fromkeys(ANSWERS[asked]()))
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import clean_environment
+from processes import PATIENCE, clean_environment
 
 CODE = """
 import json, os, sys
@@ -24,5 +24,5 @@ finally:
 )
 def test_the_program_says_how_long_threads_wait_before_torch_is_loaded(given, spins):
     kept = {name: value for name, value in clean_environment().items() if name != "GOMP_SPINCOUNT"}
-    done = subprocess.run([sys.executable, "-c", CODE], env=kept | given, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", CODE], env=kept | given, capture_output=True, timeout=PATIENCE)
     assert json.loads(done.stdout.splitlines()[-1]) == [spins, False]

@@ -1,6 +1,7 @@
 """Command lines that cannot be meant: exit code 2 (or 1 for what does not work yet), one sentence, a way out."""
 
 import json
+from inspect import signature
 
 import pytest
 from processes import imported_by
@@ -164,7 +165,8 @@ def test_messages_that_are_not_there_name_the_file(call):
     assert code == 1 and "no/such.json" in err and len(err.splitlines()) == 2
 
 
-def test_help_and_python_have_the_same_default_model():
-    from pixtral_cli import options, source
+def test_the_program_and_python_have_the_same_default_model():
+    from pixtral_cli import Pixtral
+    from pixtral_cli.options import SourceFlags
 
-    assert options.DEFAULT_MODEL == source.DEFAULT_MODEL
+    assert SourceFlags().name == signature(Pixtral.load).parameters["model_path"].default

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from tool_builders import KINDS, arguments, call
 
-from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
+from pixtral_cli.prompt.call_parser import joined
+from pixtral_cli.prompt.tool_calls import ToolCallReader
 
 
 def pieces(tokenizer, ids, cut=False, **options):
@@ -198,6 +199,13 @@ def test_however_an_answer_is_cut_into_tokens_it_is_read_alike(both, data, writt
     text, calls = read(both[0], ids, only_calls=True, cut=cut)
     assert text == whole[0]
     assert [(call.name, call.arguments) for call in calls] == [(call.name, call.arguments) for call in whole[1]]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("pieces", [["::"], [":", ":"], ["add", " two"], ["add two"]])
+def test_what_can_be_no_name_is_text_at_once_however_it_is_cut(both, pieces, cut):
+    ids = [id for piece in pieces for id in both[0].encode(piece, at_start=False)]
+    assert read(both[0], ids, only_calls=True, cut=cut) == ("".join(pieces), ())
 
 
 def test_arguments_come_as_they_are_written_each_piece_once(both):

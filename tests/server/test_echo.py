@@ -1,12 +1,21 @@
 """`echo` on /v1/completions: the prompt before its answer, with log-probabilities its tokens before the answer's."""
 
+import asyncio
+import threading
+
 import openai
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from pixtral_cli.errors import RequestError
+from pixtral_cli.generate import TextEvent
+from pixtral_cli.logprobs import Echo
 from pixtral_cli.server import service
+from pixtral_cli.server.delivery import EventStream
+from pixtral_cli.server.replies import Envelope
+from pixtral_cli.server.stream import Chunks
+from pixtral_cli.server.threads import Threads
 from pixtral_cli.tiny import FOLDER
 
 PROMPT = "Where is the star? 🧀 é"
@@ -149,3 +158,25 @@ def test_the_python_api_tells_the_prompt_of_a_chat_too(tiny):
         tiny.complete("a", max_new_tokens=0)
     with pytest.raises(RequestError, match="echo should be"):
         tiny.complete("a", echo="yes")
+
+
+async def test_a_prompt_is_written_into_a_stream_on_a_thread_and_not_in_the_event_loop(tiny):
+    writers = []
+
+    class Writer(Chunks):
+        def of(self, events):
+            writers.append(threading.current_thread().name)
+            return super().of(events)
+
+    async def no_more():
+        return
+        yield
+
+    async def send(message): ...
+
+    echo = Echo("Hi", [1], tiny.processor.tokenizer, ())
+    first = [(0, TextEvent("", None, echo=echo))]
+    chunks = Writer(Envelope.new("text", "m", "f"), 1, 1, lambda token: b"", include_usage=False)
+    stream = EventStream(first, no_more(), chunks, None, Threads(1, "writer").run)
+    await stream({"type": "http", "state": {}}, asyncio.Future, send)
+    assert writers == ["writer"]

@@ -65,11 +65,11 @@ def test_there_is_never_more_than_the_room_holds():
 def test_who_comes_later_does_not_pass_one_that_waits_for_more():
     room = Room(10)
     with room.held(6, LONG):
-        threads, got, go_on = waiting(room, 8, 1)
+        threads, got, go_on = waiting(room, 8, 3)
         assert got == []
-    until(lambda: len(got) == 2)
+    until(lambda: got == [8])
     end(threads, go_on)
-    assert got == [8, 1]
+    assert got == [8, 3]
 
 
 def test_what_is_larger_than_the_room_goes_alone():

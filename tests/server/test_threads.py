@@ -2,33 +2,36 @@
 
 import asyncio
 import threading
-import time
 
 import pytest
+from processes import PATIENCE
 
 from pixtral_cli.server.threads import Threads
 
 
-def named(name):
-    return [thread for thread in threading.enumerate() if thread.name == name]
-
-
 def test_each_thread_ends_with_its_work_and_so_many_run_at_most():
-    most = []
+    running, most, workers, lock, full = set(), [], [], threading.Lock(), threading.Event()
 
     def work(number):
-        most.append(len(named("few")))
-        time.sleep(0.02)
+        with lock:
+            workers.append(threading.current_thread())
+            running.add(number)
+            most.append(len(running))
+            if len(running) == 3:
+                full.set()
+        full.wait(PATIENCE)
+        with lock:
+            running.remove(number)
         return number
 
     async def all_of_it():
         threads = Threads(3, "few")
-        found = await asyncio.gather(*(threads.run(lambda n=n: work(n)) for n in range(12)))
-        await asyncio.sleep(0.05)
-        return found, threads.busy
+        return await asyncio.gather(*(threads.run(lambda n=n: work(n)) for n in range(12))), threads.busy
 
     assert asyncio.run(all_of_it()) == (list(range(12)), 0)
-    assert max(most) == 3 and named("few") == []
+    for worker in workers:
+        worker.join(PATIENCE)
+    assert max(most) == 3 and len(set(workers)) == 12 and not any(worker.is_alive() for worker in workers)
 
 
 def test_what_the_work_raises_is_raised_to_who_waits():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from weights_cache import checkpoint, inventory, serialized
+from weights_cache import checkpoint, main_encoding, serialized
 from weights_cache.errors import WeightsError
 from weights_cache.nf4 import NF4
 from weights_cache.serialized_checkpoint import SerializedCheckpoint, verify_path
@@ -204,7 +204,7 @@ def read_all(path: Path, kind: str) -> None:
         _ = opened.generation_config, opened.side_files(), verify_path(path)
     else:
         opened = checkpoint.open(path.parent, form="native" if kind == "native" else "hf")
-        inventory._encoding(path, path.parent)
+        main_encoding.of(path, path.parent)
     most = 64 * path.stat().st_size
     for name in opened.tensors:
         assert opened.tensor(name).nbytes <= most and opened.packed(name).nbytes <= most

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixtral_cli import Pixtral
-from pixtral_cli.model.threads import FEW_ROWS, SECONDS_ALONE, SMALL_PASS, USERS_OWN, PassThreads
+from pixtral_cli.model.pass_threads import FEW_ROWS, SECONDS_ALONE, SMALL_PASS, USERS_OWN, PassThreads
 
 
 @pytest.fixture

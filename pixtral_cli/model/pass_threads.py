@@ -15,9 +15,11 @@ SMALL_PASS = 2**26
 FEW_ROWS = 16
 """A pass of so few rows reads each weight for little work: its threads meet every fraction of a millisecond."""
 BUSY = 0.7
-"""Of the time of a pass with several threads, its own thread runs 0.8 to 1 when the machine is quiet, and half when
-one other program computes on two cores: the threads that meet there wait for the one that does not run."""
+"""Of the time of a pass, the part in which its own thread runs. With several threads it is 0.8 to 1 on a quiet machine,
+and a half on two cores where another program computes: threads wait for one that does not run. Below this, the
+machine is taken to be busy."""
 SECONDS_ALONE = 1.0
+"""For so long after a pass on a busy machine, passes with few rows have one thread."""
 USERS_OWN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
