@@ -55,8 +55,11 @@ def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
         parsed.append(_message(entry, f"messages[{index}]", parsed))
     if not parsed:
         raise InvalidMessages("messages", "the list is empty", "Give at least one user message.")
-    if parsed[-1].tool_calls:
-        raise InvalidMessages(f"messages[{len(parsed) - 1}]", "the last message's calls have no results", GIVE_RESULTS)
+    for index in range(len(parsed) - 1, -1, -1):  # the assistant's last messages are one, which is continued
+        if parsed[index].role != "assistant":
+            break
+        if parsed[index].tool_calls:
+            raise InvalidMessages(f"messages[{index}]", "the last calls have no results", GIVE_RESULTS)
     return Conversation(tuple(parsed))
 
 
