@@ -16,6 +16,7 @@ from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.layers import Embedding
 from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
 from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
@@ -24,6 +25,8 @@ from weights_cache.int4 import Int4
 from weights_cache.names import HEAD
 from weights_cache.nf4 import NF4
 
+ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
+"""Encoding is done in many short steps, so that its threads meet often, as those of a decode pass do."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
@@ -81,7 +84,8 @@ def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor |
     if target == stored and target not in DTYPES:
         return checkpoint.nf4(name) if target == "nf4" else checkpoint.int4(name) or checkpoint.packed(name)
     weight = checkpoint.tensor(name)
-    converted = _converted(weight, target, placement.double_quantization)
+    with ENCODING_THREADS.chosen(1, weight.numel() * STEPS_A_WEIGHT):
+        converted = _converted(weight, target, placement.double_quantization)
     if converted is not weight:
         checkpoint.release(name)  # so that peak memory stays near the final size
     return converted

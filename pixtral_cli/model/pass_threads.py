@@ -18,7 +18,8 @@ BUSY = 0.7
 """Of the time of a pass, the part in which its own thread runs. With several threads it is 0.8 to 1 on a quiet machine,
 and a half on two cores where another program computes: threads wait for one that does not run. Below this, the
 machine is taken to be busy."""
-SECONDS_ALONE = 1.0
+SECONDS_ALONE, TIMES_ALONE = 1.0, 4
+"""How long one thread goes on alone after that: seconds, or times what the slow pass took, whichever is longer."""
 """For so long after a pass on a busy machine, passes with few rows have one thread."""
 USERS_OWN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -51,5 +52,6 @@ class PassThreads:
             yield
         finally:
             torch.set_num_threads(threads)
-        if watched and not alone and time.thread_time() - own < BUSY * (time.perf_counter() - wall):
-            self.alone_until = time.monotonic() + SECONDS_ALONE
+        wall = time.perf_counter() - wall
+        if watched and not alone and time.thread_time() - own < BUSY * wall:
+            self.alone_until = time.monotonic() + max(SECONDS_ALONE, TIMES_ALONE * wall)

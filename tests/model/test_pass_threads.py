@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixtral_cli import Pixtral
-from pixtral_cli.model.pass_threads import FEW_ROWS, SECONDS_ALONE, SMALL_PASS, USERS_OWN, PassThreads
+from pixtral_cli.model.pass_threads import FEW_ROWS, SMALL_PASS, TIMES_ALONE, USERS_OWN, PassThreads
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_pass_that_others_kept_waiting_is_followed_by_passes_with_one_thread_f
     passes = PassThreads()
     assert threads_of(passes, 1, work=run(clock, 0.95)) == threads_of(passes, 1, work=run(clock, 0.5)) == 2
     assert threads_of(passes, 1, work=run(clock, 0.5)) == 1
-    clock["monotonic"] += SECONDS_ALONE
+    clock["monotonic"] += TIMES_ALONE  # the slow pass took a second
     assert threads_of(passes, 1, work=run(clock, 0.95)) == threads_of(passes, 1) == 2
 
 
