@@ -20,7 +20,6 @@ and a half on two cores where another program computes: threads wait for one tha
 machine is taken to be busy."""
 SECONDS_ALONE, TIMES_ALONE = 1.0, 4
 """How long one thread goes on alone after that: seconds, or times what the slow pass took, whichever is longer."""
-"""For so long after a pass on a busy machine, passes with few rows have one thread."""
 USERS_OWN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

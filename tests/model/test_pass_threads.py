@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pixtral_cli import Pixtral
+from pixtral_cli.model import load
 from pixtral_cli.model.pass_threads import FEW_ROWS, SMALL_PASS, TIMES_ALONE, USERS_OWN, PassThreads
 
 
@@ -87,3 +88,13 @@ def test_the_built_in_model_decodes_on_one_thread_and_reads_a_long_prompt_on_all
     model.engine.model.language_model.register_forward_pre_hook(count)
     model.complete("What shape is it? " * 20, max_new_tokens=3, ignore_eos=True)
     assert passes[0][0] > 32 and [threads for _, threads in passes] == [2, 1, 1]
+
+
+def test_encoding_has_one_thread_while_other_programs_use_the_cores(two_threads, monkeypatch):
+    seen = []
+    convert = load._converted
+    monkeypatch.setattr(load, "_converted", lambda *args: seen.append(torch.get_num_threads()) or convert(*args))
+    monkeypatch.setattr(load, "ENCODING_THREADS", PassThreads(alone_until=float("inf")))
+    Pixtral.load("tiny", quantization_encoding="q4_0")
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
