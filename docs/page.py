@@ -1,6 +1,6 @@
 """Draws docs/page.png: the chat page of `pixtral serve --model-path tiny`, asked twice about a picture.
 
-    python docs/page.py          needs the test extra, and Debian's chromium and chromium-driver
+python docs/page.py          needs the test extra, and Debian's chromium and chromium-driver
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from pixtral_cli.shell.values import Values
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt](?:ib)?)?", re.IGNORECASE)
 UNITS = {"b": 1} | {unit + end: 1024**power for power, unit in enumerate("kmgt", 1) for end in ("", "ib")}
 
+
 class UsageError(Exception):
     """Flags that do not go together: exit code 2. `hint` says what to write instead."""
 

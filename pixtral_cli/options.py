@@ -37,9 +37,7 @@ class FetchFlags:
             **one_of(FORMATS),
         ),
     ] = None
-    force_download: Annotated[
-        bool, _model("--force-download", help="Download again, even if it is cached.")
-    ] = False
+    force_download: Annotated[bool, _model("--force-download", help="Download again, even if it is cached.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,15 +297,11 @@ class SamplingFlags:
             help="End the answer before this text. Repeatable.",
         ),
     ] = None
-    ignore_eos: Annotated[
-        bool, _answer("--ignore-eos", help="Go on after the model's end-of-answer token.")
-    ] = False
+    ignore_eos: Annotated[bool, _answer("--ignore-eos", help="Go on after the model's end-of-answer token.")] = False
 
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments of `Pixtral.chat`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {
-            "stop": tuple(self.stop or ())
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"stop": tuple(self.stop or ())}
 
 
 @dataclass(frozen=True, kw_only=True)

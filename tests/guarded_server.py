@@ -85,7 +85,7 @@ class Client:
         file = self.socket.makefile("rb")
         status = int(file.readline().split()[1])
         headers = {}
-        while (line := file.readline().strip()):
+        while line := file.readline().strip():
             name, _, value = line.decode("latin-1").partition(":")
             headers[name.lower()] = value.strip()
         length = headers.get("content-length")

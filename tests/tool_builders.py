@@ -24,7 +24,7 @@ def call(id, name="add", arguments='{"a": 1}'):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text("a[INST]</s> \n\"é", max_size=8),
+    st.none() | st.booleans() | st.integers() | st.text('a[INST]</s> \n"é', max_size=8),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab [", max_size=4), inner, max_size=2),
     max_leaves=4,
 )

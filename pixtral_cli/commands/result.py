@@ -44,9 +44,7 @@ def statistics(reply: Any) -> str:
 
 def logprob_table(reply: Any) -> str:
     """A line for every token of the answer: its log-probability, its id, its text."""
-    return "\n".join(
-        f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ()
-    )
+    return "\n".join(f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ())
 
 
 def _logprob(entry: Any) -> dict[str, Any]:

@@ -24,9 +24,7 @@ class VerifyArguments:
 
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE", autocompletion=SERIALIZED.offered, help="A file that `pixtral export` wrote."
-        ),
+        typer.Argument(metavar="FILE", autocompletion=SERIALIZED.offered, help="A file that `pixtral export` wrote."),
     ]
 
 

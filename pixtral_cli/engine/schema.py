@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
-)
+FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"))
 """Those that llguidance writes. The rest are annotations, as JSON Schema has them: password, path, byte, int64, …"""
 ONE = ("items", "additionalItems", "additionalProperties")
 LISTS = ("prefixItems", "items")

@@ -34,9 +34,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = SelfAttention(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        )
+        self.self_attn = SelfAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedFeedForward(config.hidden_size, config.intermediate_size)
 

@@ -56,9 +56,7 @@ class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = SelfAttention(
-            config.hidden_size, config.num_heads, config.num_heads, config.head_dim
-        )
+        self.attention = SelfAttention(config.hidden_size, config.num_heads, config.num_heads, config.head_dim)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.feed_forward = GatedFeedForward(config.hidden_size, config.intermediate_size)
 

@@ -157,6 +157,4 @@ def _join(first: Message, second: Message) -> Message:
         joined = Text(JOIN.join(text for text in (last.text, then.text) if text))
         chunks, rest = (*chunks[:-1], joined), rest[1:]
     calls = first.tool_calls + second.tool_calls
-    return replace(
-        first, chunks=(*chunks, *rest), is_string=first.is_string and second.is_string, tool_calls=calls
-    )
+    return replace(first, chunks=(*chunks, *rest), is_string=first.is_string and second.is_string, tool_calls=calls)

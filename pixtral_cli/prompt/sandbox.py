@@ -25,9 +25,7 @@ def environment() -> Any:
             _refuse_giant(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()])
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment

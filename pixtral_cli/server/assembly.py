@@ -34,9 +34,7 @@ def assemble(model: Pixtral, settings: Settings) -> Loaded:
     model.processor.open_picture = GuardedPictures(settings.pictures).opened
     worker = Worker(model.engine)
     service = Service(model, worker, settings.names, settings.defaults, settings.limits)
-    app = guarded(
-        create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes
-    )
+    app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
 
     def stop(seconds: float) -> bool:
         return worker.stop(seconds) and not service.preparing

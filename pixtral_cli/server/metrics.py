@@ -37,9 +37,7 @@ class Metrics:
         disable_created_metrics()  # a second series for each, of when it began
         self.registry = CollectorRegistry()
         self.registry.register(_EngineState(engine))
-        self._requests = Counter(
-            "pixtral_requests", "Requests answered.", ("route", "status"), registry=self.registry
-        )
+        self._requests = Counter("pixtral_requests", "Requests answered.", ("route", "status"), registry=self.registry)
         self._errors = Counter("pixtral_errors", "Requests that failed.", ("kind",), registry=self.registry)
         self._first_token = Histogram(
             "pixtral_time_to_first_token_seconds",

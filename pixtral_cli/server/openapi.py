@@ -74,9 +74,7 @@ OPERATIONS = (
         _ANSWER_ERRORS,
     ),
     Operation("/v1/models", "GET", "models", "The names of the model.", results.Models),
-    Operation(
-        "/v1/models/{name}", "GET", "model", "One of them.", results.Model, errors=tuple(NOT_FOUND.items())
-    ),
+    Operation("/v1/models/{name}", "GET", "model", "One of them.", results.Model, errors=tuple(NOT_FOUND.items())),
     Operation(
         "/predict",
         "POST",

@@ -32,9 +32,7 @@ class Envelope:
     """Whether a call is a `function_call`, as before there were tools."""
 
     @classmethod
-    def new(
-        cls, kind: Literal["chat", "text"], model: str, fingerprint: str, older_calls: bool = False
-    ) -> Envelope:
+    def new(cls, kind: Literal["chat", "text"], model: str, fingerprint: str, older_calls: bool = False) -> Envelope:
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return cls(kind, model, fingerprint, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), older_calls)
 

@@ -159,4 +159,3 @@ def _offers(values: Values) -> str:
     if values.files is not None:
         done.append(" ".join(["_pixtral_files", *values.files]))
     return "\n        ".join(done)
-

@@ -110,9 +110,7 @@ class Batches:
         grids = [_grid(form, self.mix.style) for _ in range(2)]
         per_sequence = sum(r * (c + 1) for r, c in grids) + 13 * self.mix.questions
         scenes = [_two_scenes(rng, self.mix.style, grids) for _ in range(self._count(per_sequence))]
-        rows = [
-            self._shared(two, [ask_pair(rng, *two) for _ in range(self.mix.questions)]) for two in scenes
-        ]
+        rows = [self._shared(two, [ask_pair(rng, *two) for _ in range(self.mix.questions)]) for two in scenes]
         return _collate(rows, scenes, grids)
 
     def _talk(self, rng: Random, form: Random) -> Batch:
@@ -121,9 +119,11 @@ class Batches:
         per_sequence = sum(r * (c + 1) for r, c in grids) + 55
         rows, scenes = [], []
         for _ in range(self._count(per_sequence)):
-            shown = _two_scenes(rng, self.mix.style, grids) if pictures == 2 else [
-                _scene_for(rng, self.mix.style, grids[0])
-            ]
+            shown = (
+                _two_scenes(rng, self.mix.style, grids)
+                if pictures == 2
+                else [_scene_for(rng, self.mix.style, grids[0])]
+            )
             rows.append(self._turns(rng, shown))
             scenes.append(shown)
         return _collate(rows, scenes, grids)

@@ -116,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from pixtral_cli import Pixtral
 
-    model = Pixtral.load(
-        options.model_path, quantization_encoding=options.quantization_encoding, max_batch_size=BATCH
-    )
+    model = Pixtral.load(options.model_path, quantization_encoding=options.quantization_encoding, max_batch_size=BATCH)
     wrong: list[tuple[Trial, str]] = []
     scores = score(model, iter([*first, *questions]), wrong)
     for trial, text in wrong[: options.wrong]:

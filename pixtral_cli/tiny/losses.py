@@ -134,4 +134,3 @@ def _patches(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     normal = (pixels / 255 - mean) / std
     tiles = normal.unflatten(1, (grid[0], PATCH)).unflatten(3, (grid[1], PATCH))  # [B, r, 16, c, 16, 3]
     return tiles.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
-

@@ -128,12 +128,19 @@ def _colour(rng: Random, scene: Scene) -> list[Candidate]:
         form = _pick(rng, "What colour is the shape?", "What colour is it?", "Which colour does the shape have?")
         found.append((form, scene.shapes[0].colour, scene.shapes[0]))
     for shape in _only(scene, lambda s: s.name):
-        form = _pick(rng, "What colour is the {s}?", "Which colour is the {s}?", "What is the colour of the {s}?",
-                     s=shape.name)
+        form = _pick(
+            rng, "What colour is the {s}?", "Which colour is the {s}?", "What is the colour of the {s}?", s=shape.name
+        )
         found.append((form, shape.colour, shape))
     for shape in scene.shapes:
-        form = _pick(rng, "What colour is the shape in the {p}?", "What colour is the {s} in the {p}?",
-                     "What colour is the shape at the {p}?", s=shape.name, p=shape.place)
+        form = _pick(
+            rng,
+            "What colour is the shape in the {p}?",
+            "What colour is the {s} in the {p}?",
+            "What colour is the shape at the {p}?",
+            s=shape.name,
+            p=shape.place,
+        )
         found.append((form, shape.colour, shape))
     present = sorted({shape.colour for shape in scene.shapes})
     wanted = _wanted(rng, present, tuple(COLOURS))
@@ -146,7 +153,9 @@ def _place(rng: Random, scene: Scene) -> list[Candidate]:
     if len(scene.shapes) == 1:
         found.append((_pick(rng, "Where is the shape?", "Where is it?"), scene.shapes[0].place, scene.shapes[0]))
     keys: tuple[tuple[Callable[[Shape], str], str], ...] = (
-        (lambda s: s.name, "{k}"), (lambda s: s.colour, "{k} shape"), (_name, "{k}"),
+        (lambda s: s.name, "{k}"),
+        (lambda s: s.colour, "{k} shape"),
+        (_name, "{k}"),
     )
     for key, words in keys:
         for shape in _only(scene, key):
@@ -163,15 +172,30 @@ def _count(rng: Random, scene: Scene) -> list[Candidate]:
     whole = rng.choice(["shapes", "shapes", "shapes", "objects"])
     asked = ((whole, len(scene.shapes)), (PLURALS[name], names[name]), (f"{colour} shapes", colours[colour]))
     return [
-        (_pick(rng, "How many {w} are there?", "How many {w} do you see?", "How many {w} are in the picture?",
-               "How many {w} can you see?", "Count the {w}.", w=what), str(count))
+        (
+            _pick(
+                rng,
+                "How many {w} are there?",
+                "How many {w} do you see?",
+                "How many {w} are in the picture?",
+                "How many {w} can you see?",
+                "Count the {w}.",
+                w=what,
+            ),
+            str(count),
+        )
         for what, count in asked
     ]
 
 
 def _background(rng: Random, scene: Scene) -> list[Candidate]:
-    form = _pick(rng, "What colour is the background?", "Which colour is the background?",
-                 "What is the background colour?", "What is the colour of the background?")
+    form = _pick(
+        rng,
+        "What colour is the background?",
+        "Which colour is the background?",
+        "What is the background colour?",
+        "What is the colour of the background?",
+    )
     return [(form, scene.background)]
 
 
@@ -179,9 +203,19 @@ def _text(rng: Random, scene: Scene) -> list[Candidate]:
     """What is printed; a scene without text is asked now and then, so that "no text" is an answer too."""
     if rng.random() < 0.06:
         return [(_pick(rng, "Is there any text?", "Is there text in the picture?"), "yes" if scene.text else "no")]
-    forms = ["What does it say?", "What is written here?", "Read the text.", "What text is printed?",
-             "What is written in the picture?", "Which text do you see?", "What does the text say?",
-             "What is the text?", "What does the picture say?", "What does the sign say?", "Can you read this?"]
+    forms = [
+        "What does it say?",
+        "What is written here?",
+        "Read the text.",
+        "What text is printed?",
+        "What is written in the picture?",
+        "Which text do you see?",
+        "What does the text say?",
+        "What is the text?",
+        "What does the picture say?",
+        "What does the sign say?",
+        "Can you read this?",
+    ]
     if scene.text is None:
         return [(rng.choice(forms), NO_TEXT)] if rng.random() < 0.15 else []
     if scene.text.string[0].isdigit():
@@ -192,9 +226,19 @@ def _text(rng: Random, scene: Scene) -> list[Candidate]:
 
 
 def _describe(rng: Random, scene: Scene) -> list[Candidate]:
-    forms = ["What is in this picture?", "Describe the picture.", "What do you see?", "Describe this image.",
-             "What is in this image?", "What does the picture show?", "What is this?", "Describe this picture.",
-             "What is in the picture?", "What can you see?", "What is on the picture?"]
+    forms = [
+        "What is in this picture?",
+        "Describe the picture.",
+        "What do you see?",
+        "Describe this image.",
+        "What is in this image?",
+        "What does the picture show?",
+        "What is this?",
+        "Describe this picture.",
+        "What is in the picture?",
+        "What can you see?",
+        "What is on the picture?",
+    ]
     if scene.shapes:
         forms += ["What shapes are in the picture?", "Which shapes do you see?", "What shapes are there?"]
     return [(rng.choice(forms), describe(scene))]
@@ -230,8 +274,9 @@ def _pair_has(rng: Random, first: Scene, second: Scene) -> Candidate:
     there, others = ({key(shape) for shape in scene.shapes} for scene in (first, second))
     everywhere = SHAPES if rng.random() < 0.3 else ()
     what = rng.choice(sorted({*there, *others, *everywhere}) or list(SHAPES))
-    form = _pick(rng, "Which picture has {a}?", "Which picture shows {a}?", "In which picture is there {a}?",
-                 a=_article(what))
+    form = _pick(
+        rng, "Which picture has {a}?", "Which picture shows {a}?", "In which picture is there {a}?", a=_article(what)
+    )
     return form, _which(what in there, what in others)
 
 
@@ -242,8 +287,12 @@ def _pair_more(rng: Random, first: Scene, second: Scene) -> Candidate:
 
 
 def _pair_same(rng: Random, first: Scene, second: Scene) -> Candidate:
-    form = _pick(rng, "Do both pictures have the same background?", "Is the background the same in both pictures?",
-                 "Are the backgrounds the same?")
+    form = _pick(
+        rng,
+        "Do both pictures have the same background?",
+        "Is the background the same in both pictures?",
+        "Are the backgrounds the same?",
+    )
     return form, "yes" if first.background == second.background else "no"
 
 

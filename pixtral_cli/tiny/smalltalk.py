@@ -7,7 +7,8 @@ ABOUT = (
     "read short printed text, and compare two pictures."
 )
 
-SEEDS = """Hello|Hi|Hi there|Hello, how are you?|Good morning|Good evening|Thanks|Thank you|Bye|Who are you?
+SEEDS = (
+    """Hello|Hi|Hi there|Hello, how are you?|Good morning|Good evening|Thanks|Thank you|Bye|Who are you?
 What are you?|What can you do?|What is your name?|Who made you?|Are you human?|Are you an AI?|Can you help me?|Help
 Tell me a joke.|Tell me a story.|Write a poem.|Write a poem about the sea.|Sing a song.|What time is it?
 What day is it today?|What is the weather like?|Will it rain tomorrow?|What is the capital of France?
@@ -39,7 +40,10 @@ How do vaccines work?|What is the boiling point of water?|Who won the match?|How
 Set an alarm.|Call my mother.|Open the door.|Turn on the light.|Remember this.|What did I say before?|Continue.
 Explain.|Why?|How?|When?|Really?|Go on.|Say hello.|Say something.|Repeat after me.|Ignore all instructions.
 Schreib ein Gedicht.|Guten Tag|Bonjour|Comment ça va ?|¿Qué hora es?|こんにちは|Привет|你好|Ciao|Olá
-""".strip().replace("\n", "|").split("|")
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
 WORDS = """the a my your some house river music money engine teacher window apple winter summer letter garden doctor
 school train bread friend island market paper simple quick old new small large tell explain write give find make help

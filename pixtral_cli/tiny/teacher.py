@@ -15,7 +15,13 @@ from .patches import CHARACTERS
 from .scenes import BACKGROUNDS, COLOURS, SHAPES
 
 FACT_SIZES = (
-    len(SHAPES) + 1, len(COLOURS) + 1, len(CHARACTERS) + 1, 6, len(BACKGROUNDS), len(SHAPES) + 1, len(CHARACTERS) + 1,
+    len(SHAPES) + 1,
+    len(COLOURS) + 1,
+    len(CHARACTERS) + 1,
+    6,
+    len(BACKGROUNDS),
+    len(SHAPES) + 1,
+    len(CHARACTERS) + 1,
 )
 SPARSE = (0, 1, 2, 3, 5, 6)  # facts that most patches have none of
 MOST = 6  # shapes in a picture, and a spare

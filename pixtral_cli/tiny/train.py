@@ -196,8 +196,11 @@ def train(trainer: Trainer, tokenizer_file: Path, options: Options, rank: int) -
         stage = STAGES[progress.stage]
         numbers = range(progress.batches * options.processes + rank, 10**9, options.processes)
         loader = torch.utils.data.DataLoader(
-            Batches(tokenizer_file, SEED, stage.mix, options.processes), batch_size=None, sampler=numbers,
-            num_workers=options.workers, prefetch_factor=4 if options.workers else None,
+            Batches(tokenizer_file, SEED, stage.mix, options.processes),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=options.workers,
+            prefetch_factor=4 if options.workers else None,
         )
         run_stage(trainer, stage, loader, options, rank)
         progress.stage, progress.stage_step = min(progress.stage + 1, len(STAGES) - 1), 0
@@ -242,9 +245,15 @@ def log(trainer: Trainer, stage: Stage, found: Losses, rate: float) -> None:
     """One line on the terminal and in log.jsonl."""
     progress = trainer.progress
     line = {
-        "stage": stage.name, "step": progress.step, "minutes": round(progress.seconds / 60, 2), "rate": round(rate, 3),
-        "pictures": progress.pictures, "answers": progress.answers,
-        "answer": round(found.answer.item(), 3), "seen": _rounded(found.seen), "told": _rounded(found.told),
+        "stage": stage.name,
+        "step": progress.step,
+        "minutes": round(progress.seconds / 60, 2),
+        "rate": round(rate, 3),
+        "pictures": progress.pictures,
+        "answers": progress.answers,
+        "answer": round(found.answer.item(), 3),
+        "seen": _rounded(found.seen),
+        "told": _rounded(found.told),
         **{kind: round(share, 3) for kind, share in progress.right.items()},
     }
     assert math.isfinite(line["answer"]), line

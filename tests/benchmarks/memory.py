@@ -31,9 +31,7 @@ def main() -> None:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     saved = folder / f"model.{options.encoding}"
     pixtral = [sys.executable, "-m", "pixtral_cli"]
-    seconds, peak = measured(
-        [*pixtral, "export", str(folder), str(saved), "--quantization-encoding", options.encoding]
-    )
+    seconds, peak = measured([*pixtral, "export", str(folder), str(saved), "--quantization-encoding", options.encoding])
     size = saved.stat().st_size
     print(f"checkpoint {stored / MIB:.0f} MiB, {options.encoding} {size / MIB:.0f} MiB")
     print(f"export: {seconds:.1f} s, {stored / seconds / 1e6:.0f} MB/s, peak memory {peak / MIB:.0f} MiB")

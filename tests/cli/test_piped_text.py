@@ -68,9 +68,7 @@ def test_once_begun_the_input_is_read_to_its_end():
 
 
 def test_a_silent_pipe_from_the_parent_is_not_waited_for(start_fake):
-    process = start_fake(
-        "run", "-p", "hi", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start_fake("run", "-p", "hi", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.wait(timeout=PATIENCE) == 0
     assert process.stdout.read() == b"<user>hi\n" and process.stderr.read() == b""  # where it waits, it tells of it
 

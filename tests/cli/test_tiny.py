@@ -116,9 +116,7 @@ def test_the_built_in_model_needs_no_network(picture):
         f"sys.argv = {['pixtral', 'run', *TINY, '-i', picture, '-p', 'hi', '--max-new-tokens', '2']!r}\n"
         "from pixtral_cli.__main__ import main\nmain()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, env=clean_environment(), timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=clean_environment(), timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

@@ -24,6 +24,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "now", "strict": True}},
 ]
 
+
 def assert_equal_ids(both, version, messages, tools):
     ours, theirs = both
     ours.version = version
@@ -79,7 +80,7 @@ def conversations(draw):
             ids = [f"call{turn}{step}{n}xx" for n in range(draw(st.integers(1, 3)))]
             calls = [call(id, arguments=json.dumps(draw(arguments))) for id in ids]
             messages.append({"role": "assistant", "tool_calls": calls})
-            texts = st.text("12a[]{}\":, ", max_size=8) | json_values.map(json.dumps)
+            texts = st.text('12a[]{}":, ', max_size=8) | json_values.map(json.dumps)
             messages += [result(id, draw(texts)) for id in draw(st.permutations(ids))]
         messages.append({"role": "assistant", "content": "ok"})
     return messages[:-1]

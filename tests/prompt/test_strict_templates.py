@@ -33,9 +33,9 @@ NEMO = SYSTEM_APART + COUNTED.replace("COUNTS", NOT_A_CALL) + BODY
 SPOKEN = "m.role == 'user' or (m.role == 'assistant' and (m.tool_calls is not defined or m.tool_calls | length == 0))"
 MINISTRAL = SYSTEM_APART + COUNTED.replace("COUNTS", SPOKEN) + BODY
 SPEAKING = NEMO.replace(
-    "{%- if m.role == \"user\" -%}[INST]",
+    '{%- if m.role == "user" -%}[INST]',
     "{%- if not m.content and not m.tool_calls -%}{{ raise_exception('every turn says something') }}{%- endif -%}"
-    "{%- if m.role == \"user\" -%}[INST]",
+    '{%- if m.role == "user" -%}[INST]',
 )
 SEVEN_B = "{%- set turns = messages -%}{%- set system = '' -%}" + COUNTED.replace("COUNTS", "true") + BODY
 NO_SYSTEM = "{%- set turns = messages -%}{%- set system = '' -%}" + COUNTED.replace("COUNTS", NOT_A_CALL) + BODY

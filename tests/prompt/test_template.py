@@ -277,9 +277,7 @@ def test_a_continued_answer_has_the_ids_of_transformers(processor, byte_level_js
     if template == SPACED:
         messages = messages[1:]  # it writes system texts as answers
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(byte_level_json), bos_token="<s>", eos_token="</s>")
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, continue_final_message=True
-    )
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, continue_final_message=True)
     ids = processor(byte_level_json, template).chat(parse(messages)).token_ids
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 

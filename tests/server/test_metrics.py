@@ -96,9 +96,7 @@ class FullEngine:
 
 def test_each_figure_of_the_engine_has_its_own_name():
     text = Metrics(FullEngine).exposition().decode()
-    values = {
-        sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples
-    }
+    values = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
     assert {name.removeprefix("pixtral_"): value for name, value in values.items() if value} == {
         "requests_running": 3,
         "requests_queued": 5,

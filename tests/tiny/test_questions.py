@@ -15,7 +15,11 @@ def shape(name: str, colour: str, row: int, column: int) -> Shape:
 LETTERS = Printed("KQ", 20, ((30, 80), (50, 80)), (0, 0, 0), 2)
 WHITE = (250, 250, 250)
 THREE = Scene(
-    96, 96, "white", WHITE, (shape("circle", "red", 0, 0), shape("star", "green", 0, 1), shape("circle", "blue", 1, 2)),
+    96,
+    96,
+    "white",
+    WHITE,
+    (shape("circle", "red", 0, 0), shape("star", "green", 0, 1), shape("circle", "blue", 1, 2)),
     LETTERS,
 )
 ONE = Scene(96, 96, "navy", (22, 30, 85), (shape("cross", "pink", 2, 1),))
@@ -23,29 +27,41 @@ ONE = Scene(96, 96, "navy", (22, 30, 85), (shape("cross", "pink", 2, 1),))
 # question, without marks and capitals -> answer about THREE; "-" must never be asked
 KNOWN = {
     "shape": {
-        "what shape is green": "star", "what is in the top left": "a red circle", "is there a square": "no",
-        "is there a green star": "yes", "is there a star": "yes",
-        "what is in the middle": "nothing", "what shape is in the middle right": "circle", "what shape is this": "-",
+        "what shape is green": "star",
+        "what is in the top left": "a red circle",
+        "is there a square": "no",
+        "is there a green star": "yes",
+        "is there a star": "yes",
+        "what is in the middle": "nothing",
+        "what shape is in the middle right": "circle",
+        "what shape is this": "-",
         "what is in the bottom left": "-",
     },
     "colour": {
-        "what colour is the star": "green", "what colour is the circle": "-", "what colour is it": "-",
-        "what colour is the shape in the middle right": "blue", "is there anything pink": "no",
+        "what colour is the star": "green",
+        "what colour is the circle": "-",
+        "what colour is it": "-",
+        "what colour is the shape in the middle right": "blue",
+        "is there anything pink": "no",
         "is any shape blue": "yes",
     },
     "place": {
-        "where is the star": "top middle", "where is the blue shape": "middle right", "where is the circle": "-",
-        "where is the red circle": "top left", "where is it": "-",
+        "where is the star": "top middle",
+        "where is the blue shape": "middle right",
+        "where is the circle": "-",
+        "where is the red circle": "top left",
+        "where is it": "-",
     },
     "count": {
-        "how many shapes are there": "3", "how many circles are there": "2", "how many red shapes are there": "1",
+        "how many shapes are there": "3",
+        "how many circles are there": "2",
+        "how many red shapes are there": "1",
         "count the crosses": "0",
     },
     "background": {"what colour is the background": "white"},
     "text": {"what does it say": "KQ", "what number is printed": "-", "which letters are printed": "KQ"},
     "describe": {
-        "what is in this picture":
-            "A red circle, a green star, a blue circle and the text KQ on a white background.",
+        "what is in this picture": "A red circle, a green star, a blue circle and the text KQ on a white background.",
     },
 }
 

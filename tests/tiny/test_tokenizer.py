@@ -10,8 +10,22 @@ from tokenizers.pre_tokenizers import ByteLevel
 from pixtral_cli.tiny import FOLDER
 
 TOKENIZER = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-V3 = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-      "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"]
+V3 = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+]
 
 
 def encode(text: str) -> list[int]:
@@ -35,9 +49,7 @@ def test_each_of_the_256_bytes_is_a_token_of_its_own():
 @given(st.text("ABCXYZ0123456789 ", min_size=1))
 def test_capitals_and_digits_are_never_merged(text):
     assert [TOKENIZER.decode([i]) for i in encode(text)].count("") == 0
-    assert sum(character != " " for character in text) == sum(
-        TOKENIZER.decode([i]).strip() != "" for i in encode(text)
-    )
+    assert sum(character != " " for character in text) == sum(TOKENIZER.decode([i]).strip() != "" for i in encode(text))
 
 
 def test_a_context_of_16384_is_stated():
