@@ -16,7 +16,7 @@ from urllib.request import urlopen
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from chat_page import Page, start_chromium  # noqa: E402
+from support.chat_page import Page, start_chromium  # noqa: E402
 
 PORT = 8471
 QUESTIONS = ("Describe the picture.", "What colour is the triangle?")

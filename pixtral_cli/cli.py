@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -121,7 +122,7 @@ def _refuse(error: Any, arguments: list[str]) -> int:
 def _value(error: Any, arguments: list[str]) -> str:
     """The value that a flag could not take, where Typer's sentence about a number leaves it out."""
     flags = getattr(getattr(error, "param", None), "opts", ())
-    given = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag in flags]
+    given = [value for flag, value in itertools.pairwise(arguments) if flag in flags]
     given += [flag.partition("=")[2] for flag in arguments if flag.partition("=")[0] in flags and "=" in flag]
     if not given or "Input should be" not in str(error):
         return ""
@@ -175,8 +176,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or isinstance(error, RuntimeError)
-        and "can't allocate memory" in str(error)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )
 
 

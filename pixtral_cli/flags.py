@@ -50,7 +50,7 @@ def within(low: float, high: float = math.inf, *, above: bool = False) -> Callab
     """A check that a number is finite and from `low` (or, with `above`, above it) up to `high`."""
 
     def check(value: float | None) -> float | None:
-        if value is None or (low < value if above else low <= value) and value <= high and math.isfinite(value):
+        if value is None or ((low < value if above else low <= value) and value <= high and math.isfinite(value)):
             return value
         least = f"above {low}" if above else f"at least {low}"
         most = f" and at most {high}" if high < math.inf else ""

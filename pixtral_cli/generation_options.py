@@ -131,6 +131,6 @@ def _check_bias(bias: Any) -> None:
     if not isinstance(bias, Mapping | None):
         raise RequestError(f"logit_bias should be an object of token ids and numbers, not {bias!r}.")
     for token_id, value in (bias or {}).items():
-        if not (isinstance(token_id, int) or isinstance(token_id, str) and token_id.isdecimal()) or int(token_id) < 0:
+        if not (isinstance(token_id, int) or (isinstance(token_id, str) and token_id.isdecimal())) or int(token_id) < 0:
             raise RequestError(f"The keys of logit_bias should be token ids, not {token_id!r}.")
         _check("logit_bias", value, float, lambda x: -100 <= x <= 100, "numbers from -100 to 100")

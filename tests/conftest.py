@@ -7,9 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are tiny: more 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import pytest  # noqa: E402
+import pytest
 
-from pixtral_cli import process_environment  # noqa: E402
+from pixtral_cli import process_environment
 
 process_environment.prepare()
 

@@ -4,10 +4,10 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import builders
 import pytest
 import torch
 from PIL import Image
+from support import builders
 
 from pixtral_cli import GenerationOptions, Pixtral, PixtralError
 from pixtral_cli.errors import ModelError, RequestError

@@ -7,12 +7,12 @@ Mistral's own code wants them is proved by running attention with rotated neighb
 import json
 import shutil
 
-import builders
-import format_builders as forms
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support import builders
+from support import format_builders as forms
 
 from pixtral_cli import Pixtral
 from pixtral_cli.source import Source

@@ -6,10 +6,10 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import builders
 import pytest
 import torch
 from safetensors import safe_open
+from support import builders
 
 from pixtral_cli import Pixtral, PixtralError
 from pixtral_cli.encodings import find

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from hub_cache import put
+from support.hub_cache import put
 
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.source import Source

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (label, bytes done, bytes total or None); done and total run over all files that are fetched."""
@@ -64,7 +64,7 @@ class Meter:
             close = refresh = reset = set_description = set_description_str = quiet
             set_postfix = set_postfix_str = set_transfer_postfix_str = quiet
 
-            def __enter__(self) -> "Bar":
+            def __enter__(self) -> Self:
                 return self
 
             def __exit__(self, *exception: object) -> None:

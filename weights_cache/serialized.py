@@ -72,7 +72,7 @@ def write(
     """
     manifest = Manifest(model, form, encoding, {w.name: (w.encoding, w.shape) for w in weights})
     header = _Header(manifest, weights, files)
-    if os.path.isdir(path) or os.path.exists(path) and not os.path.isfile(path):
+    if os.path.isdir(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise WriteFailed(path, "it is a folder or a device")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ class Runner:
         x = torch.cat([self._embed(piece) for piece in pieces])
         positions = torch.cat([self._positions(piece) for piece in pieces])
         ends = list(accumulate(piece.tokens for piece in pieces))
-        wanted = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes or self.exact and rows]
+        wanted = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes or (self.exact and rows)]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])

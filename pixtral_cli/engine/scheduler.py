@@ -138,7 +138,7 @@ class Scheduler:
         for sequence in waiting[: self.max_ce_batch_size]:
             most = self._exactly(sequence) if self.exact else left
             tokens = min(sequence.pending, most)
-            if tokens == 0 or pieces and tokens > left:
+            if tokens == 0 or (pieces and tokens > left):
                 break
             pieces.append(Piece(sequence, tokens))
             sequence.turn = self._steps + 1

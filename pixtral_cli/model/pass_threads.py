@@ -43,7 +43,7 @@ class PassThreads:
             yield
             return
         watched = rows <= FEW_ROWS and not self.exact
-        alone = rows * multiplications < SMALL_PASS or watched and time.monotonic() < self.alone_until
+        alone = rows * multiplications < SMALL_PASS or (watched and time.monotonic() < self.alone_until)
         wall, own = time.perf_counter(), time.thread_time()
         try:
             if alone:

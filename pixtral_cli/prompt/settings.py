@@ -64,7 +64,7 @@ class Settings:
     def three(self, key: str, default: tuple[float, ...], *, positive: bool = False) -> tuple[float, ...]:
         """Three numbers, one for each colour."""
         value = self._checked(key, list, "a list of three numbers", list(default))
-        if len(value) != 3 or not all(map(_is_number, value)) or positive and min(value) <= 0:
+        if len(value) != 3 or not all(map(_is_number, value)) or (positive and min(value) <= 0):
             raise self.wrong(key, "a list of three numbers" + " above 0" * positive)
         return tuple(value)
 

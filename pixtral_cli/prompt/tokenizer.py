@@ -253,7 +253,7 @@ def _from_tekken(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], 
 def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], dict[str, Any]]:
     try:
         whole = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(BOM_UTF8))
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception
+    except Exception as error:
         raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
     text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens
     for part in ("normalizer", "pre_tokenizer", "decoder"):

@@ -71,7 +71,7 @@ def _white(image: Image.Image, low: float, high: float) -> float:
     highest that a TIFF states. Floats are 0 to 1 if all of them are, else 0 to 255.
     """
     if image.mode == "F":
-        return 1.0 if 0 <= low and high <= 1 else 255.0
+        return 1.0 if low >= 0 and high <= 1 else 255.0
     if image.mode != "I":
         return INTEGER_RANGES[1]
     highest = max(high, _stated_highest(image))

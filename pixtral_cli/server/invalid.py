@@ -68,7 +68,7 @@ def _is_of_another_kind(problem: Mapping[str, Any]) -> bool:
 
 def _leads_on(place: int | str, value: Any) -> bool:
     """Whether the place is one in the value, and not the name of a branch."""
-    return isinstance(value, dict) and place in value or isinstance(value, list) and isinstance(place, int)
+    return (isinstance(value, dict) and place in value) or (isinstance(value, list) and isinstance(place, int))
 
 
 def _inside(problem: Mapping[str, Any], body: Any) -> list[int | str]:

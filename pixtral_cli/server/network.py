@@ -80,7 +80,7 @@ class NetworkPolicy:
 
     def _check_address(self, address: Address, port: int) -> None:
         inner = _ipv4_in(address)
-        if _within(address, NEVER) or inner and _within(inner, NEVER):
+        if _within(address, NEVER) or (inner and _within(inner, NEVER)):
             raise ConnectionRefusedByPolicy("its address is never allowed")
         if _within(address, self.private_networks):
             return

@@ -4,7 +4,7 @@ import signal
 import subprocess
 
 import pytest
-from processes import FAKE, PROGRAM, clean_environment, run_process
+from support.processes import FAKE, PROGRAM, clean_environment, run_process
 
 
 @pytest.fixture

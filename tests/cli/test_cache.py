@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_cache import COMMIT, DAYS, HF, put, weights
-from processes import imported_by
+from support.hub_cache import COMMIT, DAYS, HF, put, weights
+from support.processes import imported_by
 
 
 def listed(call):

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hub_cache import HF, put, weights
-from processes import imported_by
-from shells import Shell, installed
+from support.hub_cache import HF, put, weights
+from support.processes import imported_by
+from support.shells import Shell, installed
 
 from pixtral_cli import encodings
 from pixtral_cli.shell import tree, values

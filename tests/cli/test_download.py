@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hub_cache import COMMIT, HF, put, weights
+from support.hub_cache import COMMIT, HF, put, weights
 
 
 def test_the_built_in_model_is_already_here(call):

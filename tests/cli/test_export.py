@@ -28,7 +28,7 @@ def test_what_export_writes_run_reads_and_verify_finds_whole(call, tmp_path):
 
 
 def test_the_default_of_the_environment_gives_way_to_a_file(call, tmp_path, monkeypatch):
-    import format_builders
+    from support import format_builders
 
     from pixtral_cli.tiny import FOLDER
 

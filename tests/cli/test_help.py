@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import pytest
-from processes import PROGRAM, imported_by, run_process
+from support.processes import PROGRAM, imported_by, run_process
 
 FLAGS = """--model-path --weight-path --weights-format --quantize-vision --quantization-encoding --devices
 --max-length --max-new-tokens --max-batch-size

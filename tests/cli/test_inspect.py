@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from processes import imported_by
+from support.processes import imported_by
 
 from pixtral_cli.encodings import CHOICES
 from pixtral_cli.model import needs
@@ -108,8 +108,8 @@ def test_gpus_are_asked_of_their_driver_and_a_broken_one_is_none(monkeypatch, tm
 
 
 def test_a_gguf_and_its_own_mixture_are_looked_at(call, tmp_path):
-    import format_builders
     from gguf import GGMLQuantizationType as Kind
+    from support import format_builders
 
     path = tmp_path / "tiny.gguf"
     format_builders.gguf_text(FOLDER, path, lambda name: Kind.Q8_0)

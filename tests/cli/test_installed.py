@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import clean_environment
+from support.processes import clean_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "completions", "pixtral_cli", "weights_cache")

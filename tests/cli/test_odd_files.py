@@ -4,8 +4,8 @@ import os
 import shutil
 
 import pytest
-from hub_cache import HF, put, weights
-from processes import PROGRAM, run_process
+from support.hub_cache import HF, put, weights
+from support.processes import PROGRAM, run_process
 
 WITHOUT_RIGHTS = ["setpriv", "--inh-caps=-dac_override,-dac_read_search"]
 WITHOUT_RIGHTS += ["--bounding-set=-dac_override,-dac_read_search"]

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from processes import FAKE, PATIENCE, clean_environment
+from support.processes import FAKE, PATIENCE, clean_environment
 
 SHELL_FAKE = " ".join(FAKE)
 

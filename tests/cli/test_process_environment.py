@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import PATIENCE, clean_environment
+from support.processes import PATIENCE, clean_environment
 
 CODE = """
 import json, os, sys

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 def block_under(heading):
     section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(r"```\w+\n(.*?)```", section, re.S)
+    return re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
 
 
 def test_quick_start_and_tests_are_one_command_each():

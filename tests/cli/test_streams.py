@@ -139,7 +139,7 @@ def test_a_full_disk_is_an_error_and_not_a_traceback(start_fake):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
 def test_help_onto_a_full_disk_is_an_error_and_not_a_traceback(arguments):
-    from processes import PROGRAM, clean_environment
+    from support.processes import PROGRAM, clean_environment
 
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
@@ -157,7 +157,7 @@ def test_an_error_is_one_line_whatever_a_name_holds(fake):
 def test_closed_streams_are_no_error(fake):
     import sys
 
-    from processes import FAKE
+    from support.processes import FAKE
 
     for closing in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
         line = f"exec {FAKE[0]} {FAKE[1]} run -p hi {closing}"

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_cache import put
-from processes import FAKE, PATIENCE, clean_environment
+from support.hub_cache import put
+from support.processes import FAKE, PATIENCE, clean_environment
 
 
 class Terminal:

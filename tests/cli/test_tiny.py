@@ -8,7 +8,7 @@ import time
 
 import pytest
 from PIL import Image, ImageDraw
-from processes import PROGRAM, clean_environment, imported_by
+from support.processes import PROGRAM, clean_environment, imported_by
 
 TINY = ("--model-path", "tiny", "--devices", "cpu")
 

@@ -4,7 +4,7 @@ import json
 from inspect import signature
 
 import pytest
-from processes import imported_by
+from support.processes import imported_by
 
 from pixtral_cli.encodings import CHOICES
 

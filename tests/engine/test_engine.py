@@ -2,10 +2,10 @@
 
 import hashlib
 
-import builders
 import pytest
 import torch
-from engines import run, tokens
+from support import builders
+from support.engines import run, tokens
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import builders
 import pytest
 import torch
-from engines import run
+from support import builders
+from support.engines import run
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import runner, scheduler

@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import threading
 
-import builders
 import pytest
 import torch
-from engines import run, tokens
+from support import builders
+from support.engines import run, tokens
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler

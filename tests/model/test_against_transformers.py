@@ -1,8 +1,8 @@
 """Our models against transformers' own, on random checkpoints that transformers wrote."""
 
-import builders
 import pytest
 import torch
+from support import builders
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine.engine import Engine
@@ -14,10 +14,10 @@ from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
 
 FAMILIES = {
-    "nemo": lambda folder: builders.mistral(folder),
+    "nemo": builders.mistral,
     "tied": lambda folder: builders.mistral(folder, tie_word_embeddings=True),
     "sliding": lambda folder: builders.mistral(folder, sliding_window=9),
-    "ministral": lambda folder: builders.ministral(folder),
+    "ministral": builders.ministral,
     "ungrouped": lambda folder: builders.mistral(folder, num_key_value_heads=8, head_dim=8),
 }
 IMG, IMG_BREAK, IMG_END = 10, 12, 13

@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 
-import builders
 import gguf
 import pytest
 import torch
+from support import builders
 from torch import nn
 
 from pixtral_cli.model import int4

@@ -1,9 +1,9 @@
 """Loading: what fits is memory-mapped, what does not fit is named before anything large is read."""
 
-import builders
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import builders
 
 from pixtral_cli.encodings import find
 from pixtral_cli.errors import ModelError

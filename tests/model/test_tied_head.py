@@ -3,11 +3,11 @@
 import json
 from math import prod
 
-import builders
-import format_builders as forms
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import builders
+from support import format_builders as forms
 from transformers import LlavaForConditionalGeneration, MistralForCausalLM
 
 from pixtral_cli import Pixtral

@@ -15,7 +15,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV7
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
-from tool_builders import KINDS, call
+from support.tool_builders import KINDS, call
 
 from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse

@@ -11,7 +11,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
-from tool_builders import KINDS, arguments, call, json_values
+from support.tool_builders import KINDS, arguments, call, json_values
 
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.native import NativeRules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tool_builders import call
+from support.tool_builders import call
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.errors import TemplateFailed

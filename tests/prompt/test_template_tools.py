@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from builders import CONTROLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
-from tool_builders import arguments, call
+from support.builders import CONTROLS
+from support.tool_builders import arguments, call
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.messages import parse

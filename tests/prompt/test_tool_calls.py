@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage
-from tool_builders import KINDS, arguments, call
+from support.tool_builders import KINDS, arguments, call
 
 from pixtral_cli.prompt.call_parser import joined
 from pixtral_cli.prompt.tool_calls import ToolCallReader

@@ -16,7 +16,7 @@ from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from sentencepiece import SentencePieceProcessor
-from tool_builders import KINDS, call
+from support.tool_builders import KINDS, call
 
 from pixtral_cli.prompt import tekken
 from pixtral_cli.prompt.messages import parse

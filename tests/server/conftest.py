@@ -1,7 +1,7 @@
 """The built-in model behind HTTP, for as long as the tests last."""
 
 import pytest
-from app_server import serving
+from support.app_server import serving
 
 from pixtral_cli import Pixtral
 from pixtral_cli.engine.worker import Worker

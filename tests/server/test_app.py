@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from app_server import serving
-from processes import PATIENCE
+from support.app_server import serving
+from support.processes import PATIENCE
 
 from pixtral_cli.engine.worker import Worker
 from pixtral_cli.server.service import Limits, Service, checkpoint_defaults

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from guarded_server import Client, ask, serving
-from processes import PATIENCE
+from support.guarded_server import Client, ask, serving
+from support.processes import PATIENCE
 
 from pixtral_cli.server import asgi
 from pixtral_cli.server.errors import ApiError

@@ -14,8 +14,8 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 from PIL import Image
-from processes import PATIENCE
-from web_server import names, web
+from support.processes import PATIENCE
+from support.web_server import names, web
 
 from pixtral_cli.prompt.errors import PictureFetchFailed
 from pixtral_cli.server.network import NetworkPolicy, is_public

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import clean_environment
+from support.processes import clean_environment
 
 READ = """
 import base64, json, resource, sys, time
-import bombs
+from support import bombs
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 import PIL.Image
@@ -105,7 +105,7 @@ def test_webp_needs_half_as_much_again_as_its_decoder_has_canvases_of_its_own():
 RESIDENT = """
 import base64, sys
 from concurrent.futures import ThreadPoolExecutor
-import bombs
+from support import bombs
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024

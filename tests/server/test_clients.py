@@ -13,8 +13,8 @@ from typing import Annotated
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from served import hello, served
-from traffic import ADD, CHAT, picture
+from support.served import hello, served
+from support.traffic import ADD, CHAT, picture
 
 JSON = ["-H", "Content-Type: application/json"]
 with_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -1,5 +1,6 @@
 """deploy/ keeps its word: what it starts is ours, and nginx, systemd and YAML read it."""
 
+import itertools
 import json
 import os
 import re
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import PATIENCE, PROGRAM, run_process
-from served import JSON, hello, served
+from support.processes import PATIENCE, PROGRAM, run_process
+from support.served import JSON, hello, served
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -68,14 +69,16 @@ def test_the_truss_starts_serve_with_the_secret_as_token_and_asks_our_routes(tmp
 
 
 def test_the_image_copies_what_the_wheel_is_built_from_and_nothing_that_is_ignored():
-    copied = [name for line in re.findall(r"^COPY (?!--)(.*) \S+$", text("Dockerfile"), re.M) for name in line.split()]
+    copied = [
+        name for line in re.findall(r"^COPY (?!--)(.*) \S+$", text("Dockerfile"), re.MULTILINE) for name in line.split()
+    ]
     let_in = [line[1:] for line in text("Dockerfile.dockerignore").splitlines() if line.startswith("!")]
     assert copied == let_in and all((ROOT / name).exists() for name in copied)
     assert {"pyproject.toml", "README.md", "pixtral_cli", "weights_cache"} <= set(copied)
 
 
 def test_the_images_health_check_fails_where_nobody_answers():
-    (command,) = re.findall(r"^    CMD (\[.*\])$", text("Dockerfile"), re.M)
+    (command,) = re.findall(r"^    CMD (\[.*\])$", text("Dockerfile"), re.MULTILINE)
     _, option, code = json.loads(command)
     with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -175,7 +178,7 @@ def test_behind_nginx_streams_arrive_as_they_come_and_a_draining_server_is_passe
                 urllib.request.urlopen(urllib.request.Request(url + "/version", headers={"Host": "evil.example"}))
             stream = ask(url, stream=True, max_tokens=300, ignore_eos=True)
             arrivals = [time.monotonic() for line in stream if line.strip()]
-            gaps = sum(later - earlier > 0.0005 for earlier, later in zip(arrivals, arrivals[1:], strict=False))
+            gaps = sum(later - earlier > 0.0005 for earlier, later in itertools.pairwise(arrivals))
             assert len(arrivals) > 100 and gaps > 50  # many pieces, not one at the end
 
             running = [ask(url, stream=True, max_tokens=600, ignore_eos=True) for _ in range(2)]

@@ -9,7 +9,7 @@ import sys
 
 import openai
 import pytest
-from guarded_server import ask, serving
+from support.guarded_server import ask, serving
 
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server import guard

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from openai import AsyncOpenAI
-from processes import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
-from served import hello, served
-from traffic import CHAT, picture
+from support.processes import PATIENCE
+from support.served import hello, served
+from support.traffic import CHAT, picture
 
 KEYS = {"PIXTRAL_API_KEY": "first-key second-key"}
 LONG = "Is the circle left of the star, or is the star above the square? "

@@ -8,8 +8,8 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-import traffic
-from processes import PATIENCE
+from support import traffic
+from support.processes import PATIENCE
 
 from pixtral_cli.engine.scheduler import CHUNK
 from pixtral_cli.engine.sequence import Sequence

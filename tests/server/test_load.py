@@ -6,10 +6,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import traffic
-from processes import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
-from served import served
+from support import traffic
+from support.processes import PATIENCE
+from support.served import served
 
 LITTLE = ("--kv-cache-memory", "16MiB", "--image-cache-memory", "4MiB", "--quantization-encoding", "float32")
 """Caches that the first load fills: what grows afterwards is a leak."""

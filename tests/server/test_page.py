@@ -4,8 +4,8 @@ from importlib.resources import files
 
 import httpx
 import pytest
-from page_stub import Stub, serving
 from starlette.testclient import TestClient
+from support.page_stub import Stub, serving
 
 from pixtral_cli.server.page import FILES
 

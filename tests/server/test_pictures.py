@@ -12,7 +12,7 @@ from ipaddress import ip_network
 import numpy as np
 import pytest
 from PIL import Image
-from web_server import names, web
+from support.web_server import names, web
 
 from pixtral_cli.prompt import media
 from pixtral_cli.prompt.errors import (
@@ -217,9 +217,8 @@ def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 1000)
     monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
     pictures = GuardedPictures(PicturePolicy())
-    with pictures.opened(URI):
-        with pytest.raises(PictureRefused, match="too many"), pictures.opened(URI):
-            pass
+    with pictures.opened(URI), pytest.raises(PictureRefused, match="too many"), pictures.opened(URI):
+        pass
     with pictures.opened(URI) as picture:
         assert same(picture)
 

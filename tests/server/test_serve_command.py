@@ -12,8 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from processes import PROGRAM, imported_by, run_process
-from served import hello, served
+from support.processes import PROGRAM, imported_by, run_process
+from support.served import hello, served
 
 from pixtral_cli import Pixtral
 from pixtral_cli.errors import PixtralError
@@ -59,7 +59,7 @@ def about(*pictures, model="tiny"):
 
 
 def line_to_try(server):
-    return re.search(r"^try +(.*)$", server.said(), re.M)[1]
+    return re.search(r"^try +(.*)$", server.said(), re.MULTILINE)[1]
 
 
 def run_in_shell(line, **env):
@@ -240,6 +240,6 @@ def test_what_does_not_serve_imports_nothing_of_a_server(arguments):
 
 def test_the_python_of_the_readme_streams_an_answer(plain, capsys):
     section = (ROOT / "README.md").read_text().partition("\n## Server\n")[2]
-    program = re.search(r"```python\n(.*?)```", section, re.S)[1].replace("http://127.0.0.1:8000", plain.url)
+    program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].replace("http://127.0.0.1:8000", plain.url)
     exec(compile(program, "README.md", "exec"), {})
     assert capsys.readouterr().out

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from processes import PATIENCE
+from support.processes import PATIENCE
 
 from pixtral_cli.server.threads import Threads
 

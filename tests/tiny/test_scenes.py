@@ -1,5 +1,7 @@
 """What is drawn is what the scene says."""
 
+import itertools
+
 import pytest
 
 from pixtral_cli.tiny.scenes import MIN_SPACING, SHAPES, Scene, Shape, Style, draw, random_scene, scene_rng
@@ -36,8 +38,8 @@ def test_printed_characters_are_at_least_a_patch_apart_and_inside_the_picture():
     assert {len(text.string) for _, text in texts} >= {1, 2, 3, 4, 5}
     for scene, text in texts:
         xs = [x for x, _ in text.centres]
-        assert all(right - left >= MIN_SPACING for left, right in zip(xs, xs[1:], strict=False))
-        assert 0 < xs[0] - 7 and xs[-1] + 7 < scene.width
+        assert all(right - left >= MIN_SPACING for left, right in itertools.pairwise(xs))
+        assert xs[0] - 7 > 0 and xs[-1] + 7 < scene.width
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from builders import HfProcessor
 from PIL import Image
 from safetensors import safe_open
+from support.builders import HfProcessor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
@@ -18,7 +18,7 @@ from pixtral_cli.tiny.tokenizer import EOS
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, tuple[str, list[int]]]:
     with safe_open(FOLDER / "model.safetensors", "pt") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        parts = {name: file.get_slice(name) for name in file.keys()}
         return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
 
 

@@ -1,18 +1,12 @@
 """A Hub on localhost with one Pixtral-like repository, and a cache of its own for each test."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
-
-_spec = importlib.util.spec_from_file_location("fake_hub", Path(__file__).with_name("fake_hub.py"))
-fake_hub = importlib.util.module_from_spec(_spec)
-sys.modules["fake_hub"] = fake_hub
-_spec.loader.exec_module(fake_hub)
+from support import fake_hub
 
 REPO = "acme/pixtral-small"
 FIRST, SECOND = (f"model-{n:05d}-of-00002.safetensors" for n in (1, 2))

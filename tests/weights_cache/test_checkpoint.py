@@ -85,7 +85,7 @@ def test_one_file_and_shards_hold_the_same_tensors(folder: Path, in_shards: bool
 def test_what_transformers_saves_opens_with_its_values(
     tmp_path: Path, kind: str, shard_size: str, original_format: bool
 ):
-    import builders
+    from support import builders
 
     model = getattr(builders, kind)(tmp_path / "plain", num_hidden_layers=2)
     model.save_pretrained(tmp_path / "saved", max_shard_size=shard_size, save_original_format=original_format)
@@ -275,7 +275,7 @@ def test_of_copies_in_two_shards_the_one_that_the_index_names_counts(folder: Pat
 
 
 def test_the_index_decides_as_in_transformers(tmp_path: Path):
-    import builders
+    from support import builders
     from transformers import MistralForCausalLM
 
     model = builders.mistral(tmp_path, num_hidden_layers=1)

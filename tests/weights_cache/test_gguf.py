@@ -153,7 +153,7 @@ def test_other_alignments_are_read(tmp_path, alignment):
 def test_a_file_cut_short_anywhere_is_refused(path):
     data = path.read_bytes()
     whole = max(entry.begin + entry.info.nbytes for entry in GgufFile(path)._parts[0].entries.values())
-    for length in [*range(0, 400), *range(400, whole, 37), whole - 1]:
+    for length in [*range(400), *range(400, whole, 37), whole - 1]:
         assert isinstance(damaged(path, data[:length]), CheckpointCorrupt)
     path.write_bytes(data[:whole])  # the padding after the last tensor may be missing
     assert len(GgufFile(path).tensors) == 2
@@ -289,7 +289,7 @@ def test_a_missing_file_of_several_is_named(split, missing):
 
 
 def test_a_file_of_several_under_another_name_is_not_taken_for_the_whole(split):
-    first = sorted(split[0].iterdir())[0]
+    first = min(split[0].iterdir())
     first.rename(split[0] / "renamed.gguf")
     with pytest.raises(CheckpointCorrupt, match="one of 3 files"):
         checkpoint.open(split[0] / "renamed.gguf")

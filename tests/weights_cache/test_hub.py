@@ -46,7 +46,7 @@ def names(folder: Path) -> set[str]:
 
 def failing(hub, when: Callable[[str, str], bool], times: int = 10**6, **fault: object) -> None:
     """From now on the server goes wrong for requests that `when` picks by (method, path), so many times."""
-    import fake_hub
+    from support import fake_hub
 
     left = [times]
 

@@ -47,7 +47,7 @@ class Disk:
 
     def replace(self, patched: pytest.MonkeyPatch) -> None:
         """From now on, every file that is opened by its Path lies on this disk."""
-        patched.setattr(Path, "open", lambda path, *options, **named: self._open(path, *options, **named))
+        patched.setattr(Path, "open", self._open)
 
     def _open(self, path: Path, mode: str = "r", *options: object, **named: object):
         if not set(mode) & set("wax"):

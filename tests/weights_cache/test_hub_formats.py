@@ -116,7 +116,7 @@ def test_a_gguf_whose_picture_part_is_gone_is_not_complete(repo):
 
 
 def test_a_gguf_that_arrived_without_its_picture_part_is_not_complete_for_a_commit_either(repo):
-    import fake_hub
+    from support import fake_hub
 
     name = f"{REPO}@{repo.commit(REPO)}:a-Q4_K.gguf"
     repo.fault = lambda method, path: fake_hub.Fault(status=404) if "mmproj" in path else None
@@ -232,7 +232,7 @@ def test_a_quantisation_names_the_one_file_that_has_it(hub, tag: str, files: lis
 
 @pytest.mark.parametrize("tag", ["Q5_0", "latest", "Q4_K_M"])
 def test_a_quantisation_that_no_file_or_several_have_is_refused_with_the_files_there_are(hub, tag: str):
-    hub.repos["acme/many"] = {name: b"GGUF" for name in ("a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "b-Q8_0.gguf")}
+    hub.repos["acme/many"] = dict.fromkeys(("a-Q4_K_M.gguf", "b-Q4_K_M.gguf", "b-Q8_0.gguf"), b"GGUF")
     error = failure(ModelNotFound, f"acme/many:{tag}")
     assert tag in str(error) and "a-Q4_K_M.gguf, b-Q4_K_M.gguf, b-Q8_0.gguf" in error.hint
     assert "acme/many:a-Q4_K_M.gguf" in error.hint and hub.fetched() == []

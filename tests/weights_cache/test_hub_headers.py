@@ -100,8 +100,7 @@ def test_a_gguf_and_its_long_list_of_words_are_read_without_its_weights(repo, tm
 
 def put_gguf(repo, tmp_path: Path, name: str, pictures: str) -> None:
     """A Pixtral as a GGUF of some hundred kB and its picture part, in the folders of acme/whole."""
-    import builders
-    import format_builders
+    from support import builders, format_builders
 
     folder = tmp_path / "hf"
     builders.pixtral(folder, hidden_size=128)
@@ -163,7 +162,7 @@ def test_what_is_here_is_opened_itself(repo, tmp_path: Path):
 
 @pytest.mark.parametrize(("status", "kind"), [(403, Gated), (429, DownloadFailed), (500, DownloadFailed)])
 def test_a_server_that_refuses_the_headers_is_a_sentence(repo, tmp_path: Path, status: int, kind: type):
-    import fake_hub
+    from support import fake_hub
 
     repo.fault = lambda method, path: fake_hub.Fault(status=status) if path.endswith(".safetensors") else None
     with pytest.raises(kind):
@@ -171,7 +170,7 @@ def test_a_server_that_refuses_the_headers_is_a_sentence(repo, tmp_path: Path, s
 
 
 def test_a_file_that_ends_within_its_header_is_a_sentence(repo, tmp_path: Path):
-    import fake_hub
+    from support import fake_hub
 
     repo.fault = lambda method, path: fake_hub.Fault(cut=30) if path.endswith(".safetensors") else None
     with pytest.raises(DownloadFailed):

@@ -35,14 +35,14 @@ def content(repo) -> bytes:
 
 
 def partial(repo) -> Path:
-    import fake_hub
+    from support import fake_hub
 
     return store.partial_blob(REPO, fake_hub.sha256(content(repo)))
 
 
 def on_weights(repo, *faults: dict) -> None:
     """The first requests for the weights' bytes go wrong in these ways, one each; a status at the end stays."""
-    import fake_hub
+    from support import fake_hub
 
     left = list(faults)
 
@@ -99,7 +99,7 @@ def test_a_beginning_that_is_already_everything_needs_no_bytes(repo):
 
 @pytest.mark.parametrize("name", [NAME, "tokenizer.json", "config.json"])
 def test_a_file_with_one_altered_byte_is_refused_and_leaves_nothing(repo, name: str):
-    import fake_hub
+    from support import fake_hub
 
     repo.fault = lambda method, path: fake_hub.Fault(alter=True) if path.endswith(name) else None
     for _ in range(2):
@@ -149,7 +149,7 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 
 
 def test_a_process_killed_at_any_moment_leaves_nothing_half_that_is_used(repo):
-    import fake_hub
+    from support import fake_hub
 
     repo.fault = lambda method, path: fake_hub.Fault(drip=0.004) if path.endswith(NAME) else None
     for at_least in (0, 100_000, 350_000):
@@ -165,7 +165,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_half_that_is_used(repo):
 
 
 def test_two_processes_at_once_share_one_transfer(repo):
-    import fake_hub
+    from support import fake_hub
 
     repo.fault = lambda method, path: fake_hub.Fault(drip=0.003) if path.endswith(NAME) else None
     processes = [start_fetch(repo) for _ in range(2)]

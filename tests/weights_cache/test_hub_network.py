@@ -76,7 +76,7 @@ def test_a_mirror_that_lists_a_file_elsewhere_writes_none_there(hub, monkeypatch
 
 @pytest.mark.parametrize("hash", ["FakeHub.commit", "sha256"])
 def test_a_mirror_that_gives_a_path_for_a_hash_is_not_believed(hub, monkeypatch, hash: str):
-    monkeypatch.setattr(f"fake_hub.{hash}", lambda *of: "outside")
+    monkeypatch.setattr(f"support.fake_hub.{hash}", lambda *of: "outside")
     with pytest.raises(DownloadFailed):
         fetch(REPO)
     assert hub.fetched() == []

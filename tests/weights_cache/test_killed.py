@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants as constants
 constants.DOWNLOAD_CHUNK_SIZE = 20_000
 import huggingface_hub.file_download
-import kill_points
+from support import kill_points
 from weights_cache import inventory, store
 from weights_cache.hub import fetch
 watched, repo, sizes = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
@@ -41,7 +41,7 @@ EXPORT = """
 import sys
 from pathlib import Path
 import torch
-import kill_points
+from support import kill_points
 from pixtral_cli.encodings import find
 from pixtral_cli.model import load, save
 from pixtral_cli.source import Source

@@ -1,9 +1,9 @@
 """One Chromium and one made-up server for all tests of the chat page; see page_stub.py for what the model says."""
 
 import pytest
-from chat_page import CHROMIUM, DRIVER, Page, start_chromium
-from page_stub import Stub, serving
 from PIL import Image
+from support.chat_page import CHROMIUM, DRIVER, Page, start_chromium
+from support.page_stub import Stub, serving
 
 
 @pytest.fixture(scope="session")

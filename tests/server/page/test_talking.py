@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from page_stub import event
 from selenium.webdriver.common.keys import Keys
+from support.page_stub import event
 
 # In place of the network, which joins and parts pieces as it likes.
 ANSWER_IN_PIECES = """

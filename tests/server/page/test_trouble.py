@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from chat_page import Page
-from page_stub import Stub, event, serving
 from selenium.webdriver.common.keys import Keys
+from support.chat_page import Page
+from support.page_stub import Stub, event, serving
 
 
 def test_the_key_is_asked_for_kept_for_the_tab_and_sent(page, stub):

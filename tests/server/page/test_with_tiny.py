@@ -1,8 +1,10 @@
 """The chat page, the real server and the built-in model together."""
 
-from chat_page import Page
+import itertools
+
 from PIL import Image, ImageDraw
 from selenium.webdriver.common.keys import Keys
+from support.chat_page import Page
 
 
 def test_a_question_about_a_picture_is_answered_in_words_that_arrive(browser, server, tmp_path):
@@ -19,7 +21,7 @@ def test_a_question_about_a_picture_is_answered_in_words_that_arrive(browser, se
     page.write("Describe the picture." + Keys.ENTER)
     page.until(lambda: page.shows(".figures"), seconds=60)
     seen = page.script("return seen")
-    assert len(seen) >= 2 and all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert len(seen) >= 2 and all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
     assert seen[-1] == page.text(".answer") and "red" in seen[-1]
     assert f"({cost} in pictures" in page.text(".figures")
     assert page.complaints() == []

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import PATIENCE, PROGRAM, clean_environment
+from support.processes import PATIENCE, PROGRAM, clean_environment
 
 JSON = {"Content-Type": "application/json"}
 

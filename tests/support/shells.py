@@ -14,7 +14,7 @@ import termios
 import time
 from pathlib import Path
 
-from processes import PATIENCE, PROGRAM, clean_environment
+from support.processes import PATIENCE, PROGRAM, clean_environment
 
 COMMANDS = {
     "bash": ["bash", "--norc", "--noprofile", "-i"],

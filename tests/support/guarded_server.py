@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from processes import PATIENCE
 
 from pixtral_cli.server.guard import guarded
 from pixtral_cli.server.protocol import guarded_protocol
+from support.processes import PATIENCE
 
 
 async def echo(scope, receive, send):

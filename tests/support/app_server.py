@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from processes import PATIENCE
 
 from pixtral_cli.server.app import create_app
 from pixtral_cli.server.guard import guarded
 from pixtral_cli.server.protocol import guarded_protocol
 from pixtral_cli.server.service import Service
+from support.processes import PATIENCE
 
 
 @dataclass

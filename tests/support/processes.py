@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-FAKE = [sys.executable, str(Path(__file__).parent / "cli" / "fake_pixtral.py")]
+FAKE = [sys.executable, str(Path(__file__).parent / "fake_pixtral.py")]
 PROGRAM = [sys.executable, "-m", "pixtral_cli"]
 HEAVY = """torch torch._dynamo transformers bitsandbytes huggingface_hub PIL jinja2 tokenizers numpy rich
 safetensors""".split()
-
 
 PATIENCE = 120
 """Seconds in which whatever is waited for comes, on the busiest machine: nothing waits so long when all is well."""
