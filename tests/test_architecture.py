@@ -4,7 +4,13 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = {"errors", "encodings", "devices", "known_models"}  # names and failures, which know nothing but each other
+SHARED = {
+    "errors",
+    "encodings",
+    "devices",
+    "known_models",
+    "option_ranges",
+}  # names and failures, which know nothing but each other
 MAY_IMPORT = {
     "__main__": {"cli", "process_environment"},
     "cli": {"commands", "console", "flags", "help", "weights_cache"},
