@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from pixtral_cli.prompt.errors import PictureDamaged, PictureError, PictureNotFound, PictureTooLarge, PictureUnreadable
-from pixtral_cli.prompt.fetch import fetch as fetch_url
-from pixtral_cli.prompt.fetch import without_password
 from pixtral_cli.prompt.settings import reason_of
 from pixtral_cli.prompt.upright import upright_rgb
 
@@ -40,6 +38,13 @@ Turn = Callable[[int], AbstractContextManager[Any]]
 """A number of pixels -> a context that is held while a picture of that size is in memory."""
 PIL_SETTINGS = threading.Lock()
 """Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
+
+
+def fetch_url(url: str) -> bytes:
+    """`fetch.fetch`, whose libraries only a download needs."""
+    from pixtral_cli.prompt.fetch import fetch
+
+    return fetch(url)
 
 
 def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:
@@ -119,6 +124,11 @@ def name_of(source: Any) -> str:
         return "from standard input"
     source = without_password(source) or '""'
     return source if len(source) <= 120 else f"{source[:40]}…"
+
+
+def without_password(url: str) -> str:
+    """`url` as it can be shown: without a user's name and password."""
+    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
 
 
 def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:

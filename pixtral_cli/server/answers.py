@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from pixtral_cli.engine.worker import Worker
 from pixtral_cli.generate import Answering, Failure, Request, TextEvent
+from pixtral_cli.server.errors import leaving
 from pixtral_cli.server.metrics import Metrics
-from pixtral_cli.server.problems import leaving
 
 Result = TypeVar("Result")
 Events = list[tuple[int, TextEvent]]

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from pixtral_cli.generate import Reply
 from pixtral_cli.server.answers import Events
-from pixtral_cli.server.asgi import Receive, Scope, Send, remember
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.metrics import Metrics
+from pixtral_cli.server.middleware import Receive, Scope, Send, remember
 from pixtral_cli.server.stream import Chunks
 
 STREAM_HEADERS = {

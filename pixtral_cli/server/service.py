@@ -20,9 +20,8 @@ from pixtral_cli.generate import Answering, GenerationOptions, Request
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.answers import Answers, Events, Handover
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, leaving, queue_full, refusal_of, unknown_model
 from pixtral_cli.server.metrics import Metrics
-from pixtral_cli.server.problems import leaving, queue_full, refusal_of, unknown_model
 from pixtral_cli.server.threads import Threads
 from pixtral_cli.server.wire import Ask, TextOrTokens, count_pictures
 

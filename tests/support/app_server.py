@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from pixtral_cli.server.app import create_app
-from pixtral_cli.server.guard import guarded
+from pixtral_cli.server.middleware import guarded
 from pixtral_cli.server.protocol import guarded_protocol
 from pixtral_cli.server.service import Service
 from support.processes import PATIENCE

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from pixtral_cli.server.guard import guarded
+from pixtral_cli.server.middleware import guarded
 from pixtral_cli.server.protocol import guarded_protocol
 from support.processes import PATIENCE
 
