@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pixtral_cli.cli.flags import UsageError
+from pixtral_cli.cli.options import RequestFlags
 from pixtral_cli.commands.piped_text import LIMIT, PipedText
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.flags import UsageError
-from pixtral_cli.options import RequestFlags
 
 LEAVE_OUT = "Leave one of them out."
 NOTHING_ASKED = "There is no prompt."
