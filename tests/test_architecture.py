@@ -5,13 +5,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = {
-    "errors",
-    "encodings",
-    "devices",
-    "known_models",
-    "option_ranges",
-}  # names and failures, which know nothing but each other
+# Names, ranges and failures, which know nothing but each other.
+SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
@@ -29,7 +24,7 @@ MAY_IMPORT = {
     "engine": {"model"},
     "model": {"weights_cache"},
     "__init__": set(),
-    "prompt": set(),
+    "prompt": {"weights_cache"},
     "process_environment": set(),
     "weights_cache": set(),
 } | dict.fromkeys(SHARED, set())
