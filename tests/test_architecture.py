@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "engine": {"model"},
     "model": {"weights_cache"},
     "__init__": set(),
-    "prompt": set(),
+    "prompt": {"weights_cache"},
     "console": {"progress"},
     "options": {"flags", "shell"},
     "flags": {"shell"},
