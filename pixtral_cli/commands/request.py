@@ -128,7 +128,7 @@ def _opened_messages(messages: Any) -> Any:
     from pixtral_cli.prompt.messages import parse
 
     conversation = parse(messages)
-    return conversation.with_sources([_opened(picture.source, picture.where) for picture in conversation.pictures])
+    return conversation.with_sources([_opened(picture.source, picture.where) for picture in conversation.images])
 
 
 def _opened(source: Any, where: str | None = None) -> Any:
