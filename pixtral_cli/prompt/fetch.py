@@ -15,8 +15,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import BaseHandler, HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request
 
-from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
-from pixtral_cli.prompt.media import without_password
+from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge, without_password
 from pixtral_cli.prompt.settings import reason_of
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from pixtral_cli.prompt.errors import PictureDamaged, PictureError, PictureNotFound, PictureTooLarge, PictureUnreadable
+from pixtral_cli.prompt.errors import (
+    PictureDamaged,
+    PictureError,
+    PictureNotFound,
+    PictureTooLarge,
+    PictureUnreadable,
+    without_password,
+)
 from pixtral_cli.prompt.settings import reason_of
 from pixtral_cli.prompt.upright import upright_rgb
 
@@ -124,11 +131,6 @@ def name_of(source: Any) -> str:
         return "from standard input"
     source = without_password(source) or '""'
     return source if len(source) <= 120 else f"{source[:40]}…"
-
-
-def without_password(url: str) -> str:
-    """`url` as it can be shown: without a user's name and password."""
-    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
 
 
 def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
