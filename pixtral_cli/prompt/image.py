@@ -82,16 +82,16 @@ class ImageSpec:
         Raises:
             SettingsUnreadable: a value is not what it should be.
         """
-        if isinstance(config.values.get("size"), dict):
+        if isinstance(config.get("size"), dict):
             size = config.section("size")
-            longest_side = size.length("longest_edge") or size.length("height")
+            side = next((size.length(key) for key in ("longest_edge", "height") if key in size), self.longest_side)
         else:
-            longest_side = config.length("size")
+            side = config.length("size", self.longest_side)
         normalizes = config.flag("do_normalize", True)
         rescale = config.positive("rescale_factor", 1 / 255)
         return replace(
             self,
-            longest_side=longest_side or self.longest_side,
+            longest_side=side,
             mean=config.three("image_mean", self.mean) if normalizes else (0.0,) * 3,
             std=config.three("image_std", self.std, positive=True) if normalizes else (1.0,) * 3,
             rescale_factor=rescale if config.flag("do_rescale", True) else 1.0,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pixtral_cli.prompt import gguf_tokenizer, media
-from pixtral_cli.prompt.conversation import Conversation, Picture
 from pixtral_cli.prompt.errors import (
     ImagesMisplaced,
     ImagesPassedOver,
@@ -22,6 +21,7 @@ from pixtral_cli.prompt.errors import (
     PromptError,
 )
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare
+from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
 from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
@@ -162,10 +162,9 @@ class Processor:
         """
         if self.chat_format is None:
             raise NoChatTemplate
-        chat_format = (
-            self._format_for_tools(self.chat_format) if tools or conversation.has_tool_turns else self.chat_format
-        )
-        images = self._prepare(chat_format.arranged(conversation).pictures)
+        has_tools = tools or conversation.has_tool_messages
+        chat_format = self._format_for_tools(self.chat_format) if has_tools else self.chat_format
+        images = self._prepare(chat_format.arranged(conversation).images)
         ids = self._filled(chat_format.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         return Prompt(ids, images, not in_text, tuple(tools), chat_format.call_form)
@@ -195,7 +194,7 @@ class Processor:
             pieces = [""] * len(pictures) + pieces
         if len(pieces) != len(pictures) + 1:
             raise ImagesMisplaced(len(pieces) - 1, len(pictures))
-        images = self._prepare(map(Picture, pictures))
+        images = self._prepare(map(ImagePart, pictures))
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             if index:
@@ -212,13 +211,13 @@ class Processor:
             ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
         return ids
 
-    def _prepare(self, pictures: Iterable[Picture]) -> list[PreparedImage]:
+    def _prepare(self, pictures: Iterable[ImagePart]) -> list[PreparedImage]:
         pictures = list(pictures)
         if pictures and self.image_tokens is None:
             raise ImagesUnsupported
         return [self._prepared(picture) for picture in pictures]
 
-    def _prepared(self, picture: Picture) -> PreparedImage:
+    def _prepared(self, picture: ImagePart) -> PreparedImage:
         """The picture is made small before the next one is opened."""
         with self.open_picture(picture.source) as opened:
             image = prepare(opened, self.recipe, self.spec.at(picture.detail))
