@@ -73,13 +73,13 @@ class Loaded:
 
 def assemble(model: Pixtral, settings: Settings, greeting: str) -> Loaded:
     """Put the model behind HTTP; from now on its engine runs on a thread of its own."""
-    from pixtral_cli.engine.worker import Worker
+    from pixtral_cli.engine.driver import Driver
     from pixtral_cli.server.app import create_app
     from pixtral_cli.server.media_policy import RequestMedia
     from pixtral_cli.server.service import Service
 
     model.processor.open_picture = RequestMedia(settings.media).opened
-    service = Service(model, Worker(model.engine), settings.names, settings.defaults, settings.limits)
+    service = Service(model, Driver(model.engine), settings.names, settings.defaults, settings.limits)
     app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
     return Loaded(app, service, greeting)
 
@@ -164,7 +164,7 @@ class _Server(uvicorn.Server):
         finally:
             await serving
         service = self.loaded.service
-        if not service.worker.stop(CUT_SECONDS) or service.preparing:
+        if not service.driver.stop(CUT_SECONDS) or service.preparing:
             self.terminal.leave(0)  # a step that takes long, and nobody waits for it any more
 
     def on_signal(self, number: signal.Signals) -> None:
