@@ -13,8 +13,7 @@ from pixtral_cli.generate import TextEvent
 from pixtral_cli.logprobs import Echo
 from pixtral_cli.server import service
 from pixtral_cli.server.delivery import EventStream
-from pixtral_cli.server.replies import Envelope
-from pixtral_cli.server.stream import Chunks
+from pixtral_cli.server.responses import Chunks, Envelope
 from pixtral_cli.server.threads import Threads
 from pixtral_cli.tiny import FOLDER
 
