@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pixtral_cli.cli.flags import UsageError
+from pixtral_cli.cli.options import RequestFlags
 from pixtral_cli.commands.piped_text import LIMIT, PipedText
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.flags import UsageError
-from pixtral_cli.options import RequestFlags
 
 LEAVE_OUT = "Leave one of them out."
 NOTHING_ASKED = "There is no prompt."
@@ -133,12 +133,12 @@ def _opened_messages(messages: Any) -> Any:
 
 def _opened(source: Any, where: str | None = None) -> Any:
     """What stands for the picture, which was checked; `where` is the entry of the messages that names it."""
-    from pixtral_cli.prompt.errors import InvalidMessages, PictureError
+    from pixtral_cli.prompt.errors import ImageError, InvalidMessages
     from pixtral_cli.prompt.media import checked
 
     try:
         return checked(source)
-    except PictureError as error:
+    except ImageError as error:
         if where is None:
             raise
         raise InvalidMessages(where, str(error).rstrip("."), error.hint) from error

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
-from pixtral_cli.generate import Reply, TextEvent, TokenLogprob, Usage
-from pixtral_cli.logprobs import Echo, characters
+from pixtral_cli.generation import Echo, Reply, TextEvent, TokenLogprob, Usage, characters
 from pixtral_cli.prompt.call_parser import ToolCallDelta, whole_deltas
 
 LOWEST_LOGPROB = -9999.0

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from pixtral_cli.api import Pixtral
-from pixtral_cli.engine.worker import Worker
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.errors import RequestError
-from pixtral_cli.generate import Answering, Failure, GenerationOptions, Request, TextEvent
+from pixtral_cli.generation import Failure, GenerationOptions, Request, TextEvent, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.errors import ApiError
@@ -49,17 +49,17 @@ class Limits:
 
 @dataclass
 class Service:
-    """One model and those who request it.
+    """One model and those who ask it.
 
     Args:
-        worker: of the model's engine.
+        driver: of the model's engine.
         names: what requests may call the model; the first is what it calls itself.
         defaults: options that the server's flags give. What a request says comes before them, and the checkpoint's
             own generation_config.json after them.
     """
 
     model: Pixtral
-    worker: Worker
+    driver: Driver
     names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
@@ -78,7 +78,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be worked on."""
-        return self.worker.alive and not self.draining
+        return self.driver.alive and not self.draining
 
     @property
     def preparing(self) -> bool:
@@ -109,7 +109,7 @@ class Service:
             ApiError: what was asked cannot be answered, the queue is full, the server ends, the engine failed.
         """
         self._check_room()
-        subscription = Subscription(self.worker, self.metrics)
+        subscription = Subscription(self.driver, self.metrics)
         self.accepted += request.answers
         self._open.add(subscription)
         try:
@@ -160,7 +160,7 @@ class Service:
         if self.accepted >= self.model.engine.scheduler.max_batch_size + self.limits.max_queue:
             raise queue_full(self.limits.max_queue)
 
-    def _jobs(self, request: AnswerRequest, salt: bytes) -> list[tuple[Request, Answering]]:
+    def _jobs(self, request: AnswerRequest, salt: bytes) -> list[tuple[Request, TextStream]]:
         """What the engine is asked, `request.n` times for each prompt; blocks. Raises PixtralError."""
         options = GenerationOptions.of({**self.options, **request.options})
         if request.kind == "chat":
@@ -247,12 +247,12 @@ class EventLoopBridge:
 class Subscription:
     """One request's answers on their way."""
 
-    def __init__(self, worker: Worker, metrics: Metrics) -> None:
-        self.worker, self.metrics = worker, metrics
+    def __init__(self, driver: Driver, metrics: Metrics) -> None:
+        self.driver, self.metrics = driver, metrics
         self.loop = asyncio.get_running_loop()
         self.running: dict[int, int] = {}
         """Places of the answers that have not ended, and the engine's ids."""
-        self._answerings: list[Answering] = []
+        self._streams: list[TextStream] = []
         self._begun = time.perf_counter()
         self._latest: dict[int, float] = {}  # when each answer's last token came
         self._arrived: list[Arrival] = []
@@ -270,12 +270,12 @@ class Subscription:
                 raise leaving() from None
             raise
 
-    def submit(self, jobs: Sequence[tuple[Request, Answering]], bridge: EventLoopBridge) -> None:
+    def submit(self, jobs: Sequence[tuple[Request, TextStream]], bridge: EventLoopBridge) -> None:
         """Queue them all; their pictures are not kept here."""
         self._making = None
-        self._answerings = [answering for _, answering in jobs]
+        self._streams = [stream for _, stream in jobs]
         for place, (request, _) in enumerate(jobs):
-            self.running[place] = self.worker.submit(request, partial(bridge.put, self, place))
+            self.running[place] = self.driver.submit(request, partial(bridge.put, self, place))
 
     def send_away_unless(self, begun: Set[int]) -> None:
         """Let them fail, unless the engine has begun one of them."""
@@ -304,7 +304,7 @@ class Subscription:
     def cancel(self) -> None:
         """What still runs ends with the engine's step."""
         for request_id in self.running.values():
-            self.worker.cancel(request_id)
+            self.driver.cancel(request_id)
         self.running.clear()
 
     def _told(self, arrival: Arrival) -> TextEvent:
@@ -312,9 +312,9 @@ class Subscription:
         if isinstance(event, Failure):
             raise event.error
         self._measure(place, arrival.at)
-        told = self._answerings[place].push(event)
+        told = self._streams[place].push(event)
         if told.finish_reason:
-            self.worker.cancel(self.running.pop(place))  # a stop string ends it before the engine would
+            self.driver.cancel(self.running.pop(place))  # a stop string ends it before the engine would
         return told
 
     def _measure(self, place: int, now: float) -> None:
