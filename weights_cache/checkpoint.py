@@ -16,7 +16,7 @@ from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotF
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
 from .formats.serialized import Progress, SerializedFile, SideFile, check
-from .json_file import parse_json_object, read_json_object
+from .json_fields import parse_json_object, read_json_object
 from .layout import Form
 
 if TYPE_CHECKING:

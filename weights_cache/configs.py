@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointCorrupt, FilesMismatch, ModelUnsupported, UnknownArchitecture
-from .fields import Fields
 from .formats.gguf import GgufFile
+from .json_fields import CheckpointFields
 
 IMAGE_TOKEN_ID = 10
 """Of `[IMG]` in all of Mistral's vocabularies."""
@@ -92,7 +92,7 @@ def from_native(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(path, params, NATIVE_UNKNOWN)
     if params.get("model_type", "transformer") != "transformer":
         raise ModelUnsupported(path, f"model_type {str(params['model_type'])[:60]!r}")
-    text = _native_text(Fields(path, params))
+    text = _native_text(CheckpointFields(params, path))
     vision = params.get("vision_encoder")
     if vision is None:
         return _text_model(text)
@@ -101,31 +101,31 @@ def from_native(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     return _with_native_vision(path, text, vision)
 
 
-def _native_text(params: Fields) -> dict[str, Any]:
-    heads = params.count("n_heads")
-    hidden = params.count("dim")
+def _native_text(params: CheckpointFields) -> dict[str, Any]:
+    heads = params.size("n_heads")
+    hidden = params.size("dim")
     return {
-        "vocab_size": params.count("vocab_size"),
+        "vocab_size": params.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": params.count("hidden_dim"),
-        "num_hidden_layers": params.count("n_layers"),
+        "intermediate_size": params.size("hidden_dim"),
+        "num_hidden_layers": params.size("n_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": params.count("n_kv_heads", heads),
-        "head_dim": params.count("head_dim", hidden // heads),
+        "num_key_value_heads": params.size("n_kv_heads", heads),
+        "head_dim": params.size("head_dim", hidden // heads),
         "rms_norm_eps": params.number("norm_eps"),
         "rope_theta": params.number("rope_theta", NATIVE_ROPE_THETA),
-        "max_position_embeddings": params.count("max_seq_len", params.count("max_position_embeddings", NATIVE_CONTEXT)),
+        "max_position_embeddings": params.size("max_seq_len", params.size("max_position_embeddings", NATIVE_CONTEXT)),
         "sliding_window": _native_window(params),
         "tie_word_embeddings": params.flag("tied_embeddings", False),
     }
 
 
-def _native_window(params: Fields) -> int | list[int | None] | None:
+def _native_window(params: CheckpointFields) -> int | list[int | None] | None:
     """One window for all layers, or a list of them, null for none, that the layers repeat."""
     key = "sliding_window" if "sliding_window" in params else "_sliding_window"
     value = params.get(key)
     if not isinstance(value, list):
-        return params.count(key, None)
+        return params.size(key) if key in params else None
     if not value or any(window is not None and (type(window) is not int or window < 1) for window in value):
         raise CheckpointCorrupt(params.path, f"its {key!r} is {str(value)[:60]}, not a list of positive numbers")
     return value
@@ -135,18 +135,18 @@ def _with_native_vision(path: Path, text: Mapping[str, Any], params: dict[str, A
     _refuse(path, params, NATIVE_UNKNOWN_VISION)
     if params.get("spatial_merge_size", 1) != 1:
         raise ModelUnsupported(path, f"spatial_merge_size {str(params['spatial_merge_size'])[:60]}")
-    fields = Fields(path, params)
+    fields = CheckpointFields(params, path)
     vision = {
-        "hidden_size": fields.count("hidden_size"),
-        "intermediate_size": fields.count("intermediate_size"),
-        "num_hidden_layers": fields.count("num_hidden_layers"),
-        "num_attention_heads": fields.count("num_attention_heads"),
-        "num_channels": fields.count("num_channels", 3),
-        "image_size": fields.count("image_size"),
-        "patch_size": fields.count("patch_size"),
+        "hidden_size": fields.size("hidden_size"),
+        "intermediate_size": fields.size("intermediate_size"),
+        "num_hidden_layers": fields.size("num_hidden_layers"),
+        "num_attention_heads": fields.size("num_attention_heads"),
+        "num_channels": fields.size("num_channels", 3),
+        "image_size": fields.size("image_size"),
+        "patch_size": fields.size("patch_size"),
         "rope_theta": fields.number("rope_theta", VISION_ROPE_THETA),
     }
-    image_token = fields.count("image_token_id", IMAGE_TOKEN_ID)
+    image_token = fields.size("image_token_id", IMAGE_TOKEN_ID)
     return _vision_model(text, vision, image_token, fields.flag("adapter_bias", True))
 
 
@@ -165,7 +165,7 @@ def from_gguf(text: GgufFile, vision: GgufFile | None = None) -> dict[str, Any]:
     if vision is None:
         return _text_model(sizes)
     seen = _gguf_vision(vision)
-    projected = Fields(vision.path, vision.metadata).count("clip.vision.projection_dim", sizes["hidden_size"])
+    projected = _under(vision, "clip.vision.").size("projection_dim", sizes["hidden_size"])
     if projected != sizes["hidden_size"]:
         reason = f"the features of the first have {projected} numbers, and the second takes {sizes['hidden_size']}"
         raise FilesMismatch(vision.path, reason, text.path)
@@ -210,40 +210,46 @@ def gguf_tokenizer(file: GgufFile) -> dict[str, Any] | None:
     return found if "tokens" in found else None
 
 
-def _gguf_fields(file: GgufFile) -> Fields:
+def _gguf_fields(file: GgufFile) -> CheckpointFields:
     """What a text model's file says under the name of its architecture."""
     architecture = str(file.metadata.get("general.architecture", "none"))[:60]
     if architecture not in GGUF_ARCHITECTURES:
         raise UnknownArchitecture(architecture, GGUF_ARCHITECTURES)
-    return Fields(file.path, file.metadata, f"{architecture}.")
+    return _under(file, f"{architecture}.")
 
 
-def _gguf_text(file: GgufFile, fields: Fields) -> dict[str, Any]:
+def _under(file: GgufFile, prefix: str) -> CheckpointFields:
+    """What the file says under keys that begin with `prefix`, by the rest of the key."""
+    under = {key.removeprefix(prefix): file.metadata[key] for key in file.metadata if key.startswith(prefix)}
+    return CheckpointFields(under, file.path, prefix)
+
+
+def _gguf_text(file: GgufFile, fields: CheckpointFields) -> dict[str, Any]:
     _refuse(file.path, file.metadata, GGUF_UNKNOWN, fields.prefix)
     head_dim = _gguf_head_dim(fields)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.count(key, head_dim) != head_dim:
+        if fields.size(key, head_dim) != head_dim:
             raise ModelUnsupported(file.path, f"{fields.prefix}{key} = {fields.get(key)} for heads of {head_dim}")
     _refuse_scaled_positions(file, fields)
     return {
-        "vocab_size": fields.count("vocab_size", _gguf_vocabulary(file)),
-        "hidden_size": fields.count("embedding_length"),
-        "intermediate_size": fields.count("feed_forward_length"),
-        "num_hidden_layers": fields.count("block_count"),
-        "num_attention_heads": fields.count("attention.head_count"),
-        "num_key_value_heads": fields.count("attention.head_count_kv", fields.count("attention.head_count")),
+        "vocab_size": fields.size("vocab_size", _gguf_vocabulary(file)),
+        "hidden_size": fields.size("embedding_length"),
+        "intermediate_size": fields.size("feed_forward_length"),
+        "num_hidden_layers": fields.size("block_count"),
+        "num_attention_heads": fields.size("attention.head_count"),
+        "num_key_value_heads": fields.size("attention.head_count_kv", fields.size("attention.head_count")),
         "head_dim": head_dim,
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", GGUF_ROPE_THETA),
-        "max_position_embeddings": fields.count("context_length"),
-        "sliding_window": fields.count("attention.sliding_window", None),
+        "max_position_embeddings": fields.size("context_length"),
+        "sliding_window": fields.size("attention.sliding_window") if "attention.sliding_window" in fields else None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
 
 
-def _gguf_head_dim(fields: Fields) -> int:
-    hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
-    return fields.count("attention.key_length", hidden // heads)
+def _gguf_head_dim(fields: CheckpointFields) -> int:
+    hidden, heads = fields.size("embedding_length"), fields.size("attention.head_count")
+    return fields.size("attention.key_length", hidden // heads)
 
 
 def _gguf_vocabulary(file: GgufFile) -> int:
@@ -252,7 +258,7 @@ def _gguf_vocabulary(file: GgufFile) -> int:
     return embedding.shape[0] if embedding else len(_gguf_tokens(file) or ())
 
 
-def _refuse_scaled_positions(file: GgufFile, fields: Fields) -> None:
+def _refuse_scaled_positions(file: GgufFile, fields: CheckpointFields) -> None:
     """Rotary positions scaled by a rule, by a factor, or by a table, which old files have with nothing but ones."""
     kind = fields.text("rope.scaling.type", "none")
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
@@ -292,8 +298,8 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
     kind = _gguf_projector(file)
     if kind != GGUF_PROJECTOR:
         raise ModelUnsupported(file.path, f"a picture part of the kind {str(kind)[:60]!r} (known: {GGUF_PROJECTOR!r})")
-    fields = Fields(file.path, file.metadata, "clip.vision.")
-    if fields.count("spatial_merge_size", 1) != 1 or "mm.patch_merger.weight" in file.tensors:
+    fields = _under(file, "clip.vision.")
+    if fields.size("spatial_merge_size", 1) != 1 or "mm.patch_merger.weight" in file.tensors:
         raise ModelUnsupported(file.path, "patches that are merged before the projector")
     eps = fields.number("attention.layer_norm_epsilon", VISION_EPS)
     if abs(eps - VISION_EPS) > 1e-9:
@@ -302,14 +308,14 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
     _check_colours(fields, "image_std", IMAGE_STD)
     patches = file.tensors.get("v.patch_embd.weight")
     return {
-        "hidden_size": fields.count("embedding_length"),
-        "intermediate_size": fields.count("feed_forward_length"),
-        "num_hidden_layers": fields.count("block_count"),
-        "num_attention_heads": fields.count("attention.head_count"),
+        "hidden_size": fields.size("embedding_length"),
+        "intermediate_size": fields.size("feed_forward_length"),
+        "num_hidden_layers": fields.size("block_count"),
+        "num_attention_heads": fields.size("attention.head_count"),
         "num_channels": patches.shape[1] if patches and len(patches.shape) == 4 else 3,
-        "image_size": fields.count("image_size"),
-        "patch_size": fields.count("patch_size"),
-        "rope_theta": Fields(file.path, file.metadata).number("clip.rope.freq_base", VISION_ROPE_THETA),
+        "image_size": fields.size("image_size"),
+        "patch_size": fields.size("patch_size"),
+        "rope_theta": Checkpoint_under(file, "clip.rope.").number("freq_base", VISION_ROPE_THETA),
     }
 
 
@@ -317,7 +323,7 @@ def _gguf_projector(file: GgufFile) -> Any:
     return file.metadata.get("clip.projector_type", file.metadata.get("clip.vision.projector_type"))
 
 
-def _check_colours(fields: Fields, key: str, expected: tuple[float, ...]) -> None:
+def _check_colours(fields: CheckpointFields, key: str, expected: tuple[float, ...]) -> None:
     """Pictures are normalised as for Pixtral; a tower that wants other pictures would see wrong colours."""
     found = fields.get(key)
     if found is None:

@@ -9,7 +9,7 @@ from .errors import WeightsError
 from .formats.gguf import GgufFile
 from .formats.reader import Reader
 from .formats.safetensors import SafetensorsFile
-from .json_file import read_json_object
+from .json_fields import read_json_object
 
 
 def of(path: Path, folder: Path) -> str | None:

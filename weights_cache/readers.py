@@ -12,7 +12,7 @@ from .errors import CheckpointCorrupt, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader
 from .formats.safetensors import SafetensorsFile
-from .json_file import read_json_object
+from .json_fields import read_json_object
 
 
 class Naming(NamedTuple):

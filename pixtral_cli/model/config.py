@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from pixtral_cli.errors import ModelError
 from weights_cache.errors import FETCH_AGAIN
+from weights_cache.json_fields import Fields
 
 VISION_ARCHITECTURES = ("LlavaForConditionalGeneration",)
 TEXT_ARCHITECTURES = ("MistralForCausalLM", "MinistralForCausalLM")
@@ -59,7 +59,7 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
-        fields = Fields(raw, MISTRAL_DEFAULTS)
+        fields = ConfigFields({**MISTRAL_DEFAULTS, **raw})
         fields.only("hidden_act", "silu")
         heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
         layers = fields.size("num_hidden_layers")
@@ -69,9 +69,9 @@ class TextConfig:
             intermediate_size=fields.size("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=fields.divisor("num_key_value_heads", heads, absent=heads),
-            head_dim=fields.even("head_dim", absent=hidden // heads),
-            norm_eps=fields.positive("rms_norm_eps"),
+            num_kv_heads=fields.divisor("num_key_value_heads", heads, default=heads),
+            head_dim=fields.even("head_dim", default=hidden // heads),
+            norm_eps=float(fields.number("rms_norm_eps")),
             rope_theta=fields.rope_theta(),
             max_length=fields.size("max_position_embeddings"),
             sliding_windows=_sliding_windows(fields, layers),
@@ -107,13 +107,13 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
-        fields = Fields(raw, PIXTRAL_VISION_DEFAULTS, "vision_config.")
+        fields = ConfigFields({**PIXTRAL_VISION_DEFAULTS, **raw}, "vision_config.")
         # Published configs say "gelu" or nothing; the weights were trained with SiLU. Both mean SiLU here.
         fields.only("hidden_act", "silu", "gelu")
         hidden, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
         heads = fields.divisor("num_attention_heads", hidden)
         if hidden // heads % 4:
-            fields.wrong("num_attention_heads", f"should give heads of a multiple of 4, not {hidden // heads}")
+            raise fields.refused("num_attention_heads", f"should give heads of a multiple of 4, not {hidden // heads}")
         return cls(
             hidden_size=hidden,
             intermediate_size=fields.size("intermediate_size"),
@@ -150,10 +150,10 @@ class ModelConfig:
         architecture = _architecture(raw)
         if architecture in TEXT_ARCHITECTURES:
             return cls(architecture, TextConfig.from_dict(raw))
-        fields = Fields(raw, {"image_token_index": raw.get("image_token_id", 10)})
+        fields = ConfigFields({"image_token_index": raw.get("image_token_id", 10), **raw})
         vision, text = fields.object("vision_config"), fields.object("text_config")
-        Fields(vision, {}, "vision_config.").only("model_type", "pixtral")
-        Fields(text, {}, "text_config.").only("model_type", "mistral", "ministral")
+        ConfigFields(vision, "vision_config.").only("model_type", "pixtral")
+        ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral")
         fields.only("projector_hidden_act", "gelu")
         fields.only("vision_feature_select_strategy", "full")
         tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
@@ -167,77 +167,50 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Fields:
-    """Typed access to a JSON object, with `defaults` for what it leaves out; `prefix` names it in errors."""
+class ConfigFields(Fields):
+    """The fields of a config, or of its section `prefix`."""
 
-    raw: Mapping[str, Any]
-    defaults: Mapping[str, Any]
     prefix: str = ""
 
-    def get(self, key: str, absent: Any = None) -> Any:
-        return self.raw.get(key, self.defaults.get(key, absent))
+    def wrong(self, key: str, wanted: str) -> ModelError:
+        return self.refused(key, f"should be {wanted}")
 
-    def wrong(self, key: str, should: str) -> NoReturn:
-        """Raise ModelError: the field `should` be something else."""
-        raise ModelError(
-            f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {should}.",
+    def refused(self, key: str, why: str) -> ModelError:
+        """The error for the field `key`, whose value `why`."""
+        return ModelError(
+            f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {why}.",
             hint=f"{FETCH_AGAIN}, or mend its config.json.",
         )
 
-    def size(self, key: str, absent: int | None = None) -> int:
-        """A positive whole number below 2^31."""
-        value = self.get(key, absent)
-        value = absent if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            self.wrong(key, "should be a positive whole number")
-        return value
-
-    def divisor(self, key: str, whole: int, absent: int | None = None) -> int:
+    def divisor(self, key: str, whole: int, default: int | None = None) -> int:
         """A size that divides `whole`."""
-        if whole % self.size(key, absent):
-            self.wrong(key, f"should divide {whole}")
-        return self.size(key, absent)
+        if whole % self.size(key, default):
+            raise self.refused(key, f"should divide {whole}")
+        return self.size(key, default)
 
-    def even(self, key: str, absent: int) -> int:
+    def even(self, key: str, default: int) -> int:
         """An even size, as rotary positions need."""
-        if self.size(key, absent) % 2:
-            self.wrong(key, "should be even")
-        return self.size(key, absent)
-
-    def positive(self, key: str) -> float:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self.wrong(key, "should be a positive number")
-        return float(value)
-
-    def flag(self, key: str, absent: bool) -> bool:
-        value = self.get(key, absent)
-        if not isinstance(value, bool):
-            self.wrong(key, "should be true or false")
-        return value
-
-    def object(self, key: str) -> Mapping[str, Any]:
-        if not isinstance(self.get(key), Mapping):
-            self.wrong(key, "should be an object")
-        return self.raw[key]
+        if self.size(key, default) % 2:
+            raise self.refused(key, "should be even")
+        return self.size(key, default)
 
     def only(self, key: str, *values: str) -> None:
         """Refuse a field that is there and says something else than the one thing that is built."""
-        if key in self.raw and self.raw[key] not in values:
-            self.wrong(key, f"is not known here; {' or '.join(values)} is")
+        if key in self.values and self.values[key] not in values:
+            raise self.refused(key, f"is not known here; {' or '.join(values)} is")
 
     def rope_theta(self) -> float:
         """Older configs say `rope_theta` (and `rope_scaling`), newer ones `rope_parameters`."""
         rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            self.wrong("rope_parameters", "should be an object")
+            raise self.wrong("rope_parameters", "an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "axial"):
             raise ModelError(
                 f"The checkpoint scales its rotary positions by {kind!r}, which is not known here.",
                 hint="Choose a model without rotary scaling.",
             )
-        return Fields({**self.raw, **rope}, self.defaults, self.prefix).positive("rope_theta")
+        return float(ConfigFields({**self.values, **rope}, self.prefix).number("rope_theta"))
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
@@ -254,7 +227,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     return found
 
 
-def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(fields: ConfigFields, layers: int) -> tuple[int | None, ...]:
     """One window a layer, from one number, a repeating list of windows, or `layer_types` beside a number.
 
     Ministral-8B's Hugging Face config calls all layers sliding where every fourth sees everything; its window is its
@@ -263,12 +236,12 @@ def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
     pattern = window if isinstance(window, list) and window else [window]
     if any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w <= 0) for w in pattern):
-        fields.wrong("sliding_window", "should be a positive whole number, null, or a list of them")
+        raise fields.wrong("sliding_window", "a positive whole number, null, or a list of them")
     if kinds is None:
         return tuple(pattern[i % len(pattern)] for i in range(layers))
     full_or_sliding = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in full_or_sliding for kind in kinds):
-        fields.wrong("layer_types", f"should name {' or '.join(full_or_sliding)} for each of {layers} layers")
+        raise fields.refused("layer_types", f"should name {' or '.join(full_or_sliding)} for each of {layers} layers")
     return tuple(pattern[0] if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -280,5 +253,7 @@ def _feature_layer(layer: Any, layers: int) -> int:
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
     if isinstance(layer, bool) or not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
-        Fields({"vision_feature_layer": layer}, {}).wrong("vision_feature_layer", f"should index {layers} layers")
+        raise ConfigFields({"vision_feature_layer": layer}).refused(
+            "vision_feature_layer", f"should index {layers} layers"
+        )
     return layer % (layers + 1)

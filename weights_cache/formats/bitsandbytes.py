@@ -18,7 +18,7 @@ import torch
 
 from weights_cache.codecs.nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
 from weights_cache.errors import CheckpointCorrupt, QuantizedElsewhere
-from weights_cache.json_file import parse_json_object
+from weights_cache.json_fields import parse_json_object
 from weights_cache.names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
 
 from .reader import Reader, TensorInfo

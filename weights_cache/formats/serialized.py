@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from weights_cache import stamps
 from weights_cache.errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed, listed
-from weights_cache.json_file import parse_json_object
+from weights_cache.json_fields import parse_json_object
 from weights_cache.manifest import Manifest, check_version, read_hashes
 
 from .reader import TensorInfo
