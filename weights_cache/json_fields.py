@@ -92,9 +92,10 @@ class Fields(ABC):
         return self.checked(key, default, lambda value: isinstance(value, Mapping), "an object")
 
     def checked(self, key: str, default: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
-        """The value of `key`, or `default`, if it `is_right`."""
+        """The value of `key` if it `is_right`; without one the `default`, unless that is None."""
         value = self.values.get(key)
-        value = default if value is None else value
+        if value is None and default is not None:
+            return default
         if not is_right(value):
             raise self.wrong(key, wanted)
         return value

@@ -70,7 +70,7 @@ class TextConfig:
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=fields.divisor("num_key_value_heads", heads, default=heads),
-            head_dim=fields.even("head_dim", default=hidden // heads),
+            head_dim=fields.even("head_dim", default=hidden // heads or None),
             norm_eps=float(fields.number("rms_norm_eps")),
             rope_theta=fields.rope_theta(),
             max_length=fields.size("max_position_embeddings"),
@@ -188,7 +188,7 @@ class ConfigFields(Fields):
             raise self.refused(key, f"should divide {whole}")
         return self.size(key, default)
 
-    def even(self, key: str, default: int) -> int:
+    def even(self, key: str, default: int | None) -> int:
         """An even size, as rotary positions need."""
         if self.size(key, default) % 2:
             raise self.refused(key, "should be even")
