@@ -315,7 +315,7 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
         "num_channels": patches.shape[1] if patches and len(patches.shape) == 4 else 3,
         "image_size": fields.size("image_size"),
         "patch_size": fields.size("patch_size"),
-        "rope_theta": Checkpoint_under(file, "clip.rope.").number("freq_base", VISION_ROPE_THETA),
+        "rope_theta": _under(file, "clip.rope.").number("freq_base", VISION_ROPE_THETA),
     }
 
 
