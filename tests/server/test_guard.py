@@ -14,10 +14,10 @@ from support.guarded_server import ask, serving
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server import middleware
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.json_body import parse_json
 from pixtral_cli.server.listening import check_binding, is_loopback
 from pixtral_cli.server.middleware import ApiKeys
 from pixtral_cli.server.protocol import connections_allowed
+from pixtral_cli.server.request_body import parse_json
 
 KEYS = ("first-key", "second-key")
 
