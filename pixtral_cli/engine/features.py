@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import Tensor
 
 from pixtral_cli.engine.request import Picture
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.language_model import LanguageModel
 
 
 class PictureFeatures:
@@ -16,7 +16,7 @@ class PictureFeatures:
     One that is larger than the limit is kept until the next comes: a prompt computed in chunks needs it again.
     """
 
-    def __init__(self, model: Llava, limit: int) -> None:
+    def __init__(self, model: LanguageModel, limit: int) -> None:
         self.model = model
         self.limit = limit
         self.nbytes = 0
@@ -26,7 +26,7 @@ class PictureFeatures:
         key = picture.key + salt
         features = self._kept.get(key)
         if features is None:
-            features = self.model.encode_picture(picture.pixels())
+            features = self.model.encode_image(picture.pixels())
             self._make_room(features.nbytes)
             self._kept[key] = features
             self.nbytes += features.nbytes

@@ -15,7 +15,7 @@ from pixtral_cli.engine.request import TokenScores
 from pixtral_cli.engine.scheduler import Piece
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
@@ -43,7 +43,7 @@ class Runner:
     and tokens that are decoded in passes of EXACT_ROWS rows, empty ones among them.
     """
 
-    def __init__(self, model: Llava, kv_cache: KVCache, features: PictureFeatures, exact: bool) -> None:
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, features: PictureFeatures, exact: bool) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.features = features

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.vision import PixtralModel
 
 from .batches import ALL_KINDS, IGNORE, Batch
 from .network import AttendInBatch, AttendPictures
@@ -44,7 +44,7 @@ class Looked(NamedTuple):
     places: Tensor
 
 
-def losses(model: Llava, teacher: Teacher, batch: Batch, device: torch.device) -> Losses:
+def losses(model: PixtralModel, teacher: Teacher, batch: Batch, device: torch.device) -> Losses:
     """One forward pass over `batch`."""
     none = torch.zeros(1, device=device)
     looked = _look(model, batch, device) if batch.pixels else None
@@ -60,7 +60,7 @@ def losses(model: Llava, teacher: Teacher, batch: Batch, device: torch.device) -
     return Losses(answer, seen, told, right, torch.from_numpy(batch.kinds))
 
 
-def looking_losses(model: Llava, teacher: Teacher, batch: Batch, device: torch.device) -> Losses:
+def looking_losses(model: PixtralModel, teacher: Teacher, batch: Batch, device: torch.device) -> Losses:
     """The vision tower's part of `losses` alone."""
     looked, nothing = _look(model, batch, device), torch.zeros(0, device=device)
     seen = teacher.see(looked.features, looked.facts)
@@ -77,7 +77,7 @@ def _tell(teacher: Teacher, batch: Batch, looked: Looked, halfway: Tensor, late:
     return torch.cat([told, ends, 2 * pointed])
 
 
-def _answer(model: Llava, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def _answer(model: PixtralModel, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Loss over the tokens of answers, and which answers [S] are right to the last token."""
     labels, answers, kinds = (torch.from_numpy(x).to(device) for x in (batch.labels, batch.answers, batch.kinds))
     learned = (labels[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
@@ -102,7 +102,7 @@ def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
         watch.remove()
 
 
-def _look(model: Llava, batch: Batch, device: torch.device) -> Looked:
+def _look(model: PixtralModel, batch: Batch, device: torch.device) -> Looked:
     features, facts, places = [], [], []
     for pixels, fact in zip(batch.pixels, batch.facts, strict=True):
         count, height, width, _ = pixels.shape

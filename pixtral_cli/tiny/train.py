@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.vision import PixtralModel
 
 from .batches import ALL_KINDS, Batch, Batches, Mix
 from .losses import Losses, looking_losses, losses
@@ -104,7 +104,7 @@ class Trainer:
 
     def __init__(self, out: Path, device: torch.device, peak: float) -> None:
         self.out, self.device, self.peak = out, device, peak
-        self.model: Llava = new_model(SEED).to(device, torch.bfloat16)
+        self.model: PixtralModel = new_model(SEED).to(device, torch.bfloat16)
         if device.type == "cpu":
             quicken_norms(self.model)
         text, vision = CONFIG["text_config"], CONFIG["vision_config"]
