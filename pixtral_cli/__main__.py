@@ -20,7 +20,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: started with interrupts ignored
         signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
     process_environment.prepare()
-    from pixtral_cli.cli import run_program
+    from pixtral_cli.cli.main import run_program
 
     code = run_program(sys.argv[1:])
     if code == INTERRUPTED:

@@ -17,8 +17,7 @@ from pixtral_cli.model import families, memory
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.memory import Device, Need
 from pixtral_cli.model.placement import Placement, place
-from pixtral_cli.prompt.conversation import Conversation
-from pixtral_cli.prompt.messages import parse
+from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import checkpoint, hub, kinds, layout, serialized, stamps
@@ -219,7 +218,7 @@ class Source:
         """The prompt for OpenAI-style messages (see `parse`) and tools. Raises PromptError or RequestError."""
         offered = parse_tools(tools)
         conversation = parse(messages)
-        self._check_pictures(len(conversation.pictures))
+        self._check_pictures(len(conversation.images))
         with self._advising():
             return self.processor.chat(conversation, offered)
 

@@ -1,20 +1,17 @@
 """Who may import whom, as DESIGN.md draws it: the arrows run down, never back up and never around."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = {
-    "errors",
-    "encodings",
-    "devices",
-    "known_models",
-    "option_ranges",
-}  # names and failures, which know nothing but each other
+# Names, ranges and failures, which know nothing but each other.
+SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
 MAY_IMPORT = {
-    "__main__": {"cli", "process_environment"},
-    "cli": {"commands", "console", "flags", "help", "weights_cache"},
-    "commands": {"api", "console", "flags", "options", "prompt", "server", "shell", "source", "weights_cache"},
+    "__main__": {"cli.main", "process_environment"},
+    "cli.main": {"cli", "commands", "weights_cache"},
+    "commands": {"api", "cli", "prompt", "server", "source", "weights_cache"},
+    "cli": {"weights_cache"},
     "server": {"api", "engine", "generate", "logprobs", "prompt"},
     "api": {"constraints", "generate", "source", "engine", "model", "prompt"},
     "generate": {"constraints", "generation_options", "engine", "logprobs", "prompt"},
@@ -22,27 +19,24 @@ MAY_IMPORT = {
     "generation_options": {"constraints", "engine"},
     "constraints": {"engine", "prompt"},
     "source": {"model", "prompt", "tiny", "weights_cache"},
-    "tiny": {"api", "model"},
+    "tiny.evaluate": {"api", "tiny"},
+    "tiny": {"model"},
     "engine": {"model"},
     "model": {"weights_cache"},
     "__init__": set(),
-    "prompt": set(),
-    "console": {"progress"},
-    "options": {"flags", "shell"},
-    "flags": {"shell"},
-    "shell": {"weights_cache"},
-    "help": set(),
+    "prompt": {"weights_cache"},
     "process_environment": set(),
-    "progress": set(),
     "weights_cache": set(),
 } | dict.fromkeys(SHARED, set())
 
 
 def room(parts):
-    """The room of pixtral_cli.engine.engine is `engine`; what pixtral_cli itself offers lives in `api`."""
+    """The room of pixtral_cli.engine.engine is `engine`, unless a longer name has a row; pixtral_cli's own is `api`."""
     if parts[0] == "weights_cache":
         return "weights_cache"
-    return "api" if len(parts) == 1 or parts[1][0].isupper() else parts[1]
+    if len(parts) == 1 or parts[1][0].isupper():
+        return "api"
+    return name if (name := ".".join(parts[1:3])) in MAY_IMPORT else parts[1]
 
 
 def imported(node, here):
@@ -56,13 +50,28 @@ def imported(node, here):
     return []
 
 
-def arrows():
+def imports():
+    """Every import of our own modules: the file, its module and the imported name, both as tuples."""
     for file in sorted([*ROOT.glob("pixtral_cli/**/*.py"), *ROOT.glob("weights_cache/**/*.py")]):
         here = file.relative_to(ROOT).with_suffix("").parts
         for node in ast.walk(ast.parse(file.read_text())):
             for parts in imported(node, here):
                 if parts[0] in ("pixtral_cli", "weights_cache") and parts[-1] != "__version__":
-                    yield file.relative_to(ROOT), room(here), room(parts)
+                    yield file.relative_to(ROOT), here, parts
+
+
+def arrows():
+    for file, here, parts in imports():
+        yield file, room(here), room(parts)
+
+
+def file_of(parts):
+    """The file that holds the name: a module, a package's __init__, or the module in which a class is."""
+    for module in (parts, parts[:-1]):
+        for path in (Path(*module).with_suffix(".py"), Path(*module, "__init__.py")):
+            if module and (ROOT / path).is_file():
+                return path
+    raise AssertionError(f"no file holds {'.'.join(parts)}")
 
 
 def test_every_import_follows_an_arrow_of_the_design():
@@ -83,3 +92,12 @@ def test_every_arrow_that_is_drawn_is_taken():
 
 def test_prompt_and_engine_do_not_know_each_other():
     assert not {("prompt", "engine"), ("engine", "prompt")} & {(source, target) for _, source, target in arrows()}
+
+
+def test_rooms_and_files_import_each_other_in_no_circle():
+    """Imports inside functions count as well. A circle raises CycleError, whose text names its members."""
+    files = {}
+    for file, _, parts in imports():
+        files.setdefault(file, set()).add(file_of(parts))
+    TopologicalSorter(MAY_IMPORT).prepare()
+    TopologicalSorter({file: targets - {file} for file, targets in files.items()}).prepare()

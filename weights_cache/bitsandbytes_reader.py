@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointCorrupt, QuantizedElsewhere
-from .json_file import parse_json_object
+from .json_fields import parse_json_object
 from .names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
 from .nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
 from .reader import Reader, TensorInfo

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import gguf_config, hf_config, kinds, layout, lfs, names, native, quantization, readers, store
 from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .gguf_reader import GgufFile
-from .json_file import read_json_object
+from .json_fields import read_json_object
 from .layout import Form
 from .reader import Reader, TensorInfo
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from . import hf_config
 from .errors import CheckpointCorrupt, FilesMismatch, ModelUnsupported, UnknownArchitecture
-from .fields import Fields
 from .gguf_reader import GgufFile
+from .json_fields import CheckpointFields
 
 ARCHITECTURES = ("llama", "mistral3")
 """Of text models; what runs as either has the same tensors, and mistral3's additions are refused by name."""
@@ -50,7 +50,9 @@ def read_config(text: GgufFile, pictures: GgufFile | None = None) -> dict[str, A
     if pictures is None:
         return hf_config.text_model(sizes)
     vision = _vision(pictures)
-    projected = Fields(pictures.path, pictures.metadata).count("clip.vision.projection_dim", sizes["hidden_size"])
+    projected = CheckpointFields(pictures.metadata, pictures.path).size(
+        "clip.vision.projection_dim", sizes["hidden_size"]
+    )
     if projected != sizes["hidden_size"]:
         reason = f"the features of the first have {projected} numbers, and the second takes {sizes['hidden_size']}"
         raise FilesMismatch(pictures.path, reason, text.path)
@@ -92,14 +94,20 @@ def tokenizer(file: GgufFile) -> dict[str, Any] | None:
     return found if "tokens" in found else None
 
 
-def _text_fields(file: GgufFile) -> Fields:
+def _text_fields(file: GgufFile) -> CheckpointFields:
     architecture = str(file.metadata.get("general.architecture", "none"))[:60]
     if architecture not in ARCHITECTURES:
         raise UnknownArchitecture(architecture, ARCHITECTURES)
-    return Fields(file.path, file.metadata, f"{architecture}.")
+    return _fields(file, f"{architecture}.")
 
 
-def _text(file: GgufFile, fields: Fields) -> dict[str, Any]:
+def _fields(file: GgufFile, prefix: str) -> CheckpointFields:
+    """What the file says under keys that begin with `prefix`, by the rest of the key."""
+    under = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    return CheckpointFields(under, file.path, prefix)
+
+
+def _text(file: GgufFile, fields: CheckpointFields) -> dict[str, Any]:
     for key in UNKNOWN_FEATURES:
         if value := fields.get(key):
             raise ModelUnsupported(file.path, f"{fields.prefix}{key} = {str(value)[:60]}")
@@ -107,24 +115,24 @@ def _text(file: GgufFile, fields: Fields) -> dict[str, Any]:
     _refuse_partial_heads(fields, head_dim)
     _refuse_scaled_positions(file, fields)
     return {
-        "vocab_size": fields.count("vocab_size", _vocabulary(file)),
-        "hidden_size": fields.count("embedding_length"),
-        "intermediate_size": fields.count("feed_forward_length"),
-        "num_hidden_layers": fields.count("block_count"),
-        "num_attention_heads": fields.count("attention.head_count"),
-        "num_key_value_heads": fields.count("attention.head_count_kv", fields.count("attention.head_count")),
+        "vocab_size": fields.size("vocab_size", _vocabulary(file)),
+        "hidden_size": fields.size("embedding_length"),
+        "intermediate_size": fields.size("feed_forward_length"),
+        "num_hidden_layers": fields.size("block_count"),
+        "num_attention_heads": fields.size("attention.head_count"),
+        "num_key_value_heads": fields.size("attention.head_count_kv", fields.size("attention.head_count")),
         "head_dim": head_dim,
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", ROPE_THETA),
-        "max_position_embeddings": fields.count("context_length"),
-        "sliding_window": fields.count("attention.sliding_window", None),
+        "max_position_embeddings": fields.size("context_length"),
+        "sliding_window": fields.size("attention.sliding_window") if "attention.sliding_window" in fields else None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
 
 
-def _head_dim(fields: Fields) -> int:
-    hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
-    return fields.count("attention.key_length", hidden // heads)
+def _head_dim(fields: CheckpointFields) -> int:
+    hidden, heads = fields.size("embedding_length"), fields.size("attention.head_count")
+    return fields.size("attention.key_length", hidden // heads)
 
 
 def _vocabulary(file: GgufFile) -> int:
@@ -133,13 +141,13 @@ def _vocabulary(file: GgufFile) -> int:
     return embedding.shape[0] if embedding else len(_tokens(file) or ())
 
 
-def _refuse_partial_heads(fields: Fields, head_dim: int) -> None:
+def _refuse_partial_heads(fields: CheckpointFields, head_dim: int) -> None:
     for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.count(key, head_dim) != head_dim:
+        if fields.size(key, head_dim) != head_dim:
             raise ModelUnsupported(fields.path, f"{fields.prefix}{key} = {fields.get(key)} for heads of {head_dim}")
 
 
-def _refuse_scaled_positions(file: GgufFile, fields: Fields) -> None:
+def _refuse_scaled_positions(file: GgufFile, fields: CheckpointFields) -> None:
     """Rotary positions scaled by a rule, by a factor, or by a table, which old files have with nothing but ones."""
     kind = fields.text("rope.scaling.type", "none")
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
@@ -181,8 +189,8 @@ def _vision(file: GgufFile) -> dict[str, Any]:
     kind = _projector(metadata)
     if kind != PROJECTOR:
         raise ModelUnsupported(file.path, f"a picture part of the kind {str(kind)[:60]!r} (known: {PROJECTOR!r})")
-    fields = Fields(file.path, metadata, "clip.vision.")
-    if fields.count("spatial_merge_size", 1) != 1 or "mm.patch_merger.weight" in file.tensors:
+    fields = _fields(file, "clip.vision.")
+    if fields.size("spatial_merge_size", 1) != 1 or "mm.patch_merger.weight" in file.tensors:
         raise ModelUnsupported(file.path, "patches that are merged before the projector")
     eps = fields.number("attention.layer_norm_epsilon", VISION_EPS)
     if abs(eps - VISION_EPS) > 1e-9:
@@ -191,14 +199,14 @@ def _vision(file: GgufFile) -> dict[str, Any]:
     _check_colours(fields, "image_std", IMAGE_STD)
     patches = file.tensors.get("v.patch_embd.weight")
     return {
-        "hidden_size": fields.count("embedding_length"),
-        "intermediate_size": fields.count("feed_forward_length"),
-        "num_hidden_layers": fields.count("block_count"),
-        "num_attention_heads": fields.count("attention.head_count"),
+        "hidden_size": fields.size("embedding_length"),
+        "intermediate_size": fields.size("feed_forward_length"),
+        "num_hidden_layers": fields.size("block_count"),
+        "num_attention_heads": fields.size("attention.head_count"),
         "num_channels": patches.shape[1] if patches and len(patches.shape) == 4 else 3,
-        "image_size": fields.count("image_size"),
-        "patch_size": fields.count("patch_size"),
-        "rope_theta": Fields(file.path, metadata).number("clip.rope.freq_base", ROPE_THETA),
+        "image_size": fields.size("image_size"),
+        "patch_size": fields.size("patch_size"),
+        "rope_theta": CheckpointFields(metadata, file.path).number("clip.rope.freq_base", ROPE_THETA),
     }
 
 
@@ -206,7 +214,7 @@ def _projector(metadata: Mapping[str, Any]) -> Any:
     return metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
 
 
-def _check_colours(fields: Fields, key: str, expected: tuple[float, ...]) -> None:
+def _check_colours(fields: CheckpointFields, key: str, expected: tuple[float, ...]) -> None:
     """Pictures are normalised as for Pixtral; a tower that wants other pictures would see wrong colours."""
     found = fields.get(key)
     if found is None:

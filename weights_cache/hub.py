@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import layout, own_cache, quantization, store
 from .errors import AdapterOnly, DiskFull, DownloadFailed, Offline
-from .json_file import read_json_object
+from .json_fields import read_json_object
 from .layout import Form
 from .meter import Meter, Progress
 from .repo_name import Repo, parse

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from . import kinds
 from .errors import AdapterOnly, CheckpointCorrupt, PickleRefused, Unreadable, WeightsError, WeightsNotFound, listed
-from .json_file import read_json_object
+from .json_fields import read_json_object
 
 CONFIG = "config.json"
 NATIVE_CONFIG = "params.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from . import layout
 from .errors import WeightsError
 from .gguf_reader import GgufFile
-from .json_file import read_json_object
+from .json_fields import read_json_object
 from .reader import Reader
 from .safetensors_reader import SafetensorsFile
 

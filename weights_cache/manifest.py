@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointCorrupt, SerializedTooNew
-from .fields import Fields
 from .gguf_types import TYPES
+from .json_fields import CheckpointFields
 from .layout import FORMS
 from .reader import TensorInfo
 
@@ -39,8 +39,8 @@ class Manifest:
     @classmethod
     def read(cls, path: Path, raw: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> "Manifest":
         """The manifest `raw` of a file that has the tensors `stored`. Raises CheckpointCorrupt."""
-        fields = Fields(path, raw)
-        model, form, encoding = (fields.text(key) for key in ("model", "form", "encoding"))
+        fields = CheckpointFields(raw, path)
+        model, form, encoding = (fields.text(key, "") for key in ("model", "form", "encoding"))
         if form not in FORMS:
             raise CheckpointCorrupt(path, f"its manifest names the form {form[:40]!r}, and there is none")
         described = raw.get("tensors")

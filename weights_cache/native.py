@@ -9,8 +9,7 @@ from typing import Any
 
 from . import hf_config
 from .errors import CheckpointCorrupt, ModelUnsupported
-from .fields import Fields
-from .json_file import read_json_object
+from .json_fields import CheckpointFields, read_json_object
 
 ROPE_THETA = 1_000_000.0  # `self.args.rope_theta or 1000000.0`
 VISION_ROPE_THETA = 10_000.0
@@ -34,7 +33,7 @@ def to_config(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(path, params, UNKNOWN_FEATURES)
     if params.get("model_type", "transformer") != "transformer":
         raise ModelUnsupported(path, f"model_type {str(params['model_type'])[:60]!r}")
-    text = _text(Fields(path, params))
+    text = _text(CheckpointFields(params, path))
     vision = params.get("vision_encoder")
     if vision is None:
         return hf_config.text_model(text)
@@ -43,31 +42,31 @@ def to_config(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     return _with_vision(path, text, vision)
 
 
-def _text(params: Fields) -> dict[str, Any]:
-    heads = params.count("n_heads")
-    hidden = params.count("dim")
+def _text(params: CheckpointFields) -> dict[str, Any]:
+    heads = params.size("n_heads")
+    hidden = params.size("dim")
     return {
-        "vocab_size": params.count("vocab_size"),
+        "vocab_size": params.size("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": params.count("hidden_dim"),
-        "num_hidden_layers": params.count("n_layers"),
+        "intermediate_size": params.size("hidden_dim"),
+        "num_hidden_layers": params.size("n_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": params.count("n_kv_heads", heads),
-        "head_dim": params.count("head_dim", hidden // heads),
+        "num_key_value_heads": params.size("n_kv_heads", heads),
+        "head_dim": params.size("head_dim", hidden // heads),
         "rms_norm_eps": params.number("norm_eps"),
         "rope_theta": params.number("rope_theta", ROPE_THETA),
-        "max_position_embeddings": params.count("max_seq_len", params.count("max_position_embeddings", CONTEXT)),
+        "max_position_embeddings": params.size("max_seq_len", params.size("max_position_embeddings", CONTEXT)),
         "sliding_window": _window(params),
         "tie_word_embeddings": params.flag("tied_embeddings", False),
     }
 
 
-def _window(params: Fields) -> int | list[int | None] | None:
+def _window(params: CheckpointFields) -> int | list[int | None] | None:
     """One window for all layers, or a list of them, null for none, that the layers repeat."""
     key = "sliding_window" if "sliding_window" in params else "_sliding_window"
     value = params.get(key)
     if not isinstance(value, list):
-        return params.count(key, None)
+        return params.size(key) if key in params else None
     if not value or any(window is not None and (type(window) is not int or window < 1) for window in value):
         raise CheckpointCorrupt(params.path, f"its {key!r} is {str(value)[:60]}, not a list of positive numbers")
     return value
@@ -77,18 +76,18 @@ def _with_vision(path: Path, text: Mapping[str, Any], params: dict[str, Any]) ->
     _refuse(path, params, UNKNOWN_VISION_FEATURES)
     if params.get("spatial_merge_size", 1) != 1:
         raise ModelUnsupported(path, f"spatial_merge_size {str(params['spatial_merge_size'])[:60]}")
-    fields = Fields(path, params)
+    fields = CheckpointFields(params, path)
     vision = {
-        "hidden_size": fields.count("hidden_size"),
-        "intermediate_size": fields.count("intermediate_size"),
-        "num_hidden_layers": fields.count("num_hidden_layers"),
-        "num_attention_heads": fields.count("num_attention_heads"),
-        "num_channels": fields.count("num_channels", 3),
-        "image_size": fields.count("image_size"),
-        "patch_size": fields.count("patch_size"),
+        "hidden_size": fields.size("hidden_size"),
+        "intermediate_size": fields.size("intermediate_size"),
+        "num_hidden_layers": fields.size("num_hidden_layers"),
+        "num_attention_heads": fields.size("num_attention_heads"),
+        "num_channels": fields.size("num_channels", 3),
+        "image_size": fields.size("image_size"),
+        "patch_size": fields.size("patch_size"),
         "rope_theta": fields.number("rope_theta", VISION_ROPE_THETA),
     }
-    image_token = fields.count("image_token_id", hf_config.IMAGE_TOKEN_ID)
+    image_token = fields.size("image_token_id", hf_config.IMAGE_TOKEN_ID)
     return hf_config.vision_model(text, vision, image_token, fields.flag("adapter_bias", True))
 
 

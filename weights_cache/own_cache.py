@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import CheckpointCorrupt
-from .json_file import read_json_object
+from .json_fields import read_json_object
 from .replacing import replacing
 
 Listing = Mapping[str, int | None]

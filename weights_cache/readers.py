@@ -10,7 +10,7 @@ from typing import NamedTuple
 from . import gguf_config, hf_config, kinds, layout, names, native, quantization
 from .errors import CheckpointCorrupt, WeightsNotFound
 from .gguf_reader import GgufFile
-from .json_file import read_json_object
+from .json_fields import read_json_object
 from .reader import Reader
 from .safetensors_reader import SafetensorsFile
 

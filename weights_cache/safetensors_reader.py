@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointCorrupt, WeightsNotFound
-from .json_file import parse_json_object
+from .json_fields import parse_json_object
 from .kinds import GGUF_MAGIC, MAX_HEADER_BYTES
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed
-from .json_file import parse_json_object
+from .json_fields import parse_json_object
 from .manifest import Manifest, check_version, read_hashes
 from .reader import TensorInfo
 from .safetensors_reader import LENGTH_BYTES, SafetensorsFile

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import layout, stamps
 from .checkpoint import GENERATION_CONFIG, WRITTEN_TOKENIZER, Checkpoint
 from .errors import CheckpointCorrupt, listed
-from .json_file import parse_json_object
+from .json_fields import parse_json_object
 from .reader import TensorInfo
 from .serialized import Progress, SerializedFile
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import layout, own_cache
 from .errors import CheckpointCorrupt, WeightsError
-from .json_file import read_json_object
+from .json_fields import read_json_object
 from .layout import Form
 from .own_cache import Listing
 from .replacing import replacing

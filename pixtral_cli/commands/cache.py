@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pixtral_cli.console import Console, is_terminal
+from pixtral_cli.cli.completions import CACHED
+from pixtral_cli.cli.console import Console, is_terminal
+from pixtral_cli.cli.flags import UsageError
+from pixtral_cli.cli.options import OutputFlags
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.flags import UsageError
-from pixtral_cli.options import OutputFlags
-from pixtral_cli.shell.values import CACHED
 from weights_cache.errors import size
 
 if TYPE_CHECKING:

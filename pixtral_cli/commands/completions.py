@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from pixtral_cli.console import Console
-from pixtral_cli.flags import one_of
-from pixtral_cli.shell.values import ANSWERS, answer
+from pixtral_cli.cli.completions import ANSWERS, answer
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.flags import one_of
 
 SHELLS = ("bash", "zsh", "fish")
 EXAMPLES = """\
@@ -43,6 +43,6 @@ def completions(arguments: CompletionsArguments) -> None:
 
 def script(shell: str, context: typer.Context) -> str:
     """The script for `shell`, one of SHELLS."""
-    from pixtral_cli.shell import bash, fish, tree, zsh
+    from pixtral_cli.cli.completions import bash, fish, program, zsh
 
-    return {"bash": bash, "zsh": zsh, "fish": fish}[shell].script(tree.read(context))
+    return {"bash": bash, "zsh": zsh, "fish": fish}[shell].script(program.read(context))

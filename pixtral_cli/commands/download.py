@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pixtral_cli.console import Console
+from pixtral_cli.cli.completions import MODEL
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.options import FetchFlags, OutputFlags
 from pixtral_cli.known_models import BUILT_IN
-from pixtral_cli.options import FetchFlags, OutputFlags
-from pixtral_cli.shell.values import MODEL
 
 Progress = Callable[[str, int, int | None], None]
 EXAMPLES = """\

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pixtral_cli.console import Console
-from pixtral_cli.options import EncodingFlags, FetchFlags, OutputFlags
-from pixtral_cli.shell import values
+from pixtral_cli.cli import completions
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.options import EncodingFlags, FetchFlags, OutputFlags
 from weights_cache.errors import size
 
 EXAMPLES = """\
@@ -28,7 +28,7 @@ class ExportArguments:
         str,
         typer.Argument(
             metavar="MODEL",
-            autocompletion=values.MODEL.offered,
+            autocompletion=completions.MODEL.offered,
             help="A Hugging Face name, a local folder, a .gguf file, or tiny.",
         ),
     ]
@@ -36,7 +36,7 @@ class ExportArguments:
         Path,
         typer.Argument(
             metavar="FILE",
-            autocompletion=values.FILES.offered,
+            autocompletion=completions.FILES.offered,
             help="The file to write; one that is there is replaced.",
         ),
     ]

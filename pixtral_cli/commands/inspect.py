@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pixtral_cli.console import Console
-from pixtral_cli.flags import one_of
-from pixtral_cli.options import FORMATS, OutputFlags
-from pixtral_cli.shell.values import ANY_MODEL
+from pixtral_cli.cli.completions import ANY_MODEL
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.flags import one_of
+from pixtral_cli.cli.options import FORMATS, OutputFlags
 from weights_cache.errors import size
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pixtral_cli.console import Console
-from pixtral_cli.flags import UsageError
-from pixtral_cli.options import SourceFlags, WeightFlags
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.flags import UsageError
+from pixtral_cli.cli.options import SourceFlags, WeightFlags
 from weights_cache import kinds
 
 NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is never run."

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from pixtral_cli.flags import UsageError
+from pixtral_cli.cli.flags import UsageError
 
 GRACE = 0.5
 """Seconds, from the start, in which an inherited pipe may begin to speak."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pixtral_cli.cli.flags import UsageError
+from pixtral_cli.cli.options import RequestFlags
 from pixtral_cli.commands.piped_text import LIMIT, PipedText
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.flags import UsageError
-from pixtral_cli.options import RequestFlags
 
 LEAVE_OUT = "Leave one of them out."
 NOTHING_ASKED = "There is no prompt."
@@ -128,7 +128,7 @@ def _opened_messages(messages: Any) -> Any:
     from pixtral_cli.prompt.messages import parse
 
     conversation = parse(messages)
-    return conversation.with_sources([_opened(picture.source, picture.where) for picture in conversation.pictures])
+    return conversation.with_sources([_opened(picture.source, picture.where) for picture in conversation.images])
 
 
 def _opened(source: Any, where: str | None = None) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.options import OutputFlags, ReportFlags, RequestFlags, SamplingFlags, SourceFlags, WeightFlags
 from pixtral_cli.commands import result
 from pixtral_cli.commands.loading import NO_REMOTE_CODE, load
 from pixtral_cli.commands.request import PendingRequest, Request
-from pixtral_cli.console import Console
-from pixtral_cli.options import OutputFlags, ReportFlags, RequestFlags, SamplingFlags, SourceFlags, WeightFlags
 
 EXAMPLES = """\
 Examples:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pixtral_cli import console as printing
+from pixtral_cli.cli import console as printing
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.options import SourceFlags
 from pixtral_cli.commands.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
-from pixtral_cli.console import Console
-from pixtral_cli.options import SourceFlags
 
 if TYPE_CHECKING:
     from pixtral_cli.server.assembly import Settings

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pixtral_cli.flags import networks, size, within
-from pixtral_cli.options import SamplingFlags, WeightFlags
-from pixtral_cli.shell.values import FOLDER
+from pixtral_cli.cli.completions import FOLDER
+from pixtral_cli.cli.flags import networks, size, within
+from pixtral_cli.cli.options import SamplingFlags, WeightFlags
 
 _server, _guard, _limit, _machine = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Server", "Guard", "Limits", "Speed and memory")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags
 from pixtral_cli.commands.loading import NO_REMOTE_CODE
 from pixtral_cli.commands.request import PendingRequest, Request
 from pixtral_cli.commands.result import counted
 from pixtral_cli.commands.run import SILENT_PIPE
-from pixtral_cli.console import Console
-from pixtral_cli.options import OutputFlags, RequestFlags, SourceFlags
 
 EXAMPLES = """\
 Examples:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pixtral_cli.console import Console
-from pixtral_cli.options import OutputFlags
-from pixtral_cli.shell.values import SERIALIZED
+from pixtral_cli.cli.completions import SERIALIZED
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.options import OutputFlags
 
 EXAMPLES = """\
 Example:

@@ -3,13 +3,12 @@ family: what a family's fields mean is read in `families`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 from pixtral_cli.errors import ModelError
 from weights_cache.errors import FETCH_AGAIN
+from weights_cache.json_fields import Fields
 
 
 @dataclass(frozen=True)
@@ -73,74 +72,47 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Fields:
-    """Typed access to a JSON object, with `defaults` for what it leaves out; `prefix` names it in errors."""
+class ConfigFields(Fields):
+    """The fields of a config, or of its section `prefix`."""
 
-    raw: Mapping[str, Any]
-    defaults: Mapping[str, Any]
     prefix: str = ""
 
-    def get(self, key: str, absent: Any = None) -> Any:
-        return self.raw.get(key, self.defaults.get(key, absent))
+    def wrong(self, key: str, wanted: str) -> ModelError:
+        return self.refused(key, f"should be {wanted}")
 
-    def wrong(self, key: str, should: str) -> NoReturn:
-        """Raise ModelError: the field `should` be something else."""
-        raise ModelError(
-            f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {should}.",
+    def refused(self, key: str, why: str) -> ModelError:
+        """The error for the field `key`, whose value `why`."""
+        return ModelError(
+            f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {why}.",
             hint=f"{FETCH_AGAIN}, or mend its config.json.",
         )
 
-    def size(self, key: str, absent: int | None = None) -> int:
-        """A positive whole number below 2^31."""
-        value = self.get(key, absent)
-        value = absent if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            self.wrong(key, "should be a positive whole number")
-        return value
-
-    def divisor(self, key: str, whole: int, absent: int | None = None) -> int:
+    def divisor(self, key: str, whole: int, default: int | None = None) -> int:
         """A size that divides `whole`."""
-        if whole % self.size(key, absent):
-            self.wrong(key, f"should divide {whole}")
-        return self.size(key, absent)
+        if whole % self.size(key, default):
+            raise self.refused(key, f"should divide {whole}")
+        return self.size(key, default)
 
-    def even(self, key: str, absent: int) -> int:
+    def even(self, key: str, default: int | None) -> int:
         """An even size, as rotary positions need."""
-        if self.size(key, absent) % 2:
-            self.wrong(key, "should be even")
-        return self.size(key, absent)
-
-    def positive(self, key: str) -> float:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self.wrong(key, "should be a positive number")
-        return float(value)
-
-    def flag(self, key: str, absent: bool) -> bool:
-        value = self.get(key, absent)
-        if not isinstance(value, bool):
-            self.wrong(key, "should be true or false")
-        return value
-
-    def object(self, key: str) -> Mapping[str, Any]:
-        if not isinstance(self.get(key), Mapping):
-            self.wrong(key, "should be an object")
-        return self.raw[key]
+        if self.size(key, default) % 2:
+            raise self.refused(key, "should be even")
+        return self.size(key, default)
 
     def only(self, key: str, *values: str) -> None:
         """Refuse a field that is there and says something else than the one thing that is built."""
-        if key in self.raw and self.raw[key] not in values:
-            self.wrong(key, f"is not known here; {' or '.join(values)} is")
+        if key in self.values and self.values[key] not in values:
+            raise self.refused(key, f"is not known here; {' or '.join(values)} is")
 
     def rope_theta(self) -> float:
         """Older configs say `rope_theta` (and `rope_scaling`), newer ones `rope_parameters`."""
         rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            self.wrong("rope_parameters", "should be an object")
+            raise self.wrong("rope_parameters", "an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "axial"):
             raise ModelError(
                 f"The checkpoint scales its rotary positions by {kind!r}, which is not known here.",
                 hint="Choose a model without rotary scaling.",
             )
-        return Fields({**self.raw, **rope}, self.defaults, self.prefix).positive("rope_theta")
+        return float(ConfigFields({**self.values, **rope}, self.prefix).number("rope_theta"))

@@ -77,10 +77,9 @@ class ImageSpec:
 
 def _longest_side(config: Settings) -> int | None:
     """`size` is a number or an object; None where it is neither given nor anything of ours."""
-    if not isinstance(config.values.get("size"), dict):
-        return config.length("size")
-    size = config.section("size")
-    return size.length("longest_edge") or size.length("height")
+    size = config.section("size") if isinstance(config.get("size"), dict) else config
+    sides = ("size",) if size is config else ("longest_edge", "height")
+    return next((size.length(side) for side in sides if side in size), None)
 
 
 def plan_size(width: int, height: int, recipe: Recipe, spec: ImageSpec) -> tuple[int, int]:

@@ -1,16 +1,21 @@
-"""OpenAI-style dictionaries in, a checked Conversation out; knows no template, reads no picture."""
+"""OpenAI-style messages in, a checked Conversation out, and the ways to arrange one that templates ask for.
+
+Knows no template and no tokens, and reads no image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from pixtral_cli.prompt.conversation import Chunk, Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import InvalidMessages
 from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.media import without_blanks
 from pixtral_cli.prompt.tools import NAME, NAME_RULE, ToolCall, as_json, fitting_id
 
+JOIN = "\n\n"
+"""Stands between texts that are put together, as in mistral-common's `normalize.py`."""
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -20,9 +25,156 @@ ROLES = {
     "function": "tool",
 }
 TEXTS = {"text": ("text", "content"), "refusal": ("refusal",)}
-PICTURES = {"image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
+IMAGES = {"image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
 """The type of a part -> the keys under which its text or picture may stand, as OpenAI and transformers have them."""
 GIVE_RESULTS = "Give the result of each call in a message of the role tool, or leave the calls out."
+OTHER = {"user": "assistant", "assistant": "user"}
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    source: Any
+    """A path, an http(s) or file address, a data: URI, "-" (standard input), bytes, or a PIL.Image."""
+    detail: Detail = "auto"
+    where: str = field(default="", compare=False)
+    """The entry of the messages that names it, e.g. ``messages[2].content[1]``."""
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    parts: tuple[Part, ...]
+    is_string: bool = True
+    """Whether `content` was a string and not a list: some templates tell the two apart."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What an assistant asked for; the ids are nine letters or digits, whatever the client's were."""
+    call_id: str = ""
+    """The id of the call whose result a tool's message is."""
+    name: str = ""
+    """The name that a tool's message gives, if it does."""
+
+    @property
+    def text(self) -> str:
+        """Its texts, joined by a blank line."""
+        return JOIN.join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ImagePart))
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.images)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+
+    @property
+    def images(self) -> list[ImagePart]:
+        """Every image, in the order of the messages."""
+        return [image for message in self.messages for image in message.images]
+
+    @property
+    def has_tool_messages(self) -> bool:
+        """Whether tools were called in it."""
+        return any(message.tool_calls or message.role == "tool" for message in self.messages)
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the answer goes on where the last message, which is the assistant's, ends."""
+        return self.messages[-1].role == "assistant"
+
+    def with_sources(self, sources: Sequence[Any]) -> Conversation:
+        """The same with other sources of its images, in their order."""
+        left = iter(sources)
+
+        def changed(part: Part) -> Part:
+            return replace(part, source=next(left)) if isinstance(part, ImagePart) else part
+
+        return Conversation(
+            tuple(replace(message, parts=tuple(map(changed, message.parts))) for message in self.messages)
+        )
+
+    def merged(self, *, apart: Sequence[str] = ()) -> Conversation:
+        """Consecutive messages of one role become one, their texts joined by a blank line; not the roles `apart`.
+
+        Nor the results of tools, each of which answers a call of its own.
+        """
+        result: list[Message] = []
+        for message in self.messages:
+            if result and result[-1].role == message.role and message.role not in ("tool", *apart):
+                result[-1] = _join(result[-1], message)
+            else:
+                result.append(message)
+        return Conversation(tuple(result))
+
+    def system_first(self) -> Conversation:
+        """Every system text in one leading message, then turns that begin with the user's."""
+        system = [message for message in self.messages if message.role == "system"]
+        turns = [message for message in self.messages if message.role != "system"]
+        return Conversation((*system, *user_first(turns))).merged()
+
+    def system_in_user(self) -> Conversation:
+        """The leading system text stands in the last user turn, as in Mistral's V3: for templates without that role."""
+        system, turns = self.messages[:1], list(self.messages[1:])
+        last = max((index for index, message in enumerate(turns) if message.role == "user"), default=None)
+        if last is None or system[0].role != "system":
+            return self
+        turns[last] = replace(_join(replace(system[0], role="user"), turns[last]), is_string=turns[last].is_string)
+        return Conversation(tuple(turns))
+
+    def alternating(self, filler: str) -> Conversation:
+        """With a turn of the text `filler` between neighbouring turns of one role; calls and results are passed over.
+
+        Such neighbours come after a call that was denied, and where the user speaks after a result.
+        """
+        result: list[Message] = []
+        role = "user"
+        for message in self.messages:
+            if message.role in OTHER and not message.tool_calls:
+                if message.role != role:
+                    result.append(Message(role, (TextPart(filler),)))
+                role = OTHER[message.role]
+            result.append(message)
+        return Conversation(tuple(result))
+
+    def images_after_results(self) -> Conversation:
+        """The pictures that tools gave stand in a turn of the user's, after the results that are neighbours."""
+        result: list[Message] = []
+        given: tuple[ImagePart, ...] = ()
+        for message in self.messages:
+            if message.role != "tool" and given:
+                result.append(Message("user", given, is_string=False))
+                given = ()
+            if message.role == "tool" and message.has_images:
+                given += message.images
+                message = replace(message, parts=tuple(c for c in message.parts if isinstance(c, TextPart)))
+            result.append(message)
+        return Conversation((*result, *([Message("user", given, is_string=False)] if given else [])))
+
+
+def user_first(turns: list[Message]) -> list[Message]:
+    """The turns, after an empty one of the user's if they begin with another's."""
+    return turns if turns and turns[0].role == "user" else [Message("user", (TextPart(""),)), *turns]
+
+
+def _join(first: Message, second: Message) -> Message:
+    parts, rest = first.parts, second.parts
+    if parts and rest and isinstance(last := parts[-1], TextPart) and isinstance(then := rest[0], TextPart):
+        joined = TextPart(JOIN.join(text for text in (last.text, then.text) if text))
+        parts, rest = (*parts[:-1], joined), rest[1:]
+    calls = first.tool_calls + second.tool_calls
+    return replace(first, parts=(*parts, *rest), is_string=first.is_string and second.is_string, tool_calls=calls)
 
 
 def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
@@ -70,10 +222,10 @@ def _message(entry: Any, where: str, before: Sequence[Message]) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidMessages(where, f"the role should be system, user, assistant or tool, not {_quoted(role)}")
     calls = _calls(entry, role, where)
-    chunks = _content(_said(entry, role, calls), where)
+    parts = _content(_said(entry, role, calls), where)
     answered = _answered(entry, where, before) if ROLES[role] == "tool" else ()
-    message = Message(ROLES[role], *chunks, calls, *answered)
-    if message.has_pictures and message.role not in ("user", "tool"):
+    message = Message(ROLES[role], *parts, calls, *answered)
+    if message.has_images and message.role not in ("user", "tool"):
         raise InvalidMessages(where, f"only messages of users and tools can hold pictures, not {message.role} messages")
     return message
 
@@ -143,24 +295,24 @@ def _id(entry: dict[str, Any], key: str, where: str) -> str:
     return fitting_id(id)
 
 
-def _content(content: Any, where: str) -> tuple[tuple[Chunk, ...], bool]:
+def _content(content: Any, where: str) -> tuple[tuple[Part, ...], bool]:
     if isinstance(content, str):
-        return (Text(content),), True
+        return (TextPart(content),), True
     if not isinstance(content, (list, tuple)):
         raise InvalidMessages(where, f"content should be a string or a list, not {_kind(content)}")
-    return tuple(_chunk(part, f"{where}.content[{index}]") for index, part in enumerate(content)), False
+    return tuple(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)), False
 
 
-def _chunk(part: Any, where: str) -> Chunk:
+def _part(part: Any, where: str) -> Part:
     if isinstance(part, str):
-        return Text(part)
+        return TextPart(part)
     if not isinstance(part, dict):
         raise InvalidMessages(where, f"should be an object with a type, not {_kind(part)}")
     kind = part.get("type")
     if isinstance(kind, str) and kind in TEXTS:
         return _text(*_first(part, TEXTS[kind]), where)
-    if isinstance(kind, str) and kind in PICTURES:
-        return _picture(*_first(part, PICTURES[kind]), part.get("detail"), where)
+    if isinstance(kind, str) and kind in IMAGES:
+        return _image(*_first(part, IMAGES[kind]), part.get("detail"), where)
     raise InvalidMessages(where, f"the type should be text, image_url or image, not {_quoted(kind)}")
 
 
@@ -170,13 +322,13 @@ def _first(part: dict[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
     return key, part.get(key)
 
 
-def _text(key: str, text: Any, where: str) -> Text:
+def _text(key: str, text: Any, where: str) -> TextPart:
     if not isinstance(text, str):
         raise InvalidMessages(where, f"{key} should be a string, not {_kind(text)}")
-    return Text(text)
+    return TextPart(text)
 
 
-def _picture(key: str, source: Any, detail: Any, where: str) -> Picture:
+def _image(key: str, source: Any, detail: Any, where: str) -> ImagePart:
     if isinstance(source, dict):
         source, detail = source.get("url"), source.get("detail")
     is_image = hasattr(source, "convert") and hasattr(source, "size")
@@ -188,7 +340,7 @@ def _picture(key: str, source: Any, detail: Any, where: str) -> Picture:
             source = f"data:;base64,{source}"
     if detail not in (None, *get_args(Detail)):
         raise InvalidMessages(where, f"detail should be auto, low or high, not {_quoted(detail)}")
-    return Picture(source, detail or "auto", where)
+    return ImagePart(source, detail or "auto", where)
 
 
 def _quoted(value: Any) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from pixtral_cli.prompt.conversation import JOIN, Chunk, Conversation, Message, Picture, Text, user_first
+from pixtral_cli.prompt.messages import JOIN, Conversation, ImagePart, Message, Part, TextPart, user_first
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, ToolCall, value_of
@@ -78,7 +78,7 @@ class NativeRules:
     def arranged(self, conversation: Conversation) -> Conversation:
         """The turns, pictures included, in the order in which they are written."""
         if self.version < RESULTS_SHOW:
-            conversation = conversation.pictures_after_results()
+            conversation = conversation.images_after_results()
         turns = conversation.merged(apart=("system",)).messages
         return Conversation(tuple(_results_in_order(turns) if self.version >= NAMED_CALLS else turns))
 
@@ -88,7 +88,7 @@ class NativeRules:
         turns = list(self.arranged(conversation).messages)
         system = ""
         if self.version < SYSTEM_TURNS:
-            texts = [self._joined(turn.chunks) for turn in turns if turn.role == "system"]
+            texts = [self._joined(turn.parts) for turn in turns if turn.role == "system"]
             system = JOIN.join(text for text in texts if text)
             turns = user_first([turn for turn in turns if turn.role != "system"])
         elif tools and all(turn.role != "user" for turn in turns):  # tools need one to stand before
@@ -108,9 +108,9 @@ class NativeRules:
 
     def _turn(self, turn: Message, system: str) -> list[int]:
         if turn.role == "system":
-            return self._between("[SYSTEM_PROMPT]", self._text(self._joined(turn.chunks)), "[/SYSTEM_PROMPT]")
+            return self._between("[SYSTEM_PROMPT]", self._text(self._joined(turn.parts)), "[/SYSTEM_PROMPT]")
         if turn.role == "assistant":
-            said = [*self._text(self._joined(turn.chunks).rstrip(" ")), *self._calls(turn.tool_calls)]
+            said = [*self._text(self._joined(turn.parts).rstrip(" ")), *self._calls(turn.tool_calls)]
             return [*said, self.tokenizer.eos_id]  # type: ignore[list-item]
         if turn.role == "tool":
             return self._between("[TOOL_RESULTS]", self._result(turn), "[/TOOL_RESULTS]")
@@ -137,12 +137,12 @@ class NativeRules:
         return [*self._mark(CALLS), *self._text(call.name), *id, *self._mark(ARGS), *arguments]
 
     def _result(self, turn: Message) -> list[int]:
-        text = self._joined(turn.chunks)
+        text = self._joined(turn.parts)
         if self.version < SYSTEM_TURNS:
-            return self._json({"content": value_of(text), "call_id": turn.answers})
+            return self._json({"content": value_of(text), "call_id": turn.call_id})
         if self.version < TOOLS_FIRST:
-            return [*self._text(turn.answers), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
-        return self._in_pieces(self._pieces(turn.chunks)) if turn.has_pictures else self._text(text)
+            return [*self._text(turn.call_id), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
+        return self._in_pieces(self._pieces(turn.parts)) if turn.has_images else self._text(text)
 
     def _json(self, value: Any) -> list[int]:
         return self._text(json.dumps(value, ensure_ascii=False))
@@ -150,32 +150,32 @@ class NativeRules:
     def _user(self, turn: Message, system: str) -> list[int]:
         """Text alone is tokenised in one with the system text; with pictures, piece by piece."""
         lead = system + JOIN if system else ""
-        if not turn.has_pictures:
-            return self._text(lead + self._joined(turn.chunks))
-        pieces = self._pieces(turn.chunks)
-        if isinstance(pieces[-1], Picture) and all(isinstance(piece, Text) for piece in pieces[:-1]):
+        if not turn.has_images:
+            return self._text(lead + self._joined(turn.parts))
+        pieces = self._pieces(turn.parts)
+        if isinstance(pieces[-1], ImagePart) and all(isinstance(piece, TextPart) for piece in pieces[:-1]):
             pieces = [pieces[-1], *pieces[:-1]]  # a single picture at the end of only texts
         return self._text(lead) + self._in_pieces(pieces)
 
-    def _pieces(self, chunks: Iterable[Chunk]) -> list[Chunk]:
-        """The chunks with neighbouring texts joined."""
-        pieces: list[Chunk] = []
-        for chunk in chunks:
-            if isinstance(chunk, Text) and pieces and isinstance(pieces[-1], Text):
-                pieces[-1] = Text(self._joined((pieces[-1], chunk)))
-            elif chunk != Text(""):
-                pieces.append(chunk)
+    def _pieces(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts with neighbouring texts joined."""
+        pieces: list[Part] = []
+        for part in parts:
+            if isinstance(part, TextPart) and pieces and isinstance(pieces[-1], TextPart):
+                pieces[-1] = TextPart(self._joined((pieces[-1], part)))
+            elif part != TextPart(""):
+                pieces.append(part)
         return pieces
 
-    def _in_pieces(self, pieces: Iterable[Chunk]) -> list[int]:
-        return [id for piece in pieces for id in self._chunk(piece)]
+    def _in_pieces(self, pieces: Iterable[Part]) -> list[int]:
+        return [id for piece in pieces for id in self._part(piece)]
 
-    def _joined(self, chunks: tuple[Chunk, ...]) -> str:
+    def _joined(self, parts: tuple[Part, ...]) -> str:
         join = "" if self.version >= TEXTS_TOUCH else JOIN
-        return join.join(chunk.text for chunk in chunks if isinstance(chunk, Text) and chunk.text)
+        return join.join(part.text for part in parts if isinstance(part, TextPart) and part.text)
 
-    def _chunk(self, chunk: Chunk) -> list[int]:
-        return [self.tokenizer.control("[IMG]")] if isinstance(chunk, Picture) else self._text(chunk.text)
+    def _part(self, part: Part) -> list[int]:
+        return [self.tokenizer.control("[IMG]")] if isinstance(part, ImagePart) else self._text(part.text)
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) if text else []
@@ -187,7 +187,7 @@ def _results_in_order(turns: Iterable[Message]) -> list[Message]:
     called: dict[str, int] = {}
     for is_result, group in groupby(turns, key=lambda turn: turn.role == "tool"):
         if is_result:
-            ordered += sorted(group, key=lambda turn: called.get(turn.answers, len(called)))
+            ordered += sorted(group, key=lambda turn: called.get(turn.call_id, len(called)))
             called = {}
             continue
         for turn in group:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pixtral_cli.prompt import gguf_tokenizer, media
-from pixtral_cli.prompt.conversation import Conversation, Picture
 from pixtral_cli.prompt.errors import (
     NoChatTemplate,
     PicturesMisplaced,
@@ -22,6 +21,7 @@ from pixtral_cli.prompt.errors import (
     PromptError,
 )
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
+from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.native import NativeRules, can_chat, knows_tools
 from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
@@ -152,8 +152,8 @@ class Processor:
         """
         if self.dialect is None:
             raise NoChatTemplate
-        dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_turns else self.dialect
-        images = self._prepare(dialect.arranged(conversation).pictures)
+        dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_messages else self.dialect
+        images = self._prepare(dialect.arranged(conversation).images)
         prompt = self._filled(dialect.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         return replace(prompt, answer_starts_text=not in_text, tools=tuple(tools), call_form=dialect.call_form)
@@ -183,7 +183,7 @@ class Processor:
             pieces = [""] * len(pictures) + pieces
         if len(pieces) != len(pictures) + 1:
             raise PicturesMisplaced(len(pieces) - 1, len(pictures))
-        images = self._prepare(map(Picture, pictures))
+        images = self._prepare(map(ImagePart, pictures))
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             ids += self._picture_ids(images[index - 1]) if index else []
@@ -199,13 +199,13 @@ class Processor:
             ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
         return ids
 
-    def _prepare(self, pictures: Iterable[Picture]) -> list[PreparedImage]:
+    def _prepare(self, pictures: Iterable[ImagePart]) -> list[PreparedImage]:
         pictures = list(pictures)
         if pictures and self.image_tokens is None:
             raise PicturesUnsupported
         return [self._prepared(picture) for picture in pictures]
 
-    def _prepared(self, picture: Picture) -> PreparedImage:
+    def _prepared(self, picture: ImagePart) -> PreparedImage:
         """The picture is made small before the next one is opened."""
         with self.open_picture(picture.source) as opened:
             image = prepare(opened, self.recipe, self.spec.at(picture.detail))

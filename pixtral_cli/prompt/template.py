@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.prompt.conversation import Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import FETCH_AGAIN, TemplateFailed
+from pixtral_cli.prompt.messages import Conversation, ImagePart, Message, TextPart
 from pixtral_cli.prompt.sandbox import OWN_TEXT, environment
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.tokenizer import Files, Tokenizer
@@ -134,7 +134,7 @@ class ChatTemplate:
 
     def arranged(self, conversation: Conversation) -> Conversation:
         """The turns as the template gets them at first. Pictures of tools follow the results, which are text to it."""
-        return conversation.pictures_after_results().merged()
+        return conversation.images_after_results().merged()
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
         texts = [text for message in conversation.messages for text in _texts(message)] + [*texts_in(tools)]
@@ -182,16 +182,16 @@ class ChatTemplate:
             ) from error
 
     def _entry(self, message: Message, protect: Protect) -> dict[str, Any]:
-        """The message as the template knows it: content as a list of chunks or as a string."""
+        """The message as the template knows it: content as a list of parts or as a string."""
         if self._knows_chunks and not (self._knows_strings and _is_plain(message)):
-            content: Any = [_chunk(chunk, protect) for chunk in message.chunks]
+            content: Any = [_part(part, protect) for part in message.parts]
         else:
             content = protect(message.text)
         entry = {"role": message.role, "content": content}
         if message.tool_calls:
             entry["tool_calls"] = [_call(call, protect) for call in message.tool_calls]
         if message.role == "tool":
-            entry |= {"tool_call_id": message.answers} | ({"name": protect(message.name)} if message.name else {})
+            entry |= {"tool_call_id": message.call_id} | ({"name": protect(message.name)} if message.name else {})
         return entry
 
     @cached_property
@@ -238,7 +238,7 @@ def _is_asked(conversation: Conversation, rendered: str) -> bool:
     """Whether a word of what is asked is in the prompt: by the last user turn, or by the system where it is blank."""
     user = next((message for message in reversed(conversation.messages) if message.role == "user"), None)
     words = _bare_words(user.text) if user else []
-    if not words and not (user and user.has_pictures):
+    if not words and not (user and user.has_images):
         words = [word for m in conversation.messages if m.role == "system" for word in _bare_words(m.text)]
     written = _bare(rendered)
     return not words or any(word in written for word in words)
@@ -258,9 +258,9 @@ def _put_end(entry: dict[str, Any], end: str) -> None:
     if isinstance(entry["content"], str):
         entry["content"] += f"{end} "
         return
-    chunks = entry["content"] or [{"type": "text", "text": "", "content": ""}]
-    text = f"{chunks[-1]['text']}{end} "
-    entry["content"] = [*chunks[:-1], {"type": "text", "text": text, "content": text}]
+    parts = entry["content"] or [{"type": "text", "text": "", "content": ""}]
+    text = f"{parts[-1]['text']}{end} "
+    entry["content"] = [*parts[:-1], {"type": "text", "text": text, "content": text}]
 
 
 def _cut_at(rendered: str, end: str) -> str:
@@ -289,11 +289,11 @@ def _is_plain(message: Message) -> bool:
     return message.is_string or message.role != "user"
 
 
-def _chunk(chunk: Text | Picture, protect: Protect) -> dict[str, str]:
-    """Published templates read a text chunk's "text" or its "content"."""
-    if isinstance(chunk, Picture):
+def _part(part: TextPart | ImagePart, protect: Protect) -> dict[str, str]:
+    """Published templates read a text part's "text" or its "content"."""
+    if isinstance(part, ImagePart):
         return {"type": "image"}
-    text = protect(chunk.text)
+    text = protect(part.text)
     return {"type": "text", "text": text, "content": text}
 
 
@@ -305,7 +305,7 @@ def _call(call: ToolCall, protect: Protect) -> dict[str, Any]:
 
 def _texts(message: Message) -> Iterable[str]:
     """What a client wrote in it."""
-    yield from (chunk.text for chunk in message.chunks if isinstance(chunk, Text))
+    yield from (part.text for part in message.parts if isinstance(part, TextPart))
     yield message.name
     for call in message.tool_calls:
         yield call.name

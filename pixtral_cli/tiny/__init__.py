@@ -1,5 +1,7 @@
-"""The built-in model: `FOLDER` is where its weights lie, in ordinary Hugging Face form; nothing heavy is imported."""
+"""The built-in model: where its weights lie, in ordinary Hugging Face form. Nothing heavy is imported."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "weights"
+TRAINING_SEEDS = range(2)
+"""Seeds that training used, which evaluation refuses: 0 for the tokenizer's text, 1 for the scenes."""

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from PIL.Image import Image
 
-from .questions import KINDS, PAIR_KIND, Asked, ask, ask_pair
-from .scenes import Scene, draw, random_scene, scene_rng
-from .seeds import TRAINING_SEEDS
+from pixtral_cli.tiny import TRAINING_SEEDS
+from pixtral_cli.tiny.questions import KINDS, PAIR_KIND, Question, ask, ask_pair
+from pixtral_cli.tiny.scenes import Scene, draw, random_scene, scene_rng
 
 PAIR_SHARE = 5  # every fifth scene is one of two that are compared
 BATCH = 32
@@ -32,13 +32,13 @@ class Chats(Protocol):
 class Trial:
     """One question with its pictures."""
 
-    asked: Asked
+    question: Question
     pictures: tuple[Image, ...]
 
     @property
     def messages(self) -> list[dict]:
         images = [{"type": "image", "image": picture} for picture in self.pictures]
-        return [{"role": "user", "content": [*images, {"type": "text", "text": self.asked.question}]}]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": self.question.text}]}]
 
 
 @dataclass
@@ -85,10 +85,10 @@ def score(model: Chats, questions: Iterator[Trial], wrong: list[tuple[Trial, str
     while batch := list(islice(questions, BATCH)):
         replies = model.chat_batch([trial.messages for trial in batch], max_new_tokens=64)
         for trial, reply in zip(batch, replies, strict=True):
-            answered = scores[trial.asked.kind]
+            answered = scores[trial.question.kind]
             answered.asked += 1
-            answered.right += reply.text == trial.asked.answer
-            if wrong is not None and reply.text != trial.asked.answer:
+            answered.right += reply.text == trial.question.answer
+            if wrong is not None and reply.text != trial.question.answer:
                 wrong.append((trial, reply.text))
     return {kind: found for kind, found in scores.items() if found.asked}
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong: list[tuple[Trial, str]] = []
     scores = score(model, iter([*first, *questions]), wrong)
     for trial, text in wrong[: options.wrong]:
-        print(f"{trial.asked.question!r}: {text!r} instead of {trial.asked.answer!r}", file=sys.stderr)
+        print(f"{trial.question.text!r}: {text!r} instead of {trial.question.answer!r}", file=sys.stderr)
     print(_as_json(options, scores) if options.json else table(scores))
     return 0
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from .scenes import COLOURS, SHAPES, Scene, Shape, place_name
+from pixtral_cli.tiny.scenes import COLOURS, SHAPES, Scene, Shape, place_name
 
 Candidate = tuple[str, str] | tuple[str, str, Shape]  # question, answer, and the one shape that it is about
 NOTHING = "nothing"
@@ -19,31 +19,31 @@ PLURALS = {name: "crosses" if name == "cross" else f"{name}s" for name in SHAPES
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """One question of one kind, with the answer it must get."""
 
     kind: str
-    question: str
+    text: str
     answer: str
     about: Shape | None = None
 
 
-def ask(rng: Random, scene: Scene, kind: str) -> Asked | None:
+def ask(rng: Random, scene: Scene, kind: str) -> Question | None:
     """A question of `kind` (one of KINDS) about `scene`, or None where the scene allows none."""
     candidates = KINDS[kind](rng, scene)
     if not candidates:
         return None
-    return _asked(rng, kind, rng.choice(candidates))
+    return _question(rng, kind, rng.choice(candidates))
 
 
-def ask_pair(rng: Random, first: Scene, second: Scene) -> Asked:
+def ask_pair(rng: Random, first: Scene, second: Scene) -> Question:
     """A question over two pictures."""
-    return _asked(rng, PAIR_KIND, rng.choice(_pair_forms(rng))(rng, first, second))
+    return _question(rng, PAIR_KIND, rng.choice(_pair_forms(rng))(rng, first, second))
 
 
-def _asked(rng: Random, kind: str, candidate: Candidate) -> Asked:
+def _question(rng: Random, kind: str, candidate: Candidate) -> Question:
     question, answer, *about = candidate
-    return Asked(kind, _as_typed(rng, question), answer, *about)
+    return Question(kind, _as_typed(rng, question), answer, *about)
 
 
 def _as_typed(rng: Random, question: str) -> str:
@@ -145,7 +145,7 @@ def _colour(rng: Random, scene: Scene) -> list[Candidate]:
     present = sorted({shape.colour for shape in scene.shapes})
     wanted = _wanted(rng, present, tuple(COLOURS))
     form = _pick(rng, "Is there a shape that is {c}?", "Is there anything {c}?", "Is any shape {c}?", c=wanted)
-    return found + [(form, "yes" if wanted in present else "no")]
+    return [*found, (form, "yes" if wanted in present else "no")]
 
 
 def _place(rng: Random, scene: Scene) -> list[Candidate]:

@@ -38,7 +38,7 @@ def start_fake():
 @pytest.fixture
 def call(monkeypatch, capfd):
     """Run one command line inside this process; gives (exit code, standard output, standard error)."""
-    from pixtral_cli.cli import run_program
+    from pixtral_cli.cli.main import run_program
 
     monkeypatch.delenv("PIXTRAL_DEBUG", raising=False)
     monkeypatch.delenv("PIXTRAL_MODEL_PATH", raising=False)

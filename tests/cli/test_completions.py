@@ -9,7 +9,8 @@ from support.processes import imported_by
 from support.shells import Shell, installed
 
 from pixtral_cli import encodings
-from pixtral_cli.shell import tree, values
+from pixtral_cli.cli import completions
+from pixtral_cli.cli.completions import program
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"bash": "pixtral.bash", "zsh": "_pixtral", "fish": "pixtral.fish"}
@@ -154,7 +155,7 @@ def test_flags_and_commands_are_described_where_the_shell_can(shell):
     shell.offers("pixtral cache ", "Remove models by name")
 
 
-@pytest.mark.parametrize("asked", values.ANSWERS)
+@pytest.mark.parametrize("asked", completions.ANSWERS)
 def test_what_the_scripts_ask_imports_nothing_heavy(asked, caches):
     put(caches, "acme/pixie", HF | {"model.safetensors": weights()})
     assert imported_by("completions", asked, HF_HUB_CACHE=str(caches)) == []
@@ -187,7 +188,7 @@ def test_gpus_are_counted_by_their_device_files(tmp_path, monkeypatch, visible, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert values.count_gpus(tmp_path) == number
+    assert completions.count_gpus(tmp_path) == number
 
 
 def test_pictures_are_the_files_that_can_be_read():
@@ -196,18 +197,18 @@ def test_pictures_are_the_files_that_can_be_read():
     from pixtral_cli.prompt.media import FORMATS
 
     known = {ending[1:] for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    offered = {Image.registered_extensions()[f".{ending}"] for ending in values.PICTURES}
-    assert set(values.PICTURES) <= known and offered == set(FORMATS)
+    offered = {Image.registered_extensions()[f".{ending}"] for ending in completions.PICTURES}
+    assert set(completions.PICTURES) <= known and offered == set(FORMATS)
 
 
 def whole_program():
     from typer.main import get_command
 
-    from pixtral_cli import cli
+    from pixtral_cli.cli import main
 
-    command = get_command(cli.app)
+    command = get_command(main.app)
     with command.make_context("pixtral", ["cache"], resilient_parsing=True) as context:
-        return tree.read(context)
+        return program.read(context)
 
 
 def test_every_flag_that_names_a_place_on_the_disk_or_a_model_completes():
@@ -233,4 +234,4 @@ def test_every_flag_that_takes_one_of_a_few_words_offers_them():
     ],
 )
 def test_a_description_is_the_first_sentence_of_the_help(text, first):
-    assert tree.first_sentence(text) == first
+    assert program.first_sentence(text) == first

@@ -28,7 +28,6 @@ def installed(tmp_path):
     return tmp_path / "site"
 
 
-@pytest.mark.slow
 def test_the_installed_wheel_answers_from_anywhere(installed, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -41,6 +40,8 @@ def test_the_installed_wheel_answers_from_anywhere(installed, tmp_path):
     share = installed / "share"
     shells = ("bash-completion/completions/pixtral.bash", "zsh/site-functions/_pixtral", "fish/vendor_completions.d")
     assert all((share / name).exists() for name in shells)
+    assert (installed / "pixtral_cli/tiny/evaluate.py").exists()
+    assert not (installed / "pixtral_cli/tiny/training").exists()
     picture = ROOT / "examples" / "shapes.png"
     done = subprocess.run(
         [installed / "bin" / "pixtral", "run", "--model-path", "tiny", "-i", picture, "-p", "How many shapes?"],

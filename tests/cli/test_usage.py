@@ -167,6 +167,6 @@ def test_messages_that_are_not_there_name_the_file(call):
 
 def test_the_program_and_python_have_the_same_default_model():
     from pixtral_cli import Pixtral
-    from pixtral_cli.options import SourceFlags
+    from pixtral_cli.cli.options import SourceFlags
 
     assert SourceFlags().name == signature(Pixtral.load).parameters["model_path"].default

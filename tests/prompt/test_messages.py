@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from pixtral_cli.prompt import media
-from pixtral_cli.prompt.conversation import Conversation, Message, Picture, Text
 from pixtral_cli.prompt.errors import InvalidMessages
-from pixtral_cli.prompt.messages import parse
+from pixtral_cli.prompt.messages import Conversation, ImagePart, Message, TextPart, parse
 
 USER = {"role": "user", "content": "hi"}
 
@@ -34,7 +33,7 @@ def answers(id, content="3"):
 
 
 def test_a_string_is_one_text():
-    assert parse([USER]) == Conversation((Message("user", (Text("hi"),), is_string=True),))
+    assert parse([USER]) == Conversation((Message("user", (TextPart("hi"),), is_string=True),))
 
 
 def test_developer_is_another_word_for_system():
@@ -53,21 +52,21 @@ def test_developer_is_another_word_for_system():
     ],
 )
 def test_every_way_to_name_a_picture_gives_its_source(part):
-    assert parse(user({"type": "text", "text": "x"}, part)).messages[0].chunks == (Text("x"), Picture("a.png"))
+    assert parse(user({"type": "text", "text": "x"}, part)).messages[0].parts == (TextPart("x"), ImagePart("a.png"))
 
 
 @pytest.mark.parametrize("detail", ["low", "high", "auto", None])
 def test_the_detail_of_a_picture_stands_beside_its_address(detail):
     parts = [{"type": "image_url", "image_url": {"url": "a", "detail": detail}}, {"type": "image", "path": "a"}]
     parts.append({**parts[1], "detail": detail})
-    assert [picture.detail for picture in parse(user(*parts)).pictures] == [detail or "auto", "auto", detail or "auto"]
+    assert [picture.detail for picture in parse(user(*parts)).images] == [detail or "auto", "auto", detail or "auto"]
     with pytest.raises(InvalidMessages, match=r"content\[0\].*low.*'fine'"):
         parse(user({"type": "image_url", "image_url": {"url": "a", "detail": "fine"}}))
 
 
 def test_a_pil_image_is_a_picture():
     image = Image.new("RGB", (1, 1))
-    assert parse(user({"type": "image", "image": image})).pictures == [Picture(image)]
+    assert parse(user({"type": "image", "image": image})).images == [ImagePart(image)]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_consecutive_messages_of_one_role_join_with_a_blank_line():
     picture = {"type": "image", "url": "p"}
     merged = parse([USER, *user("a", picture), *user(picture, "b"), USER]).merged()
     (message,) = merged.messages
-    assert message.chunks == (Text("hi\n\na"), Picture("p"), Picture("p"), Text("b\n\nhi"))
+    assert message.parts == (TextPart("hi\n\na"), ImagePart("p"), ImagePart("p"), TextPart("b\n\nhi"))
 
 
 def test_empty_texts_leave_no_blank_line_behind():
@@ -155,7 +154,7 @@ def test_a_result_keeps_the_id_of_its_call_whatever_the_client_calls_it():
     ids = [c.id for c in turns[1].tool_calls]
     assert ids[1] == "abc123XYZ" and len(set(ids)) == 2
     assert all(len(id) == 9 and id.isascii() and id.isalnum() for id in ids)
-    assert [turn.answers for turn in turns[2:]] == ids[::-1]
+    assert [turn.call_id for turn in turns[2:]] == ids[::-1]
     assert parse([USER, asks(call("call_1")), USER]).messages[1].tool_calls[0].id == ids[0]
 
 
@@ -167,20 +166,20 @@ def test_results_of_tools_stay_apart_and_calls_of_joined_messages_add_up():
 
 
 def test_a_text_part_may_have_its_text_under_content_as_in_transformers_examples():
-    assert parse(user({"type": "text", "content": "a"})).messages[0].chunks == (Text("a"),)
+    assert parse(user({"type": "text", "content": "a"})).messages[0].parts == (TextPart("a"),)
 
 
 @pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
 def test_a_picture_may_be_bare_base64(start):
     Image.new("RGB", (2, 1)).save(file := BytesIO(), "PNG")
-    (picture,) = parse(user({"type": "image", "base64": start + b64encode(file.getvalue()).decode()})).pictures
+    (picture,) = parse(user({"type": "image", "base64": start + b64encode(file.getvalue()).decode()})).images
     assert media.load(picture.source).size == (2, 1)
 
 
 @pytest.mark.parametrize("address", ["data:,x", "https://example.org/a.png", "HTTP://example.org", "file:///a.png"])
 def test_an_address_has_no_blanks_around_it_and_the_name_of_a_file_keeps_its_own(address):
     parts = [{"type": "image_url", "image_url": {"url": source}} for source in (f" {address}\n", " a.png")]
-    assert [picture.source for picture in parse(user(*parts)).pictures] == [address, " a.png"]
+    assert [picture.source for picture in parse(user(*parts)).images] == [address, " a.png"]
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
@@ -213,7 +212,7 @@ def test_functions_are_the_older_form_of_calls_and_results():
     turns = parse(older).messages
     first, second = (turn.tool_calls[0] for turn in turns if turn.tool_calls)
     assert (first.name, first.arguments, second.arguments) == ("add", "{}", '{"a": 1}') and first.id != second.id
-    assert [turn.answers for turn in turns if turn.role == "tool"] == [first.id, second.id]
+    assert [turn.call_id for turn in turns if turn.role == "tool"] == [first.id, second.id]
     assert parse([*older, USER]).messages[:5] == turns  # the ids stay as the conversation grows
 
 
@@ -239,11 +238,11 @@ def test_a_refusal_sent_back_is_the_assistants_text(refused):
 def test_tools_may_give_pictures():
     result = answers("1", [{"type": "image_url", "image_url": "a.png"}, {"type": "text", "text": "b"}])
     conversation = parse([USER, asks(call("1")), result, USER])
-    assert conversation.pictures == [Picture("a.png")]
-    assert conversation.pictures[0].where == "messages[2].content[0]"
-    apart = conversation.pictures_after_results()
+    assert conversation.images == [ImagePart("a.png")]
+    assert conversation.images[0].where == "messages[2].content[0]"
+    apart = conversation.images_after_results()
     assert [turn.role for turn in apart.messages] == ["user", "assistant", "tool", "user", "user"]
-    assert apart.messages[2].chunks == (Text("b"),) and apart.pictures == conversation.pictures
+    assert apart.messages[2].parts == (TextPart("b"),) and apart.images == conversation.images
 
 
 def test_a_conversation_that_was_parsed_is_taken_as_it_is():

@@ -82,7 +82,7 @@ def test_ids_that_a_template_would_refuse_are_made_to_fit(byte_level_json):
     result = {"role": "tool", "tool_call_id": "call_of-a-client", "content": "3"}
     ids = template.encode(parse([*turns, result]))
     shown = b"".join(map(template.tokenizer.token_bytes, ids)).decode()
-    id = parse([*turns, result]).messages[2].answers
+    id = parse([*turns, result]).messages[2].call_id
     assert f"{id}function" in shown and f"{id}:3" in shown
 
 

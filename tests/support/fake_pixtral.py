@@ -17,7 +17,7 @@ import pixtral_cli
 
 
 def _plain(turn):
-    return "".join(getattr(chunk, "text", "[picture]") for chunk in turn.chunks)
+    return "".join(getattr(chunk, "text", "[picture]") for chunk in turn.parts)
 
 
 def _slowly(_):

@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pixtral_cli.tiny import evaluate
+from pixtral_cli.tiny import TRAINING_SEEDS, evaluate
 from pixtral_cli.tiny.evaluate import Score, main, score, table, trials
-from pixtral_cli.tiny.seeds import TRAINING_SEEDS
 
 SEED = TRAINING_SEEDS[-1] + 4321
 
@@ -16,7 +15,7 @@ class Knows:
     """Answers the trials it was given, in order, the way `answer` says."""
 
     def __init__(self, questions, answer):
-        self.answers = iter([answer(trial.asked) for trial in questions])
+        self.answers = iter([answer(trial.question) for trial in questions])
 
     def chat_batch(self, conversations, **options):
         return [SimpleNamespace(text=next(self.answers)) for _ in conversations]
@@ -37,12 +36,12 @@ def test_an_answer_that_is_only_nearly_right_does_not_count():
 
 
 def test_every_kind_of_question_is_asked():
-    kinds = {trial.asked.kind for trial in trials(40, SEED)}
+    kinds = {trial.question.kind for trial in trials(40, SEED)}
     assert kinds == {"shape", "colour", "place", "count", "background", "text", "describe", "two pictures"}
 
 
 def test_the_same_seed_asks_the_same_and_another_seed_does_not():
-    first, again, other = ([t.asked for t in trials(10, seed)] for seed in (SEED, SEED, SEED + 1))
+    first, again, other = ([t.question for t in trials(10, seed)] for seed in (SEED, SEED, SEED + 1))
     assert first == again != other
 
 
@@ -80,13 +79,13 @@ def test_json_is_one_object(model, monkeypatch, capsys):
 
 
 def test_what_it_was_never_taught_gets_the_same_honest_answer(model):
-    from pixtral_cli.tiny.smalltalk import ABOUT
+    from pixtral_cli.tiny.training.smalltalk import ABOUT
 
     for text in ("Tell me a joke.", "What is the capital of France?", "Who are you?"):
         assert model.chat([{"role": "user", "content": text}], max_new_tokens=64).text == ABOUT
 
 
 def test_evaluation_and_training_draw_from_different_seeds():
-    from pixtral_cli.tiny.train import SEED as TRAINED
+    from pixtral_cli.tiny.training.train import SEED as TRAINED
 
     assert TRAINED in TRAINING_SEEDS and evaluate.TRAINING_SEEDS is TRAINING_SEEDS

@@ -71,7 +71,7 @@ def everything_asked(scene: Scene, kind: str, times: int = 2500) -> dict[str, se
     rng = scene_rng(20_000, 0, "test")
     for _ in range(times):
         if asked := ask(rng, scene, kind):
-            plain = re.sub(r"[?.]", "", asked.question).lower().replace("color", "colour")
+            plain = re.sub(r"[?.]", "", asked.text).lower().replace("color", "colour")
             found.setdefault(plain, set()).add(asked.answer)
     return found
 
@@ -96,7 +96,7 @@ def test_questions_over_two_pictures_know_which_is_which():
     asked = {}
     for _ in range(3000):
         pair = ask_pair(rng, THREE, ONE)
-        asked[re.sub(r"[?.]", "", pair.question).lower().replace("color", "colour")] = pair.answer
+        asked[re.sub(r"[?.]", "", pair.text).lower().replace("color", "colour")] = pair.answer
     assert asked["which picture has a star"] == "first"
     assert asked["which picture has a pink cross"] == "second"
     assert asked["which picture has a square"] == "neither"

@@ -12,11 +12,11 @@ from PIL import Image
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.source import Source
 from pixtral_cli.tiny import FOLDER
-from pixtral_cli.tiny.batches import IGNORE, Batches, Mix
-from pixtral_cli.tiny.losses import losses
 from pixtral_cli.tiny.scenes import Style
-from pixtral_cli.tiny.tokenizer import END_INST, EOS, IMG, INST, PAD
-from pixtral_cli.tiny.train import SEED, Options, Trainer, learning_rate
+from pixtral_cli.tiny.training.batches import IGNORE, Batches, Mix
+from pixtral_cli.tiny.training.losses import losses
+from pixtral_cli.tiny.training.tokenizer import END_INST, EOS, IMG, INST, PAD
+from pixtral_cli.tiny.training.train import SEED, Options, Trainer, learning_rate
 
 SMALL = Style(sides=(64, 80), shapes=(1, 3))
 WAYS = {
@@ -94,7 +94,7 @@ def turns_of(ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
 def test_questions_that_share_a_picture_do_not_see_each_other():
     trainer = Trainer(Path(), torch.device("cpu"), 1e-3)
     batch = batch_of("single")
-    together = losses(trainer.model, trainer.teacher, batch, trainer.device).answer
+    together = losses(trainer.model, trainer.heads, batch, trainer.device).answer
     other = batch_of("single")
     first = (other.groups == 1) & (other.labels == IGNORE)
     other.ids[first] = np.where(other.ids[first] > 31, other.ids[first][::-1], other.ids[first])
@@ -102,7 +102,7 @@ def test_questions_that_share_a_picture_do_not_see_each_other():
     for changed in (batch, other):
         changed.labels[~keep] = IGNORE
     without, with_other_question = (
-        losses(trainer.model, trainer.teacher, each, trainer.device).answer for each in (batch, other)
+        losses(trainer.model, trainer.heads, each, trainer.device).answer for each in (batch, other)
     )
     assert not torch.equal(together, without)
     assert torch.equal(without, with_other_question)

@@ -12,7 +12,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from pixtral_cli.tiny import FOLDER
 from pixtral_cli.tiny.scenes import Style, draw, random_scene, scene_rng
-from pixtral_cli.tiny.tokenizer import EOS
+from pixtral_cli.tiny.training.tokenizer import EOS
 
 
 @pytest.fixture(scope="module")

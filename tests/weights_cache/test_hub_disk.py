@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pixtral_cli.cli import run_program
+from pixtral_cli.cli.main import run_program
 from weights_cache import inventory, store
 from weights_cache.errors import DiskFull, DownloadFailed
 from weights_cache.hub import fetch
@@ -122,7 +122,7 @@ def test_the_kernels_own_refusal_reads_the_same(repo):
     """A file may not grow beyond 100,000 bytes, as on a file system with a limit (of 4 GB, say)."""
     code = f"""
 import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-import sys; from pixtral_cli.cli import run_program; sys.exit(run_program(["download", {REPO!r}]))"""
+import sys; from pixtral_cli.cli.main import run_program; sys.exit(run_program(["download", {REPO!r}]))"""
     kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], env=kept, cwd=root, capture_output=True, text=True, timeout=60)

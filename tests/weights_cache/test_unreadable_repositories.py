@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pixtral_cli.cli import run_program
+from pixtral_cli.cli.main import run_program
 from pixtral_cli.tiny import FOLDER
 from weights_cache import checkpoint, quantization
 from weights_cache.errors import AdapterOnly, QuantizedElsewhere, WeightsNotFound

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.model.config import Fields, ModelConfig, TextConfig
+from pixtral_cli.model.config import ConfigFields, ModelConfig, TextConfig
 
 if TYPE_CHECKING:
     from pixtral_cli.model.language_model import LanguageModel
@@ -41,7 +41,7 @@ def build(config: ModelConfig) -> LanguageModel:
 
 def read_text_config(raw: Mapping[str, Any]) -> TextConfig:
     """The decoder's sizes; also of a config's `text_config`. Raises ModelError."""
-    fields = Fields(raw, DEFAULTS)
+    fields = ConfigFields({**DEFAULTS, **raw})
     fields.only("hidden_act", "silu")
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
     layers = fields.size("num_hidden_layers")
@@ -51,9 +51,9 @@ def read_text_config(raw: Mapping[str, Any]) -> TextConfig:
         intermediate_size=fields.size("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=fields.divisor("num_key_value_heads", heads, absent=heads),
-        head_dim=fields.even("head_dim", absent=hidden // heads),
-        norm_eps=fields.positive("rms_norm_eps"),
+        num_kv_heads=fields.divisor("num_key_value_heads", heads, default=heads),
+        head_dim=fields.even("head_dim", default=hidden // heads or None),
+        norm_eps=float(fields.number("rms_norm_eps")),
         rope_theta=fields.rope_theta(),
         max_length=fields.size("max_position_embeddings"),
         sliding_windows=_sliding_windows(fields, layers),
@@ -61,7 +61,7 @@ def read_text_config(raw: Mapping[str, Any]) -> TextConfig:
     )
 
 
-def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(fields: ConfigFields, layers: int) -> tuple[int | None, ...]:
     """One window a layer, from one number, a repeating list of windows, or `layer_types` beside a number.
 
     Ministral-8B's Hugging Face config calls all layers sliding where every fourth sees everything; its window is its
@@ -70,10 +70,10 @@ def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
     pattern = window if isinstance(window, list) and window else [window]
     if any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w <= 0) for w in pattern):
-        fields.wrong("sliding_window", "should be a positive whole number, null, or a list of them")
+        raise fields.wrong("sliding_window", "a positive whole number, null, or a list of them")
     if kinds is None:
         return tuple(pattern[i % len(pattern)] for i in range(layers))
     full_or_sliding = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in full_or_sliding for kind in kinds):
-        fields.wrong("layer_types", f"should name {' or '.join(full_or_sliding)} for each of {layers} layers")
+        raise fields.refused("layer_types", f"should name {' or '.join(full_or_sliding)} for each of {layers} layers")
     return tuple(pattern[0] if kind == "sliding_attention" else None for kind in kinds)

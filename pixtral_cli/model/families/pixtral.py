@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.model.config import Fields, ModelConfig, VisionConfig
+from pixtral_cli.model.config import ConfigFields, ModelConfig, VisionConfig
 from pixtral_cli.model.families.mistral import read_text_config
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ VISION_DEFAULTS: Mapping[str, Any] = {
 
 
 def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
-    fields = Fields(raw, {"image_token_index": raw.get("image_token_id", 10)})
+    fields = ConfigFields({"image_token_index": raw.get("image_token_id", 10), **raw})
     vision, text = fields.object("vision_config"), fields.object("text_config")
-    Fields(vision, {}, "vision_config.").only("model_type", "pixtral")
-    Fields(text, {}, "text_config.").only("model_type", "mistral", "ministral")
+    ConfigFields(vision, "vision_config.").only("model_type", "pixtral")
+    ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral")
     fields.only("projector_hidden_act", "gelu")
     fields.only("vision_feature_select_strategy", "full")
     tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
@@ -56,13 +56,13 @@ def build(config: ModelConfig) -> PixtralModel:
 
 def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
     """The tower's sizes; `feature_layer` is the config's `vision_feature_layer`. Raises ModelError."""
-    fields = Fields(raw, VISION_DEFAULTS, "vision_config.")
+    fields = ConfigFields({**VISION_DEFAULTS, **raw}, "vision_config.")
     # Published configs say "gelu" or nothing; the weights were trained with SiLU. Both mean SiLU here.
     fields.only("hidden_act", "silu", "gelu")
     hidden, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
     heads = fields.divisor("num_attention_heads", hidden)
     if hidden // heads % 4:
-        fields.wrong("num_attention_heads", f"should give heads of a multiple of 4, not {hidden // heads}")
+        raise fields.refused("num_attention_heads", f"should give heads of a multiple of 4, not {hidden // heads}")
     return VisionConfig(
         hidden_size=hidden,
         intermediate_size=fields.size("intermediate_size"),
@@ -84,5 +84,7 @@ def _feature_layer(layer: Any, layers: int) -> int:
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
     if isinstance(layer, bool) or not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
-        Fields({"vision_feature_layer": layer}, {}).wrong("vision_feature_layer", f"should index {layers} layers")
+        raise ConfigFields({"vision_feature_layer": layer}).refused(
+            "vision_feature_layer", f"should index {layers} layers"
+        )
     return layer % (layers + 1)

@@ -1,4 +1,4 @@
-"""Nothing in, a trained built-in model out: `python -m pixtral_cli.tiny.train --out runs/tiny --minutes 110`.
+"""Nothing in, a trained built-in model out: `python -m pixtral_cli.tiny.training.train --out runs/tiny --minutes 110`.
 
 Stops and goes on at will: a checkpoint is written every two minutes, and the same command continues from it. The
 recipe is the table STAGES: first the vision tower alone learns what patches hold, then few shapes on small pictures,
@@ -13,21 +13,20 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 from pixtral_cli.model.vision import PixtralModel
-
-from .batches import ALL_KINDS, Batch, Batches, Mix
-from .losses import Losses, looking_losses, losses
-from .network import CONFIG, new_model
-from .quick_norm import quicken_norms
-from .scenes import Style
-from .seeds import TRAINING_SEEDS
-from .teacher import Teacher
-from .tokenizer import build
+from pixtral_cli.tiny import TRAINING_SEEDS
+from pixtral_cli.tiny.scenes import Style
+from pixtral_cli.tiny.training.batches import ALL_KINDS, Batch, Batches, Mix
+from pixtral_cli.tiny.training.losses import Losses, TrainingHeads, looking_losses, losses
+from pixtral_cli.tiny.training.model import CONFIG, new_model, quicken_norms
+from pixtral_cli.tiny.training.tokenizer import build
 
 SEED = 1
 assert SEED in TRAINING_SEEDS
@@ -108,8 +107,8 @@ class Trainer:
         if device.type == "cpu":
             quicken_norms(self.model)
         text, vision = CONFIG["text_config"], CONFIG["vision_config"]
-        self.teacher = Teacher(vision["hidden_size"], text["hidden_size"]).to(device, torch.bfloat16)
-        self.working = [*self.model.parameters(), *self.teacher.parameters()]
+        self.heads = TrainingHeads(vision["hidden_size"], text["hidden_size"]).to(device, torch.bfloat16)
+        self.working: list[torch.Tensor] = [*self.model.parameters(), *self.heads.parameters()]
         self.masters = [p.detach().float().clone() for p in self.working]
         for master, exact in zip(self.masters, new_model(SEED).parameters(), strict=False):
             master.copy_(exact.detach())
@@ -128,7 +127,7 @@ class Trainer:
 
     def step(self, batch: Batch, rate: float, see_only: bool, helping: float) -> Losses:
         """One step of training at `rate` times the peak learning rate; `helping` weighs the heads of training."""
-        found = (looking_losses if see_only else losses)(self.model, self.teacher, batch, self.device)
+        found = (looking_losses if see_only else losses)(self.model, self.heads, batch, self.device)
         total = found.answer + helping * (found.seen.sum() + 0.5 * found.told.sum())
         total.backward()
         rate = self._share_gradients(rate)
@@ -195,7 +194,7 @@ def train(trainer: Trainer, tokenizer_file: Path, options: Options, rank: int) -
     while progress.seconds < options.minutes * 60:
         stage = STAGES[progress.stage]
         numbers = range(progress.batches * options.processes + rank, 10**9, options.processes)
-        loader = torch.utils.data.DataLoader(
+        loader: DataLoader[Batch] = DataLoader(
             Batches(tokenizer_file, SEED, stage.mix, options.processes),
             batch_size=None,
             sampler=numbers,
@@ -244,7 +243,7 @@ def agreed(over: bool) -> bool:
 def log(trainer: Trainer, stage: Stage, found: Losses, rate: float) -> None:
     """One line on the terminal and in log.jsonl."""
     progress = trainer.progress
-    line = {
+    line: dict[str, Any] = {
         "stage": stage.name,
         "step": progress.step,
         "minutes": round(progress.seconds / 60, 2),
@@ -280,7 +279,7 @@ def run(rank: int, options: Options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pixtral_cli.tiny.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pixtral_cli.tiny.training.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoint and log")
     parser.add_argument("--minutes", type=float, default=110, help="of training in all, resumed runs counted in")
     parser.add_argument("--cooldown", type=float, default=0.5, help="share of the minutes in which the rate falls")

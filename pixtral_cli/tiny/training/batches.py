@@ -5,6 +5,7 @@ all later tokens, a question's own number only by itself, and its positions star
 single-turn chat, at a fraction of the price. Knows no model. Letters: B sequences, T tokens, S answers, P patches.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,17 +13,34 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from PIL import Image
 from tokenizers import Tokenizer
+from torch.utils.data import Dataset
 
-from .patches import PATCH, Grid, facts_of, patch_of, pixels_of, scene_grid
-from .questions import KINDS, PAIR_KIND, Asked, ask, ask_pair
-from .scenes import FULL, Scene, Style, random_scene, scene_rng
-from .smalltalk import ABOUT, off_topic
-from .tokenizer import BOS, END_INST, EOS, IMG, IMG_BREAK, IMG_END, INST, PAD
+from pixtral_cli.tiny.questions import KINDS, PAIR_KIND, Question, ask, ask_pair
+from pixtral_cli.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIGITS,
+    FULL,
+    LETTERS,
+    SHAPES,
+    Scene,
+    Shape,
+    Style,
+    draw,
+    random_scene,
+    scene_rng,
+)
+from pixtral_cli.tiny.training.smalltalk import ABOUT, off_topic
+from pixtral_cli.tiny.training.tokenizer import BOS, END_INST, EOS, IMG, IMG_BREAK, IMG_END, INST, PAD
 
 OTHER = "other"
 ALL_KINDS = (*KINDS, PAIR_KIND, OTHER)
 IGNORE = -100
+PATCH = 16  # px
+CHARACTERS = LETTERS + DIGITS
+Grid = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class Mix:
 
 
 @dataclass
-class Sequence_:
+class PackedSequence:
     """One sequence being written."""
 
     ids: list[int] = field(default_factory=list)
@@ -48,7 +66,7 @@ class Sequence_:
     groups: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)  # the number of the question that a token answers, or -1
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[Question] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], group: int, start: int, answer: int = -1) -> None:
         """Append tokens at positions from `start`; those of an answer are learned."""
@@ -76,7 +94,7 @@ class Batch:
     facts: list[np.ndarray]
 
 
-class Batches:
+class Batches(Dataset[Batch]):
     """Batches by number, for a DataLoader: the same seed and number give the same batch.
 
     `abreast` batches that follow each other have equal shapes, so that as many processes take equally long.
@@ -138,47 +156,47 @@ class Batches:
     def _count(self, tokens: int) -> int:
         return max(8, round(self.mix.tokens / tokens))
 
-    def _questions(self, rng: Random, scene: Scene) -> list[Asked]:
+    def _questions(self, rng: Random, scene: Scene) -> list[Question]:
         kinds = list(self.mix.kinds) + ["text"] * (scene.text is not None)
         chosen = [*kinds, *rng.choices(kinds, k=max(0, self.mix.questions - len(kinds)))]
         asked = [question for kind in chosen if (question := ask(rng, scene, kind))]
         return asked + [self._other(rng, with_picture=True)] * (rng.random() < 0.15)
 
-    def _other(self, rng: Random, with_picture: bool) -> Asked:
+    def _other(self, rng: Random, with_picture: bool) -> Question:
         if with_picture or rng.random() < 0.6:
-            return Asked(OTHER, off_topic(rng), ABOUT)
+            return Question(OTHER, off_topic(rng), ABOUT)
         scene = random_scene(rng)
         asked = ask_pair(rng, scene, scene) if rng.random() < 0.3 else ask(rng, scene, rng.choice(list(KINDS)))
-        return Asked(OTHER, asked.question if asked else "What is this?", ABOUT)
+        return Question(OTHER, asked.text if asked else "What is this?", ABOUT)
 
-    def _shared(self, scenes: list[Scene], asked: list[Asked]) -> Sequence_:
-        row = Sequence_()
+    def _shared(self, scenes: list[Scene], asked: list[Question]) -> PackedSequence:
+        row = PackedSequence()
         row.add([BOS, INST, *(token for scene in scenes for token in picture_ids(scene_grid(scene)))], 0, 0)
         start = len(row.ids)
         for group, question in enumerate(asked, 1):
-            ids = [*self.encode(question.question), END_INST]
+            ids = [*self.encode(question.text), END_INST]
             row.add(ids, group, start)
             self._answer(row, question, group, start + len(ids))
         return row
 
-    def _answer(self, row: Sequence_, asked: Asked, group: int, start: int) -> None:
+    def _answer(self, row: PackedSequence, asked: Question, group: int, start: int) -> None:
         row.add([*self.encode(asked.answer), EOS], group, start, len(row.asked))
         row.asked.append(asked)
 
-    def _turns(self, rng: Random, scenes: list[Scene]) -> Sequence_:
+    def _turns(self, rng: Random, scenes: list[Scene]) -> PackedSequence:
         """A conversation; the pictures stand in its first turn, before or after the text."""
-        row = Sequence_()
+        row = PackedSequence()
         row.add([BOS], 0, 0)
         pictures = [token for scene in scenes for token in picture_ids(scene_grid(scene))]
         turns = 1 if (picture_last := rng.random() < 0.5) and rng.random() < 0.5 else rng.randint(2, 4)
         for turn in range(turns):
             asked = self._turn(rng, scenes)
-            text, shown = self.encode(asked.question), pictures if turn == 0 else []
+            text, shown = self.encode(asked.text), pictures if turn == 0 else []
             row.add([INST, *([*text, *shown] if picture_last else [*shown, *text]), END_INST], 0, len(row.ids))
             self._answer(row, asked, 0, len(row.ids))
         return row
 
-    def _turn(self, rng: Random, scenes: list[Scene]) -> Asked:
+    def _turn(self, rng: Random, scenes: list[Scene]) -> Question:
         if rng.random() < 0.04:
             return self._other(rng, with_picture=True)
         if len(scenes) == 2:
@@ -213,7 +231,7 @@ def _two_scenes(rng: Random, style: Style, grids: list[Grid]) -> list[Scene]:
     return [first, second]
 
 
-def _collate(rows: list[Sequence_], scenes: list[list[Scene]], grids: list[Grid]) -> Batch:
+def _collate(rows: list[PackedSequence], scenes: list[list[Scene]], grids: list[Grid]) -> Batch:
     length = max(len(row.ids) for row in rows)
 
     def stack(lists: list[list[int]], fill: int) -> np.ndarray:
@@ -236,3 +254,57 @@ def _collate(rows: list[Sequence_], scenes: list[list[Scene]], grids: list[Grid]
         pixels=[np.stack([pixels_of(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
         facts=[np.stack([facts_of(scene, grid) for scene in slot]) for slot, grid in zip(slots, grids, strict=True)],
     )
+
+
+def scene_grid(scene: Scene) -> Grid:
+    return math.ceil(scene.height / PATCH), math.ceil(scene.width / PATCH)
+
+
+def patch_of(shape: Shape | None, scenes: list[Scene]) -> tuple[int, int]:
+    """Row and column of the patch that holds the shape's centre, in its own picture; -1 for no shape."""
+    for scene in scenes:
+        if shape in scene.shapes:
+            rows, columns = scene_grid(scene)
+            return int(shape.y / scene.height * rows), int(shape.x / scene.width * columns)
+    return -1, -1
+
+
+def pixels_of(scene: Scene, grid: Grid) -> np.ndarray:
+    size = grid[1] * PATCH, grid[0] * PATCH
+    picture = draw(scene)
+    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def facts_of(scene: Scene, grid: Grid) -> np.ndarray:
+    """int64 [P, 10]: shape, colour, character and its index where the patch holds the centre; the background; the shape
+    and character that the patch is near to or a part of; and where it holds a centre, the how-manieth shape it is in
+    reading order, of all, of its colour, and of its form. 0 is none, but for the background."""
+    rows, columns = grid
+    facts = np.zeros((rows, columns, 10), dtype=np.int64)
+    facts[..., 4] = list(BACKGROUNDS).index(scene.background)
+    down, right = rows / scene.height, columns / scene.width  # patches per pixel
+    y, x = np.ogrid[0.5:rows, 0.5:columns]
+    for shape in scene.shapes:
+        at = int(shape.y * down), int(shape.x * right)
+        kind = SHAPES.index(shape.name) + 1
+        facts[at][:2] = kind, list(COLOURS).index(shape.colour) + 1
+        near = (y - shape.y * down) ** 2 + (x - shape.x * right) ** 2 <= ((shape.radius + 6) / PATCH) ** 2
+        facts[..., 5][near] = kind
+    if scene.text:
+        reach_down, reach_right = (scene.text.size * 0.4 + 5) / PATCH, max(8.5, scene.text.size * 0.4) / PATCH
+        for index, (character, centre) in enumerate(zip(scene.text.string, scene.text.centres, strict=True)):
+            kind = CHARACTERS.index(character) + 1
+            facts[int(centre[1] * down), int(centre[0] * right)][2:4] = kind, index + 1
+            near = (abs(y - centre[1] * down) <= reach_down) & (abs(x - centre[0] * right) <= reach_right)
+            facts[..., 6][near] = kind
+    return _numbered(facts.reshape(rows * columns, 10))
+
+
+def _numbered(facts: np.ndarray) -> np.ndarray:
+    held = facts[:, 0] > 0
+    facts[held, 7] = np.arange(1, held.sum() + 1)
+    for which, number in ((1, 8), (0, 9)):
+        for value in set(facts[held, which]):
+            same = facts[:, which] == value
+            facts[same, number] = np.arange(1, same.sum() + 1)
+    return facts

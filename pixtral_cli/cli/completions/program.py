@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pixtral_cli.shell.values import Values
+from pixtral_cli.cli.completions import Values
 
 NOTHING = Values()
 

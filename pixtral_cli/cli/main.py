@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pixtral_cli import __version__, console
+from pixtral_cli import __version__
+from pixtral_cli.cli import console
+from pixtral_cli.cli.flags import UsageError, with_flags
+from pixtral_cli.cli.help import Command, Group
 from pixtral_cli.commands import cache as cache_command
 from pixtral_cli.commands import completions as completions_command
 from pixtral_cli.commands import download as download_command
@@ -23,8 +26,6 @@ from pixtral_cli.commands import serve as serve_command
 from pixtral_cli.commands import tokenize as tokenize_command
 from pixtral_cli.commands import verify as verify_command
 from pixtral_cli.errors import PixtralError, is_out_of_memory
-from pixtral_cli.flags import UsageError, with_flags
-from pixtral_cli.help import Command, Group
 
 DEBUG = "PIXTRAL_DEBUG"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pixtral_cli.shell.tree import Command, Flag
-from pixtral_cli.shell.values import Values
+from pixtral_cli.cli.completions import Values
+from pixtral_cli.cli.completions.program import Command, Flag
 
 HEAD = r"""# Tab completion of pixtral for fish, written by `pixtral completions fish`.
 # Its place: ~/.config/fish/completions/pixtral.fish

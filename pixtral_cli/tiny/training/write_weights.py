@@ -1,4 +1,7 @@
-"""A training checkpoint in, a model folder in Hugging Face form out: `python -m pixtral_cli.tiny.export runs/tiny`."""
+"""Writes what training has come to as a model folder in Hugging Face form.
+
+`python -m pixtral_cli.tiny.training.write_weights runs/tiny`
+"""
 
 import argparse
 import json
@@ -7,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from . import FOLDER
-from .network import CONFIG, new_model
-from .tokenizer import BOS, EOS, PAD, save
+from pixtral_cli.tiny import FOLDER
+from pixtral_cli.tiny.training.model import CONFIG, new_model
+from pixtral_cli.tiny.training.tokenizer import BOS, EOS, PAD, save
 
 # our names -> those that transformers writes for LlavaForConditionalGeneration
 PREFIXES = {
@@ -43,7 +46,7 @@ def export(run: Path, folder: Path = FOLDER) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pixtral_cli.tiny.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pixtral_cli.tiny.training.write_weights", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of training")
     parser.add_argument("--to", type=Path, default=FOLDER)
     options = parser.parse_args()

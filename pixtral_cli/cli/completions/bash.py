@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from shlex import quote
 
-from pixtral_cli.shell.tree import Command
-from pixtral_cli.shell.values import Values
+from pixtral_cli.cli.completions import Values
+from pixtral_cli.cli.completions.program import Command
 
 HEAD = r"""# Tab completion of pixtral for bash, written by `pixtral completions bash`.
 # Put this in ~/.bashrc:  source <(pixtral completions bash)

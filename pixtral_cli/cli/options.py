@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pixtral_cli.cli import completions
+from pixtral_cli.cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
 from pixtral_cli.encodings import CHOICES
-from pixtral_cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
 from pixtral_cli.known_models import DEFAULT_MODEL
-from pixtral_cli.shell import values
 
 RECIPES = ("hf", "native")
 FORMATS = ("hf", "native", "gguf")
@@ -50,7 +50,7 @@ class SourceFlags(FetchFlags):
             "--model-path",
             metavar="NAME",
             envvar="PIXTRAL_MODEL_PATH",
-            autocompletion=values.MODEL.offered,
+            autocompletion=completions.MODEL.offered,
             help="A Hugging Face name, a local folder, a .gguf file, or tiny, the built-in demonstration model. "
             f"Default: {DEFAULT_MODEL}.",
         ),
@@ -88,7 +88,7 @@ class EncodingFlags:
         _model(
             "--weight-path",
             metavar="PATH",
-            autocompletion=values.WEIGHTS.offered,
+            autocompletion=completions.WEIGHTS.offered,
             help="Take the weights from this file or folder instead. Repeatable.",
         ),
     ] = None
@@ -132,7 +132,7 @@ class WeightFlags(EncodingFlags):
             "--devices",
             metavar="NAMES",
             callback=device_text,
-            autocompletion=values.DEVICES.offered,
+            autocompletion=completions.DEVICES.offered,
             help="cpu, gpu or gpu-N. Default: the first GPU, else cpu.",
         ),
     ] = None
@@ -168,7 +168,7 @@ class WeightFlags(EncodingFlags):
         _model(
             "--save-to-serialized-model-path",
             metavar="FILE",
-            autocompletion=values.FILES.offered,
+            autocompletion=completions.FILES.offered,
             help="Write the loaded model as one file that starts at once.",
         ),
     ] = None
@@ -177,7 +177,7 @@ class WeightFlags(EncodingFlags):
         _model(
             "--serialized-model-path",
             metavar="FILE",
-            autocompletion=values.SERIALIZED.offered,
+            autocompletion=completions.SERIALIZED.offered,
             help="Load such a file; nothing else is needed.",
         ),
     ] = None
@@ -197,7 +197,7 @@ class RequestFlags:
             "--image",
             "-i",
             metavar="PICTURE",
-            autocompletion=values.PICTURE.offered,
+            autocompletion=completions.PICTURE.offered,
             help="A file, an http(s) URL, a data: URI, or - for standard input. Repeatable, order kept.",
         ),
     ] = None
@@ -210,7 +210,7 @@ class RequestFlags:
         _request(
             "--messages",
             metavar="FILE|-",
-            autocompletion=values.CONVERSATION.offered,
+            autocompletion=completions.CONVERSATION.offered,
             help="A whole conversation: an OpenAI-style list of messages as JSON.",
         ),
     ] = None

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from pixtral_cli.shell.tree import Argument, Command, Flag
-from pixtral_cli.shell.values import FOLDERS, Values
+from pixtral_cli.cli.completions import FOLDERS, Values
+from pixtral_cli.cli.completions.program import Argument, Command, Flag
 
 HEAD = """\
 #compdef pixtral

@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, p
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from . import FOLDER
-from .questions import KINDS, ask, ask_pair
-from .scenes import random_scene, scene_rng
-from .smalltalk import ABOUT, off_topic
+from pixtral_cli.tiny import FOLDER
+from pixtral_cli.tiny.questions import KINDS, ask, ask_pair
+from pixtral_cli.tiny.scenes import random_scene, scene_rng
+from pixtral_cli.tiny.training.smalltalk import ABOUT, off_topic
 
 CONTROL = (
     "<unk>",
@@ -75,7 +75,7 @@ def _sentences(scenes: int = 4000) -> Iterator[str]:
         first, second = random_scene(rng), random_scene(rng)
         for asked in [ask(rng, first, kind) for kind in KINDS] + [ask_pair(rng, first, second)]:
             if asked:
-                yield from (asked.question, asked.answer)
+                yield from (asked.text, asked.answer)
         yield off_topic(rng)
         yield ABOUT
 
