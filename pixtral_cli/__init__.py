@@ -16,12 +16,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Pixtral": "pixtral_cli.api",
-    "GenerationOptions": "pixtral_cli.generate",
-    "Reply": "pixtral_cli.generate",
-    "TextEvent": "pixtral_cli.generate",
-    "TokenLogprob": "pixtral_cli.generate",
-    "Usage": "pixtral_cli.generate",
-    "Timings": "pixtral_cli.generate",
+    "GenerationOptions": "pixtral_cli.generation",
+    "Reply": "pixtral_cli.generation",
+    "TextEvent": "pixtral_cli.generation",
+    "TokenLogprob": "pixtral_cli.generation",
+    "Usage": "pixtral_cli.generation",
+    "Timings": "pixtral_cli.generation",
     "PixtralError": "pixtral_cli.errors",
 }
 __all__ = sorted(_PUBLIC)

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pixtral_cli import constraints, generate
+from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
 from pixtral_cli.encodings import ENCODINGS, asked_for
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
-from pixtral_cli.generate import Answering, GenerationOptions, Reply, Request, TextEvent
+from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save
 from pixtral_cli.model.kv_cache import PAGE, pages_for
@@ -200,17 +200,17 @@ class Pixtral:
 
     def jobs(
         self, prompt: Prompt, options: GenerationOptions, answers: int = 1, cache_salt: bytes = b""
-    ) -> list[tuple[Request, Answering]]:
+    ) -> list[tuple[Request, TextStream]]:
         """For each answer to a prompt: what the engine is asked, and what makes text of its tokens.
 
         Each makes its own choices: of answers with a seed, the next has the next seed. Raises RequestError.
         """
         tokenizer = self.processor.tokenizer
-        request = generate.engine_request(prompt, options, self.source.end_token_ids, tokenizer, self.vocabulary)
+        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, self.vocabulary)
         self.engine.check(request)
         request = replace(request, cache_salt=cache_salt)
         return [
-            (generate.nth(request, place), Answering(self.name, prompt, options, tokenizer, self.load_seconds))
+            (generation.nth(request, place), TextStream(self.name, prompt, options, tokenizer, self.load_seconds))
             for place in range(answers)
         ]
 
@@ -223,7 +223,7 @@ class Pixtral:
 
     def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Generator[tuple[int, TextEvent]]:
         jobs = [job for prompt in prompts for job in self.jobs(prompt, options)]
-        return generate.run(self.engine, jobs)
+        return generation.run(self.engine, jobs)
 
 
 def _only(events: Generator[tuple[int, TextEvent]]) -> Generator[TextEvent]:

@@ -364,5 +364,5 @@ def test_a_large_picture_is_let_go_of_before_the_next_is_opened(ours, monkeypatc
     content = [{"type": "image", "image": f"{number}.png"} for number in range(4)]
     prompt = ours.source.chat([{"role": "user", "content": content}])
     assert most == [1] * 4
-    for picture in ours.jobs(prompt, GenerationOptions())[0][0].pictures:
+    for picture in ours.jobs(prompt, GenerationOptions())[0][0].images:
         torch.testing.assert_close(picture.pixels(), expected, rtol=0, atol=0)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.features import PictureFeatures
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
-from pixtral_cli.engine.runner import Runner
-from pixtral_cli.engine.scheduler import Piece, Scheduler
+from pixtral_cli.engine.runner import ImageFeatures, Runner
+from pixtral_cli.engine.scheduler import Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
@@ -68,7 +67,7 @@ class Engine:
         self.table = PageTable(pages, int(pages * kv_kept))
         exact = model.dtype == torch.float32 and model.device.type == "cpu"
         self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact)
-        self.features = PictureFeatures(model, image_cache)
+        self.features = ImageFeatures(model, image_cache)
         kv_cache = KVCache(text, model.dtype, model.device, pages)
         self.runner = Runner(model, kv_cache, self.features, exact)
         self._ids = count()
@@ -154,8 +153,8 @@ class Engine:
         """Compute one step of all running requests -> at most one event each; none while prompts are computed."""
         with self._lock:
             self._welcome()
-            pieces = self.scheduler.schedule()
-            events = self._run(pieces) if pieces else []
+            chunks = self.scheduler.schedule()
+            events = self._run(chunks) if chunks else []
             for event in events:
                 self._deliver(event)
             return events
@@ -186,19 +185,19 @@ class Engine:
         if ended:
             del self._sinks[event.request_id]
 
-    def _run(self, pieces: list[Piece]) -> list[Event]:
-        """What the pieces give. If that fails, each is tried by itself, so that only the request at fault fails."""
+    def _run(self, chunks: list[Chunk]) -> list[Event]:
+        """What the chunks give. If that fails, each is tried by itself, so that only the request at fault fails."""
         try:
-            logits, scores = self.runner.run(pieces)
+            logits, scores = self.runner.run(chunks)
         except Exception as error:
-            if len(pieces) == 1:
-                return [Failure(pieces[0].sequence.id, error)]
-            return [event for piece in pieces for event in self._run([piece])]
-        ready = [piece.sequence for piece in pieces if piece.completes]
-        for piece in pieces:
-            if piece.sequence.id in scores:
-                piece.sequence.score(scores[piece.sequence.id])
-            self.scheduler.computed(piece)
+            if len(chunks) == 1:
+                return [Failure(chunks[0].sequence.id, error)]
+            return [event for chunk in chunks for event in self._run([chunk])]
+        ready = [chunk.sequence for chunk in chunks if chunk.completes]
+        for chunk in chunks:
+            if chunk.sequence.id in scores:
+                chunk.sequence.score(scores[chunk.sequence.id])
+            self.scheduler.computed(chunk)
         likeliest = logits.argmax(-1, keepdim=True)
         highest = logits.gather(-1, likeliest).flatten().tolist()  # one wait for the device, however many requests
         return [self._next(*each) for each in zip(ready, logits, likeliest.flatten().tolist(), highest, strict=True)]

@@ -144,8 +144,8 @@ class PageKeys:
     """
 
     def __init__(self, request: Request, image_token_id: int) -> None:
-        self._pictures = [picture.key for picture in request.pictures]
-        self._ends = list(accumulate(picture.features for picture in request.pictures))
+        self._images = [image.key for image in request.images]
+        self._ends = list(accumulate(image.features for image in request.images))
         self._image_token_id = image_token_id
         self._image_tokens = 0  # in the pages that have keys
         self._last = hashlib.sha256(request.cache_salt).digest()
@@ -162,10 +162,10 @@ class PageKeys:
             self.keys.append(self._last)
 
     def _shown_in(self, ids: Sequence[int]) -> list[bytes]:
-        here = ids.count(self._image_token_id) if self._pictures else 0
+        here = ids.count(self._image_token_id) if self._images else 0
         if not here:
             return []
         first = bisect_right(self._ends, self._image_tokens)
         self._image_tokens += here
         last = bisect_right(self._ends, self._image_tokens - 1)
-        return self._pictures[first : last + 1]
+        return self._images[first : last + 1]

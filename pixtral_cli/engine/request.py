@@ -46,7 +46,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageInput:
     """A picture of a prompt: `pixels()` gives, when its turn comes, normalised pixels [3, height, width].
 
     `key` names what they are, whatever the picture was called: equal keys mean equal pixels. `features` is the number
@@ -70,7 +70,7 @@ class Request:
 
     token_ids: tuple[int, ...]
     max_new_tokens: int | None = None
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageInput, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     end_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None

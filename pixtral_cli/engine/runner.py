@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.features import PictureFeatures
-from pixtral_cli.engine.request import TokenScores
-from pixtral_cli.engine.scheduler import Piece
+from pixtral_cli.engine.request import ImageInput, TokenScores
+from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
 from pixtral_cli.model.language_model import LanguageModel
@@ -24,7 +24,7 @@ SCORED_ROWS = 64
 
 
 class Computed(NamedTuple):
-    """Float32 logits [N, V], and the scores that pieces give to the tokens of their prompts, by sequence id."""
+    """Float32 logits [N, V], and the scores that chunks give to the tokens of their prompts, by sequence id."""
 
     logits: Tensor
     scores: dict[int, TokenScores]
@@ -36,14 +36,43 @@ def rounded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class Runner:
-    """Computes pieces in one pass; with `exact`, in passes whose shapes do not depend on who else is there.
+class ImageFeatures:
+    """Features [rows * columns, C] by the picture's key and a salt; beyond `limit` bytes those unused for longest go.
 
-    A matrix product's last bits depend on its number of rows. So each piece of a prompt is then computed by itself,
+    One that is larger than the limit is kept until the next comes: a prompt computed in chunks needs it again.
+    """
+
+    def __init__(self, model: LanguageModel, limit: int) -> None:
+        self.model = model
+        self.limit = limit
+        self.nbytes = 0
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def of(self, image: ImageInput, salt: bytes) -> Tensor:
+        key = image.key + salt
+        features = self._kept.get(key)
+        if features is None:
+            features = self.model.encode_image(image.pixels())
+            self._make_room(features.nbytes)
+            self._kept[key] = features
+            self.nbytes += features.nbytes
+        self._kept.move_to_end(key)
+        return features
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._kept and self.nbytes + nbytes > self.limit:
+            _, oldest = self._kept.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+
+
+class Runner:
+    """Computes chunks in one pass; with `exact`, in passes whose shapes do not depend on who else is there.
+
+    A matrix product's last bits depend on its number of rows. So each chunk of a prompt is then computed by itself,
     and tokens that are decoded in passes of EXACT_ROWS rows, empty ones among them.
     """
 
-    def __init__(self, model: LanguageModel, kv_cache: KVCache, features: PictureFeatures, exact: bool) -> None:
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.features = features
@@ -51,45 +80,45 @@ class Runner:
         self.threads = PassThreads(exact)
 
     @torch.inference_mode()
-    def run(self, pieces: list[Piece]) -> Computed:
-        """Compute the pieces -> float32 logits [pieces that complete their sequence, vocab_size], in order; scores."""
+    def run(self, chunks: list[Chunk]) -> Computed:
+        """Compute the chunks -> float32 logits [chunks that complete their sequence, vocab_size], in order; scores."""
         if not self.exact:
-            logits, scores = self._pass(pieces, rounded_rows(sum(piece.tokens for piece in pieces)))
-            return Computed(logits[: sum(piece.completes for piece in pieces)], scores)
-        decoding = [piece for piece in pieces if piece.sequence.answering]
+            logits, scores = self._pass(chunks, rounded_rows(sum(chunk.tokens for chunk in chunks)))
+            return Computed(logits[: sum(chunk.completes for chunk in chunks)], scores)
+        decoding = [chunk for chunk in chunks if chunk.sequence.answering]
         groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
         answers = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
-        prompts = [self._pass([piece]) for piece in pieces if not piece.sequence.answering]
+        prompts = [self._pass([chunk]) for chunk in chunks if not chunk.sequence.answering]
         scores = {request_id: of_piece for prompt in prompts for request_id, of_piece in prompt.scores.items()}
         return Computed(torch.cat(answers + [prompt.logits for prompt in prompts]), scores)
 
-    def _pass(self, pieces: list[Piece], rows: int = 0) -> Computed:
+    def _pass(self, chunks: list[Chunk], rows: int = 0) -> Computed:
         """One forward pass, padded to `rows` tokens; the logits of padding come last."""
         device = self.model.device
-        x = torch.cat([self._embed(piece) for piece in pieces])
-        positions = torch.cat([self._positions(piece) for piece in pieces])
-        ends = list(accumulate(piece.tokens for piece in pieces))
-        wanted = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.completes or (self.exact and rows)]
+        x = torch.cat([self._embed(chunk) for chunk in chunks])
+        positions = torch.cat([self._positions(chunk) for chunk in chunks])
+        ends = list(accumulate(chunk.tokens for chunk in chunks))
+        wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes or (self.exact and rows)]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
-        spans = [piece.sequence.span(piece.tokens) for piece in pieces]
+        spans = [chunk.sequence.span(chunk.tokens) for chunk in chunks]
         text = self.model.config.text
         with self.threads.chosen(len(x), text.multiplications_per_token):
             hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
             logits = self.model.logits(hidden[wanted])
         scores = {
-            piece.sequence.id: self._scores(piece, hidden[end - piece.tokens : end])
-            for end, piece in zip(ends, pieces, strict=True)
-            if piece.sequence.unscored(piece.tokens)
+            chunk.sequence.id: self._scores(chunk, hidden[end - chunk.tokens : end])
+            for end, chunk in zip(ends, chunks, strict=True)
+            if chunk.sequence.unscored(chunk.tokens)
         }
         return Computed(logits, scores)
 
-    def _scores(self, piece: Piece, hidden: Tensor) -> TokenScores:
-        """Of the prompt's tokens that come after those of `hidden` [tokens of the piece, C]."""
-        sequence = piece.sequence
-        places, alternatives = sequence.unscored(piece.tokens), sequence.request.prompt_logprobs or 0
+    def _scores(self, chunk: Chunk, hidden: Tensor) -> TokenScores:
+        """Of the prompt's tokens that come after those of `hidden` [tokens of the chunk, C]."""
+        sequence = chunk.sequence
+        places, alternatives = sequence.unscored(chunk.tokens), sequence.request.prompt_logprobs or 0
         blocks = []
         for start in range(places.start, places.stop, SCORED_ROWS):
             end = min(start + SCORED_ROWS, places.stop)
@@ -103,17 +132,17 @@ class Runner:
         padding = hidden.new_zeros(rounded_rows(len(hidden)) - len(hidden), hidden.shape[1])
         return self.model.logits(torch.cat([hidden, padding]))[: len(hidden)]
 
-    def _positions(self, piece: Piece) -> Tensor:
-        start = piece.sequence.computed
-        return torch.arange(start, start + piece.tokens, device=self.model.device)
+    def _positions(self, chunk: Chunk) -> Tensor:
+        start = chunk.sequence.computed
+        return torch.arange(start, start + chunk.tokens, device=self.model.device)
 
-    def _embed(self, piece: Piece) -> Tensor:
+    def _embed(self, chunk: Chunk) -> Tensor:
         """Only a prompt's own image tokens stand for pictures: one that was generated is a token like others."""
-        sequence, start = piece.sequence, piece.sequence.computed
-        ids = sequence.token_ids[start : start + piece.tokens]
+        sequence, start = chunk.sequence, chunk.sequence.computed
+        ids = sequence.token_ids[start : start + chunk.tokens]
         tensor = torch.tensor(ids, device=self.model.device)
         image_token, prompt = self.model.config.image_token_id, max(sequence.prompt_length - start, 0)
-        here = ids[:prompt].count(image_token) if sequence.request.pictures else 0
+        here = ids[:prompt].count(image_token) if sequence.request.images else 0
         if not here:
             return self.model.embed(tensor)
         before = sequence.token_ids[:start].count(image_token)
@@ -123,12 +152,12 @@ class Runner:
     def _features(self, sequence: Sequence, first: int, end: int) -> Iterator[Tensor]:
         """Features of the sequence's image tokens number `first` up to `end`; those of a picture are computed whole."""
         position = 0
-        for picture in sequence.request.pictures:
-            begin, position = position, position + picture.features
+        for image in sequence.request.images:
+            begin, position = position, position + image.features
             if begin < end and position > first:
-                features = self.features.of(picture, sequence.request.cache_salt)
+                features = self.features.of(image, sequence.request.cache_salt)
                 yield features[max(first - begin, 0) : end - begin]
 
 
-def _completing(group: list[Piece]) -> list[int]:
-    return [row for row, piece in enumerate(group) if piece.completes]
+def _completing(group: list[Chunk]) -> list[int]:
+    return [row for row, chunk in enumerate(group) if chunk.completes]

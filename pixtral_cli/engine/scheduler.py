@@ -1,6 +1,6 @@
-"""Sequences in, the pieces to compute in the next step out. Knows pages and no tensors.
+"""Sequences in, the chunks to compute in the next step out. Knows pages and no tensors.
 
-A piece is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token;
+A chunk is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token;
 prompts take turns with what is left of a step, so that a long one never makes the others wait for long. When no page
 is left for one that decodes, the one that came last gives its pages back and begins again later.
 """
@@ -18,13 +18,13 @@ CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at it
 SHORT_CHUNK = 256  # while others decode, who wait meanwhile
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     sequence: Sequence
     tokens: int
 
     @property
     def completes(self) -> bool:
-        """Whether a next token can be chosen after this piece."""
+        """Whether a next token can be chosen after this chunk."""
         return self.tokens == self.sequence.pending
 
 
@@ -32,8 +32,8 @@ class Scheduler:
     """`max_batch_size` sequences run at once, of which `max_ce_batch_size` prefill in one step.
 
     With `exact`, a prompt is cut at the same places whoever else is there, at multiples of SHORT_CHUNK, and only such
-    whole pieces are known afterwards: what is shared then has the very bits that would be computed. What begins
-    again after a pre-emption is computed in the same pieces as at first.
+    whole chunks are known afterwards: what is shared then has the very bits that would be computed. What begins
+    again after a pre-emption is computed in the same chunks as at first.
     """
 
     def __init__(self, table: PageTable, max_batch_size: int, max_ce_batch_size: int, exact: bool = False) -> None:
@@ -59,18 +59,18 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s.id != request_id)
         self.running = [s for s in self.running if s.id != request_id]
 
-    def schedule(self) -> list[Piece]:
+    def schedule(self) -> list[Chunk]:
         self._steps += 1
         self._make_room_to_decode()
         self._admit()
-        decoding = [Piece(s, s.pending) for s in self.running if not s.prefilling]
-        return sorted(decoding + self._prefill(bool(decoding)), key=lambda piece: not piece.sequence.answering)
+        decoding = [Chunk(s, s.pending) for s in self.running if not s.prefilling]
+        return sorted(decoding + self._prefill(bool(decoding)), key=lambda chunk: not chunk.sequence.answering)
 
-    def computed(self, piece: Piece) -> None:
-        """The piece is computed: its full pages are known from now on."""
-        sequence = piece.sequence
-        filled = sequence.advance(piece.tokens)
-        for place in () if self.exact and piece.tokens < SHORT_CHUNK else filled:
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk is computed: its full pages are known from now on."""
+        sequence = chunk.sequence
+        filled = sequence.advance(chunk.tokens)
+        for place in () if self.exact and chunk.tokens < SHORT_CHUNK else filled:
             self.table.name(sequence.pages[place], sequence.page_keys.keys[place])
 
     def _make_room_to_decode(self) -> None:
@@ -131,19 +131,19 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
         return True
 
-    def _prefill(self, others_decode: bool) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _prefill(self, others_decode: bool) -> list[Chunk]:
+        chunks: list[Chunk] = []
         left = SHORT_CHUNK if others_decode else CHUNK
         waiting = sorted((s for s in self.running if s.prefilling), key=lambda s: s.turn)  # longest without a turn
         for sequence in waiting[: self.max_ce_batch_size]:
             most = self._exactly(sequence) if self.exact else left
             tokens = min(sequence.pending, most)
-            if tokens == 0 or (pieces and tokens > left):
+            if tokens == 0 or (chunks and tokens > left):
                 break
-            pieces.append(Piece(sequence, tokens))
+            chunks.append(Chunk(sequence, tokens))
             sequence.turn = self._steps + 1
             left -= tokens
-        return pieces
+        return chunks
 
     def _exactly(self, sequence: Sequence) -> int:
         """As many tokens as were computed together when this part of the sequence was computed first."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
+from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge
 from pixtral_cli.prompt.settings import reason_of
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def fetch(
         guard: how connections are made; without one, anywhere, through the proxies of the environment.
 
     Raises:
-        PictureFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
-        PictureTooLarge: more than `max_bytes`.
+        ImageFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
+        ImageTooLarge: more than `max_bytes`.
     """
     _check_address(url)
     limits, line = _Limits(connect, total, max_bytes, guard is not None), _line(guard)
@@ -92,7 +92,7 @@ def without_password(url: str) -> str:
 
 
 def _check_address(url: str) -> None:
-    """Raise PictureFetchFailed for what no connection could be made to, and for a password."""
+    """Raise ImageFetchFailed for what no connection could be made to, and for a password."""
     try:
         parts = urlsplit(url)
         reason = "it names no server" if not parts.hostname else "its port is 0" if parts.port == 0 else None
@@ -101,7 +101,7 @@ def _check_address(url: str) -> None:
     if "@" in url.partition("://")[2].partition("/")[0]:
         reason = "an address with a user's name and password is not supported"
     if reason:
-        raise PictureFetchFailed(_told(url), reason)
+        raise ImageFetchFailed(_told(url), reason)
 
 
 def _line(guard: Guard | None) -> Line | None:
@@ -115,10 +115,10 @@ def _line(guard: Guard | None) -> Line | None:
 def _into(outcome: list[bytes | BaseException], url: str, limits: _Limits, line: Line | None) -> None:
     try:
         outcome.append(_download(url, limits, line))
-    except (PictureFetchFailed, PictureTooLarge) as error:
+    except (ImageFetchFailed, ImageTooLarge) as error:
         outcome.append(error)
     except Exception as error:  # urllib and http.client raise a dozen kinds
-        outcome.append(PictureFetchFailed(_told(url), _reason(error, limits)))
+        outcome.append(ImageFetchFailed(_told(url), _reason(error, limits)))
 
 
 def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
@@ -134,7 +134,7 @@ def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
             data += piece
             if len(data) > limits.max_bytes:
                 most = f"{limits.max_bytes / 2**20:g} MiB"
-                raise PictureTooLarge(_told(url), f"The picture {_told(url)} is larger than {most}.")
+                raise ImageTooLarge(_told(url), f"The picture {_told(url)} is larger than {most}.")
             if time.monotonic() > deadline:
                 raise _too_slow(url, limits.total)
         _check_whole(url, response.headers.get("Content-Length"), len(data))
@@ -144,22 +144,22 @@ def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
 def _check_whole(url: str, promised: str | None, received: int) -> None:
     """`read1` says nothing when a connection ends early."""
     if promised and promised.isdecimal() and received < int(promised):
-        raise PictureFetchFailed(_told(url), f"the connection ended after {received} of {promised} bytes")
+        raise ImageFetchFailed(_told(url), f"the connection ended after {received} of {promised} bytes")
 
 
-def _too_slow(url: str, total: float) -> PictureFetchFailed:
-    return PictureFetchFailed(_told(url), f"it took more than {total:g} seconds")
+def _too_slow(url: str, total: float) -> ImageFetchFailed:
+    return ImageFetchFailed(_told(url), f"it took more than {total:g} seconds")
 
 
 def _refuse_page(url: str, headers: Any, start: bytes, guarded: bool) -> None:
     """A page, said to be one and not a picture under a wrong name, need not be downloaded."""
     packed = headers.get("Content-Encoding", "identity")
     if packed.lower() != "identity":
-        raise PictureFetchFailed(_told(url), f"the server packed it with {packed}, which was not asked for")
+        raise ImageFetchFailed(_told(url), f"the server packed it with {packed}, which was not asked for")
     kind = headers.get_content_type()
     may_be_one = not guarded or kind in UNLABELLED or "Content-Type" not in headers
     if not kind.startswith("image/") and not (may_be_one and start.startswith(SIGNATURES)):
-        raise PictureFetchFailed(_told(url), f"the server sent {kind}, not a picture")
+        raise ImageFetchFailed(_told(url), f"the server sent {kind}, not a picture")
 
 
 def _opener(line: Line | None) -> Any:

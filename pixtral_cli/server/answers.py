@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Sequence, Set
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from pixtral_cli.engine.worker import Worker
-from pixtral_cli.generate import Answering, Failure, Request, TextEvent
+from pixtral_cli.engine.driver import Driver
+from pixtral_cli.generation import Failure, Request, TextEvent, TextStream
 from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.problems import leaving
 
@@ -52,12 +52,12 @@ class Handover:
 class Answers:
     """One ask's answers on their way."""
 
-    def __init__(self, worker: Worker, metrics: Metrics) -> None:
-        self.worker, self.metrics = worker, metrics
+    def __init__(self, driver: Driver, metrics: Metrics) -> None:
+        self.driver, self.metrics = driver, metrics
         self.loop = asyncio.get_running_loop()
         self.running: dict[int, int] = {}
         """Places of the answers that have not ended, and the engine's ids."""
-        self._answerings: list[Answering] = []
+        self._answerings: list[TextStream] = []
         self._begun = time.perf_counter()
         self._latest: dict[int, float] = {}  # when each answer's last token came
         self._arrived: list[Arrival] = []
@@ -75,12 +75,12 @@ class Answers:
                 raise leaving() from None
             raise
 
-    def submit(self, jobs: Sequence[tuple[Request, Answering]], handover: Handover) -> None:
+    def submit(self, jobs: Sequence[tuple[Request, TextStream]], handover: Handover) -> None:
         """Queue them all; their pictures are not kept here."""
         self._making = None
         self._answerings = [answering for _, answering in jobs]
         for place, (request, _) in enumerate(jobs):
-            self.running[place] = self.worker.submit(request, partial(handover.put, self, place))
+            self.running[place] = self.driver.submit(request, partial(handover.put, self, place))
 
     def send_away_unless(self, begun: Set[int]) -> None:
         """Let them fail, unless the engine has begun one of them."""
@@ -109,7 +109,7 @@ class Answers:
     def cancel(self) -> None:
         """What still runs ends with the engine's step."""
         for request_id in self.running.values():
-            self.worker.cancel(request_id)
+            self.driver.cancel(request_id)
         self.running.clear()
 
     def _told(self, arrival: Arrival) -> TextEvent:
@@ -119,7 +119,7 @@ class Answers:
         self._measure(place, arrival.at)
         told = self._answerings[place].push(event)
         if told.finish_reason:
-            self.worker.cancel(self.running.pop(place))  # a stop string ends it before the engine would
+            self.driver.cancel(self.running.pop(place))  # a stop string ends it before the engine would
         return told
 
     def _measure(self, place: int, now: float) -> None:

@@ -154,7 +154,7 @@ class Routes:
     def _capabilities(self) -> dict[str, bool]:
         """In the words of Mistral's API, whose client asks for them."""
         source = self.service.model.source
-        chats = source.processor.dialect is not None
+        chats = source.processor.chat_format is not None
         return {
             "completion_chat": chats,
             "completion_fim": False,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pixtral_cli.api import Pixtral
-from pixtral_cli.engine.worker import Worker
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.server.app import create_app
 from pixtral_cli.server.bodies import MAX_BODY_BYTES
 from pixtral_cli.server.guard import guarded
@@ -32,11 +32,11 @@ class Settings:
 def assemble(model: Pixtral, settings: Settings) -> Loaded:
     """Put the model behind HTTP; from now on its engine runs on a thread of its own."""
     model.processor.open_picture = GuardedPictures(settings.pictures).opened
-    worker = Worker(model.engine)
-    service = Service(model, worker, settings.names, settings.defaults, settings.limits)
+    driver = Driver(model.engine)
+    service = Service(model, driver, settings.names, settings.defaults, settings.limits)
     app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
 
     def stop(seconds: float) -> bool:
-        return worker.stop(seconds) and not service.preparing
+        return driver.stop(seconds) and not service.preparing
 
     return Loaded(app, service.drain, stop, service.metrics.answered)

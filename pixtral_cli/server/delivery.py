@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from starlette.responses import Response
 
-from pixtral_cli.generate import Reply
+from pixtral_cli.generation import Reply
 from pixtral_cli.server.answers import Events
 from pixtral_cli.server.asgi import Receive, Scope, Send, remember
 from pixtral_cli.server.errors import ApiError

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.prompt import fetch, media
 from pixtral_cli.prompt.errors import (
-    PictureDamaged,
-    PictureNotFound,
-    PictureRefused,
-    PictureTooLarge,
-    PictureUnreadable,
+    ImageDamaged,
+    ImageNotFound,
+    ImageRefused,
+    ImageTooLarge,
+    ImageUnreadable,
 )
 from pixtral_cli.server.network import LookUp, Network, NetworkPolicy
 from pixtral_cli.server.room import Room
@@ -84,7 +84,7 @@ class GuardedPictures:
         """The picture, upright, on white, 8-bit RGB. Others wait for their turn until it is let go of.
 
         Raises:
-            PictureError: its text has nothing in it that the client did not send, or should not know.
+            ImageError: its text has nothing in it that the client did not send, or should not know.
             NobodyWaits: the client has left.
         """
         name = media.name_of(source)
@@ -95,12 +95,12 @@ class GuardedPictures:
         try:
             with media.decoded(BytesIO(data), name, max_pixels=self.policy.max_pixels, turn=turn) as picture:
                 yield picture
-        except PictureDamaged:
-            raise PictureUnreadable(name, "it is damaged or cut short", PictureDamaged.default_hint) from None
+        except ImageDamaged:
+            raise ImageUnreadable(name, "it is damaged or cut short", ImageDamaged.default_hint) from None
 
     def _bytes(self, source: Any, name: str) -> bytes:
         if not isinstance(source, str) or not source:
-            raise PictureUnreadable(name, "it should be an address or a data: URI")
+            raise ImageUnreadable(name, "it should be an address or a data: URI")
         known = SCHEME.match(source[:16])
         scheme = known[1].lower() if known else ""
         if scheme == "data":
@@ -110,7 +110,7 @@ class GuardedPictures:
         if scheme == "file":
             return self._local(media.file_address(source, name), name)
         if scheme or source == media.STDIN or source.startswith(("~", "/")):
-            raise PictureUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+            raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
         return self._local(Path(source), name)
 
     def _download(self, url: str) -> bytes:
@@ -126,25 +126,25 @@ class GuardedPictures:
     def _local(self, path: Path, name: str) -> bytes:
         """The bytes of a regular file below the media path, wherever links on the way lead."""
         if self.media_path is None:
-            raise PictureRefused(name, "this server reads no files of its own for a request", MEDIA_PATH_HINT)
+            raise ImageRefused(name, "this server reads no files of its own for a request", MEDIA_PATH_HINT)
         try:
             real = (self.media_path / path).resolve()
             self._check_below(real, name)
             if not stat.S_ISREG(real.stat().st_mode):  # a device could be harmed by being opened
-                raise PictureNotFound(name)
+                raise ImageNotFound(name)
             with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 self._check_below(Path(os.readlink(f"/proc/self/fd/{file.fileno()}")), name)  # swapped meanwhile?
                 data = file.read(self.policy.max_bytes + 1)
         except (OSError, ValueError, RuntimeError):  # missing, not permitted, a NUL, links in a circle
-            raise PictureNotFound(name) from None
+            raise ImageNotFound(name) from None
         if len(data) > self.policy.max_bytes:
             limit = f"{self.policy.max_bytes / 2**20:g} MiB"
-            raise PictureTooLarge(name, f"The picture {name} is larger than {limit}.")
+            raise ImageTooLarge(name, f"The picture {name} is larger than {limit}.")
         return data
 
     def _check_below(self, path: Path, name: str) -> None:
         if not path.is_relative_to(self.media_path):
-            raise PictureRefused(name, "it is not below the server's media path", MEDIA_PATH_HINT)
+            raise ImageRefused(name, "it is not below the server's media path", MEDIA_PATH_HINT)
 
     @contextmanager
     def _turn(self, name: str, pixels: int) -> Iterator[None]:
@@ -155,6 +155,6 @@ class GuardedPictures:
                 held.enter_context(room.held(pixels, WAIT_SECONDS))
             except TimeoutError:
                 reason = "the server is decoding too many others"
-                raise PictureRefused(name, reason, "Try again, or send it smaller.") from None
+                raise ImageRefused(name, reason, "Try again, or send it smaller.") from None
             check_waited_for()
             yield

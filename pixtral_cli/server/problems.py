@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from pixtral_cli.errors import PixtralError, PromptTooLong, RequestError, is_out_of_memory
 from pixtral_cli.prompt.errors import (
+    ImageFetchFailed,
+    ImageNotFound,
+    ImagesPassedOver,
     InvalidEntry,
     InvalidMessages,
     NoChatTemplate,
-    PictureFetchFailed,
-    PictureNotFound,
-    PicturesPassedOver,
     PromptError,
     TemplateFailed,
     TextTooLong,
@@ -62,9 +62,9 @@ def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
 def _joined(error: PixtralError) -> str:
     """Hints for Python and the command line give way to those for HTTP."""
     hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
-    if isinstance(error, PicturesPassedOver):
+    if isinstance(error, ImagesPassedOver):
         hint = NO_PICTURES
-    if isinstance(error, PictureFetchFailed | PictureNotFound):
+    if isinstance(error, ImageFetchFailed | ImageNotFound):
         hint = DATA
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
         hint = None

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from pixtral_cli.generate import Reply, TokenLogprob, Usage
-from pixtral_cli.logprobs import Echo, characters
+from pixtral_cli.generation import Echo, Reply, TokenLogprob, Usage, characters
 from pixtral_cli.prompt.call_parser import ToolCallDelta
 
 LOWEST_LOGPROB = -9999.0

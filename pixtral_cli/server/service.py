@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pixtral_cli.api import Pixtral
-from pixtral_cli.engine.worker import Worker
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.errors import RequestError
-from pixtral_cli.generate import Answering, GenerationOptions, Request
+from pixtral_cli.generation import GenerationOptions, Request, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.answers import Answers, Events, Handover
@@ -49,14 +49,14 @@ class Service:
     """One model and those who ask it.
 
     Args:
-        worker: of the model's engine.
+        driver: of the model's engine.
         names: what requests may call the model; the first is what it calls itself.
         defaults: options that the server's flags give. What a request says comes before them, and the checkpoint's
             own generation_config.json after them.
     """
 
     model: Pixtral
-    worker: Worker
+    driver: Driver
     names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
@@ -75,7 +75,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be worked on."""
-        return self.worker.alive and not self.draining
+        return self.driver.alive and not self.draining
 
     @property
     def preparing(self) -> bool:
@@ -106,7 +106,7 @@ class Service:
             ApiError: what was asked cannot be answered, the queue is full, the server ends, the engine failed.
         """
         self._check_room()
-        answers = Answers(self.worker, self.metrics)
+        answers = Answers(self.driver, self.metrics)
         self.accepted += ask.answers
         self._open.add(answers)
         try:
@@ -157,7 +157,7 @@ class Service:
         if self.accepted >= self.model.engine.scheduler.max_batch_size + self.limits.max_queue:
             raise queue_full(self.limits.max_queue)
 
-    def _jobs(self, ask: Ask, salt: bytes) -> list[tuple[Request, Answering]]:
+    def _jobs(self, ask: Ask, salt: bytes) -> list[tuple[Request, TextStream]]:
         """What the engine is asked, `ask.n` times for each prompt; blocks. Raises PixtralError."""
         options = GenerationOptions.of({**self.options, **ask.options})
         if ask.kind == "chat":

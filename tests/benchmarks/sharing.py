@@ -17,7 +17,7 @@ import torch
 
 from pixtral_cli import Pixtral
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import Picture, Request
+from pixtral_cli.engine.request import ImageInput, Request
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import empty
@@ -101,7 +101,7 @@ def random_pixtral() -> LanguageModel:
 def first_tokens(engine: Engine, seed: int) -> tuple[float, float]:
     """Seconds to the first token of a question about a new picture, and of another question about it."""
     pixels = torch.randn(3, SIDE * 16, SIDE * 16, generator=torch.Generator().manual_seed(seed))
-    picture = Picture(hashlib.sha256(pixels.numpy().tobytes()).digest(), SIDE * SIDE, lambda: pixels)
+    picture = ImageInput(hashlib.sha256(pixels.numpy().tobytes()).digest(), SIDE * SIDE, lambda: pixels)
     shown = [1, 3, *([IMAGE] * SIDE + [BREAK]) * SIDE]
     return tuple(first_token(engine, Request((*shown, *question), 1, (picture,))) for question in (Q1, Q2))
 

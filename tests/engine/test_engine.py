@@ -10,7 +10,7 @@ from support.engines import run, tokens
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import Picture, Request, Sampling
+from pixtral_cli.engine.request import ImageInput, Request, Sampling
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
@@ -35,8 +35,8 @@ def request(seed, length=30, tokens=16, grid=None, **fields):
         rows, columns = grid
         ids[2:2] = ([10] * columns + [12]) * rows
         pixels = torch.randn(3, rows * 16, columns * 16, generator=random)
-        pictures = (Picture(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels),)
-    return Request(tuple(ids), tokens, pictures=pictures, **fields)
+        pictures = (ImageInput(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels),)
+    return Request(tuple(ids), tokens, images=pictures, **fields)
 
 
 MIXED = [
@@ -92,7 +92,7 @@ def test_a_decoded_token_equals_the_one_after_a_fresh_prefill(model):
     first = request(7, grid=(3, 3), tokens=12)
     events = tokens(run(Engine(model), first)[0])
     for done in (1, 5, 11):
-        again = Request((*first.token_ids, *events[:done]), 1, pictures=first.pictures)
+        again = Request((*first.token_ids, *events[:done]), 1, images=first.images)
         assert tokens(run(Engine(model), again)[0]) == [events[done]]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixtral_cli.engine.pages import PageKeys, PageTable
-from pixtral_cli.engine.request import Picture, Request
+from pixtral_cli.engine.request import ImageInput, Request
 from pixtral_cli.model.kv_cache import PAGE
 
 PAGES = 12
@@ -94,11 +94,11 @@ def test_pages_that_are_written_are_not_many_more_than_are_needed_at_once():
 
 
 def picture(text, features):
-    return Picture(hashlib.sha256(text.encode()).digest(), features, lambda: None)
+    return ImageInput(hashlib.sha256(text.encode()).digest(), features, lambda: None)
 
 
 def keys(ids, *pictures, salt=b""):
-    made = PageKeys(Request(tuple(ids), pictures=pictures, cache_salt=salt), IMAGE)
+    made = PageKeys(Request(tuple(ids), images=pictures, cache_salt=salt), IMAGE)
     made.extend(ids, len(ids) // PAGE)
     return made.keys
 

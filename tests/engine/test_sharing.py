@@ -11,9 +11,9 @@ from support.engines import run, tokens
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import Failure, Picture, Request, Sampling
-from pixtral_cli.engine.worker import Worker
+from pixtral_cli.engine.request import Failure, ImageInput, Request, Sampling
 from pixtral_cli.errors import BrokenLogits
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
@@ -40,7 +40,7 @@ def words(seed, length):
 def picture(seed, rows=4, columns=5):
     pixels = torch.randn(3, rows * 16, columns * 16, generator=torch.Generator().manual_seed(seed))
     ids = ([IMAGE] * columns + [BREAK]) * rows
-    return ids, Picture(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels)
+    return ids, ImageInput(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels)
 
 
 def asked(*parts, tokens=12, **fields):
@@ -49,7 +49,7 @@ def asked(*parts, tokens=12, **fields):
     for part in parts:
         ids += part if isinstance(part, list) else part[0]
         pictures += [] if isinstance(part, list) else [part[1]]
-    return Request(tuple(ids), tokens, pictures=tuple(pictures), **fields)
+    return Request(tuple(ids), tokens, images=tuple(pictures), **fields)
 
 
 def loosely(engine):
@@ -76,7 +76,7 @@ def test_the_next_turn_reuses_the_answer_too(model):
     engine = loosely(Engine(model))
     first = asked(*CONTEXT, tokens=40)
     answer = tokens(run(engine, first)[0])
-    second = Request((*first.token_ids, *answer, *words(6, 8)), 12, pictures=first.pictures)
+    second = Request((*first.token_ids, *answer, *words(6, 8)), 12, images=first.images)
     events = run(engine, second)[0]
     assert events[0].cached_tokens >= len(first.token_ids) + 39 - PAGE
     assert tokens(events) == tokens(run(loosely(Engine(model)), second)[0])
@@ -163,7 +163,7 @@ def details(events):
 
 def test_in_float32_on_a_cpu_an_answer_has_the_very_bits_it_has_alone(model, monkeypatch):
     monkeypatch.setattr(scheduler, "SHORT_CHUNK", 64)
-    requests = [Request(r.token_ids, r.max_new_tokens, r.pictures, logprobs=5) for r in MANY]
+    requests = [Request(r.token_ids, r.max_new_tokens, r.images, logprobs=5) for r in MANY]
     alone = [details(run(Engine(model), request)[0]) for request in requests]
     engine = Engine(model, max_batch_size=5)
     assert [details(events) for events in run(engine, *requests)] == alone
@@ -178,7 +178,7 @@ def test_a_request_that_fails_leaves_the_others_as_they_are(model, monkeypatch):
 
     alone = [tokens(run(Engine(model), request)[0]) for request in MANY[:3]]
     ids, good = picture(50)
-    bad = asked(words(50, 5), (ids, Picture(b"bad", good.features, broken)))
+    bad = asked(words(50, 5), (ids, ImageInput(b"bad", good.features, broken)))
     engine = Engine(model, max_batch_size=4)
     *others, failed = run(engine, *MANY[:3], bad)
     assert [tokens(events) for events in others] == alone
@@ -238,7 +238,7 @@ def test_cancelling_in_the_middle_of_a_prompt_frees_every_page(model, monkeypatc
 
 def test_a_worker_answers_threads_that_come_and_go(model):
     alone = [tokens(run(Engine(model), request)[0]) for request in MANY]
-    worker = Worker(Engine(model, max_batch_size=3))
+    driver = Driver(Engine(model, max_batch_size=3))
     got, ended = [[] for _ in MANY], [threading.Event() for _ in MANY]
 
     def sink(number):
@@ -250,16 +250,16 @@ def test_a_worker_answers_threads_that_come_and_go(model):
         return take
 
     def leave_early():
-        left = worker.submit(asked(words(99, 50), tokens=2000), lambda event: None)
-        worker.cancel(left)
+        left = driver.submit(asked(words(99, 50), tokens=2000), lambda event: None)
+        driver.cancel(left)
 
     for number, request in enumerate(MANY):
-        threading.Thread(target=worker.submit, args=(request, sink(number))).start()
+        threading.Thread(target=driver.submit, args=(request, sink(number))).start()
         threading.Thread(target=leave_early).start()
     assert all(each.wait(30) for each in ended)
     assert [tokens(events) for events in got] == alone
-    assert worker.alive and worker.stop(10) and not worker.alive
-    assert worker.engine.table.in_use == 0
+    assert driver.alive and driver.stop(10) and not driver.alive
+    assert driver.engine.table.in_use == 0
 
 
 def test_sampling_draws_the_same_for_a_seed_whoever_else_is_there(model):
@@ -269,7 +269,7 @@ def test_sampling_draws_the_same_for_a_seed_whoever_else_is_there(model):
 
 
 def test_a_bug_in_a_step_ends_the_requests_that_are_there_and_not_the_worker(model, monkeypatch):
-    worker, events, ended = Worker(Engine(model)), [], threading.Event()
+    driver, events, ended = Driver(Engine(model)), [], threading.Event()
 
     def sink(event):
         events.append(event)
@@ -277,9 +277,9 @@ def test_a_bug_in_a_step_ends_the_requests_that_are_there_and_not_the_worker(mod
             ended.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker.engine.scheduler, "schedule", lambda: 1 / 0)
-        worker.submit(MANY[0], sink)
+        patch.setattr(driver.engine.scheduler, "schedule", lambda: 1 / 0)
+        driver.submit(MANY[0], sink)
         assert ended.wait(10) and isinstance(events[0].error, ZeroDivisionError)
     ended.clear()
-    worker.submit(MANY[0], sink)
-    assert ended.wait(10) and events[-1].finish_reason == "length" and worker.stop(10)
+    driver.submit(MANY[0], sink)
+    assert ended.wait(10) and events[-1].finish_reason == "length" and driver.stop(10)

@@ -6,7 +6,7 @@ from support import builders
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import Picture, Request
+from pixtral_cli.engine.request import ImageInput, Request
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache, Span, pages_for
 from pixtral_cli.model.load import load
@@ -74,8 +74,8 @@ def hf_pictures(pictures):
 
 
 @torch.inference_mode()
-def our_logits(model, ids, pictures=()):
-    features = torch.cat([model.encode_image(p) for p in pictures]) if pictures else None
+def our_logits(model, ids, images=()):
+    features = torch.cat([model.encode_image(p) for p in images]) if images else None
     pages = list(range(1, pages_for(len(ids)) + 1))[::-1]  # in no order
     cache = KVCache(model.config.text, model.dtype, model.device, len(pages) + 1)
     attend = AttendPaged(model.config.text, cache, [Span(pages, 0, len(ids))], model.device)
@@ -84,7 +84,7 @@ def our_logits(model, ids, pictures=()):
 
 
 def as_asked(pictures):
-    return tuple(Picture(p.numpy().tobytes(), p.shape[1] * p.shape[2] // 256, lambda p=p: p) for p in pictures)
+    return tuple(ImageInput(p.numpy().tobytes(), p.shape[1] * p.shape[2] // 256, lambda p=p: p) for p in pictures)
 
 
 def our_tokens(engine, requests):
@@ -135,7 +135,7 @@ def test_logits_depend_on_the_picture(pixtral_pair):
 def test_picture_greedy_tokens_equal_over_24_steps(pixtral_pair):
     hf, ours = pixtral_pair
     ids, pictures = prompt_with([(2, 7), (6, 1)])
-    request = Request(tuple(ids), 24, pictures=as_asked(pictures))
+    request = Request(tuple(ids), 24, images=as_asked(pictures))
     assert our_tokens(Engine(ours), [request]) == [hf_tokens(hf, ids, **hf_pictures(pictures))]
 
 
@@ -144,7 +144,7 @@ def test_a_batch_of_texts_and_pictures_gives_each_the_tokens_of_transformers(pix
     requests, expected = [], []
     for grids in ([], [(3, 5)], [(1, 2), (5, 3)], [(8, 2)]):
         ids, pictures = prompt_with(grids)
-        requests.append(Request(tuple(ids), 24, pictures=as_asked(pictures)))
+        requests.append(Request(tuple(ids), 24, images=as_asked(pictures)))
         expected.append(hf_tokens(hf, ids, **(hf_pictures(pictures) if pictures else {})))
     assert our_tokens(Engine(ours, max_batch_size=3), requests) == expected
 

@@ -4,7 +4,7 @@ import pytest
 from support.app_server import serving
 
 from pixtral_cli import Pixtral
-from pixtral_cli.engine.worker import Worker
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 from pixtral_cli.server.service import Service
 
@@ -20,8 +20,8 @@ def tiny():
 @pytest.fixture(scope="session")
 def server(tiny):
     """One for all tests: who leaves something running in it harms the others."""
-    worker = Worker(tiny.engine)
-    service = Service(tiny, worker, ("tiny",))
+    driver = Driver(tiny.engine)
+    service = Service(tiny, driver, ("tiny",))
     with serving(service) as running:
         yield running
-    worker.stop(10)
+    driver.stop(10)

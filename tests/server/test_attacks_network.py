@@ -17,7 +17,7 @@ from PIL import Image
 from support.processes import PATIENCE
 from support.web_server import names, web
 
-from pixtral_cli.prompt.errors import PictureFetchFailed
+from pixtral_cli.prompt.errors import ImageFetchFailed
 from pixtral_cli.server.network import NetworkPolicy, is_public
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 
@@ -50,7 +50,7 @@ def load(url, look_up=None, **policy):
 
 
 def refused(url, look_up=None, match=None, **policy):
-    with pytest.raises(PictureFetchFailed, match=match) as caught:
+    with pytest.raises(ImageFetchFailed, match=match) as caught:
         load(url, look_up, **policy)
     return str(caught.value)
 

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from pixtral_cli.errors import RequestError
-from pixtral_cli.generate import TextEvent
-from pixtral_cli.logprobs import Echo
+from pixtral_cli.generation import Echo, TextEvent
 from pixtral_cli.server import service
 from pixtral_cli.server.delivery import EventStream
 from pixtral_cli.server.replies import Envelope

@@ -34,14 +34,14 @@ def stream(http, **fields):
 
 def test_a_seed_below_0_is_a_fresh_one_also_where_the_server_has_its_own(http, server):
     asked = []
-    submit = server.service.worker.submit
-    server.service.worker.submit = lambda request, sink: asked.append(request.sampling.seed) or submit(request, sink)
+    submit = server.service.driver.submit
+    server.service.driver.submit = lambda request, sink: asked.append(request.sampling.seed) or submit(request, sink)
     server.service.options["seed"] = 5
     try:
         for seed in (None, -1, 7):
             ask(http, seed=seed)
     finally:
-        server.service.worker.submit = submit
+        server.service.driver.submit = submit
         del server.service.options["seed"]
     assert asked == [5, None, 7]
 

@@ -16,13 +16,13 @@ from support.web_server import names, web
 
 from pixtral_cli.prompt import media
 from pixtral_cli.prompt.errors import (
-    PictureDamaged,
-    PictureError,
-    PictureFetchFailed,
-    PictureNotFound,
-    PictureRefused,
-    PictureTooLarge,
-    PictureUnreadable,
+    ImageDamaged,
+    ImageError,
+    ImageFetchFailed,
+    ImageNotFound,
+    ImageRefused,
+    ImageTooLarge,
+    ImageUnreadable,
 )
 from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
 from pixtral_cli.server.problems import refusal_of
@@ -120,7 +120,7 @@ def escapes(folder, tmp_path):
 def test_nothing_leads_out_of_the_media_path(escapes, folder, tmp_path):
     load = loader(PicturePolicy(media_path=folder))
     for source in escapes:
-        with pytest.raises((PictureRefused, PictureNotFound, PictureUnreadable)) as caught:
+        with pytest.raises((ImageRefused, ImageNotFound, ImageUnreadable)) as caught:
             load(source)
         said = f"{caught.value} {caught.value.hint}".replace(str(source), "")
         assert str(tmp_path) not in said and "\n" not in said, source
@@ -129,14 +129,14 @@ def test_nothing_leads_out_of_the_media_path(escapes, folder, tmp_path):
 def test_without_a_media_path_no_file_is_read(folder, escapes, monkeypatch):
     monkeypatch.chdir(folder)
     for source in ["a b.png", f"file://{folder}/a%20b.png", *escapes]:
-        with pytest.raises(PictureError):
+        with pytest.raises(ImageError):
             loader(PicturePolicy())(source)
 
 
 def test_whether_a_file_outside_exists_is_not_told(folder, tmp_path):
     load, said = loader(PicturePolicy(media_path=folder)), set()
     for name in ("../outside.png", "../nothing.png"):
-        with pytest.raises(PictureRefused) as caught:
+        with pytest.raises(ImageRefused) as caught:
             load(name)
         said.add(str(caught.value).replace(name, ""))
     assert len(said) == 1
@@ -150,40 +150,40 @@ def test_a_file_that_becomes_a_link_after_its_check_is_not_read(folder, tmp_path
 
     opened = os.open
     monkeypatch.setattr(os, "open", swap_and_open)
-    with pytest.raises(PictureRefused):
+    with pytest.raises(ImageRefused):
         loader(PicturePolicy(media_path=folder))("a b.png")
 
 
 def test_a_file_is_read_up_to_the_limit_in_bytes(folder):
     assert same(loader(PicturePolicy(media_path=folder, max_bytes=len(PNG)))("a b.png"))
-    with pytest.raises(PictureTooLarge):
+    with pytest.raises(ImageTooLarge):
         loader(PicturePolicy(media_path=folder, max_bytes=len(PNG) - 1))("a b.png")
 
 
 def test_pixels_have_a_limit():
-    with pytest.raises(PictureTooLarge, match="600"):
+    with pytest.raises(ImageTooLarge, match="600"):
         loader(PicturePolicy(max_pixels=599))(URI)
 
 
 def test_what_a_decoder_says_stays_here():
     damaged = "data:image/png;base64," + base64.b64encode(PNG[:-200]).decode()
-    with pytest.raises(PictureDamaged) as inside:
+    with pytest.raises(ImageDamaged) as inside:
         media.load(damaged)
-    with pytest.raises(PictureUnreadable) as caught:
+    with pytest.raises(ImageUnreadable) as caught:
         loader(PicturePolicy())(damaged)
     assert inside.value.reason not in str(caught.value)
     assert str(caught.value).endswith("it is damaged or cut short.") and caught.value.__suppress_context__
 
 
 def test_a_long_address_is_shortened_where_it_is_told():
-    with pytest.raises(PictureUnreadable) as caught:
+    with pytest.raises(ImageUnreadable) as caught:
         loader(PicturePolicy())("data:image/png;base64," + "A" * 10**6)
     assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("start", ["http://u:p@site.example/", "http://[", "http://127.0.0.1:9/", "http://"])
 def test_a_long_web_address_is_shortened_where_it_is_told(start):
-    with pytest.raises(PictureFetchFailed) as caught:
+    with pytest.raises(ImageFetchFailed) as caught:
         loader(PicturePolicy())(start + "a" * 100_000)
     assert len(str(caught.value)) < 1000
 
@@ -192,20 +192,20 @@ def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.pictures.LARGE_PIXELS", 599)
     monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 600)
     load, slow, small = loader(PicturePolicy()), threading.Event(), encoded(Image.new("RGB", (4, 4)))
-    work = media.upright_rgb
+    work = media.to_rgb
 
     def slowly(image):
         if image.size == NOISE.size:
             slow.wait(20)
         return work(image)
 
-    monkeypatch.setattr(media, "upright_rgb", slowly)
+    monkeypatch.setattr(media, "to_rgb", slowly)
     held = threading.Thread(target=load, args=(URI,))
     held.start()
     try:
         assert load("data:image/png;base64," + base64.b64encode(small).decode()).size == (4, 4)
         monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
-        with pytest.raises(PictureRefused, match="too many"):
+        with pytest.raises(ImageRefused, match="too many"):
             load(URI)
     finally:
         slow.set()
@@ -217,7 +217,7 @@ def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 1000)
     monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
     pictures = GuardedPictures(PicturePolicy())
-    with pictures.opened(URI), pytest.raises(PictureRefused, match="too many"), pictures.opened(URI):
+    with pictures.opened(URI), pytest.raises(ImageRefused, match="too many"), pictures.opened(URI):
         pass
     with pictures.opened(URI) as picture:
         assert same(picture)
@@ -229,7 +229,7 @@ def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
     pictures = GuardedPictures(PicturePolicy())
     damaged = "data:image/png;base64," + base64.b64encode(PNG[:-200]).decode()
     for _ in range(3):
-        with pytest.raises(PictureUnreadable), pictures.opened(damaged):
+        with pytest.raises(ImageUnreadable), pictures.opened(damaged):
             pass
         with pytest.raises(MemoryError), pictures.opened(URI):
             raise MemoryError
@@ -239,7 +239,7 @@ def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
 
 def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
     pictures, begun, go_on, decoded = GuardedPictures(PicturePolicy()), threading.Event(), threading.Event(), []
-    monkeypatch.setattr(media, "upright_rgb", lambda image: decoded.append(image) or image)
+    monkeypatch.setattr(media, "to_rgb", lambda image: decoded.append(image) or image)
 
     def three():
         for _ in range(3):
@@ -299,13 +299,13 @@ def test_only_what_is_said_to_be_a_picture_is_taken(answer, taken):
         if taken:
             assert same(fetching()(f"http://127.0.0.1:{site.server_port}/x"))
         else:
-            with pytest.raises(PictureFetchFailed):
+            with pytest.raises(ImageFetchFailed):
                 fetching()(f"http://127.0.0.1:{site.server_port}/x")
 
 
 def test_a_download_ends_at_the_limit_in_bytes_whatever_was_promised():
     with web(PNG, x={"pieces": [PNG] * 500, "headers": {"Content-Length": None}}) as site:
-        with pytest.raises(PictureTooLarge):
+        with pytest.raises(ImageTooLarge):
             fetching(max_bytes=10_000)(f"http://127.0.0.1:{site.server_port}/x")
 
 
@@ -333,12 +333,12 @@ def test_allowed_domains_are_the_only_ones(domains, host, reached):
         if reached:
             assert same(load(f"http://{host}:{site.server_port}/x"))
         else:
-            with pytest.raises(PictureFetchFailed, match="not allowed"):
+            with pytest.raises(ImageFetchFailed, match="not allowed"):
                 load(f"http://{host}:{site.server_port}/x")
             assert look_up.asked == [] and site.seen == []
 
 
-@pytest.mark.parametrize("error", [PictureNotFound("a.png"), PictureFetchFailed("http://a/b.png", "it is gone")])
+@pytest.mark.parametrize("error", [ImageNotFound("a.png"), ImageFetchFailed("http://a/b.png", "it is gone")])
 def test_who_asks_over_http_is_told_what_can_be_done_over_http(error):
     told = refusal_of(error)
     assert told.status == 400 and "data: URI" in told.message and "path" not in told.message

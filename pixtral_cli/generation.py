@@ -7,27 +7,103 @@ event carries the whole reply.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal
 
 from pixtral_cli import constraints
-from pixtral_cli.engine.request import Failure, Picture, Request, TokenEvent
+from pixtral_cli.engine import request
+from pixtral_cli.engine.request import Failure, ImageInput, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
-from pixtral_cli.logprobs import Echo, TokenLogprob
 from pixtral_cli.prompt.call_parser import ToolCallDelta, joined
 from pixtral_cli.prompt.stops import StopMatcher
+from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.prompt.tool_calls import ToolCallReader
 from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
     from pixtral_cli.engine.engine import Engine
     from pixtral_cli.engine.grammar import Vocabulary
+    from pixtral_cli.engine.request import TokenScores
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal[request.FinishReason, "tool_calls"]
+
+
+Label = Callable[[int], str]
+"""A token id -> the text that the token is shown as."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its text (bytes that are no whole character show as U+FFFD) and natural log-probability.
+
+    The first token of a prompt has no log-probability.
+    """
+
+    token_id: int
+    token: str
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+
+    @classmethod
+    def of(
+        cls, token_id: int, logprob: float | None, alternatives: Iterable[tuple[int, float]], label: Label
+    ) -> TokenLogprob:
+        top = tuple(cls(other, label(other), score) for other, score in alternatives)
+        return cls(token_id, label(token_id), logprob, top)
+
+
+@dataclass(frozen=True, eq=False)
+class Echo:
+    """A prompt that is repeated before its answer.
+
+    `text` is the prompt as it was written; of one that was given as tokens, what they spell, control tokens left out.
+    `scores` are the engine's, of all tokens but the first; None if they were not asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    tokenizer: Tokenizer
+    scores: tuple[TokenScores, ...] | None = None
+
+    @classmethod
+    def of(cls, prompt: Prompt, tokenizer: Tokenizer) -> Echo:
+        text = _spelled(prompt.token_ids, tokenizer) if prompt.text is None else prompt.text
+        return cls(text, prompt.token_ids, tokenizer)
+
+    @cached_property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Of every token. They are made when first asked for: of a long prompt that takes a while."""
+        if self.scores is None:
+            return None
+        ids, label = self.token_ids, cache(self.tokenizer.label)
+        told = [TokenLogprob.of(ids[0], None, (), label)]
+        for scores in self.scores:
+            for logprob, *best in zip(*(each.tolist() for each in scores), strict=True):
+                told.append(TokenLogprob.of(ids[len(told)], logprob, zip(*best, strict=True), label))
+        return told
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where in `text` each token begins."""
+        offsets = [0]
+        for token_id in self.token_ids:
+            offsets.append(offsets[-1] + self._width(token_id, offsets[-1]))
+        return [min(offset, len(self.text)) for offset in offsets[:-1]]
+
+    def _width(self, token_id: int, at: int) -> int:
+        """Characters that begin in the token at the place `at`: none in a control token that the text does not show."""
+        data = self.tokenizer.token_bytes(token_id)
+        if not data:
+            label = self.tokenizer.label(token_id)
+            return len(label) if self.text.startswith(label, at) else 0
+        if at == 0 and self.tokenizer.drops_first_space and not self.text.startswith(" "):
+            data = data.removeprefix(b" ")
+        return characters(data)
 
 
 @dataclass(frozen=True)
@@ -92,7 +168,7 @@ class TextEvent:
     """Up to this token."""
 
 
-class Answering:
+class TextStream:
     """One request on its way from tokens to text. Keeps what the reply tells of the prompt, and not its pictures."""
 
     def __init__(
@@ -204,7 +280,7 @@ def engine_request(
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
-        pictures=tuple(Picture(image.key, image.rows * image.columns, image.pixels) for image in prompt.images),
+        images=tuple(ImageInput(image.key, image.rows * image.columns, image.pixels) for image in prompt.images),
         sampling=replace(sampling, logit_bias={**sampling.logit_bias, **banned}),
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
@@ -223,7 +299,7 @@ def nth(request: Request, place: int) -> Request:
     return replace(request, sampling=sampling, constraint=constraint and constraint.fresh())
 
 
-def run(engine: Engine, jobs: Sequence[tuple[Request, Answering]]) -> Generator[tuple[int, TextEvent]]:
+def run(engine: Engine, jobs: Sequence[tuple[Request, TextStream]]) -> Generator[tuple[int, TextEvent]]:
     """Run the requests together -> (place in `jobs`, event) as they come, until all have ended.
 
     Raises RequestError at once when one cannot be run. Whoever stops listening early frees the engine: what still
@@ -233,8 +309,8 @@ def run(engine: Engine, jobs: Sequence[tuple[Request, Answering]]) -> Generator[
     return _events(engine, list(jobs))
 
 
-def _events(engine: Engine, jobs: list[tuple[Request, Answering]]) -> Generator[tuple[int, TextEvent]]:
-    answers: dict[int, tuple[int, Answering]] = {}
+def _events(engine: Engine, jobs: list[tuple[Request, TextStream]]) -> Generator[tuple[int, TextEvent]]:
+    answers: dict[int, tuple[int, TextStream]] = {}
     try:
         for place, (request, answering) in enumerate(jobs):
             answers[engine.submit(request)] = place, answering
@@ -252,3 +328,13 @@ def _events(engine: Engine, jobs: list[tuple[Request, Answering]]) -> Generator[
     finally:
         for request_id in answers:
             engine.cancel(request_id)
+
+
+def characters(data: bytes) -> int:
+    """How many characters begin in these bytes of UTF-8; of a character cut in two, the second half begins none."""
+    return sum(byte & 0xC0 != 0x80 for byte in data)
+
+
+def _spelled(token_ids: list[int], tokenizer: Tokenizer) -> str:
+    stream = ByteStream(tokenizer)
+    return "".join([stream.push(token_id) for token_id in token_ids]) + stream.finish()

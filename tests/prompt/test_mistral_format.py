@@ -19,7 +19,7 @@ from support.tool_builders import KINDS, call
 
 from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.native import NativeRules
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
 from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def mistral_ids(mistral, messages):
 
 @pytest.fixture(scope="session")
 def native(tekken) -> Processor:
-    return Processor(tekken, NativeRules(tekken), ImageTokens.of(tekken, Settings()), "native", ImageSpec())
+    return Processor(tekken, MistralFormat(tekken), ImageTokens.of(tekken, Settings()), "native", ImageSpec())
 
 
 CONVERSATIONS = {
@@ -215,5 +215,5 @@ def fifteen(tekken_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("fifteen") / "tekken.json"
     path.write_text(json.dumps(data))
     ours = Tokenizer.load({"tekken.json": path}.get)
-    made = Processor(ours, NativeRules(ours), ImageTokens.of(ours, Settings()), "native", ImageSpec())
+    made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, Settings()), "native", ImageSpec())
     return made, MistralTokenizer.from_file(str(path))

@@ -8,7 +8,7 @@ from pixtral_cli.engine.engine import Engine, Sink
 from pixtral_cli.engine.request import Request
 
 
-class Worker:
+class Driver:
     """Requests may be submitted and cancelled from any thread at any time; neither waits for a step.
 
     Their events are given to their sinks on the worker's thread, so a sink should only pass them on.

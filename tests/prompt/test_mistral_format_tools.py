@@ -14,7 +14,7 @@ from mistral_common.protocol.instruct.tool_calls import Tool
 from support.tool_builders import KINDS, arguments, call, json_values
 
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.native import NativeRules
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.tools import parse_tools
 
 ROLES = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
@@ -34,7 +34,7 @@ def assert_equal_ids(both, version, messages, tools):
         tools=[Tool.from_openai(tool) for tool in tools] or None,
     )
     expected = kind(theirs).encode_instruct(get_normalizer(name).from_chat_completion_request(request)).tokens
-    assert NativeRules(ours).encode(parse(messages), parse_tools(tools)) == expected
+    assert MistralFormat(ours).encode(parse(messages), parse_tools(tools)) == expected
 
 
 def result(id, content="3"):

@@ -55,7 +55,7 @@ def version_of(template: str | None, written: int | None) -> int:
 
 
 @dataclass
-class NativeRules:
+class MistralFormat:
     """Mistral's chat rules of one version, with a tokenizer."""
 
     tokenizer: Tokenizer
