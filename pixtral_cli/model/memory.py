@@ -18,7 +18,7 @@ from pixtral_cli.encodings import CHOICES, ENCODINGS
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.placement import Placement, place
-from weights_cache.reader import TensorInfo
+from weights_cache.formats.reader import TensorInfo
 
 if TYPE_CHECKING:
     import torch
