@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixtral_cli.engine import grammar
-from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.engine.sampler import choose
 from pixtral_cli.errors import RequestError
 

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
 )
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.errors import BrokenLogits
 
 

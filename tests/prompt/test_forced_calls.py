@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pixtral_cli import constraints
-from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.engine.sampler import choose
 from pixtral_cli.prompt.call_parser import joined
 from pixtral_cli.prompt.processor import Prompt
