@@ -146,12 +146,12 @@ def _opened_messages(messages: Any) -> Any:
 
 def _opened(source: Any, where: str | None = None) -> Any:
     """What stands for the image, which was checked; `where` is the entry of the messages that names it."""
-    from pixtral_cli.prompt.errors import InvalidMessages, PictureError
+    from pixtral_cli.prompt.errors import ImageError, InvalidMessages
     from pixtral_cli.prompt.media import checked
 
     try:
         return checked(source)
-    except PictureError as error:
+    except ImageError as error:
         if where is None:
             raise
         raise InvalidMessages(where, str(error).rstrip("."), error.hint) from error

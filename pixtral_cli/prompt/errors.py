@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pixtral_cli.errors import PixtralError
 
 FETCH_AGAIN = "Fetch the model again with --force-download"
@@ -40,7 +42,7 @@ class InvalidTools(InvalidEntry):
     default_hint = 'Tools look like [{"type": "function", "function": {"name": "add", "parameters": {…}}}].'
 
 
-class PictureError(PromptError):
+class ImageError(PromptError):
     """Base of what can be wrong with one picture; `.name` is what the user called it."""
 
     default_hint = "Check the picture, or leave it out."
@@ -50,7 +52,7 @@ class PictureError(PromptError):
         self.name = name
 
 
-class PictureNotFound(PictureError):
+class ImageNotFound(ImageError):
     """No file has that name."""
 
     default_hint = "Check the path; a relative path starts at the current folder."
@@ -59,7 +61,7 @@ class PictureNotFound(PictureError):
         super().__init__(name, f"No picture at {name}.")
 
 
-class PictureUnreadable(PictureError):
+class ImageUnreadable(ImageError):
     """The bytes are no picture of a known format, or a damaged one."""
 
     default_hint = "Give a JPEG, PNG, WebP, GIF, TIFF or BMP file."
@@ -69,13 +71,13 @@ class PictureUnreadable(PictureError):
         self.reason = reason
 
 
-class PictureDamaged(PictureUnreadable):
+class ImageDamaged(ImageUnreadable):
     """A decoder gave up; `.reason` is in its own words, which are not for strangers."""
 
     default_hint = "Download or copy it again."
 
 
-class PictureRefused(PictureError):
+class ImageRefused(ImageError):
     """A server's rules do not let the picture in."""
 
     default_hint = "Send the picture itself, as a data: URI."
@@ -85,14 +87,14 @@ class PictureRefused(PictureError):
         self.reason = reason
 
 
-class PictureTooLarge(PictureError):
+class ImageTooLarge(ImageError):
     """The header states more pixels, or the download has more bytes, than the limit."""
 
     def __init__(self, name: str, sentence: str):
         super().__init__(name, sentence, "Scale the picture down; the model sees at most about a megapixel of it.")
 
 
-class PictureFetchFailed(PictureError):
+class ImageFetchFailed(ImageError):
     """An address did not deliver: unreachable, an HTTP status, too slow."""
 
     default_hint = "Open the address in a browser to check it, or download the picture and give its path."
@@ -124,7 +126,7 @@ class TemplateFailed(PromptError):
     default_hint = "Use --raw (in Python: complete) to write the prompt yourself."
 
 
-class PicturesPassedOver(TemplateFailed):
+class ImagesPassedOver(TemplateFailed):
     """The checkpoint's chat template does not write one mark for each picture."""
 
     default_hint = "Use --raw (in Python: complete) with one [IMG] for each picture."
@@ -144,7 +146,7 @@ class NoChatTemplate(PromptError):
         )
 
 
-class PicturesMisplaced(PromptError):
+class ImagesMisplaced(PromptError):
     """The prompt's picture marks and the pictures given do not match."""
 
     def __init__(self, marks: int, pictures: int):
@@ -156,7 +158,7 @@ class PicturesMisplaced(PromptError):
         self.marks, self.pictures = marks, pictures
 
 
-class PicturesUnsupported(PromptError):
+class ImagesUnsupported(PromptError):
     """The model's tokenizer has no tokens for pictures."""
 
     def __init__(self) -> None:
@@ -164,3 +166,8 @@ class PicturesUnsupported(PromptError):
             "This model reads text only, and a picture was given.",
             hint="Leave the picture out, or choose a model that sees, such as mistral-community/pixtral-12b.",
         )
+
+
+def without_password(url: str) -> str:
+    """`url` as it can be shown: without a user's name and password."""
+    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)

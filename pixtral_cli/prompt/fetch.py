@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from http.client import HTTPConnection, HTTPSConnection
+from typing import Any
 from urllib.parse import quote, urlsplit
+from urllib.request import BaseHandler, HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request
 
-from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
+from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge, without_password
 from pixtral_cli.prompt.settings import reason_of
-
-if TYPE_CHECKING:
-    from pixtral_cli.prompt.dialled import Dial, Line
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
 CONNECT_SECONDS = 10.0
@@ -26,6 +29,8 @@ SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"B
 UNLABELLED = ("application/octet-stream", "binary/octet-stream")
 """What storage services call a file whose kind nobody told them."""
 URL_CHARACTERS = ":/?#[]@!$&'()*+,;=%-._~"
+Dial = Callable[[str, int, float], socket.socket]
+"""host, port, seconds -> a connected socket; raises OSError, whose text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def fetch(
         guard: how connections are made; without one, anywhere, through the proxies of the environment.
 
     Raises:
-        PictureFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
-        PictureTooLarge: more than `max_bytes`.
+        ImageFetchFailed: unreachable, an HTTP status, a page instead of a picture, too slow.
+        ImageTooLarge: more than `max_bytes`.
     """
     _check_address(url)
     limits, line = _Limits(connect, total, max_bytes, guard is not None), _line(guard)
@@ -86,13 +91,8 @@ def _told(url: str) -> str:
     return url if len(url) <= LONGEST_TOLD else f"{url[:LONGEST_TOLD]}…"
 
 
-def without_password(url: str) -> str:
-    """`url` as it can be shown: without a user's name and password."""
-    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
-
-
 def _check_address(url: str) -> None:
-    """Raise PictureFetchFailed for what no connection could be made to, and for a password."""
+    """Raise ImageFetchFailed for what no connection could be made to, and for a password."""
     try:
         parts = urlsplit(url)
         reason = "it names no server" if not parts.hostname else "its port is 0" if parts.port == 0 else None
@@ -101,29 +101,25 @@ def _check_address(url: str) -> None:
     if "@" in url.partition("://")[2].partition("/")[0]:
         reason = "an address with a user's name and password is not supported"
     if reason:
-        raise PictureFetchFailed(_told(url), reason)
+        raise ImageFetchFailed(_told(url), reason)
 
 
 def _line(guard: Guard | None) -> Line | None:
     if guard is None:
         return None
-    from pixtral_cli.prompt.dialled import Line
-
     return Line(guard.dial, guard.redirects)
 
 
 def _into(outcome: list[bytes | BaseException], url: str, limits: _Limits, line: Line | None) -> None:
     try:
         outcome.append(_download(url, limits, line))
-    except (PictureFetchFailed, PictureTooLarge) as error:
+    except (ImageFetchFailed, ImageTooLarge) as error:
         outcome.append(error)
     except Exception as error:  # urllib and http.client raise a dozen kinds
-        outcome.append(PictureFetchFailed(_told(url), _reason(error, limits)))
+        outcome.append(ImageFetchFailed(_told(url), _reason(error, limits)))
 
 
 def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
-    from urllib.request import Request
-
     deadline = time.monotonic() + limits.total
     request = Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*"})
     data = bytearray()
@@ -134,7 +130,7 @@ def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
             data += piece
             if len(data) > limits.max_bytes:
                 most = f"{limits.max_bytes / 2**20:g} MiB"
-                raise PictureTooLarge(_told(url), f"The picture {_told(url)} is larger than {most}.")
+                raise ImageTooLarge(_told(url), f"The picture {_told(url)} is larger than {most}.")
             if time.monotonic() > deadline:
                 raise _too_slow(url, limits.total)
         _check_whole(url, response.headers.get("Content-Length"), len(data))
@@ -144,22 +140,22 @@ def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
 def _check_whole(url: str, promised: str | None, received: int) -> None:
     """`read1` says nothing when a connection ends early."""
     if promised and promised.isdecimal() and received < int(promised):
-        raise PictureFetchFailed(_told(url), f"the connection ended after {received} of {promised} bytes")
+        raise ImageFetchFailed(_told(url), f"the connection ended after {received} of {promised} bytes")
 
 
-def _too_slow(url: str, total: float) -> PictureFetchFailed:
-    return PictureFetchFailed(_told(url), f"it took more than {total:g} seconds")
+def _too_slow(url: str, total: float) -> ImageFetchFailed:
+    return ImageFetchFailed(_told(url), f"it took more than {total:g} seconds")
 
 
 def _refuse_page(url: str, headers: Any, start: bytes, guarded: bool) -> None:
     """A page, said to be one and not a picture under a wrong name, need not be downloaded."""
     packed = headers.get("Content-Encoding", "identity")
     if packed.lower() != "identity":
-        raise PictureFetchFailed(_told(url), f"the server packed it with {packed}, which was not asked for")
+        raise ImageFetchFailed(_told(url), f"the server packed it with {packed}, which was not asked for")
     kind = headers.get_content_type()
     may_be_one = not guarded or kind in UNLABELLED or "Content-Type" not in headers
     if not kind.startswith("image/") and not (may_be_one and start.startswith(SIGNATURES)):
-        raise PictureFetchFailed(_told(url), f"the server sent {kind}, not a picture")
+        raise ImageFetchFailed(_told(url), f"the server sent {kind}, not a picture")
 
 
 def _opener(line: Line | None) -> Any:
@@ -190,3 +186,87 @@ def _reason(error: Exception, limits: _Limits) -> str:
     if limits.guarded and isinstance(cause, BadStatusLine) and not isinstance(cause, ConnectionError):
         return "what answered does not speak HTTP"
     return getattr(cause, "strerror", None) or reason_of(cause)
+
+
+class Line:
+    """The connections of one download, which can be cut from another thread."""
+
+    def __init__(self, dial: Dial, redirects: int) -> None:
+        self.dial, self.redirects = dial, redirects
+        self.sockets: list[socket.socket] = []
+        self.is_cut = False
+
+    def handlers(self) -> list[BaseHandler]:
+        return [_Http(self), _Https(self), _Redirects(self.redirects)]
+
+    def open(self, host: str, port: int, seconds: float) -> socket.socket:
+        connection = self.dial(host, port, seconds)
+        connection.settimeout(seconds)
+        return self.keep(connection)
+
+    def keep(self, connection: Any) -> Any:
+        self.sockets.append(connection)
+        if self.is_cut:
+            self.cut()
+        return connection
+
+    def cut(self) -> None:
+        """End what is still waiting for data: a server that sends a byte now and then would hold its thread."""
+        self.is_cut = True
+        for connection in list(self.sockets):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(HTTPConnection):
+    def __init__(self, line: Line, host: str, **options: Any) -> None:
+        super().__init__(host, **options)
+        self.line = line
+
+    def connect(self) -> None:
+        self.sock = self.line.open(self.host, self.port, self.timeout)
+
+
+class _SecureConnection(HTTPSConnection):
+    def __init__(self, line: Line, host: str, **options: Any) -> None:
+        self.trust = ssl.create_default_context()
+        super().__init__(host, context=self.trust, **options)
+        self.line = line
+
+    def connect(self) -> None:
+        """The certificate must be the name's, whatever the address that was dialled."""
+        plain = self.line.open(self.host, self.port, self.timeout)
+        name = self.host.rstrip(".")
+        self.sock = self.trust.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+        self.line.keep(self.sock).do_handshake()
+
+
+class _Http(HTTPHandler):
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+    def http_open(self, request: Request) -> Any:
+        return self.do_open(partial(_Connection, self.line), request)
+
+
+class _Https(HTTPSHandler):
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+    def https_open(self, request: Request) -> Any:
+        return self.do_open(partial(_SecureConnection, self.line), request)
+
+
+class _Redirects(HTTPRedirectHandler):
+    max_repeats = 1
+
+    def __init__(self, most: int) -> None:
+        self.max_redirections = most
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.close()  # urllib would read the body of a redirection to its end, however long
+        if req.type == "https" and not newurl.lower().startswith("https:"):
+            raise OSError("it redirects from https to http")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from pixtral_cli.prompt.errors import PictureDamaged, PictureError, PictureNotFound, PictureTooLarge, PictureUnreadable
-from pixtral_cli.prompt.fetch import fetch as fetch_url
-from pixtral_cli.prompt.fetch import without_password
+from pixtral_cli.prompt.errors import (
+    ImageDamaged,
+    ImageError,
+    ImageNotFound,
+    ImageTooLarge,
+    ImageUnreadable,
+    without_password,
+)
+from pixtral_cli.prompt.image import to_rgb
 from pixtral_cli.prompt.settings import reason_of
-from pixtral_cli.prompt.upright import upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,6 +47,13 @@ PIL_SETTINGS = threading.Lock()
 """Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
 
 
+def fetch_url(url: str) -> bytes:
+    """`fetch.fetch`, whose libraries only a download needs."""
+    from pixtral_cli.prompt.fetch import fetch
+
+    return fetch(url)
+
+
 def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:
     """The picture as people see it: first frame, upright, transparency on white, 8-bit RGB.
 
@@ -49,16 +61,16 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
         source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
             the bytes of a file, or a PIL.Image; what `load` gave comes back as it is.
         max_pixels: width times height that the header may state.
-        fetch: gets an http(s) address; raises PictureFetchFailed.
+        fetch: gets an http(s) address; raises ImageFetchFailed.
 
     Raises:
-        PictureError: PictureNotFound, PictureUnreadable, PictureTooLarge or PictureFetchFailed, naming the picture.
+        ImageError: ImageNotFound, ImageUnreadable, ImageTooLarge or ImageFetchFailed, naming the picture.
     """
     name = name_of(source)
     if hasattr(source, "convert") and hasattr(source, "size"):
         with _pil_set_up(), _sentences(name):
             _check_size(source, name, max_pixels)
-            return upright_rgb(source)
+            return to_rgb(source)
     with _file(source, name, fetch) as file, _pil_set_up(), decoded(file, name, max_pixels=max_pixels) as picture:
         return picture
 
@@ -76,7 +88,7 @@ def checked(source: Any) -> Any:
     many decoded ones would fill the memory before they are needed.
 
     Raises:
-        PictureError: as `load`.
+        ImageError: as `load`.
     """
     name = name_of(source)
     with _file(source, name, fetch_url) as file, _pil_set_up(), decoded(file, name) as picture:
@@ -98,14 +110,14 @@ def decoded(
         turn: entered with the number of pixels that the header states, before they are decoded; left with the picture.
 
     Raises:
-        PictureError: PictureUnreadable (PictureDamaged in a decoder's words) or PictureTooLarge.
+        ImageError: ImageUnreadable (ImageDamaged in a decoder's words) or ImageTooLarge.
     """
     with _sentences(name):
         picture = _open(file, name)
         _check_size(picture, name, max_pixels)
     with turn(picture.width * picture.height):
         with _sentences(name):
-            picture = upright_rgb(picture)
+            picture = to_rgb(picture)
         yield picture
 
 
@@ -125,7 +137,7 @@ def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
     if isinstance(source, (bytes, bytearray)):
         return BytesIO(source)
     if not (isinstance(source, str) or hasattr(source, "__fspath__")):
-        raise PictureUnreadable(name, "it is no path, address, bytes or PIL.Image", FROM_ARRAY)
+        raise ImageUnreadable(name, "it is no path, address, bytes or PIL.Image", FROM_ARRAY)
     if source == STDIN:
         return _standard_input(name)
     if isinstance(source, str):
@@ -148,23 +160,23 @@ def _named(source: str, name: str, fetch: Fetch) -> BinaryIO:
     if scheme == "file":
         return _path(file_address(source, name), name)
     if source == "":
-        raise PictureUnreadable(name, "it has no name")
+        raise ImageUnreadable(name, "it has no name")
     path = Path(source)
     if OTHER_ADDRESS.match(source) and not _exists(path):
-        raise PictureUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+        raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
     return _path(path if _exists(path) else _from_home(source), name)
 
 
 def file_address(source: str, name: str) -> Path:
-    """The path in a file: address of this computer. Raises PictureUnreadable."""
+    """The path in a file: address of this computer. Raises ImageUnreadable."""
     try:
         parts = urlsplit(source)
     except ValueError as error:
-        raise PictureUnreadable(name, "the address is malformed") from error
+        raise ImageUnreadable(name, "the address is malformed") from error
     if parts.netloc not in ("", "localhost"):
-        raise PictureUnreadable(name, f"the file is on another computer, {parts.netloc}", "Copy it to this one.")
+        raise ImageUnreadable(name, f"the file is on another computer, {parts.netloc}", "Copy it to this one.")
     if parts.path in ("", "/"):
-        raise PictureUnreadable(name, "the address names no file")
+        raise ImageUnreadable(name, "the address names no file")
     return Path(unquote(parts.path))
 
 
@@ -185,7 +197,7 @@ def _from_home(source: str) -> Path:
 
 def _standard_input(name: str) -> BinaryIO:
     if sys.stdin is None:
-        raise PictureUnreadable(name, "it is closed", "Send the picture through a pipe, or give its path.")
+        raise ImageUnreadable(name, "it is closed", "Send the picture through a pipe, or give its path.")
     return _limited(sys.stdin.buffer, name)
 
 
@@ -193,7 +205,7 @@ def _limited(pipe: BinaryIO, name: str) -> BinaryIO:
     """All that a pipe holds; one without an end must not fill the memory."""
     data = pipe.read(MAX_PIPE_BYTES + 1)
     if len(data) > MAX_PIPE_BYTES:
-        raise PictureTooLarge(name, f"The picture {name} has more than {MAX_PIPE_BYTES // 2**20} MiB.")
+        raise ImageTooLarge(name, f"The picture {name} has more than {MAX_PIPE_BYTES // 2**20} MiB.")
     return BytesIO(data)
 
 
@@ -201,11 +213,11 @@ def _path(path: Path, name: str) -> BinaryIO:
     try:
         file = path.open("rb")
     except IsADirectoryError as error:
-        raise PictureUnreadable(name, "it is a folder") from error
+        raise ImageUnreadable(name, "it is a folder") from error
     except PermissionError as error:
-        raise PictureUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
+        raise ImageUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
     except (OSError, ValueError) as error:  # missing, a name too long, a NUL
-        raise PictureNotFound(name) from error
+        raise ImageNotFound(name) from error
     if file.seekable():
         return file
     with file:  # a named pipe
@@ -213,10 +225,10 @@ def _path(path: Path, name: str) -> BinaryIO:
 
 
 def data_uri(uri: str, name: str) -> bytes:
-    """What a data: URI holds. Raises PictureUnreadable."""
+    """What a data: URI holds. Raises ImageUnreadable."""
     head, comma, body = uri.partition(",")
     if not comma:
-        raise PictureUnreadable(name, "a data: URI needs a comma before its data")
+        raise ImageUnreadable(name, "a data: URI needs a comma before its data")
     data = unquote_to_bytes(body)
     del body  # each copy of a large picture counts
     if not head.lower().endswith(";base64"):
@@ -225,7 +237,7 @@ def data_uri(uri: str, name: str) -> bytes:
         data += b"=="
         return b64decode(data, altchars=b"-_" if b"-" in data or b"_" in data else None)
     except ValueError as error:
-        raise PictureUnreadable(name, "its base64 is damaged") from error
+        raise ImageUnreadable(name, "its base64 is damaged") from error
 
 
 @contextmanager
@@ -249,12 +261,12 @@ def _sentences(name: str) -> Iterator[None]:
 
     try:
         yield
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise PictureUnreadable(name, "it is not a picture of a known format") from error
+        raise ImageUnreadable(name, "it is not a picture of a known format") from error
     except Exception as error:
-        raise PictureDamaged(name, f"it is damaged or cut short ({reason_of(error)})") from error
+        raise ImageDamaged(name, f"it is damaged or cut short ({reason_of(error)})") from error
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
@@ -262,7 +274,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
     from PIL import Image
 
     if not file.read(1):
-        raise PictureUnreadable(name, "it is empty", "Download or copy it again.")
+        raise ImageUnreadable(name, "it is empty", "Download or copy it again.")
     file.seek(0)
     return Image.open(file, formats=FORMATS)
 
@@ -271,6 +283,6 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         sentence = f"The picture {name} has {width}x{height} = {width * height:,} pixels, more than {max_pixels:,}."
-        raise PictureTooLarge(name, sentence)
+        raise ImageTooLarge(name, sentence)
     if not width or not height:
-        raise PictureUnreadable(name, f"it has no pixels ({width}x{height})")
+        raise ImageUnreadable(name, f"it has no pixels ({width}x{height})")

@@ -5,7 +5,7 @@ Knows the checkpoint's side files and nothing of its tensors; imports torch only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -14,15 +14,15 @@ from typing import Any, Literal, Protocol
 
 from pixtral_cli.prompt import gguf_tokenizer, media
 from pixtral_cli.prompt.errors import (
+    ImagesMisplaced,
+    ImagesPassedOver,
+    ImagesUnsupported,
     NoChatTemplate,
-    PicturesMisplaced,
-    PicturesPassedOver,
-    PicturesUnsupported,
     PromptError,
 )
-from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare, token_ids
+from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare
 from pixtral_cli.prompt.messages import Conversation, ImagePart
-from pixtral_cli.prompt.native import NativeRules, can_chat, knows_tools
+from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
 from pixtral_cli.prompt.settings import Settings
 from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
 from pixtral_cli.prompt.tokenizer import Tokenizer
@@ -86,13 +86,23 @@ class ImageTokens:
             return None
         return cls(*map(tokenizer.control, names))
 
+    def grid(self, rows: int, columns: int) -> list[int]:
+        """The prompt tokens of one image.
+
+        >>> ImageTokens(10, 12, 13).grid(rows=2, columns=3)
+        [10, 10, 10, 12, 10, 10, 10, 13]
+        """
+        ids = ([self.patch] * columns + [self.row_end]) * rows
+        ids[-1] = self.end
+        return ids
+
 
 @dataclass
 class Processor:
     """Builds prompts for one checkpoint."""
 
     tokenizer: Tokenizer
-    dialect: ChatTemplate | NativeRules | None
+    chat_format: ChatTemplate | MistralFormat | None
     """None: the model completes text and has no chat."""
     image_tokens: ImageTokens | None
     recipe: Recipe
@@ -137,7 +147,7 @@ class Processor:
             spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
-            _dialect(checkpoint, tokenizer, written),
+            _chat_format(checkpoint, tokenizer, written),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
@@ -148,21 +158,22 @@ class Processor:
         """The prompt that asks for the next answer, in which `tools` may be called, or for more of the last one.
 
         Raises:
-            NoChatTemplate, TemplateFailed, PicturesUnsupported, PictureError.
+            NoChatTemplate, TemplateFailed, ImagesUnsupported, ImageError.
         """
-        if self.dialect is None:
+        if self.chat_format is None:
             raise NoChatTemplate
-        dialect = self._tool_dialect(self.dialect) if tools or conversation.has_tool_messages else self.dialect
-        images = self._prepare(dialect.arranged(conversation).images)
-        prompt = self._filled(dialect.encode(conversation, tools), images)
+        has_tools = tools or conversation.has_tool_messages
+        chat_format = self._format_for_tools(self.chat_format) if has_tools else self.chat_format
+        images = self._prepare(chat_format.arranged(conversation).images)
+        ids = self._filled(chat_format.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
-        return replace(prompt, answer_starts_text=not in_text, tools=tuple(tools), call_form=dialect.call_form)
+        return Prompt(ids, images, not in_text, tuple(tools), chat_format.call_form)
 
-    def _tool_dialect(self, dialect: ChatTemplate | NativeRules) -> ChatTemplate | NativeRules:
+    def _format_for_tools(self, chat_format: ChatTemplate | MistralFormat) -> ChatTemplate | MistralFormat:
         """Mistral's own rules in place of a template that passes over tools, as Pixtral-12B's does."""
-        if isinstance(dialect, ChatTemplate) and not dialect.knows_tools and knows_tools(self.tokenizer):
-            return NativeRules(self.tokenizer, dialect.source)
-        return dialect
+        if isinstance(chat_format, ChatTemplate) and not chat_format.knows_tools and knows_tools(self.tokenizer):
+            return MistralFormat(self.tokenizer, chat_format.source)
+        return chat_format
 
     def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.
@@ -172,7 +183,7 @@ class Processor:
         and no ``[IMG]`` they come first. Without pictures ``[IMG]`` is text: an image token always has an image.
 
         Raises:
-            PicturesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
+            ImagesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
             PromptError: `text` is no text, or `pictures` no list of pictures.
         """
         if not isinstance(text, str):
@@ -182,11 +193,12 @@ class Processor:
         if len(pieces) == 1:
             pieces = [""] * len(pictures) + pieces
         if len(pieces) != len(pictures) + 1:
-            raise PicturesMisplaced(len(pieces) - 1, len(pictures))
+            raise ImagesMisplaced(len(pieces) - 1, len(pictures))
         images = self._prepare(map(ImagePart, pictures))
         ids: list[int] = []
         for index, piece in enumerate(pieces):
-            ids += self._picture_ids(images[index - 1]) if index else []
+            if index:
+                ids += self.image_tokens.grid(images[index - 1].rows, images[index - 1].columns)
             ids += self._raw_ids(piece, at_start=not ids)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -202,33 +214,28 @@ class Processor:
     def _prepare(self, pictures: Iterable[ImagePart]) -> list[PreparedImage]:
         pictures = list(pictures)
         if pictures and self.image_tokens is None:
-            raise PicturesUnsupported
+            raise ImagesUnsupported
         return [self._prepared(picture) for picture in pictures]
 
     def _prepared(self, picture: ImagePart) -> PreparedImage:
         """The picture is made small before the next one is opened."""
         with self.open_picture(picture.source) as opened:
             image = prepare(opened, self.recipe, self.spec.at(picture.detail))
-            return image.without_pixels() if self.sizes_only else image.compact()
+            return replace(image, source=None) if self.sizes_only else image.compact()
 
-    def _filled(self, ids: list[int], images: list[PreparedImage]) -> Prompt:
-        """`ids` with each picture's tokens in place of its mark."""
-        if self.image_tokens is None:
-            return Prompt(ids, [])
-        marks = ids.count(self.image_tokens.patch)
-        if marks != len(images):
-            raise PicturesPassedOver(marks, len(images))
-        if not images:
-            return Prompt(ids, [])
-        left = iter(images)
-        return Prompt([id for mark in ids for id in self._expanded(mark, left)], images)
-
-    def _expanded(self, mark: int, images: Iterator[PreparedImage]) -> list[int]:
-        return self._picture_ids(next(images)) if mark == self.image_tokens.patch else [mark]
-
-    def _picture_ids(self, image: PreparedImage) -> list[int]:
+    def _filled(self, ids: list[int], images: list[PreparedImage]) -> list[int]:
+        """`ids` with each image's tokens in place of its mark."""
         tokens = self.image_tokens
-        return token_ids(image.rows, image.columns, tokens.patch, tokens.row_end, tokens.end)
+        marks = ids.count(tokens.patch) if tokens else 0
+        if marks != len(images):
+            raise ImagesPassedOver(marks, len(images))
+        filled: list[int] = []
+        start = 0
+        for image in images:
+            mark = ids.index(tokens.patch, start)
+            filled += ids[start:mark] + tokens.grid(image.rows, image.columns)
+            start = mark + 1
+        return filled + ids[start:]
 
 
 def _listed(pictures: Any) -> list[Any]:
@@ -240,9 +247,9 @@ def _listed(pictures: Any) -> list[Any]:
     return list(pictures)
 
 
-def _dialect(
+def _chat_format(
     checkpoint: CheckpointFiles, tokenizer: Tokenizer, written: Mapping[str, Any] | None
-) -> ChatTemplate | NativeRules | None:
+) -> ChatTemplate | MistralFormat | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
     if checkpoint.form == "gguf":
         source = written_template((written or {}).get("chat_template"))
@@ -251,4 +258,4 @@ def _dialect(
     if source is not None:
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
         return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
-    return NativeRules(tokenizer) if can_chat(tokenizer) else None
+    return MistralFormat(tokenizer) if can_chat(tokenizer) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from pixtral_cli.prompt.errors import PictureUnreadable
+from pixtral_cli.prompt.errors import ImageUnreadable
 
 MAX_SCANS = 100
 """Programs write some ten. Each takes 5.6 ms for 169 million grey pixels, and can be as short as 340 bytes."""
@@ -21,7 +21,7 @@ START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 
 
 def check_structure(data: bytes, name: str) -> None:
-    """Raise PictureUnreadable for a file with more scans or pieces than any program would write."""
+    """Raise ImageUnreadable for a file with more scans or pieces than any program would write."""
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data, name)
     elif data.startswith(b"\x89PNG"):
@@ -49,5 +49,5 @@ def _check_png(data: bytes, name: str) -> None:
     raise _too_many(name, "chunks")
 
 
-def _too_many(name: str, parts: str) -> PictureUnreadable:
-    return PictureUnreadable(name, f"it is made of too many {parts}", "Open and save it with another program.")
+def _too_many(name: str, parts: str) -> ImageUnreadable:
+    return ImageUnreadable(name, f"it is made of too many {parts}", "Open and save it with another program.")

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pixtral_cli.prompt.errors import PictureFetchFailed, PictureTooLarge
+from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge
 from pixtral_cli.prompt.fetch import fetch
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(1000)
@@ -94,7 +94,7 @@ def test_a_picture_is_fetched(site, page):
     ],
 )
 def test_each_failure_says_why(site, page, reason, connect, total):
-    with pytest.raises(PictureFetchFailed, match=reason) as caught:
+    with pytest.raises(ImageFetchFailed, match=reason) as caught:
         fetch(f"{site}/{page}", connect=connect, total=total)
     assert page in str(caught.value)
     assert caught.value.hint
@@ -103,12 +103,12 @@ def test_each_failure_says_why(site, page, reason, connect, total):
 
 def test_a_missing_page_says_404(site, monkeypatch):
     monkeypatch.setattr(Handler, "gone", lambda self: self.answer(404), raising=False)
-    with pytest.raises(PictureFetchFailed, match="404"):
+    with pytest.raises(ImageFetchFailed, match="404"):
         fetch(f"{site}/gone")
 
 
 def test_a_download_has_a_limit(site):
-    with pytest.raises(PictureTooLarge):
+    with pytest.raises(ImageTooLarge):
         fetch(f"{site}/picture", max_bytes=1000)
 
 
@@ -116,6 +116,6 @@ def test_a_download_has_a_limit(site):
     "url", ["http://127.0.0.1:1/x.png", "http://", "http://[", "http://a b/", "http://no.invalid/x"]
 )
 def test_an_address_that_leads_nowhere_is_one_sentence(url):
-    with pytest.raises(PictureFetchFailed) as caught:
+    with pytest.raises(ImageFetchFailed) as caught:
         fetch(url, connect=2, total=4)
     assert "\n" not in str(caught.value)

@@ -19,7 +19,8 @@ from transformers.models.pixtral.image_processing_pil_pixtral import (
     get_resize_output_image_size,
 )
 
-from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare, token_ids
+from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare
+from pixtral_cli.prompt.processor import ImageTokens
 from pixtral_cli.prompt.settings import Settings
 
 SIZES = [(1, 1), (1, 2), (16, 16), (17, 15), (300, 200), (90, 700), (3000, 400), (1025, 1023), (1024, 1024), (2000, 9)]
@@ -144,7 +145,7 @@ def test_no_picture_takes_more_than_4160_tokens(width, height, recipe):
     columns, rows = (side // 16 for side in plan_size(width, height, recipe, ImageSpec()))
     assert 1 <= rows <= 64
     assert 1 <= columns <= 64
-    assert len(token_ids(rows, columns, 10, 12, 13)) == rows * (columns + 1) <= 4160
+    assert len(ImageTokens(10, 12, 13).grid(rows, columns)) == rows * (columns + 1) <= 4160
 
 
 def test_a_preprocessor_config_changes_the_recipe():

@@ -22,7 +22,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from pixtral_cli.prompt import media
-from pixtral_cli.prompt.errors import PictureError, PictureNotFound, PictureTooLarge, PictureUnreadable
+from pixtral_cli.prompt.errors import ImageError, ImageNotFound, ImageTooLarge, ImageUnreadable
 
 RNG = np.random.default_rng(7)
 NOISE = RNG.integers(0, 256, (9, 14, 4), dtype=np.uint8)
@@ -179,7 +179,7 @@ def test_a_cmyk_jpeg_is_read():
 
 @pytest.mark.parametrize("form", ["ICO", "PPM", "TGA", "PDF", "EPS"])
 def test_other_formats_are_not_even_tried(form):
-    with pytest.raises(PictureUnreadable, match="known format"):
+    with pytest.raises(ImageUnreadable, match="known format"):
         media.load(encoded(RGB, form))
 
 
@@ -213,14 +213,14 @@ def test_an_address_goes_through_the_fetch_that_is_given():
     "name", ["missing.png", "~nobody-by-this-name/x.png", "a\0b.png", "x" * 5000, "file:///missing"]
 )
 def test_a_missing_file_is_one_sentence(name):
-    with pytest.raises(PictureNotFound) as caught:
+    with pytest.raises(ImageNotFound) as caught:
         media.load(name)
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("source", [np.zeros((4, 4, 3), np.uint8), 7, None, ["a.png"]], ids=repr)
 def test_what_is_no_picture_at_all_is_one_sentence(source):
-    with pytest.raises(PictureUnreadable, match="no path") as caught:
+    with pytest.raises(ImageUnreadable, match="no path") as caught:
         media.load(source)
     assert caught.value.hint
 
@@ -248,7 +248,7 @@ def test_a_tilde_is_the_home_folder_only_where_it_is_typed_first(tmp_path, monke
     ],
 )
 def test_a_name_that_can_be_none_says_why(name, said):
-    with pytest.raises(PictureError, match=re.escape(said)) as caught:
+    with pytest.raises(ImageError, match=re.escape(said)) as caught:
         media.load(name)
     assert caught.value.hint and "secret" not in str(caught.value) + caught.value.name
 
@@ -257,7 +257,7 @@ def test_standard_input_without_an_end_is_refused(monkeypatch):
     monkeypatch.setattr(media, "MAX_PIPE_BYTES", 2**20)
     with open("/dev/zero", "rb") as endless:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless))
-        with pytest.raises(PictureTooLarge, match="1 MiB"):
+        with pytest.raises(ImageTooLarge, match="1 MiB"):
             media.load("-")
 
 
@@ -287,13 +287,13 @@ def test_a_large_picture_that_was_checked_is_not_kept_decoded(tmp_path):
     path.write_bytes(data)
     assert media.checked(path) == path and media.checked(data) == data
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(PictureUnreadable):
+    with pytest.raises(ImageUnreadable):
         media.checked(path)
 
 
 def test_closed_standard_input_is_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(PictureUnreadable, match="closed"):
+    with pytest.raises(ImageUnreadable, match="closed"):
         media.load("-")
 
 
@@ -301,19 +301,19 @@ def test_warning_filters_and_the_limit_of_pil_stay_the_callers():
     with warnings.catch_warnings():
         before, limit = list(warnings.filters), Image.MAX_IMAGE_PIXELS
         media.load(encoded(RGB))
-        with pytest.raises(PictureUnreadable):
+        with pytest.raises(ImageUnreadable):
             media.load(b"nothing")
         assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (before, limit)
 
 
 def test_a_folder_is_no_picture(tmp_path):
-    with pytest.raises(PictureUnreadable, match="folder"):
+    with pytest.raises(ImageUnreadable, match="folder"):
         media.load(tmp_path)
 
 
 @pytest.mark.parametrize("uri", ["data:image/png;base64", "data:image/png;base64,AAA%%%", "data:,hello", "data:,"])
 def test_a_damaged_data_uri_is_one_sentence(uri):
-    with pytest.raises(PictureUnreadable):
+    with pytest.raises(ImageUnreadable):
         media.load(uri)
 
 
@@ -323,7 +323,7 @@ def test_a_truncated_picture_is_one_sentence_that_names_it(tmp_path, form, part)
     whole = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), form)
     path = tmp_path / "cut.bin"
     path.write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(PictureUnreadable, match=r"cut\.bin") as caught:
+    with pytest.raises(ImageUnreadable, match=r"cut\.bin") as caught:
         media.load(path)
     assert "\n" not in str(caught.value)
 
@@ -339,7 +339,7 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(20_000, 9_000), (100_000, 100_000), (178_000_001, 1)])
 def test_a_bomb_is_refused_by_its_header_with_both_numbers(size, recwarn):
-    with pytest.raises(PictureTooLarge) as caught:
+    with pytest.raises(ImageTooLarge) as caught:
         media.load(bomb(*size))
     assert f"{size[0] * size[1]:,}" in str(caught.value)
     assert "178,000,000" in str(caught.value)
@@ -347,10 +347,10 @@ def test_a_bomb_is_refused_by_its_header_with_both_numbers(size, recwarn):
 
 
 def test_the_pixel_limit_can_be_set(recwarn):
-    with pytest.raises(PictureTooLarge, match="100"):
+    with pytest.raises(ImageTooLarge, match="100"):
         media.load(RGB, max_pixels=100)
     assert media.load(RGB, max_pixels=RGB.width * RGB.height).size == RGB.size
-    with pytest.raises(PictureUnreadable):  # within the limit, so its missing pixels are noticed
+    with pytest.raises(ImageUnreadable):  # within the limit, so its missing pixels are noticed
         media.load(bomb(20_000, 10_000), max_pixels=10**9)
     assert not recwarn.list
 
@@ -365,5 +365,5 @@ def test_arbitrary_and_damaged_bytes_never_escape_as_anything_but_a_picture_erro
         data = bytes(whole)
     try:
         assert media.load(data).mode == "RGB"
-    except PictureError as error:
+    except ImageError as error:
         assert error.hint and "\n" not in str(error)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pixtral_cli.prompt.errors import InvalidMessages, InvalidTools, PromptError, TemplateFailed
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.native import NativeRules
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.template import ChatTemplate
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tools import parse_tools
@@ -47,30 +47,30 @@ odd_messages = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="session")
-def dialects(byte_level_json):
+def formats(byte_level_json):
     """Mistral's rules of four versions, and a template that writes all that there is."""
     tokenizer = Tokenizer.load({"tokenizer.json": byte_level_json}.get)
-    rules = [NativeRules(replace(tokenizer, version=version)) for version in (3, 7, 13, 15)]
+    rules = [MistralFormat(replace(tokenizer, version=version)) for version in (3, 7, 13, 15)]
     return [*rules, ChatTemplate("{{ bos_token }}{{ messages | tojson }}", tokenizer)]
 
 
 @given(messages=st.lists(odd_messages, max_size=4) | json_values)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_json_comes_there_is_a_prompt_or_a_sentence(dialects, messages):
+def test_whatever_json_comes_there_is_a_prompt_or_a_sentence(formats, messages):
     try:
         conversation = parse(messages)
     except PromptError as error:
         assert "\n" not in str(error) and error.hint
         return
-    for dialect in dialects:
+    for chat_format in formats:
         try:
-            assert dialect.encode(conversation)
+            assert chat_format.encode(conversation)
         except TemplateFailed as error:
             assert error.hint
 
 
 @pytest.mark.parametrize("deep", [DEEP, json.loads(DEEP)])
-def test_what_is_nested_without_end_is_text_or_refused(dialects, deep):
+def test_what_is_nested_without_end_is_text_or_refused(formats, deep):
     call = {"id": "1", "function": {"name": "add", "arguments": deep}}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
     messages.append({"role": "tool", "tool_call_id": "1", "content": DEEP})
@@ -80,5 +80,5 @@ def test_what_is_nested_without_end_is_text_or_refused(dialects, deep):
         with pytest.raises(InvalidTools, match="parameters"):
             parse_tools([{"function": {"name": "add", "parameters": deep}}])
         return
-    for dialect in dialects:
-        assert dialect.encode(parse(messages))
+    for chat_format in formats:
+        assert chat_format.encode(parse(messages))

@@ -13,15 +13,15 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.errors import (
+    ImageNotFound,
+    ImagesMisplaced,
+    ImagesUnsupported,
     NoChatTemplate,
-    PictureNotFound,
-    PicturesMisplaced,
-    PicturesUnsupported,
     PromptError,
 )
 from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.native import NativeRules
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
 from pixtral_cli.prompt.settings import Settings, SettingsUnreadable
 
@@ -72,7 +72,7 @@ def test_raw_pictures_take_the_places_of_their_marks(raw):
 
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_marks_and_pictures_that_do_not_match_are_one_sentence(raw, pictures):
-    with pytest.raises(PicturesMisplaced, match=f"2 .*{pictures}"):
+    with pytest.raises(ImagesMisplaced, match=f"2 .*{pictures}"):
         raw.complete("[IMG][IMG]", [SMALL] * pictures)
 
 
@@ -150,7 +150,7 @@ def raw_tokens(made):
 
 
 def test_an_hf_folder_without_a_template_follows_mistrals_rules(raw):
-    assert isinstance(raw.dialect, NativeRules)
+    assert isinstance(raw.chat_format, MistralFormat)
     assert raw.chat(HELLO).token_ids == [1, 3, *raw.tokenizer.encode("a"), 4]
 
 
@@ -168,7 +168,7 @@ def test_a_model_without_picture_tokens_refuses_pictures(checkpoint, byte_level_
         checkpoint(tokenizer_json=byte_level_json, processor_config_json='{"image_token": "[NONE]"}')
     )
     for ask in (lambda: made.chat(SEEING), lambda: made.complete("", [SMALL])):
-        with pytest.raises(PicturesUnsupported):
+        with pytest.raises(ImagesUnsupported):
             ask()
 
 
@@ -212,7 +212,7 @@ def test_merged_patches_make_fewer_tokens(checkpoint, byte_level_json):
 
 
 def test_a_picture_that_fails_is_named(raw):
-    with pytest.raises(PictureNotFound, match=r"missing\.png"):
+    with pytest.raises(ImageNotFound, match=r"missing\.png"):
         raw.complete("a", ["missing.png"])
 
 

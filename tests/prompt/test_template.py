@@ -132,9 +132,9 @@ def test_ids_of_any_ordinary_text_are_those_of_transformers(byte_level_json, tex
     messages = [user(text) if index % 2 == 0 else assistant(text) for index, text in enumerate(texts)]
     messages = messages if messages[-1]["role"] == "user" else [*messages, user("?")]
     tokenizer_file = {"tokenizer.json": byte_level_json}.get
-    dialect = Processor.from_checkpoint(SimpleNamespace(form="hf", file=tokenizer_file))
-    dialect.dialect = chat_template(template, dialect.tokenizer)
-    ids = dialect.chat(parse(messages)).token_ids
+    processor = Processor.from_checkpoint(SimpleNamespace(form="hf", file=tokenizer_file))
+    processor.chat_format = chat_template(template, processor.tokenizer)
+    ids = processor.chat(parse(messages)).token_ids
     assert ids == transformers_ids(byte_level_json, template, messages)
 
 

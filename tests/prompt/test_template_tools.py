@@ -13,7 +13,7 @@ from support.tool_builders import arguments, call
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.native import NativeRules
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import Processor
 from pixtral_cli.prompt.template import ChatTemplate
 from pixtral_cli.prompt.tokenizer import Tokenizer
@@ -88,9 +88,9 @@ def test_ids_that_a_template_would_refuse_are_made_to_fit(byte_level_json):
 
 def test_a_template_that_passes_over_tools_gives_way_to_mistrals_rules(checkpoint, tekken_file, mistral):
     processor = Processor.from_checkpoint(checkpoint("hf", tekken_json=tekken_file, chat_template_jinja=PASSES_OVER))
-    assert isinstance(processor.dialect, ChatTemplate)
+    assert isinstance(processor.chat_format, ChatTemplate)
     plain = processor.chat(parse([USER]))
-    assert plain.token_ids == processor.dialect.encode(parse([USER])) and plain.tools == ()
+    assert plain.token_ids == processor.chat_format.encode(parse([USER])) and plain.tools == ()
 
     prompt = processor.chat(parse([USER]), parse_tools(TOOLS))
     theirs = ChatCompletionRequest(messages=[UserMessage(**USER)], tools=[Tool.from_openai(tool) for tool in TOOLS])
@@ -115,7 +115,7 @@ def test_calls_have_the_form_that_the_template_writes(both, written, form):
 @pytest.mark.parametrize(("version", "form"), [(3, "list"), (7, "list"), (11, "named with id"), (13, "named")])
 def test_calls_have_the_form_of_the_version_of_the_rules(both, version, form):
     both[0].version = version
-    assert NativeRules(both[0]).call_form == form
+    assert MistralFormat(both[0]).call_form == form
 
 
 def test_a_template_that_writes_the_word_type_for_tools_alone_still_gets_content_as_a_string(byte_level_json):

@@ -20,7 +20,7 @@ from support.tool_builders import KINDS, call
 
 from pixtral_cli.prompt import tekken
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.native import version_of
+from pixtral_cli.prompt.mistral_format import version_of
 from pixtral_cli.prompt.processor import Processor
 from pixtral_cli.prompt.tools import parse_tools
 
