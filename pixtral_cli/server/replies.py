@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from pixtral_cli.generation import Echo, Reply, TokenLogprob, Usage, characters
-from pixtral_cli.prompt.call_parser import ToolCallDelta
+from pixtral_cli.prompt.tool_calls import ToolCallDelta
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""

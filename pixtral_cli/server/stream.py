@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pixtral_cli.generation import Echo, Reply, TextEvent, TokenLogprob, Usage, characters
-from pixtral_cli.prompt.call_parser import ToolCallDelta, whole_deltas
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
 from pixtral_cli.server import replies
 from pixtral_cli.server.replies import Envelope, TokenBytes
 
