@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pixtral_cli.errors import PixtralError, PromptTooLong, RequestError
+from pixtral_cli.errors import PixtralError, PromptTooLong, RequestError, is_out_of_memory
 from pixtral_cli.prompt.errors import (
     ImageFetchFailed,
     ImageNotFound,
@@ -19,7 +19,6 @@ from pixtral_cli.prompt.errors import (
 )
 from pixtral_cli.server.errors import RETRY, ApiError, unavailable
 
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 RAW = "Use /v1/completions to write the prompt yourself."
 NO_PICTURES = "Leave the pictures out: this model's template has no place for them."
 DATA = "The picture itself can be sent, as a data: URI."
@@ -52,7 +51,7 @@ def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
     if isinstance(error, RequestError | PromptError) and not isinstance(error, TokenizerUnreadable):
         param = error.where if isinstance(error, InvalidEntry) else None
         return ApiError(400, _joined(error), param=param, code="invalid_value")
-    if _is_memory(error):
+    if is_out_of_memory(error):
         sentence = "The server has not enough memory for this request. Send a shorter one, or try again later."
         return ApiError(500, sentence, "server_error", code="out_of_memory")
     if isinstance(error, PixtralError):
@@ -70,10 +69,3 @@ def _joined(error: PixtralError) -> str:
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
         hint = None
     return f"{error} {hint}" if hint else str(error)
-
-
-def _is_memory(error: Exception) -> bool:
-    """Torch's error for the CPU is a plain RuntimeError."""
-    said = str(error).lower()
-    is_torch = isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or is_torch

@@ -1,7 +1,7 @@
 """The built-in model behind HTTP, for as long as the tests last."""
 
 import pytest
-from support.app_server import serving
+from support.serving import serving
 
 from pixtral_cli import Pixtral
 from pixtral_cli.engine.driver import Driver

@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 from support.processes import PATIENCE
-from support.served import hello, served, starting
+from support.serving import hello, served, starting
 
 from pixtral_cli.server.front import Front
 

@@ -4,7 +4,7 @@ import gguf
 import pytest
 import torch
 
-from pixtral_cli.model import int4 as layers
+from pixtral_cli.model.kernels import int4 as layers
 from weights_cache import codecs
 from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, stored_shapes
 from weights_cache.encodings import ENCODINGS
