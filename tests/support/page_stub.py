@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pixtral_cli.server.guard import SecurityHeaders
+from pixtral_cli.server.middleware import SecurityHeaders
 from pixtral_cli.server.page import routes
 
 USAGE = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from pixtral_cli.server.guard import guarded
+from pixtral_cli.server.middleware import guarded
 from pixtral_cli.server.protocol import guarded_protocol
 from support.processes import PATIENCE, PROGRAM, clean_environment
 
