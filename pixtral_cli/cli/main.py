@@ -25,7 +25,7 @@ from pixtral_cli.commands import run as run_command
 from pixtral_cli.commands import serve as serve_command
 from pixtral_cli.commands import tokenize as tokenize_command
 from pixtral_cli.commands import verify as verify_command
-from pixtral_cli.errors import PixtralError
+from pixtral_cli.errors import PixtralError, is_out_of_memory
 
 DEBUG = "PIXTRAL_DEBUG"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -163,21 +163,12 @@ def _explained(error: Exception) -> tuple[str, str | None]:
 
     if isinstance(error, PixtralError | WeightsError | UsageError):
         return str(error), error.hint or f"{DEBUG}=1 shows where it comes from."
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY, LESS_MEMORY
     first_line = str(error).partition("\n")[0]
     return (
         f"Something unexpected went wrong: {type(error).__name__}: {first_line}",
         f"This is a bug. {DEBUG}=1 shows the traceback for a report.",
-    )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own, torch's on a GPU, and torch's on the cpu, which is told only by its text."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )
 
 

@@ -25,9 +25,11 @@ Source: ggml's ggml-common.h (block_q2_K and its neighbours) and the classes of 
 import torch
 from torch import Tensor
 
-from . import bits, fit
+from weights_cache.encodings import ENCODINGS
+
+from . import bits, search
+from .bits import Scratch
 from .codec import BlockCodec, Codec
-from .groups import Scratch
 
 SUPER = 256
 RUN = 32  # bytes of a run of codes
@@ -117,7 +119,7 @@ def _q6_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
 
 
 def _pack_q4_k(weights: Tensor, scratch: Scratch) -> Tensor:
-    found, x = fit.offset_nibbles(weights, scratch)
+    found, x = search.offset_nibbles(weights, scratch)
     return torch.cat([
         bits.half_bytes(found.scale_step),
         bits.half_bytes(found.offset_step),
@@ -127,7 +129,7 @@ def _pack_q4_k(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 def _pack_q6_k(weights: Tensor, scratch: Scratch) -> Tensor:
-    found, x = fit.signed_six_bits(weights, scratch)
+    found, x = search.signed_six_bits(weights, scratch)
     codes = x.rows(SUPER, offset=32)
     return torch.cat([
         bits.join(codes & 15, 4, Q6_RUN),
@@ -138,9 +140,9 @@ def _pack_q6_k(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("q2_k", SUPER, 84, _q2_k_scales, _q2_k_codes),
-    BlockCodec("q3_k", SUPER, 110, _q3_k_scales, _q3_k_codes),
-    BlockCodec("q4_k", SUPER, 144, _six_bit_scales, _q4_k_codes, _pack_q4_k),
-    BlockCodec("q5_k", SUPER, 176, _six_bit_scales, _q5_k_codes),
-    BlockCodec("q6_k", SUPER, 210, _q6_k_scales, _q6_k_codes, _pack_q6_k),
+    BlockCodec(ENCODINGS["q2_k"], _q2_k_scales, _q2_k_codes),
+    BlockCodec(ENCODINGS["q3_k"], _q3_k_scales, _q3_k_codes),
+    BlockCodec(ENCODINGS["q4_k"], _six_bit_scales, _q4_k_codes, _pack_q4_k),
+    BlockCodec(ENCODINGS["q5_k"], _six_bit_scales, _q5_k_codes),
+    BlockCodec(ENCODINGS["q6_k"], _q6_k_scales, _q6_k_codes, _pack_q6_k),
 )

@@ -1,0 +1,283 @@
+"""What a request calls an image in, an RGB image out, as far as the server's policy lets it; knows no requests.
+
+A request may bring a picture as a data: URI, name one on the web, or one below the server's media path. Nothing else
+is looked at: not the server's standard input, not its home folder, not its network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pixtral_cli.prompt import fetch, media
+from pixtral_cli.prompt.errors import (
+    ImageDamaged,
+    ImageNotFound,
+    ImageRefused,
+    ImageTooLarge,
+    ImageUnreadable,
+)
+from pixtral_cli.server.structure import check_structure
+from pixtral_cli.server.threads import WeightedSemaphore, check_waited_for
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+LARGE_PIXELS = 16_000_000
+PIXELS_AT_ONCE = 64_000_000
+"""Pixels in memory at one time, of small pictures and again of large ones, from decoding until they are scaled. PIL
+takes 4 bytes for each, and 4 more while it turns a picture or puts it on white. A picture with more goes alone."""
+WAIT_SECONDS = 60.0
+BLOCK_BYTES = 64 * 2**20
+"""In which PIL takes memory. What is below 32 MiB, as its own 16 are, glibc may keep for good when it is let go of."""
+MEDIA_PATH_HINT = "Send the picture itself, as a data: URI; the server's --media-path says which files it may read."
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+LookUp = Callable[..., list[tuple]]
+"""`socket.getaddrinfo`, or what stands for it in a test."""
+
+NEVER = tuple(
+    map(
+        ip_network,
+        (
+            "169.254.0.0/16",  # link-local: the metadata services of AWS, Azure, Google, Oracle, Tencent and others
+            "fe80::/10",
+            "fd00:ec2::/32",  # AWS
+            "fd20:ce::/32",  # Google
+            "fd00:42::/32",  # Scaleway
+            "168.63.129.16/32",  # Azure's host
+            "100.100.100.200/32",  # Alibaba
+            "192.0.0.192/32",  # Oracle
+            "0.0.0.0/8",
+            "::/128",
+        ),
+    )
+)
+"""Not reachable whatever is allowed: services that give a machine's keys to whoever asks from it."""
+NOT_PUBLIC = tuple(map(ip_network, ("100.64.0.0/10", "192.88.99.0/24", "2002::/16", "3fff::/20")))
+"""Carriers' shared addresses, 6to4 relays, 6to4, documentation: what `is_private` leaves out."""
+PUBLIC_IPV6 = ip_network("2000::/3")
+NAT64 = ip_network("64:ff9b::/96")
+LOW_BITS = (NAT64, *map(ip_network, ("64:ff9b:1::/48", "::ffff:0:0/96")))
+"""IPv6 whose last 32 bits are an IPv4 address: NAT64 in both its ranges, and mapped."""
+LOW_PORTS = (80, 443)
+HIGH_PORT = 1024
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """What pictures a server's clients may make it read."""
+
+    allowed_domains: tuple[str, ...] = ()
+    """The only hosts, if any are given: a name means itself, "*.example.org" or ".example.org" the names below it."""
+    private_networks: tuple[Network, ...] = ()
+    """Networks that may be reached although they are not public; never link-local or metadata addresses."""
+    media_path: Path | None = None
+    """The folder whose files may be named; None for no files."""
+    max_pixels: int = media.MAX_PIXELS
+    max_bytes: int = fetch.MAX_BYTES
+    """Of one picture, downloaded or in a file; what a data: URI brings is bounded by the request's body."""
+    connect_seconds: float = fetch.CONNECT_SECONDS
+    total_seconds: float = fetch.TOTAL_SECONDS
+    redirects: int = 3
+
+
+class RequestMedia:
+    """`opened` is for `Processor.open_picture`: it blocks, so it belongs on a worker thread; any number may call it."""
+
+    def __init__(self, policy: MediaPolicy, look_up: LookUp | None = None) -> None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = None  # `media.decoded` checks; per picture, a lock would let one hold up all others
+        Image.core.set_block_size(BLOCK_BYTES)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        self.policy = policy
+        known = {"look_up": look_up} if look_up else {}
+        network = NetworkPolicy(policy.allowed_domains, policy.private_networks, **known)
+        self.guard = fetch.Guard(network.dial, policy.redirects)
+        self.media_path = policy.media_path.resolve() if policy.media_path else None
+        self.small, self.large = WeightedSemaphore(PIXELS_AT_ONCE), WeightedSemaphore(PIXELS_AT_ONCE)
+
+    @contextmanager
+    def opened(self, source: Any) -> Iterator[Image.Image]:
+        """The picture, upright, on white, 8-bit RGB. Others wait for their turn until it is let go of.
+
+        Raises:
+            ImageError: its text has nothing in it that the client did not send, or should not know.
+            NobodyWaits: the client has left.
+        """
+        name = media.name_of(source)
+        check_waited_for()
+        data = self._bytes(source, name)
+        check_structure(data, name)
+        turn = partial(self._turn, name)
+        try:
+            with media.decoded(BytesIO(data), name, max_pixels=self.policy.max_pixels, turn=turn) as picture:
+                yield picture
+        except ImageDamaged:
+            raise ImageUnreadable(name, "it is damaged or cut short", ImageDamaged.default_hint) from None
+
+    def _bytes(self, source: Any, name: str) -> bytes:
+        if not isinstance(source, str) or not source:
+            raise ImageUnreadable(name, "it should be an address or a data: URI")
+        known = SCHEME.match(source[:16])
+        scheme = known[1].lower() if known else ""
+        if scheme == "data":
+            return media.data_uri(source, name)
+        if scheme in ("http", "https"):
+            return self._download(source)
+        if scheme == "file":
+            return self._local(media.file_address(source, name), name)
+        if scheme or source == media.STDIN or source.startswith(("~", "/")):
+            raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+        return self._local(Path(source), name)
+
+    def _download(self, url: str) -> bytes:
+        policy = self.policy
+        return fetch.fetch(
+            url,
+            connect=policy.connect_seconds,
+            total=policy.total_seconds,
+            max_bytes=policy.max_bytes,
+            guard=self.guard,
+        )
+
+    def _local(self, path: Path, name: str) -> bytes:
+        """The bytes of a regular file below the media path, wherever links on the way lead."""
+        if self.media_path is None:
+            raise ImageRefused(name, "this server reads no files of its own for a request", MEDIA_PATH_HINT)
+        try:
+            real = (self.media_path / path).resolve()
+            self._check_below(real, name)
+            if not stat.S_ISREG(real.stat().st_mode):  # a device could be harmed by being opened
+                raise ImageNotFound(name)
+            with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                self._check_below(Path(os.readlink(f"/proc/self/fd/{file.fileno()}")), name)  # swapped meanwhile?
+                data = file.read(self.policy.max_bytes + 1)
+        except (OSError, ValueError, RuntimeError):  # missing, not permitted, a NUL, links in a circle
+            raise ImageNotFound(name) from None
+        if len(data) > self.policy.max_bytes:
+            limit = f"{self.policy.max_bytes / 2**20:g} MiB"
+            raise ImageTooLarge(name, f"The picture {name} is larger than {limit}.")
+        return data
+
+    def _check_below(self, path: Path, name: str) -> None:
+        if not path.is_relative_to(self.media_path):
+            raise ImageRefused(name, "it is not below the server's media path", MEDIA_PATH_HINT)
+
+    @contextmanager
+    def _turn(self, name: str, pixels: int) -> Iterator[None]:
+        """Large pictures take memory and time: they wait for each other, and the small ones do not wait for them."""
+        room = self.large if pixels > LARGE_PIXELS else self.small
+        with ExitStack() as held:
+            try:
+                held.enter_context(room.held(pixels, WAIT_SECONDS))
+            except TimeoutError:
+                reason = "the server is decoding too many others"
+                raise ImageRefused(name, reason, "Try again, or send it smaller.") from None
+            check_waited_for()
+            yield
+
+
+class ConnectionRefusedByPolicy(OSError):
+    """The policy does not let this host be reached; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class NetworkPolicy:
+    """Which hosts may be reached."""
+
+    domains: tuple[str, ...] = ()
+    """If any: the only host names, each exact, or "*.example.org" (".example.org") for all names below it."""
+    private_networks: tuple[Network, ...] = ()
+    """Reachable beside the public addresses."""
+    look_up: LookUp = socket.getaddrinfo
+
+    def dial(self, host: str, port: int, seconds: float) -> socket.socket:
+        """A connection to `host`, within `seconds` for all of its addresses together.
+
+        Raises:
+            ConnectionRefusedByPolicy: its name, its port or one of its addresses is not allowed.
+            OSError: unknown, or out of reach.
+        """
+        self._check_name(host)
+        found = self.look_up(host, port, type=socket.SOCK_STREAM)
+        for *_, target in found:
+            self._check_address(ip_address(target[0]), port)
+        return _first_to_answer(found, time.monotonic() + seconds)
+
+    def _check_name(self, host: str) -> None:
+        name = host.lower().rstrip(".")
+        if self.domains and not any(_matches(name, rule.lower()) for rule in self.domains):
+            raise ConnectionRefusedByPolicy("pictures from this host are not allowed on this server")
+
+    def _check_address(self, address: Address, port: int) -> None:
+        inner = _ipv4_in(address)
+        if _within(address, NEVER) or (inner and _within(inner, NEVER)):
+            raise ConnectionRefusedByPolicy("its address is never allowed")
+        if _within(address, self.private_networks):
+            return
+        if not is_public(address):
+            raise ConnectionRefusedByPolicy("its address is not a public one")
+        if port < HIGH_PORT and port not in LOW_PORTS:
+            raise ConnectionRefusedByPolicy(f"port {port} is not one for pictures")
+
+
+def is_public(address: Address) -> bool:
+    """Whether anybody on the internet could reach `address`.
+
+    Of IPv6 only global unicast counts, and IPv4 through NAT64 if that is public; the other ways to write IPv4 in IPv6
+    (mapped, compatible, 6to4, Teredo) are nobody's real address.
+    """
+    if address in NAT64:
+        return is_public(_ipv4_in(address))
+    if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
+        return False
+    special = address.is_private or address.is_multicast or address.is_reserved or address.is_unspecified
+    return not (special or _within(address, NOT_PUBLIC) or _within(address, NEVER))
+
+
+def _ipv4_in(address: Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 one stands for, however it is packed."""
+    if isinstance(address, IPv4Address):
+        return None
+    low = IPv4Address(int(address) & 0xFFFFFFFF)
+    if any(address in network for network in LOW_BITS):
+        return low
+    return address.sixtofour or (address.teredo[1] if address.teredo else None)
+
+
+def _within(address: Address, networks: Iterable[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+def _matches(name: str, rule: str) -> bool:
+    below = rule.removeprefix("*")
+    return name.endswith(below) if below.startswith(".") else name == rule.rstrip(".")
+
+
+def _first_to_answer(found: list[tuple], deadline: float) -> socket.socket:
+    last: OSError = OSError("its name has no address")
+    for family, kind, protocol, _, target in found:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            connection.connect(target)
+            return connection
+        except OSError as error:
+            connection.close()
+            last = error
+    raise last

@@ -1,0 +1,155 @@
+"""bitsandbytes' NF4: 4-bit codes and the scales of their blocks in, weights out, exactly. Knows no file and no kernel.
+
+A matrix is flattened and cut into blocks of 64 weights; a weight is TABLE[code] times the largest magnitude of its
+block. With double quantisation these magnitudes are bytes themselves, in blocks of 256 (Dettmers et al., QLoRA,
+2023, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, pad
+
+from weights_cache.encodings import ENCODINGS
+
+BLOCK = ENCODINGS["nf4"].block
+"""What bitsandbytes takes unless told otherwise."""
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Every size of block that it knows."""
+NESTED_BLOCK = 256
+ROWS = ENCODINGS["nf4"].kernel_rows
+"""Rows that lie together in the order of bitsandbytes' kernel for the CPU."""
+CHUNK = 2**18  # weights decoded at a time: a multiple of every block, and small enough for a core's cache
+
+TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""What the 16 codes stand for: quantiles of a normal distribution, with an exact zero (QLoRA, appendix E)."""
+
+
+@dataclass(frozen=True, eq=False)
+class NF4:
+    """A matrix [R, C] in NF4; C is even.
+
+    `codes` are uint8, two weights a byte and the first of them in the high half: [R, C/2], or [R/32, C/2, 32] in the
+    order of the CPU's kernel (see `interleaved`). `absmax` is float32 [blocks]; with double quantisation it is uint8,
+    and a block's magnitude is nested_quant_map[absmax] (float32 [256]) times its nested_absmax (float32, one for 256
+    blocks) plus nested_offset (float32 [1]).
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None = None
+    nested_quant_map: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    @property
+    def encoding(self) -> str:
+        return "nf4"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.codes.ndim == 2:
+            return self.codes.shape[0], 2 * self.codes.shape[1]
+        return self.codes.shape[0] * ROWS, 2 * self.codes.shape[1]
+
+    @property
+    def block(self) -> int:
+        """Weights that share a magnitude. A matrix of less than one block can be said to have blocks of any size."""
+        weights, blocks = math.prod(self.shape), self.absmax.numel()
+        return next(size for size in BLOCKS if math.ceil(weights / size) == blocks)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the magnitudes are quantised too."""
+        return self.nested_absmax is not None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.tensors().values())
+
+    def magnitudes(self) -> Tensor:
+        """The largest magnitude of each block, float32 [blocks]."""
+        if self.nested_absmax is None or self.nested_quant_map is None or self.nested_offset is None:
+            return self.absmax
+        units = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
+        return self.nested_quant_map[self.absmax.int()] * units + self.nested_offset
+
+    @torch.no_grad()
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [R, C]: bit for bit what bitsandbytes' `dequantize_4bit` makes of them in that dtype."""
+        shape, block = self.shape, self.block
+        codes, magnitudes = self.in_rows().codes.flatten(), self.magnitudes()
+        codes = pad(codes, (0, magnitudes.numel() * block // 2 - codes.numel()))  # a last block may be cut off
+        pairs = torch.cartesian_prod(*2 * [torch.tensor(TABLE, device=codes.device)])  # [256, 2]: of each byte
+        weights = torch.empty(len(magnitudes), block, dtype=dtype, device=codes.device)
+        step = CHUNK // block
+        for start in range(0, len(magnitudes), step):
+            part = codes[start * block // 2 : (start + step) * block // 2]
+            units = magnitudes[start : start + step, None]
+            weights[start : start + step] = embedding(part.int(), pairs).view(-1, block) * units
+        return weights.flatten()[: math.prod(shape)].view(shape)
+
+    def interleaved(self) -> NF4:
+        """The same in the order of bitsandbytes' kernel for the CPU; R must be a multiple of 32.
+
+        Of 32 rows, bytes of one column pair follow each other: byte j has codes of rows j//2 (low half) and
+        16 + j//2 (high half), of the pair's first column when j is even and of its second when j is odd.
+        """
+        if self.codes.ndim == 3:
+            return self
+        low, high = self.codes.view(-1, 2, ROWS // 2, self.codes.shape[1]).transpose(2, 3).unbind(1)  # [R/32, C/2, 16]
+        codes = torch.empty(*low.shape, 2, dtype=torch.uint8, device=low.device)
+        torch.bitwise_or(high & 0xF0, low >> 4, out=codes[..., 0])
+        torch.bitwise_or(high << 4, low & 0xF, out=codes[..., 1])
+        return replace(self, codes=codes.flatten(2))
+
+    def in_rows(self) -> NF4:
+        """The same row by row: undoes `interleaved`."""
+        if self.codes.ndim == 2:
+            return self
+        first, second = self.codes.unflatten(2, (ROWS // 2, 2)).unbind(3)  # [R/32, C/2, 16]
+        low, high = first << 4 | second & 0xF, first & 0xF0 | second >> 4
+        codes = torch.stack([low, high], 1).transpose(2, 3)  # [R/32, 2, 16, C/2]
+        return replace(self, codes=codes.reshape(self.shape[0], -1))
+
+    def to(self, device: torch.device) -> NF4:
+        return NF4(**{name: part.to(device) for name, part in self.tensors().items()})
+
+    def to_tensors(self, name: str) -> dict[str, Tensor]:
+        """Everything as plain tensors: `name`, which are the codes, `name`.absmax, and so on."""
+        return {name if part == "codes" else f"{name}.{part}": tensor for part, tensor in self.tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> NF4:
+        """The reverse of `to_tensors`; what else is in `tensors` is passed over. KeyError if a tensor is missing."""
+        names = {part: f"{name}.{part}" for part in PARTS}
+        return cls(tensors[name], **{part: tensors[n] for part, n in names.items() if part == "absmax" or n in tensors})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The codes, and what stands beside them: PARTS, as far as there are such."""
+        return {part: tensor for part in ("codes", *PARTS) if (tensor := getattr(self, part)) is not None}
+
+
+PARTS = tuple(field.name for field in fields(NF4))[1:]
+"""What stands beside the codes: the ends of tensors' names."""
+
+
+def parts_beside(blocks: int, nested: bool) -> dict[str, tuple[torch.dtype, int]]:
+    """What stands beside the codes of so many blocks: of each of PARTS its dtype, and how many numbers it has."""
+    if not nested:
+        return {"absmax": (torch.float32, blocks)}
+    return {
+        "absmax": (torch.uint8, blocks),
+        "nested_absmax": (torch.float32, -(-blocks // NESTED_BLOCK)),
+        "nested_quant_map": (torch.float32, 256),
+        "nested_offset": (torch.float32, 1),
+    }

@@ -1,0 +1,152 @@
+"""The weights files of a folder that bitsandbytes' 4-bit layers were saved in, in; their matrices as one tensor each
+out. A `Reader` over all files, since a matrix and what belongs to it may lie in different ones. Importing this
+imports torch.
+
+Beside `X.weight`, the codes, such a file has `X.weight.absmax`, `.quant_map`, with double quantisation
+`.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`: JSON as bytes, with shape, sizes of
+blocks and the offset (bitsandbytes' `QuantState.as_dict(packed=True)`). Nothing of it is believed unchecked.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weights_cache.codecs.nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
+from weights_cache.errors import CheckpointCorrupt, QuantizedElsewhere
+from weights_cache.json_fields import parse_json_object
+from weights_cache.names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
+
+from .reader import Reader, TensorInfo
+from .serialized import DTYPE_WORDS
+
+NF4_STATE = BITSANDBYTES_STATE + "nf4"
+ENCODING = "nf4"
+BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE.removeprefix("."))
+MAX_DIMENSION = 2**31 - 1
+
+
+class BitsandbytesFiles:
+    """`files`, opened, as one. Raises QuantizedElsewhere for its other encodings, fp4 and 8-bit integers; a state
+    that contradicts itself or its tensors is CheckpointCorrupt when `tensors` is first asked for."""
+
+    def __init__(self, files: Sequence[Reader]) -> None:
+        self._of: dict[str, Reader] = {}
+        for file in files:
+            for name, info in file.tensors.items():
+                if self._of.setdefault(name, file) is not file:
+                    first = self._of[name].tensors[name].file
+                    raise CheckpointCorrupt(info.file, f"its {name!r} is in {first} too")
+        self._matrices = [name.removesuffix(NF4_STATE) for name in self._of if name.endswith(NF4_STATE)]
+        for name, file in self._of.items():
+            _, _, kind = name.partition(BITSANDBYTES_STATE)
+            kind = "8-bit integers" if name.endswith(BITSANDBYTES_INT8) else kind
+            if kind not in ("", ENCODING):
+                raise QuantizedElsewhere(file.tensors[name].file, f"bitsandbytes' {kind}")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The files' own names -> TensorInfo; of a matrix its true shape, and its magnitudes' bytes too."""
+        parts = {f"{name}.{part}" for name in self._matrices for part in BESIDE}
+        plain = {name: file.tensors[name] for name, file in self._of.items() if name not in parts}
+        return plain | {name: self._matrix_info(name) for name in self._matrices}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """As in the file, memory-mapped; a matrix decoded to float32."""
+        return self.nf4(name).decoded() if name in self._states else self._of[name].tensor(name)
+
+    def packed(self, name: str) -> torch.Tensor:
+        """The bytes as they are stored; of a matrix its codes, uint8 [rows, columns / 2]."""
+        return self.nf4(name).codes if name in self._states else self._of[name].packed(name)
+
+    def release(self, name: str) -> None:
+        """Small beside what it becomes: kept."""
+
+    def nf4(self, name: str) -> NF4:
+        """A matrix as it is encoded, memory-mapped."""
+        state = self._states[name]
+        codes = self._of[name].packed(name).reshape(state["shape"][0], -1)
+        used = _expected(state).keys() - {"codes", "quant_map"}
+        tensors = {part: self._of[f"{name}.{part}"].tensor(f"{name}.{part}").flatten() for part in used}
+        if "nested_offset" in state:
+            tensors["nested_offset"] = torch.tensor([state["nested_offset"]])
+        return NF4(codes, **tensors)
+
+    @cached_property
+    def _states(self) -> Mapping[str, Mapping[str, Any]]:
+        return {name: self._state(name) for name in self._matrices}
+
+    def _state(self, name: str) -> Mapping[str, Any]:
+        """The state of one matrix, checked against the tensors that belong to it."""
+        matrix, source = self._of.get(name), self._of[name + NF4_STATE]
+        path = source.tensors[name + NF4_STATE].file
+        text = bytes(source.packed(name + NF4_STATE).flatten().tolist())
+        state = parse_json_object(path, text, f"the state of {name!r}")
+        if matrix is None:
+            raise CheckpointCorrupt(path, f"it has a state of {name!r}, and the files do not hold that tensor")
+        if reason := _wrong(state):
+            raise CheckpointCorrupt(path, f"the state of {name!r} has {reason}")
+        for part, (dtype, count) in _expected(state).items():
+            self._check(path, name if part == "codes" else f"{name}.{part}", dtype, count)
+        self._check_table(path, name)
+        return state
+
+    def _check(self, path: Path, name: str, dtype: str | None, count: int) -> None:
+        """Codes may be stored as any dtype (`bnb_4bit_quant_storage`): their bytes count."""
+        if name not in self._of:
+            raise CheckpointCorrupt(path, f"the tensor {name!r} is missing from it and from the files beside it")
+        info = self._of[name].tensors[name]
+        found = info.nbytes if dtype is None else math.prod(info.shape)
+        if found != count or dtype not in (None, info.dtype):
+            wanted = f"{count} bytes" if dtype is None else f"{count} numbers of {dtype}"
+            reason = f"tensor {name!r} is {info.dtype} {list(info.shape)}, and its state asks for {wanted}"
+            raise CheckpointCorrupt(info.file, reason)
+
+    def _check_table(self, path: Path, name: str) -> None:
+        """Kernels have the 16 values of NF4 built in, so a file must not bring others."""
+        table = self._of[f"{name}.quant_map"].tensor(f"{name}.quant_map").flatten().tolist()
+        if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(table, TABLE, strict=True)):
+            raise CheckpointCorrupt(path, f"{name}.quant_map has values that are not NF4's")
+
+    def _matrix_info(self, name: str) -> TensorInfo:
+        state, info = self._states[name], self._of[name].tensors[name]
+        beside = (f"{name}.{part}" for part in _expected(state).keys() - {"codes", "quant_map"})
+        nbytes = info.nbytes + sum(self._of[each].tensors[each].nbytes for each in beside)
+        return replace(info, shape=tuple(state["shape"]), nbytes=nbytes, encoding=ENCODING)
+
+
+def _wrong(state: Mapping[str, Any]) -> str | None:
+    """What in a matrix's state is none of the things that it can be."""
+    shape, block = state.get("shape"), state.get("blocksize")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(_is_size(size) for size in shape)):
+        return f"the shape {str(shape)[:80]}, which is none of a matrix"
+    if shape[1] % 2:
+        return f"the shape {shape}, whose rows are no whole bytes"
+    if block not in BLOCKS or isinstance(block, bool):
+        return f"blocks of {str(block)[:80]}"
+    if state.get("quant_type", ENCODING) != ENCODING:
+        return f"the type {str(state['quant_type'])[:80]!r}"
+    if "nested_offset" not in state:
+        return None
+    offset, nested = state["nested_offset"], state.get("nested_blocksize")
+    if not isinstance(offset, float | int) or not math.isfinite(offset):
+        return f"the offset {str(offset)[:80]}"
+    return None if nested == NESTED_BLOCK else f"nested blocks of {str(nested)[:80]}"
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_DIMENSION
+
+
+def _expected(state: Mapping[str, Any]) -> dict[str, tuple[str | None, int]]:
+    """What belongs to a matrix, and of each the dtype and how many numbers (of codes: bytes)."""
+    weights = math.prod(state["shape"])
+    blocks = -(-weights // state["blocksize"])
+    parts = parts_beside(blocks, nested="nested_offset" in state)
+    parts.pop("nested_offset", None)  # which the state itself holds
+    words = {part: (DTYPE_WORDS[str(dtype)], count) for part, (dtype, count) in parts.items()}
+    return {"codes": (None, weights // 2), "quant_map": ("F32", 16), **words}

@@ -1,0 +1,168 @@
+"""A safetensors file in, checked headers and memory-mapped tensors out. Knows no model and no names' meaning.
+
+The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the data
+(https://huggingface.co/docs/safetensors). Nothing in the header is believed before it is checked.
+"""
+
+import math
+import mmap
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weights_cache.errors import CheckpointCorrupt, WeightsNotFound
+from weights_cache.json_fields import parse_json_object
+from weights_cache.kinds import GGUF_MAGIC, MAX_HEADER_BYTES
+
+from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
+
+if TYPE_CHECKING:
+    import torch
+
+LENGTH_BYTES = 8
+MAX_DIMENSION = 2**63 - 1
+
+BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+"""Element size in bits of each dtype that a header may name."""
+
+TORCH_DTYPES: dict[str, str] = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32",
+    "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+"""The attribute of `torch` for each dtype: names only, so that reading headers needs no torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A checked header entry: the bytes [begin, end) of the file are the tensor."""
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """One file, mapped into memory at once and read only where it is touched.
+
+    Tensors to be `left_out` are passed over. Raises CheckpointCorrupt with the reason when the header contradicts
+    itself or the file's length.
+    """
+
+    def __init__(self, path: Path, left_out: Collection[str] = ()):
+        self.path = path
+        self._buffer = map_file(path, LENGTH_BYTES, "safetensors")
+        entries = _read_header(path, self._buffer)
+        self._entries = {name: entry for name, entry in entries.items() if name not in left_out}
+
+    @property
+    def header_bytes(self) -> bytes:
+        """The header's JSON as it stands in the file, its padding included."""
+        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "little")
+        return self._buffer[LENGTH_BYTES : LENGTH_BYTES + length]
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The header's `__metadata__`: what is not text in it is left out."""
+        found = parse_json_object(self.path, self.header_bytes, "its header").get("__metadata__")
+        return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The file's own names -> TensorInfo, in the order of the header."""
+        return {name: entry.info for name, entry in self._entries.items()}
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """The tensor `name`, sharing the file's mapping: no copy; writing to it never reaches the file.
+
+        A tensor that does not lie at a multiple of its element size (the format allows it) is copied.
+        """
+        import torch
+
+        entry = self._entries[name]
+        dtype = getattr(torch, TORCH_DTYPES[entry.info.dtype])
+        return mapped_tensor(self._buffer, entry.begin, dtype, entry.info.shape)
+
+    def packed(self, name: str) -> "torch.Tensor":
+        """The bytes of the tensor `name`, sharing the file's mapping: uint8 [rows, bytes of a row]."""
+        import torch
+
+        entry = self._entries[name]
+        return mapped_tensor(self._buffer, entry.begin, torch.uint8, packed_shape(entry.info))
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading the tensor `name` has taken."""
+        entry = self._entries[name]
+        release(self._buffer, entry.begin, entry.end)
+
+
+def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
+    if buffer[: len(GGUF_MAGIC)] == GGUF_MAGIC:
+        raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it to --model-path.")
+    length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
+    room = len(buffer) - LENGTH_BYTES
+    if length > room:
+        raise CheckpointCorrupt(path, f"its header claims {length} bytes, and {room} follow; it may be cut short")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointCorrupt(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    header = parse_json_object(path, buffer[LENGTH_BYTES : LENGTH_BYTES + length], "its header")
+    header.pop("__metadata__", None)
+    data = LENGTH_BYTES + length
+    entries = {name: _entry(path, name, described, data) for name, described in header.items()}
+    _check_layout(path, entries, data, len(buffer))
+    return entries
+
+
+def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
+    """One header entry, every field checked; `data` is where the tensors' bytes begin in the file."""
+
+    def corrupt(reason: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(path, f"tensor {name[:200]!r} {reason}")
+
+    if not isinstance(described, dict):
+        raise corrupt("is not described by an object")
+    dtype, shape, offsets = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise corrupt(f"has the unknown dtype {str(dtype)[:40]!r}")
+    if not _are_sizes(shape):
+        raise corrupt("has a shape that is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise corrupt("has offsets that are not a begin and an end")
+    begin, end = offsets
+    expected = math.prod(shape) * BITS[dtype] // 8
+    if end - begin != expected:
+        raise corrupt(f"of shape {shape} and dtype {dtype} needs {expected} bytes, and its offsets span {end - begin}")
+    info = TensorInfo(name, dtype, tuple(shape), expected, path, TORCH_DTYPES[dtype])
+    return Entry(info, data + begin, data + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether `value` is a short list of integers that fit into 63 bits (a bool is none)."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(item) is int and 0 <= item <= MAX_DIMENSION for item in value)
+    )
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], data: int, size: int) -> None:
+    """The tensors must fill the file from `data` to `size`, no gap, no overlap: the format demands it."""
+    position, previous = data, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            fault = "overlaps" if entry.begin < position else "leaves a gap after"
+            raise CheckpointCorrupt(path, f"tensor {name[:200]!r} {fault} {previous[:200]!r}")
+        position, previous = entry.end, name
+    if position > size:
+        raise CheckpointCorrupt(path, f"it has {size} bytes, and its header describes {position}; it was cut short")
+    if position < size:
+        raise CheckpointCorrupt(path, f"it has {size} bytes, and its header describes only {position}")
