@@ -7,7 +7,7 @@ event carries the whole reply.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from queue import SimpleQueue

@@ -11,10 +11,11 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from weakref import WeakSet
+from queue import SimpleQueue
+from weakref import WeakSet, finalize
 
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Event, Failure, Request
@@ -27,85 +28,85 @@ logger = logging.getLogger(__name__)
 
 
 class Driver:
-    """Steps `engine`, which nobody else may step, for as long as a request runs or waits.
+    """Steps `engine`, which nobody else may step, on a thread that begins with the first request.
 
-    The thread begins with a request and ends when there is none: an idle driver keeps neither the process nor its
-    engine alive, and a fork has nothing to lose. Sinks are called on that thread, so they should only pass events on.
+    While there is none the thread holds neither driver nor engine, and it ends with them. Sinks are called on that
+    thread, so they should only pass events on.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: Inbox = SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._thread: threading.Thread | None = None
-        self._running = False
-        self._lock = threading.RLock()  # of `_running`; the collector may close a generator, which cancels, within it
+        self._stepping = False
+        self._lock = threading.Lock()  # of `_thread`; never held during a step
+        finalize(self, self._inbox.put, None).atexit = False
         _drivers.add(self)
 
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return self.engine.waiting + len(self._inbox)
+        return self.engine.waiting + self._inbox.qsize()
 
     def submit(self, request: Request, sink: Sink) -> int:
         """Queue a request -> its id. Raises RequestError as `Engine.check`."""
         sequence = self.engine.prepare(request)
         with self._lock:
-            self._inbox.append(partial(self._begin, sequence, sink))
-            if not self._running:
-                self._running = True
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._inbox.put((self, partial(self._begin, sequence, sink)))
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=_run, args=(self._inbox,), name="engine", daemon=True)
                 self._thread.start()
         return sequence.id
 
     def cancel(self, request_id: int) -> None:
         """Drop a request before the next step; no event comes after those of the step under way."""
-        with self._lock:
-            if self._running:
-                self._inbox.append(partial(self._drop, request_id))
+        if self._thread is not None:  # no lock: the garbage collector may call this anywhere, by closing a generator
+            self._inbox.put((self, partial(self._drop, request_id)))
 
     def stop(self, timeout: float | None = None) -> bool:
         """End what runs and waits, even in the middle of a step -> whether the thread ended in `timeout` seconds.
 
-        The sinks are told by a RequestError. A request that comes later begins afresh.
+        The sinks are told by a RequestError. A request that comes later starts another thread.
         """
         thread, until = self._thread, time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
-        while thread is not None and thread.is_alive() and time.monotonic() < until:
-            with self._lock:
-                if self._running:
-                    _raise_in(thread, SystemExit)
-            thread.join(min(RAISE_AGAIN, until - time.monotonic()))  # what a destructor was doing swallows it
-        return thread is None or not thread.is_alive()
+        if thread is None:
+            return True
+        self._inbox.put((self, _leave))
+        while thread.is_alive() and time.monotonic() < until:
+            if self._stepping:
+                _raise_in(thread, SystemExit)  # again and again: what a destructor is doing would swallow it
+            thread.join(min(RAISE_AGAIN, until - time.monotonic()))
+        return not thread.is_alive()
 
-    def _run(self) -> None:
+    def work(self, change: Callable[[], None]) -> None:
+        """Step until nothing runs or waits, and take in what is submitted and cancelled between the steps."""
         try:
-            while self._has_work():
+            change()
+            self._take_changes()
+            while self.engine.busy:
                 self._step()
-        except SystemExit:  # of `stop`
+                self._take_changes()
+        except SystemExit:
             self._abandon(RequestError("The engine was stopped before the answer ended."))
+            raise
 
-    def _has_work(self) -> bool:
-        """Take in what came meanwhile. Without anything to do, the next request starts another thread."""
-        self._empty_inbox()
-        while not self.engine.busy:
-            with self._lock:
-                if not self._inbox:
-                    self._running = False
-                    return False
-            self._empty_inbox()
-        return True
+    def _take_changes(self) -> None:
+        while not self._inbox.empty():
+            if (item := self._inbox.get_nowait()) is not None:
+                item[1]()
 
     def _step(self) -> None:
         """A step that fails as a whole is a bug: who is there learns of it, and who comes next is answered."""
+        self._stepping = True
         try:
-            for event in self.engine.step():
-                self._deliver(event)
+            events = self.engine.step()
         except Exception as error:
-            self._end_all(error)
-
-    def _empty_inbox(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+            events = [Failure(request_id, error) for request_id in self._sinks]
+        finally:
+            self._stepping = False
+        for event in events:
+            self._deliver(event)
 
     def _begin(self, sequence: Sequence, sink: Sink) -> None:
         self._sinks[sequence.id] = sink
@@ -116,31 +117,46 @@ class Driver:
         self.engine.cancel(request_id)
 
     def _deliver(self, event: Event) -> None:
-        ended = isinstance(event, Failure) or event.finish_reason is not None
-        sink = self._sinks.pop(event.request_id) if ended else self._sinks[event.request_id]
+        sink = self._sinks[event.request_id]
+        if isinstance(event, Failure) or event.finish_reason is not None:
+            self._drop(event.request_id)
         try:
             sink(event)
         except Exception:
             logger.exception("An event could not be passed on.")
             self._drop(event.request_id)
 
-    def _end_all(self, error: Exception) -> None:
-        for request_id in list(self._sinks):
-            self.engine.cancel(request_id)
-            self._deliver(Failure(request_id, error))
-
     def _abandon(self, error: Exception) -> None:
-        """End everything: whoever calls this is the last of the thread, or has lost it."""
+        """The thread has ended, and with it all that was under way."""
         with self._lock:
-            if self._running:
-                self._empty_inbox()
-                self._end_all(error)
-                self._running = False
+            self._thread = None
+            while not self._inbox.empty():
+                if (item := self._inbox.get_nowait()) is not None and item[1] is not _leave:
+                    item[1]()
+            for request_id in list(self._sinks):
+                self._deliver(Failure(request_id, error))
 
-    def _after_fork(self) -> None:
-        """The thread, and whoever held the lock, are the parent's."""
-        self._lock = threading.RLock()
-        self._abandon(RequestError("The process was forked before the answer ended.", hint="Ask in one of them only."))
+    def after_fork(self) -> None:
+        """In the child. The thread, and whoever held the lock, are the parent's."""
+        self._lock = threading.Lock()
+        self._abandon(RequestError("The process was forked before the answer ended."))
+
+
+Inbox = SimpleQueue[tuple[Driver, Callable[[], None]] | None]
+"""What is to be done between two steps, and by which driver, which is held no longer than that."""
+
+
+def _run(inbox: Inbox) -> None:
+    """The thread of a driver, until the driver is gone or stopped."""
+    with suppress(SystemExit):  # of `stop`
+        while (item := inbox.get()) is not None:
+            driver, change = item
+            driver.work(change)
+            del item, driver, change
+
+
+def _leave() -> None:
+    raise SystemExit
 
 
 def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
@@ -160,7 +176,7 @@ def _stop_all() -> None:
 
 def _after_fork_in_child() -> None:
     for driver in list(_drivers):
-        driver._after_fork()
+        driver.after_fork()
 
 
 atexit.register(_stop_all)

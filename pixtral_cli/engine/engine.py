@@ -17,7 +17,7 @@ from pixtral_cli.engine.scheduler import Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.language_model import LanguageModel
 
 IMAGE_CACHE = 512 * 2**20  # bytes
 
@@ -42,7 +42,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llava,
+        model: LanguageModel,
         max_length: int | None = None,
         max_batch_size: int = 1,
         max_ce_batch_size: int = 32,
@@ -78,8 +78,7 @@ class Engine:
         if tokens + (request.max_new_tokens != 0) > self.max_length:
             could = self.max_length < text.max_length
             raise PromptTooLong(
-                f"The prompt has {tokens} tokens, and the context has room for {self.max_length}, "
-                "the answer included.",
+                f"The prompt has {tokens} tokens, and the context has room for {self.max_length}, the answer included.",
                 hint="Shorten it, or send fewer or smaller pictures"
                 + (f"; --max-length can be up to {text.max_length}." if could else "."),
             )
@@ -178,6 +177,4 @@ class Engine:
             if request.logprobs is not None:
                 logprob, alternatives = sampler.logprob(logits, chosen, request.logprobs)
         finish_reason, scores = sequence.finish_reason, sequence.take_scores()
-        return TokenEvent(
-            sequence.id, chosen, finish_reason, logprob, alternatives, sequence.cached_tokens, scores
-        )
+        return TokenEvent(sequence.id, chosen, finish_reason, logprob, alternatives, sequence.cached_tokens, scores)
