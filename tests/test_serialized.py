@@ -217,7 +217,7 @@ def test_a_file_loads_where_the_kernel_is_absent(folder, tmp_path, monkeypatch, 
     assert not any(isinstance(layer, Int4Linear) for layer in plain.engine.model.modules())
     for name, layer in plain.engine.model.named_modules():
         if isinstance(layer, PackedLinear):
-            x = torch.randn(5, layer.codec.columns(layer.packed.shape[1])).bfloat16()
+            x = torch.randn(5, layer.codec.encoding.columns(layer.packed.shape[1])).bfloat16()
             found, expected = layer(x).float(), model.engine.model.get_submodule(name)(x).float()
             assert (found - expected).norm() < 1e-2 * expected.norm()
     plain.save(again)

@@ -1,15 +1,17 @@
-"""What a weight is that stays in its encoding: the protocol, and the plain kind, rows of blocks. Knows no file."""
+"""What a weight is that stays in its encoding: `PackedWeight`, which all of codecs/ that keep one follow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from . import codecs
-from .encodings import ENCODINGS
+from .codecs import int4, nf4
+from .codecs.int4 import Int4
+from .codecs.nf4 import NF4
+from .codecs.packed_rows import PackedRows
 
 
 @runtime_checkable
@@ -37,30 +39,26 @@ class PackedWeight(Protocol):
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [out, in]: exact in float32, rounded once in a narrower dtype."""
 
+    def in_rows(self) -> PackedWeight:
+        """The same weight row by row as its codec has it, whatever kernel it was put in order for."""
+
     def to(self, device: torch.device) -> PackedWeight:
         """The same weight with all parts on `device`."""
 
 
-@dataclass(frozen=True, eq=False)
-class PackedRows:
-    """A matrix [out, in] in any encoding of `codecs`: `rows` are its bytes as GGUF has them, uint8 [out, row_bytes]."""
+def from_parts(encoding: str, shape: tuple[int, int], first: Tensor, beside: Mapping[str, Tensor]) -> PackedWeight | None:
+    """The weight of that encoding and shape whose `tensors()` these are; None if they cannot be."""
+    if encoding != "nf4" and first.ndim == 2:
+        return PackedRows(encoding, first)
+    parts = {"codes": first, **beside}
+    found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
+    if encoding != "nf4":
+        return Int4(encoding, **parts) if found == int4.parts(encoding, *shape) else None
+    order = {"nested": len(beside) > 1, "interleaved": first.ndim == 3}
+    possible = (nf4.parts(*shape, block=block, **order) for block in nf4.BLOCKS)
+    return NF4(**parts) if found in possible else None
 
-    encoding: str
-    rows: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), ENCODINGS[self.encoding].columns(self.rows.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"rows": self.rows}
-
-    def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return codecs.get(self.encoding).decode(self.rows, dtype)
-
-    def to(self, device: torch.device) -> PackedRows:
-        return PackedRows(self.encoding, self.rows.to(device))
+def plain(weight: Tensor | PackedWeight) -> Tensor:
+    """Any weight as ordinary numbers: what is packed is decoded to float32."""
+    return weight if isinstance(weight, Tensor) else weight.decoded()

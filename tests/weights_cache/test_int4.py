@@ -6,8 +6,9 @@ import torch
 
 from pixtral_cli.model.kernels import int4 as layers
 from weights_cache import codecs
-from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, stored_shapes
+from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, parts
 from weights_cache.encodings import ENCODINGS
+from weights_cache.packed import from_parts
 
 SHAPES = [(64, 256), (192, 512), (128, 2304)]
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}
@@ -48,11 +49,12 @@ def test_codes_lie_in_the_order_of_torchs_own_converter(encoding, shape):
 def test_every_byte_comes_back(encoding, shape):
     rows = random_rows(encoding, *shape)
     ordered = Int4.from_rows(encoding, rows)
-    assert ordered.shape == shape and torch.equal(ordered.rows(), rows)
-    parts = ordered.to_tensors("a.weight")
-    assert tuple(tuple(part.shape) for part in parts.values()) == stored_shapes(encoding, *shape)
-    assert sum(part.nbytes for part in parts.values()) == rows.nbytes
-    assert torch.equal(Int4.from_tensors("a.weight", encoding, parts).rows(), rows)
+    assert ordered.shape == shape and torch.equal(ordered.in_rows().rows, rows)
+    tensors = ordered.tensors()
+    assert {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()} == parts(encoding, *shape)
+    assert ordered.nbytes == sum(tensor.nbytes for tensor in tensors.values()) == rows.nbytes
+    again = from_parts(encoding, shape, tensors.pop("codes"), tensors)
+    assert isinstance(again, Int4) and torch.equal(again.in_rows().rows, rows)
 
 
 @pytest.mark.parametrize("encoding", TYPES)
