@@ -20,10 +20,10 @@ from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
-from weights_cache import checkpoint, hub, kinds, layout, serialized, stamps
-from weights_cache.checkpoint import Checkpoint, Form
+from weights_cache import checkpoint, hub, kinds, layout, stamps
+from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
 from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
-from weights_cache.serialized_checkpoint import SerializedCheckpoint
+from weights_cache.formats import serialized
 
 EXPORT_AGAIN = "Export the model again"
 Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all

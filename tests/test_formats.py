@@ -25,8 +25,8 @@ from weights_cache.errors import (
     TensorsUnexpected,
     WeightsNotFound,
 )
-from weights_cache.gguf_reader import GgufFile
-from weights_cache.safetensors_reader import SafetensorsFile
+from weights_cache.formats.gguf import GgufFile
+from weights_cache.formats.safetensors import SafetensorsFile
 
 OPTIONS = {"max_new_tokens": 16, "ignore_eos": True}
 FORMS = ("hf", "native", "gguf")

@@ -17,11 +17,12 @@ from pixtral_cli.model import int4, nf4, save
 from pixtral_cli.model.int4 import Int4Linear
 from pixtral_cli.model.linear import PackedLinear
 from pixtral_cli.source import Source
-from weights_cache import codecs, serialized
+from weights_cache import codecs
+from weights_cache.codecs.int4 import Int4
+from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
-from weights_cache.int4 import Int4
-from weights_cache.nf4 import NF4
-from weights_cache.serialized_checkpoint import verify_path
+from weights_cache.formats import serialized
+from weights_cache.formats.serialized import verify_path
 
 PACKED = ["q4_0", "q4_k", "q6_k"]
 QUESTION = [{"role": "user", "content": "what is in the picture?"}]

@@ -11,18 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import gguf_config, hf_config, kinds, layout, lfs, names, native, quantization, readers, store
+from . import configs, kinds, layout, lfs, names, quantization, readers, stamps, store
 from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
-from .gguf_reader import GgufFile
-from .json_fields import read_json_object
+from .formats.gguf import GgufFile
+from .formats.reader import Reader, TensorInfo
+from .formats.serialized import Progress, SerializedFile, SideFile, check
+from .json_fields import parse_json_object, read_json_object
 from .layout import Form
-from .reader import Reader, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
-    from .int4 import Int4
-    from .nf4 import NF4
+    from .codecs.int4 import Int4
+    from .codecs.nf4 import NF4
 
 GENERATION_CONFIG = "generation_config.json"
 WRITTEN_TOKENIZER = "gguf_tokenizer.json"
@@ -62,7 +63,7 @@ class Checkpoint:
         self.note = note
         """What was chosen among several possibilities: a sentence to show, or None."""
         self.written_tokenizer = written_tokenizer
-        """The tokenizer as a GGUF's metadata has it (see `gguf_config.tokenizer`); None in other forms."""
+        """The tokenizer as a GGUF's metadata has it (see `configs.gguf_tokenizer`); None in other forms."""
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -145,9 +146,112 @@ class Checkpoint:
             for name in reader.tensors:
                 if ours := naming.ours(name):
                     _put(found, ours, Stored(reader, name, naming.head_dims.get(names.rotary_part(ours) or "")))
-        if names.EMBEDDING not in found and names.HEAD in found and hf_config.ties_embeddings(self.config):
+        if names.EMBEDDING not in found and names.HEAD in found and configs.ties_embeddings(self.config):
             found[names.EMBEDDING] = found.pop(names.HEAD)  # of two tied tensors a file may have kept either
         return found
+
+
+SEVERAL = ("nf4", "q4_0", "q4_k")
+"""Encodings of matrices that have other tensors beside them in the file, named after them."""
+
+
+class SerializedCheckpoint(Checkpoint):
+    """An opened serialized model. `encoding` is what it was saved in.
+
+    A file that was neither written nor checked on this machine, or that has changed since, is read and checked
+    against its hashes once, with steps to `progress`; for whoever reads no `weights`, its side files are.
+    Raises CheckpointCorrupt and SerializedTooNew.
+    """
+
+    def __init__(self, path: Path, *, weights: bool = True, progress: Progress | None = None) -> None:
+        self._file = SerializedFile(path)
+        if not stamps.known(path, self._file.seal):
+            check(self._file, weights=weights, progress=progress)
+        manifest = self._file.manifest
+        super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
+        self.written_tokenizer = self._json(WRITTEN_TOKENIZER)
+        self.encoding = manifest.encoding
+        self.model_name = manifest.model
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return self._json(GENERATION_CONFIG) or {}
+
+    def file(self, name: str) -> Path | None:
+        data = self._file.read(name)
+        return None if data is None else SideFile(self.folder, name, data)  # type: ignore[return-value]
+
+    def side_files(self) -> dict[str, bytes]:
+        return {name: self._file.read(name) or b"" for name in self._file.file_names}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """A matrix in one of SEVERAL is one tensor here."""
+        found: dict[str, TensorInfo] = {}
+        for name, info in sorted(self._file.tensors.items()):
+            matrix = found.get(name.rpartition(".")[0])
+            if matrix is not None and matrix.encoding in SEVERAL:
+                found[matrix.name] = replace(matrix, nbytes=matrix.nbytes + info.nbytes)
+            else:
+                found[name] = info
+        return found
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        info = self._file.tensors[name]
+        if info.encoding == "nf4":
+            return self.nf4(name).decoded()
+        if info.dtype != "U8":
+            return self._file.tensor(name)
+        from . import codecs
+
+        return codecs.get(info.encoding).decode(self.packed(name))
+
+    def nf4(self, name: str) -> "NF4":
+        from .codecs.nf4 import NF4
+
+        names = [each for each in self._file.tensors if each == name or each.startswith(f"{name}.")]
+        parts = {each: self._file.tensor(each) for each in names}
+        if not _fit(name, parts):
+            raise self._incomplete(name)
+        return NF4.from_tensors(name, parts)
+
+    def int4(self, name: str) -> "Int4 | None":
+        from .codecs.int4 import SCALES, Int4, stored_shapes
+
+        info = self._file.tensors[name]
+        if info.encoding == "nf4" or self._file.tensor(name).ndim != 3:
+            return None
+        parts = {each: self._file.tensor(each) for each in (name, name + SCALES) if each in self._file.tensors}
+        if [tuple(part.shape) for part in parts.values()] != [*stored_shapes(info.encoding, *info.shape)]:
+            raise self._incomplete(name)
+        return Int4.from_tensors(name, info.encoding, parts)
+
+    def packed(self, name: str) -> "torch.Tensor":
+        """As `Checkpoint.packed`; what lies in the order of a kernel is put into rows, in memory."""
+        ordered = self.int4(name)
+        return self._file.packed(name) if ordered is None else ordered.rows()
+
+    def release(self, name: str) -> None:
+        for each in self._file.tensors:
+            if each == name or each.startswith(f"{name}."):
+                self._file.release(each)
+
+    def _incomplete(self, name: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(self._file.path, f"what belongs to {name[:200]!r} is missing or of another size")
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        data = self._file.read(name)
+        return None if data is None else parse_json_object(self._file.path, data, f"its {name}")
+
+
+def _fit(name: str, parts: Mapping[str, "torch.Tensor"]) -> bool:
+    """Whether the tensors beside a matrix's codes are those that its size asks for (see `nf4.NF4`)."""
+    from .codecs.nf4 import BLOCKS, parts_beside
+
+    found = {each.removeprefix(f"{name}."): (part.dtype, part.numel()) for each, part in parts.items() if each != name}
+    blocks = found["absmax"][1] if "absmax" in found else 0
+    possible = {-(-2 * parts[name].numel() // size) for size in BLOCKS}
+    return blocks in possible and found == parts_beside(blocks, nested=len(found) > 1)
 
 
 def open(
@@ -191,7 +295,7 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
         other = next((each for each in layout.forms(present) if each != form), None)
         quantization.refuse(folder, described, present if form == "hf" else (), other)
         note = layout.joined(note, layout.index_note(folder, present, form))
-    config = native.to_config(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
+    config = configs.from_native(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
     return Checkpoint(folder, config, _with_pictures(weight_paths, config), form=form, note=note)
 
 
@@ -241,8 +345,8 @@ def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> 
     `where` is what errors name."""
     given = list(dict.fromkeys(path.with_name(layout.first_shard(path.name)) for path in paths))
     files = [GgufFile(path) for path in given if kinds.of(path) == "gguf" and not path.is_dir()]
-    texts = [file for file in files if not gguf_config.is_picture_part(file)]
-    pictures = next((file for file in files if gguf_config.is_picture_part(file)), None)
+    texts = [file for file in files if not configs.is_vision_gguf(file)]
+    pictures = next((file for file in files if configs.is_vision_gguf(file)), None)
     if len(texts) != 1:
         raise _no_single_model(where, [file.path.name for file in texts], pictures)
     text = texts[0]
@@ -250,8 +354,8 @@ def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> 
         pictures, said = _pictures_beside(text)
         given += [pictures.path] if pictures else []
         note = layout.joined(note, said)
-    config = gguf_config.read_config(text, pictures)
-    return Checkpoint(text.path, config, given, form="gguf", note=note, written_tokenizer=gguf_config.tokenizer(text))
+    config = configs.from_gguf(text, pictures)
+    return Checkpoint(text.path, config, given, form="gguf", note=note, written_tokenizer=configs.gguf_tokenizer(text))
 
 
 def _no_single_model(where: Path, models: Sequence[str], pictures: GgufFile | None) -> WeightsNotFound:
@@ -270,7 +374,7 @@ def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
     snapshot = store.snapshot_of(text.path)
     paths = layout.picture_parts(text.path.parent) or (layout.picture_parts(snapshot, deep=True) if snapshot else [])
     found = {str(path): GgufFile(path) for path in paths}
-    fitting = {name: file for name, file in found.items() if gguf_config.fits(text, file)}
+    fitting = {name: file for name, file in found.items() if configs.belong_together(text, file)}
     if not fitting:
         return None, f"No picture part beside {text.path.name} fits it." if found else None
     best = fitting[layout.best_picture_part({name: file.path.stat().st_size for name, file in fitting.items()})]
@@ -282,7 +386,7 @@ def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> l
     """`weight_paths`, and what lies beside a GGUF among them and sees, if the model does."""
     paths = list(weight_paths)
     ggufs = [GgufFile(path) for path in paths if kinds.of(path) == "gguf" and path.is_file()]
-    if not ggufs or "vision_config" not in config or any(map(gguf_config.is_picture_part, ggufs)):
+    if not ggufs or "vision_config" not in config or any(map(configs.is_vision_gguf, ggufs)):
         return paths
     pictures, _ = _pictures_beside(ggufs[0])
     return [*paths, pictures.path] if pictures else paths

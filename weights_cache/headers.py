@@ -10,10 +10,10 @@ from typing import Any
 
 from . import layout
 from .errors import CheckpointCorrupt, DownloadFailed
-from .gguf_header import LEAST_BYTES, Header
-from .reader import map_file
+from .formats.gguf import LEAST_BYTES, Header
+from .formats.reader import map_file
+from .formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES
 from .replacing import replacing
-from .safetensors_reader import LENGTH_BYTES, MAX_HEADER_BYTES
 
 FIRST = {layout.SAFETENSORS: 2**18, layout.GGUF: 2**23}
 """Bytes to ask for first: the headers of nearly all files (a GGUF has its tokenizer there)."""

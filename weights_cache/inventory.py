@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import large_file, layout, main_encoding, own_cache, serialized, stamps, store
+from . import large_file, layout, main_encoding, own_cache, stamps, store
 from .errors import WeightsError
+from .formats import serialized
 from .layout import Form
 from .selection import CONFIGS, SIDE_FILES, select
 

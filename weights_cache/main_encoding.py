@@ -6,10 +6,10 @@ from pathlib import Path
 
 from . import layout
 from .errors import WeightsError
-from .gguf_reader import GgufFile
+from .formats.gguf import GgufFile
+from .formats.reader import Reader
+from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
-from .reader import Reader
-from .safetensors_reader import SafetensorsFile
 
 
 def of(path: Path, folder: Path) -> str | None:

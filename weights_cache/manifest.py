@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .encodings import TYPES
 from .errors import CheckpointCorrupt, SerializedTooNew
-from .gguf_types import TYPES
+from .formats.reader import TensorInfo
 from .json_fields import CheckpointFields
 from .layout import FORMS
-from .reader import TensorInfo
 
 VERSION = 2
 """Written from now on. In version 1, q4_0 and q4_k lay row by row only: such a file is read as well."""
@@ -21,8 +21,8 @@ BLOCKS = {kind.encoding: (kind.block, kind.block_bytes) for kind in TYPES.values
 BLOCKS["nf4"] = 2, 1
 """Encodings of packed tensors -> weights in a block, and its bytes (of nf4: of the codes)."""
 
-NF4_ROWS = 32  # that lie together where nf4 is in the order of the CPU's kernel: weights_cache.nf4 knows it
-INT4_ROWS = {"q4_0": 64, "q4_k": 64}  # likewise: weights_cache.int4
+NF4_ROWS = 32  # that lie together where nf4 is in the order of the CPU's kernel: codecs.nf4 knows it
+INT4_ROWS = {"q4_0": 64, "q4_k": 64}  # likewise: codecs.int4
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ GGUF: Mapping[str, str | None] = {
     "token_embd.weight": "language_model.embed_tokens.weight",
     "output_norm.weight": "language_model.norm.weight",
     "output.weight": "lm_head.weight",
-    "rope_freqs.weight": None,  # a factor for each frequency; gguf_config.py refuses any but 1
+    "rope_freqs.weight": None,  # a factor for each frequency; configs.py refuses any but 1
     "v.patch_embd.weight": "vision_tower.patch_conv.weight",
     "v.pre_ln.weight": "vision_tower.ln_pre.weight",
     "mm.1.weight": "multi_modal_projector.linear_1.weight",

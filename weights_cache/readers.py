@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from . import gguf_config, hf_config, kinds, layout, names, native, quantization
+from . import configs, kinds, layout, names, quantization
 from .errors import CheckpointCorrupt, WeightsNotFound
-from .gguf_reader import GgufFile
+from .formats.gguf import GgufFile
+from .formats.reader import Reader
+from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
-from .reader import Reader
-from .safetensors_reader import SafetensorsFile
 
 
 class Naming(NamedTuple):
@@ -34,7 +34,7 @@ def _open(path: Path, promised: frozenset[str], left_out: frozenset[str]) -> tup
     """The reader for `path`, which must hold the tensors that an index `promised`, and how its tensors become ours."""
     if kinds.of(path) == "gguf":
         file = GgufFile(path)
-        return file, Naming(names.from_gguf, gguf_config.head_dims(file))
+        return file, Naming(names.from_gguf, configs.gguf_head_dims(file))
     reader = SafetensorsFile(path, left_out)
     if lacking := sorted(promised - reader.tensors.keys()):
         raise CheckpointCorrupt(path, f"the index puts {lacking[0]!r} into it, and it is not there")
@@ -47,7 +47,7 @@ def _merged(readers: list[tuple[Reader, Naming]]) -> list[tuple[Reader, Naming]]
     """`readers`; where bitsandbytes encoded layers, one over all, since what belongs together may lie apart."""
     if not names.looks_bitsandbytes(name for reader, _ in readers for name in reader.tensors):
         return readers
-    from .bitsandbytes_reader import BitsandbytesFiles
+    from .formats.bitsandbytes import BitsandbytesFiles
 
     return [(BitsandbytesFiles([reader for reader, _ in readers]), Naming(names.from_hf, {}))]
 
@@ -60,4 +60,4 @@ def _native_naming(path: Path) -> Naming:
         raise WeightsNotFound(path.parent, params.name, advice)
     described = read_json_object(params)
     quantization.refuse(path.parent, described, ())
-    return Naming(names.from_native, hf_config.head_dims(native.to_config(params, described)))
+    return Naming(names.from_native, configs.head_dims(configs.from_native(params, described)))

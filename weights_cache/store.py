@@ -15,11 +15,11 @@ from pathlib import Path
 
 from . import layout, own_cache
 from .errors import CheckpointCorrupt, WeightsError
+from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
 from .layout import Form
 from .own_cache import Listing
 from .replacing import replacing
-from .safetensors_reader import SafetensorsFile
 from .selection import CONFIGS, SIDE_FILES, Selection, select
 
 SNAPSHOTS = "snapshots"

@@ -30,7 +30,7 @@ class VerifyArguments:
 
 def verify(arguments: VerifyArguments, output: OutputFlags) -> None:
     """Check every hash of a serialized model."""
-    from weights_cache.serialized_checkpoint import verify_path
+    from weights_cache.formats.serialized import verify_path
 
     console = Console(json=output.json, quiet=output.quiet)
     with console.waiting("reading every byte"):

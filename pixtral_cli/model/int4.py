@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weights_cache.codecs import Codec, get
-from weights_cache.int4 import GROUP, LAYOUTS, ROWS, Int4, fits
+from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4, fits
 
 FUSED_TOKENS = 48  # tokens from which on decoding the weights once is quicker than the kernel for few tokens
 TILE = 16  # times 64 rows decoded at a time

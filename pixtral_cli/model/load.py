@@ -20,10 +20,10 @@ from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
+from weights_cache.codecs.int4 import Int4
+from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
-from weights_cache.int4 import Int4
 from weights_cache.names import HEAD
-from weights_cache.nf4 import NF4
 
 ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
 """Encoding is done in many short steps, so that its threads meet often, as those of a decode pass do."""

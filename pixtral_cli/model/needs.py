@@ -13,7 +13,7 @@ from pathlib import Path
 from pixtral_cli.encodings import CHOICES, ENCODINGS
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.placement import Placement, place
-from weights_cache.reader import TensorInfo
+from weights_cache.formats.reader import TensorInfo
 
 WORKSPACE = 256 * 2**20  # bytes; activations and buffers beside the weights
 LENGTHS = (4096, 32768, 131072)  # tokens

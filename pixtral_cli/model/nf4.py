@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weights_cache.nf4 import BLOCK, NESTED_BLOCK, NF4, ROWS, TABLE
+from weights_cache.codecs.nf4 import BLOCK, NESTED_BLOCK, NF4, ROWS, TABLE
 
 ENCODED_AT_ONCE = 2**20  # weights: many more, and bitsandbytes spends its time on fresh memory
 FUSED_TOKENS = 64  # tokens from which on decoding the weights once is quicker than the kernel for few tokens
@@ -132,7 +132,7 @@ class NF4Linear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         package, codes = bitsandbytes(), self.weight.codes
         if not self.whole:
-            return x @ self.weight.decode(x.dtype).T
+            return x @ self.weight.decoded(x.dtype).T
         if not self.fused:
             return package.matmul_4bit(x, codes.view(-1, 1), self._state)
         if len(x) < FUSED_TOKENS:

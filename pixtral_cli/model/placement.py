@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from pixtral_cli.encodings import ENCODINGS, Encoding
-from weights_cache.reader import TensorInfo
+from weights_cache.formats.reader import TensorInfo
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 VISION = ("vision_tower.", "multi_modal_projector.")

@@ -15,12 +15,13 @@ from pixtral_cli.model.llava import Llava
 from pixtral_cli.model.load import DTYPES
 from pixtral_cli.model.nf4 import NF4Linear
 from pixtral_cli.model.placement import Placement
-from weights_cache import codecs, nf4
+from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
-from weights_cache.int4 import SCALES, Int4, fits, stored_shapes
+from weights_cache.codecs import nf4
+from weights_cache.codecs.int4 import SCALES, Int4, fits, stored_shapes
+from weights_cache.codecs.nf4 import NF4, ROWS
+from weights_cache.formats.serialized import DTYPE_WORDS, Weight
 from weights_cache.names import EMBEDDING
-from weights_cache.nf4 import NF4, ROWS
-from weights_cache.serialized import DTYPE_WORDS, Weight
 
 WORDS = {"float32": "F32", "bfloat16": "BF16"}
 

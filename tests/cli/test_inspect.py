@@ -53,7 +53,7 @@ def test_the_bytes_of_the_weights_are_those_of_an_exported_file(call, tmp_path, 
 
 
 def test_of_a_serialized_model_that_is_new_here_the_small_files_are_checked_and_no_weights(call, tmp_path, monkeypatch):
-    from weights_cache.serialized import SerializedFile
+    from weights_cache.formats.serialized import SerializedFile
 
     monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "cache"))
     file, checked, original = tmp_path / "model", [], SerializedFile._hash

@@ -13,7 +13,7 @@ from torch import nn
 from pixtral_cli.model import int4
 from pixtral_cli.model.int4 import FUSED_TOKENS, Int4Linear
 from weights_cache import codecs
-from weights_cache.int4 import Int4
+from weights_cache.codecs.int4 import Int4
 
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -9,7 +9,7 @@ from torch import nn
 
 from pixtral_cli.model import nf4
 from pixtral_cli.model.nf4 import NF4Linear, encode
-from weights_cache.nf4 import NF4
+from weights_cache.codecs.nf4 import NF4
 
 
 def random(*shape, seed=0, scale=0.05):
@@ -50,14 +50,14 @@ def test_products_agree_with_exactly_decoded_weights(double, tokens, shape):
     weight = encode(random(*shape), double)
     x = random(tokens, shape[1], seed=1, scale=1).to(torch.bfloat16)
     y = NF4Linear(weight)(x)
-    assert y.dtype == torch.bfloat16 and difference(y, x.float() @ weight.decode().T) < 1e-2
+    assert y.dtype == torch.bfloat16 and difference(y, x.float() @ weight.decoded().T) < 1e-2
 
 
 def test_a_bias_is_added_and_the_input_keeps_its_dtype():
     weight, bias = encode(random(64, 128)), random(64, seed=2, scale=3)
     x = random(3, 128, seed=1, scale=1)
     y = NF4Linear(weight, nn.Parameter(bias, requires_grad=False))(x)
-    assert y.dtype == torch.float32 and difference(y, x @ weight.decode().T + bias) < 1e-2
+    assert y.dtype == torch.float32 and difference(y, x @ weight.decoded().T + bias) < 1e-2
 
 
 def test_an_input_need_not_be_contiguous():
@@ -109,9 +109,9 @@ def test_a_gpu_agrees_with_exactly_decoded_weights(double, shape, tokens):
     gpu = torch.device("cuda")
     weights, x = random(*shape), random(tokens, shape[1], seed=1, scale=1).to(torch.bfloat16)
     encoded = encode(weights.to(gpu), double)
-    assert difference(encoded.decode().cpu(), encode(weights, double).decode()) < 1e-2
+    assert difference(encoded.decoded().cpu(), encode(weights, double).decoded()) < 1e-2
     y = NF4Linear(encoded)(x.to(gpu))
-    assert y.is_cuda and difference(y.cpu(), x.float() @ encoded.decode().cpu().T) < 1e-2
+    assert y.is_cuda and difference(y.cpu(), x.float() @ encoded.decoded().cpu().T) < 1e-2
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import pytest
 
 from pixtral_cli.encodings import find
 from pixtral_cli.model.placement import place
-from weights_cache.reader import TensorInfo
+from weights_cache.formats.reader import TensorInfo
 
 LAYER = "language_model.layers.0.mlp.up_proj.weight"
 NORM = "language_model.norm.weight"

@@ -12,9 +12,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from weights_cache import checkpoint
+from weights_cache.encodings import NOT_READ, TYPES
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported, WeightsError
-from weights_cache.gguf_reader import GgufFile
-from weights_cache.gguf_types import NOT_READ, TYPES
+from weights_cache.formats.gguf import GgufFile
 
 VALUES = {
     "add_uint8": 200, "add_int8": -100, "add_uint16": 65000, "add_int16": -30000, "add_uint32": 2**32 - 1,
@@ -134,7 +134,7 @@ def test_rotary_rows_move_whole_when_they_are_packed(tmp_path):
 
 def test_headers_are_read_without_torch(path):
     code = (
-        "import sys, pathlib; from weights_cache.gguf_reader import GgufFile; "
+        "import sys, pathlib; from weights_cache.formats.gguf import GgufFile; "
         f"assert len(GgufFile(pathlib.Path({str(path)!r})).tensors) == 2; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])

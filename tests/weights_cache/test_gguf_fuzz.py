@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 
 from weights_cache import checkpoint
 from weights_cache.errors import WeightsError
-from weights_cache.gguf_header import Header
+from weights_cache.formats.gguf import Header
 
 EXTREMES = [0, 1, 7, 8, 9, 31, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 ENOUGH = 2_000_000  # bytes; the file itself has some 3,000

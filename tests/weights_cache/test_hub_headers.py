@@ -88,7 +88,7 @@ def test_a_header_longer_than_the_first_piece_is_fetched_to_its_end(repo, tmp_pa
 
 
 def test_a_gguf_and_its_long_list_of_words_are_read_without_its_weights(repo, tmp_path: Path, monkeypatch):
-    from weights_cache.gguf_reader import GgufFile
+    from weights_cache.formats.gguf import GgufFile
 
     content = gguf(tmp_path / "x.gguf", 5000)
     repo.repos["acme/gguf"] = {"x.gguf": content}

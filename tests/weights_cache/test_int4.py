@@ -6,7 +6,7 @@ import torch
 
 from pixtral_cli.model import int4 as layers
 from weights_cache import codecs
-from weights_cache.int4 import LAYOUTS, Int4, fits, stored_shapes
+from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, stored_shapes
 
 SHAPES = [(64, 256), (192, 512), (128, 2304)]
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}

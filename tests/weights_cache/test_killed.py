@@ -46,7 +46,7 @@ from pixtral_cli.encodings import find
 from pixtral_cli.model import load, save
 from pixtral_cli.source import Source
 from weights_cache import inventory
-from weights_cache.serialized_checkpoint import verify_path
+from weights_cache.formats.serialized import verify_path
 target, old = Path(sys.argv[1]), sys.argv[2] == "over"
 source = Source.open("tiny")
 older, newer = source.placement(None), source.placement(find("q4_0"))

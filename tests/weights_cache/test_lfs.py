@@ -8,8 +8,9 @@ import pytest
 
 from pixtral_cli.source import Source
 from pixtral_cli.tiny import FOLDER
-from weights_cache import checkpoint, serialized
+from weights_cache import checkpoint
 from weights_cache.errors import CheckpointCorrupt, LfsPointer
+from weights_cache.formats import serialized
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 14571400\n"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from weights_cache import checkpoint, names, native
+from weights_cache import checkpoint, configs, names
 from weights_cache.errors import CheckpointCorrupt, ModelUnsupported, PickleRefused, WeightsError, WeightsNotFound
 
 PIXTRAL = {
@@ -48,7 +48,7 @@ def read(tmp_path: Path):
             params["vision_encoder"] = {**PIXTRAL["vision_encoder"], **vision}
         path = tmp_path / "params.json"
         path.write_text(json.dumps({key: value for key, value in params.items() if value is not None}))
-        return native.read_config(path)
+        return configs.from_native(path, json.loads(path.read_text()))
 
     return read
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load, save
 
 from pixtral_cli.model.nf4 import bitsandbytes
-from weights_cache.nf4 import NF4, TABLE
+from weights_cache.codecs.nf4 import NF4, TABLE
 
 
 def encoded(shape, dtype=torch.float32, nested=False, block=64):
@@ -24,7 +24,7 @@ def encoded(shape, dtype=torch.float32, nested=False, block=64):
 def test_decoding_is_bit_for_bit_that_of_bitsandbytes(dtype, nested, shape, block):
     _, codes, state, ours = encoded(shape, dtype, nested, block)
     assert (ours.shape, ours.block, ours.nested) == (shape, block, nested)
-    assert torch.equal(ours.decode(dtype), bitsandbytes().functional.dequantize_4bit(codes, state))
+    assert torch.equal(ours.decoded(dtype), bitsandbytes().functional.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize(("shape", "block"), [((33, 96), 64), ((5, 2), 64), ((7, 90), 128), ((3, 64), 4096)])
@@ -34,8 +34,8 @@ def test_blocks_may_go_on_in_the_next_row(shape, block):
 
     weights, codes, state, ours = encoded(shape, block=block)
     expected = plain(codes.view(-1), state.absmax, torch.tensor(TABLE), block, shape, torch.float32)
-    assert torch.equal(ours.decode(), expected)
-    assert (ours.decode() - weights).abs().max() < 0.16 * weights.abs().max()  # half of the widest step
+    assert torch.equal(ours.decoded(), expected)
+    assert (ours.decoded() - weights).abs().max() < 0.16 * weights.abs().max()  # half of the widest step
 
 
 def test_the_table_is_that_of_bitsandbytes():
@@ -55,7 +55,7 @@ def test_the_order_of_the_codes_changes_nothing(nested):
     _, _, _, ours = encoded((96, 320), nested=nested)
     there = ours.interleaved()
     assert torch.equal(there.in_rows().codes, ours.codes)
-    assert torch.equal(there.decode(), ours.decode())
+    assert torch.equal(there.decoded(), ours.decoded())
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -65,7 +65,7 @@ def test_a_matrix_goes_through_a_file_unchanged(nested, order):
     ours = ours.interleaved() if order == "interleaved" else ours
     tensors = load(save(ours.to_tensors("a.weight") | {"a.bias": torch.zeros(96), "a.weight2": torch.ones(1)}))
     back = NF4.from_tensors("a.weight", tensors)
-    assert torch.equal(back.decode(), ours.decode()) and back.codes.shape == ours.codes.shape
+    assert torch.equal(back.decoded(), ours.decoded()) and back.codes.shape == ours.codes.shape
     assert back.to_tensors("b").keys() == ours.to_tensors("b").keys()
     assert len(ours.to_tensors("b")) == (5 if nested else 2)
 

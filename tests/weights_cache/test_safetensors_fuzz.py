@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from weights_cache import checkpoint, main_encoding, serialized
+from weights_cache import checkpoint, main_encoding
+from weights_cache.checkpoint import SerializedCheckpoint
+from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import WeightsError
-from weights_cache.nf4 import NF4
-from weights_cache.serialized_checkpoint import SerializedCheckpoint, verify_path
+from weights_cache.formats import serialized
+from weights_cache.formats.serialized import verify_path
 
 EXTREMES = [0, 1, 7, 9, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**400]
 WORDS = [
@@ -85,7 +87,7 @@ def _write_serialized(path: Path) -> None:
 
 def _bitsandbytes(path: Path) -> bytes:
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64]}
-    from weights_cache.nf4 import TABLE
+    from weights_cache.codecs.nf4 import TABLE
 
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(

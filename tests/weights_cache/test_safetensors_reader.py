@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from weights_cache.errors import CheckpointCorrupt
-from weights_cache.safetensors_reader import SafetensorsFile
+from weights_cache.formats.safetensors import SafetensorsFile
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16,

@@ -8,16 +8,17 @@ Names are lower-case words of GGUF: `q4_k` is ggml's type Q4_K. All of NAMES dec
 Importing this package imports torch.
 """
 
-from ..errors import UnknownEncoding
+from weights_cache.errors import UnknownEncoding
+
+from .block_quants import CODECS as BLOCK_QUANTS
 from .codec import Codec
 from .float import CODECS as FLOATS
 from .iq4 import CODECS as IQ4
 from .k_quants import CODECS as K_QUANTS
-from .legacy import CODECS as LEGACY
 
 __all__ = ["ENCODERS", "NAMES", "Codec", "get"]
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *LEGACY, *K_QUANTS, *IQ4)}
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (*FLOATS, *BLOCK_QUANTS, *K_QUANTS, *IQ4)}
 
 NAMES: tuple[str, ...] = tuple(_CODECS)
 """Every encoding that can be decoded."""

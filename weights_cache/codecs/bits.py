@@ -6,7 +6,19 @@ Everywhere `blocks` is uint8 [n, bytes of a block], and can be looked at as numb
 import torch
 from torch import Tensor
 
-from .groups import Scratch
+
+class Scratch:
+    """Arrays that are used again for the next chunk: fresh pages cost more than the arithmetic in them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._arrays: dict[str, Tensor] = {}
+
+    def array(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The array `name`, with whatever was last in it; a new one when the shape has changed."""
+        if name not in self._arrays or self._arrays[name].shape != shape:
+            self._arrays[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self._arrays[name]
 
 
 def aligned(data: Tensor, size: int) -> Tensor:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NotEncodable, WidthNotDivisible
+from weights_cache.errors import NotEncodable, WidthNotDivisible
+
 from . import bits
-from .groups import Scratch
+from .bits import Scratch
 
 CHUNK_WEIGHTS = 2**17
 """Weights per chunk and thread: half a MiB in float32, so that a few arrays of them stay in a core's cache.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import bits
+from .bits import Scratch
 from .codec import BlockCodec, Codec
-from .groups import Scratch
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GROUP = 32

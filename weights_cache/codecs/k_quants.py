@@ -25,9 +25,9 @@ Source: ggml's ggml-common.h (block_q2_K and its neighbours) and the classes of 
 import torch
 from torch import Tensor
 
-from . import bits, fit
+from . import bits, search
+from .bits import Scratch
 from .codec import BlockCodec, Codec
-from .groups import Scratch
 
 SUPER = 256
 RUN = 32  # bytes of a run of codes
@@ -117,7 +117,7 @@ def _q6_k_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
 
 
 def _pack_q4_k(weights: Tensor, scratch: Scratch) -> Tensor:
-    found, x = fit.offset_nibbles(weights, scratch)
+    found, x = search.offset_nibbles(weights, scratch)
     return torch.cat([
         bits.half_bytes(found.scale_step),
         bits.half_bytes(found.offset_step),
@@ -127,7 +127,7 @@ def _pack_q4_k(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 def _pack_q6_k(weights: Tensor, scratch: Scratch) -> Tensor:
-    found, x = fit.signed_six_bits(weights, scratch)
+    found, x = search.signed_six_bits(weights, scratch)
     codes = x.rows(SUPER, offset=32)
     return torch.cat([
         bits.join(codes & 15, 4, Q6_RUN),

@@ -1,6 +1,6 @@
 """What every file format offers: tensors by the file's own names, known before a byte of data is read.
 
-Knows no format. A reader stands beside safetensors_reader.py and has the shape of `Reader`; checkpoint.py
+Knows no format. A reader stands beside safetensors.py and has the shape of `Reader`; checkpoint.py
 chooses it and translates its names. What all of them share is here too: a file mapped into memory, and a piece
 of it seen as a tensor.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from . import lfs
-from .errors import CheckpointCorrupt, Unreadable
+from weights_cache import lfs
+from weights_cache.errors import CheckpointCorrupt, Unreadable
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointCorrupt, WeightsNotFound
-from .json_fields import parse_json_object
-from .kinds import GGUF_MAGIC, MAX_HEADER_BYTES
+from weights_cache.errors import CheckpointCorrupt, WeightsNotFound
+from weights_cache.json_fields import parse_json_object
+from weights_cache.kinds import GGUF_MAGIC, MAX_HEADER_BYTES
+
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
 if TYPE_CHECKING:

@@ -23,11 +23,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed
-from .json_fields import parse_json_object
-from .manifest import Manifest, check_version, read_hashes
+from weights_cache import stamps
+from weights_cache.errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed, listed
+from weights_cache.json_fields import parse_json_object
+from weights_cache.manifest import Manifest, check_version, read_hashes
+
 from .reader import TensorInfo
-from .safetensors_reader import LENGTH_BYTES, SafetensorsFile
+from .safetensors import LENGTH_BYTES, SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
@@ -287,3 +289,37 @@ class SerializedFile:
 
     def _hash(self, name: str) -> str:
         return hashlib.sha256(_bytes_of(self._file.tensor(name))).hexdigest()
+
+
+class SideFile:
+    """A file inside the file: what readers of side files need of a Path."""
+
+    def __init__(self, model: Path, name: str, data: bytes) -> None:
+        self.model, self.name, self.data = model, name, data
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.data.decode(encoding)
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.model}"
+
+
+def check(file: SerializedFile, *, weights: bool = True, progress: Progress | None = None) -> None:
+    """Check every hash, and remember that the file is whole; without `weights` those of side files, for this once.
+
+    Raises CheckpointCorrupt naming what was altered.
+    """
+    if altered := [f"{name[:200]!r}" for name in file.altered(weights=weights, progress=progress)]:
+        raise CheckpointCorrupt(file.path, f"{listed(altered)} {'was' if len(altered) == 1 else 'were'} altered")
+    if weights:
+        stamps.remember(file.path, file.seal)
+
+
+def verify_path(path: Path) -> SerializedFile:
+    """Open a serialized model and check every hash, whatever is remembered of it."""
+    file = SerializedFile(path)
+    check(file)
+    return file

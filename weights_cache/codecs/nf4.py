@@ -50,6 +50,10 @@ class NF4:
     nested_offset: Tensor | None = None
 
     @property
+    def encoding(self) -> str:
+        return "nf4"
+
+    @property
     def shape(self) -> tuple[int, int]:
         if self.codes.ndim == 2:
             return self.codes.shape[0], 2 * self.codes.shape[1]
@@ -68,7 +72,7 @@ class NF4:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts().values())
+        return sum(part.nbytes for part in self.tensors().values())
 
     def magnitudes(self) -> Tensor:
         """The largest magnitude of each block, float32 [blocks]."""
@@ -78,7 +82,7 @@ class NF4:
         return self.nested_quant_map[self.absmax.int()] * units + self.nested_offset
 
     @torch.no_grad()
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [R, C]: bit for bit what bitsandbytes' `dequantize_4bit` makes of them in that dtype."""
         shape, block = self.shape, self.block
         codes, magnitudes = self.in_rows().codes.flatten(), self.magnitudes()
@@ -116,11 +120,11 @@ class NF4:
         return replace(self, codes=codes.reshape(self.shape[0], -1))
 
     def to(self, device: torch.device) -> NF4:
-        return NF4(**{name: part.to(device) for name, part in self._parts().items()})
+        return NF4(**{name: part.to(device) for name, part in self.tensors().items()})
 
     def to_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything as plain tensors: `name`, which are the codes, `name`.absmax, and so on."""
-        return {name if part == "codes" else f"{name}.{part}": tensor for part, tensor in self._parts().items()}
+        return {name if part == "codes" else f"{name}.{part}": tensor for part, tensor in self.tensors().items()}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> NF4:
@@ -128,7 +132,8 @@ class NF4:
         names = {part: f"{name}.{part}" for part in PARTS}
         return cls(tensors[name], **{part: tensors[n] for part, n in names.items() if part == "absmax" or n in tensors})
 
-    def _parts(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The codes, and what stands beside them: PARTS, as far as there are such."""
         return {part: tensor for part in ("codes", *PARTS) if (tensor := getattr(self, part)) is not None}
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointCorrupt, QuantizedElsewhere
-from .json_fields import parse_json_object
-from .names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
-from .nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
+from weights_cache.codecs.nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
+from weights_cache.errors import CheckpointCorrupt, QuantizedElsewhere
+from weights_cache.json_fields import parse_json_object
+from weights_cache.names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
+
 from .reader import Reader, TensorInfo
 from .serialized import DTYPE_WORDS
 
@@ -56,7 +57,7 @@ class BitsandbytesFiles:
 
     def tensor(self, name: str) -> torch.Tensor:
         """As in the file, memory-mapped; a matrix decoded to float32."""
-        return self.nf4(name).decode() if name in self._states else self._of[name].tensor(name)
+        return self.nf4(name).decoded() if name in self._states else self._of[name].tensor(name)
 
     def packed(self, name: str) -> torch.Tensor:
         """The bytes as they are stored; of a matrix its codes, uint8 [rows, columns / 2]."""

@@ -18,9 +18,9 @@ Source: ggml's ggml-common.h (block_q4_0 and its neighbours) and the classes of 
 import torch
 from torch import Tensor
 
-from . import bits, fit
+from . import bits, search
+from .bits import Scratch
 from .codec import BlockCodec, Codec
-from .groups import Scratch
 
 BLOCK = 32
 RUN = 16  # bytes of nibbles
@@ -64,12 +64,12 @@ def _q5_1_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
 
 
 def _pack_q8_0(weights: Tensor, scratch: Scratch) -> Tensor:
-    scale, x = fit.signed_bytes(weights, scratch)  # 128 on top and the top bit turned: two's complement
+    scale, x = search.signed_bytes(weights, scratch)  # 128 on top and the top bit turned: two's complement
     return torch.cat([bits.half_bytes(scale), x.rows(BLOCK, offset=128) ^ 128], dim=1)
 
 
 def _pack_q4_0(weights: Tensor, scratch: Scratch) -> Tensor:
-    scale, x = fit.signed_nibbles(weights, scratch)
+    scale, x = search.signed_nibbles(weights, scratch)
     return torch.cat([bits.half_bytes(scale), bits.join(x.rows(BLOCK, offset=8), 4, RUN)], dim=1)
 
 

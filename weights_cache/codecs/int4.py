@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codecs.k_quants import six_bit_words
+from weights_cache import codecs
+
+from .k_quants import six_bit_words
 
 ROWS = 64
 """Rows that lie together in the order of the kernel, where the processor has AVX-512."""
@@ -62,6 +64,20 @@ class Int4:
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.codes) * ROWS, self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "scales": self.scales}
+
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [R, C] as the codec decodes them."""
+        return codecs.get(self.encoding).decode(self.rows(), dtype)
+
+    def to(self, device: torch.device) -> Int4:
+        return Int4(self.encoding, self.codes.to(device), self.scales.to(device))
 
     @classmethod
     def from_rows(cls, encoding: str, packed: Tensor) -> Int4:
