@@ -10,18 +10,17 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from pixtral_cli import __version__
-from pixtral_cli.server import openapi, page, replies, wire
+from pixtral_cli.server import openapi, page, responses, wire
 from pixtral_cli.server.asgi import remember
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
 from pixtral_cli.server.errors import ApiError, unavailable
-from pixtral_cli.server.json_body import parse_json
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from pixtral_cli.server.openapi import OPERATIONS
 from pixtral_cli.server.problems import refusal_of
-from pixtral_cli.server.replies import Envelope
+from pixtral_cli.server.request_body import parse_json
+from pixtral_cli.server.responses import Chunks, Envelope, takes_pieces
 from pixtral_cli.server.service import Service
-from pixtral_cli.server.stream import Chunks, takes_pieces
-from pixtral_cli.server.wire import Ask
+from pixtral_cli.server.wire import AnswerRequest
 
 LARGE_BODY = 256 * 1024
 
@@ -108,7 +107,7 @@ class Routes:
     async def docs(self, request: Request) -> Response:
         return HTMLResponse(openapi.page(OPERATIONS, "pixtral", __version__), headers=openapi.DOCS_HEADERS)
 
-    async def respond(self, request: Request, ask: Ask) -> Response:
+    async def respond(self, request: Request, ask: AnswerRequest) -> Response:
         """The answer as one object or as a stream.
 
         A stream begins with the first token: what fails before that has an HTTP status of its own.
@@ -126,11 +125,11 @@ class Routes:
             chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *usage, in_pieces)
             return EventStream(first, events, chunks, service.metrics, service.work)
         told = await while_there(request.receive, whole(events, ask.answers))
-        used = replies.usage([reply.usage for reply in told], ask.n)
+        used = responses.usage([reply.usage for reply in told], ask.n)
         state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
 
         def written() -> Response:
-            return JSONResponse(replies.answer(envelope, told, ask.n, token_bytes))
+            return JSONResponse(responses.answer(envelope, told, ask.n, token_bytes))
 
         return await service.work(written) if ask.scores_prompts else written()
 

@@ -11,11 +11,11 @@ from typing import TypeVar
 from starlette.responses import Response
 
 from pixtral_cli.generation import Reply
-from pixtral_cli.server.answers import Events
 from pixtral_cli.server.asgi import Receive, Scope, Send, remember
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.metrics import Metrics
-from pixtral_cli.server.stream import Chunks
+from pixtral_cli.server.responses import Chunks
+from pixtral_cli.server.service import Events
 
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from pixtral_cli.server import fields, results
+from pixtral_cli.server import schemas
 
 REF = "#/components/schemas/{model}"
 HELLO = [{"role": "user", "content": "What can you do?"}]
@@ -56,10 +56,10 @@ OPERATIONS = (
         "POST",
         "chat",
         "The next message of a conversation, which may hold pictures.",
-        results.ChatCompletion,
-        fields.ChatRequest,
+        schemas.ChatCompletion,
+        schemas.ChatRequest,
         (_CHAT, {**_CHAT, "stream": True, "stream_options": {"include_usage": True}}),
-        results.ChatCompletionChunk,
+        schemas.ChatCompletionChunk,
         _ANSWER_ERRORS,
     ),
     Operation(
@@ -67,23 +67,23 @@ OPERATIONS = (
         "POST",
         "completions",
         "The continuation of a text.",
-        results.Completion,
-        fields.CompletionRequest,
+        schemas.Completion,
+        schemas.CompletionRequest,
         ({"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16},),
-        results.Completion,
+        schemas.Completion,
         _ANSWER_ERRORS,
     ),
-    Operation("/v1/models", "GET", "models", "The names of the model.", results.Models),
-    Operation("/v1/models/{name}", "GET", "model", "One of them.", results.Model, errors=tuple(NOT_FOUND.items())),
+    Operation("/v1/models", "GET", "models", "The names of the model.", schemas.Models),
+    Operation("/v1/models/{name}", "GET", "model", "One of them.", schemas.Model, errors=tuple(NOT_FOUND.items())),
     Operation(
         "/predict",
         "POST",
         "predict",
         "A chat completion whose body needs no model, with 512 tokens and temperature 0.7 unless it says otherwise.",
-        results.ChatCompletion,
-        fields.PredictRequest,
+        schemas.ChatCompletion,
+        schemas.PredictRequest,
         ({"messages": HELLO},),
-        results.ChatCompletionChunk,
+        schemas.ChatCompletionChunk,
         _ANSWER_ERRORS,
     ),
     Operation(
@@ -91,8 +91,8 @@ OPERATIONS = (
         "POST",
         "tokenize",
         "The tokens of a text or a conversation, and what its pictures cost.",
-        results.Tokenized,
-        fields.TokenizeRequest,
+        schemas.Tokenized,
+        schemas.TokenizeRequest,
         ({"prompt": "How many tokens is this?"}, {"messages": HELLO}),
         errors=_TOKEN_ERRORS,
     ),
@@ -101,29 +101,29 @@ OPERATIONS = (
         "POST",
         "detokenize",
         "The text of tokens.",
-        results.Detokenized,
-        fields.DetokenizeRequest,
+        schemas.Detokenized,
+        schemas.DetokenizeRequest,
         ({"tokens": [1, 71, 437, 110]},),
         errors=_TOKEN_ERRORS,
     ),
-    Operation("/health", "GET", "health", "Whether the process lives.", results.Status, is_open=True),
+    Operation("/health", "GET", "health", "Whether the process lives.", schemas.Status, is_open=True),
     Operation(
         "/ready",
         "GET",
         "ready",
         "Whether requests are worked on.",
-        results.Status,
+        schemas.Status,
         errors=((503, "Not yet, or no longer."),),
         is_open=True,
     ),
     Operation("/metrics", "GET", "metrics", "Counters for Prometheus.", None),
-    Operation("/version", "GET", "version", "The version of pixtral.", results.Version),
+    Operation("/version", "GET", "version", "The version of pixtral.", schemas.Version),
 )
 
 
 def document(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
     """The OpenAPI document."""
-    models = {model for op in operations for model in (op.result, op.body, op.event) if model} | {results.Error}
+    models = {model for op in operations for model in (op.result, op.body, op.event) if model} | {schemas.Error}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=REF)
     paths: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def _errors(operation: Operation) -> list[tuple[int, str]]:
 
 
 def _error(why: str) -> dict[str, Any]:
-    return {"description": why, "content": {"application/json": {"schema": _ref(results.Error)}}}
+    return {"description": why, "content": {"application/json": {"schema": _ref(schemas.Error)}}}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Asks in, text events out, for as long as a client listens: one model, its names, its queue. Knows no HTTP framing.
+"""Requests in, text events out, for as long as a client listens: one model, its names, its queue. Knows no HTTP.
 
 What blocks (templates, tokenising, pictures, grammars) runs on a few threads, never on the event loop; the engine runs
 on a thread of its own.
@@ -6,25 +6,26 @@ on a thread of its own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pixtral_cli.api import Pixtral
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.errors import RequestError
-from pixtral_cli.generation import GenerationOptions, Request, TextStream
+from pixtral_cli.generation import Failure, GenerationOptions, Request, TextEvent, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
-from pixtral_cli.server.answers import Answers, Events, Handover
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.problems import leaving, queue_full, refusal_of, unknown_model
 from pixtral_cli.server.threads import Threads
-from pixtral_cli.server.wire import Ask, TextOrTokens, count_pictures
+from pixtral_cli.server.wire import AnswerRequest, TextOrTokens, count_images
 
 QUICK_THREADS = 4
 SLOW_THREADS = 64
@@ -33,6 +34,8 @@ MOST_TOLD = 3_000_000
 """Log-probabilities of prompts in one answer: as many as 131,072 tokens have with 20 alternatives."""
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 Result = TypeVar("Result")
+Events = list[tuple[int, TextEvent]]
+"""What came together: the answer's place, and what its next token adds."""
 logger = logging.getLogger(__name__)
 
 
@@ -69,8 +72,8 @@ class Service:
         self.started_at = int(time.time())
         self.options = {**checkpoint_defaults(self.model.source.checkpoint.generation_config), **self.defaults}
         self.quick, self.slow = Threads(QUICK_THREADS, "prompts"), Threads(SLOW_THREADS, "pictures")
-        self.handover = Handover()
-        self._open: set[Answers] = set()
+        self.bridge = EventLoopBridge()
+        self._open: set[Subscription] = set()
 
     @property
     def ready(self) -> bool:
@@ -91,43 +94,43 @@ class Service:
         """Take nothing new, and send away who waits; what the engine has begun may finish."""
         self.draining = True
         begun = {sequence.id for sequence in self.model.engine.scheduler.running}
-        for answers in self._open:
-            answers.send_away_unless(begun)
+        for subscription in self._open:
+            subscription.send_away_unless(begun)
 
     def check_name(self, name: str | None) -> None:
         """Raise ApiError unless `name` is the model's; None is."""
         if name is not None and name not in self.names:
             raise unknown_model(name, self.names)
 
-    async def answer(self, ask: Ask, salt: bytes = b"") -> AsyncGenerator[Events]:
+    async def answer(self, request: AnswerRequest, salt: bytes = b"") -> AsyncGenerator[Events]:
         """The events of all answers, as they come; closing it frees what they hold within one step.
 
         Raises:
             ApiError: what was asked cannot be answered, the queue is full, the server ends, the engine failed.
         """
         self._check_room()
-        answers = Answers(self.driver, self.metrics)
-        self.accepted += ask.answers
-        self._open.add(answers)
+        subscription = Subscription(self.driver, self.metrics)
+        self.accepted += request.answers
+        self._open.add(subscription)
         try:
-            making = self.work(partial(self._jobs, ask, salt), asked=ask.asked, slow=ask.is_slow)
-            answers.submit(await answers.unless_sent_away(making), self.handover)
-            ask.messages.clear()  # they are in the prompt now, and pictures in them may be large
-            while answers.running:
-                yield await answers.next()
+            making = self.work(partial(self._jobs, request, salt), asked=request.asked, slow=request.is_slow)
+            subscription.submit(await subscription.unless_sent_away(making), self.bridge)
+            request.messages.clear()  # they are in the prompt now, and pictures in them may be large
+            while subscription.running:
+                yield await subscription.next()
         except Exception as error:
-            raise self._refusal(error, ask.asked) from error
+            raise self._refusal(error, request.asked) from error
         finally:
-            answers.cancel()
-            self._open.discard(answers)
-            self.accepted -= ask.answers
+            subscription.cancel()
+            self._open.discard(subscription)
+            self.accepted -= request.answers
 
     async def prompt(self, text: str | None, messages: list[dict[str, Any]] | None, tools: Any) -> Prompt:
         """The prompt of a text or of a chat, whose pictures are looked at. Raises ApiError."""
         if messages is None:
             return await self.work(partial(self._text, text or ""))
         chat = partial(self._chat, messages, tools)
-        return await self.work(chat, asked="messages", slow=bool(count_pictures(messages)))
+        return await self.work(chat, asked="messages", slow=bool(count_images(messages)))
 
     async def text_of(self, token_ids: list[int]) -> str:
         """The text that the tokens are, without control tokens. Raises ApiError."""
@@ -157,18 +160,18 @@ class Service:
         if self.accepted >= self.model.engine.scheduler.max_batch_size + self.limits.max_queue:
             raise queue_full(self.limits.max_queue)
 
-    def _jobs(self, ask: Ask, salt: bytes) -> list[tuple[Request, TextStream]]:
-        """What the engine is asked, `ask.n` times for each prompt; blocks. Raises PixtralError."""
-        options = GenerationOptions.of({**self.options, **ask.options})
-        if ask.kind == "chat":
-            prompts = [self._chat(ask.messages, ask.tools)]
+    def _jobs(self, request: AnswerRequest, salt: bytes) -> list[tuple[Request, TextStream]]:
+        """What the engine is asked, `request.n` times for each prompt; blocks. Raises PixtralError."""
+        options = GenerationOptions.of({**self.options, **request.options})
+        if request.kind == "chat":
+            prompts = [self._chat(request.messages, request.tools)]
         else:
-            prompts = [self._text(prompt) for prompt in ask.prompts]
-            _check_told(prompts, options, ask.n)
-        return [job for prompt in prompts for job in self.model.jobs(prompt, options, ask.n, salt)]
+            prompts = [self._text(prompt) for prompt in request.prompts]
+            _check_told(prompts, options, request.n)
+        return [job for prompt in prompts for job in self.model.jobs(prompt, options, request.n, salt)]
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any) -> Prompt:
-        pictures, most = count_pictures(messages), self.limits.max_images
+        pictures, most = count_images(messages), self.limits.max_images
         if pictures > most:
             raise RequestError(f"The messages hold {pictures} pictures, and --max-images is {most}.")
         return self.model.source.chat(messages, tools)
@@ -209,3 +212,115 @@ def checkpoint_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a generation_config.json sets: as in transformers, it samples only where it says `do_sample`."""
     keys = ("repetition_penalty", *(SAMPLING_KEYS if config.get("do_sample") is True else ()))
     return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+class Arrival(NamedTuple):
+    """An event of the engine for the answer `place`, and when it came (of `time.perf_counter`)."""
+
+    subscription: Subscription
+    place: int
+    event: Any
+    at: float
+
+
+class EventLoopBridge:
+    """Events from the engine's thread to the event loop: one call into the loop for all that a step gives."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[Arrival] = deque()
+        self._called = False
+
+    def put(self, subscription: Subscription, place: int, event: Any) -> None:
+        """A sink, on the engine's thread."""
+        self._arrived.append(Arrival(subscription, place, event, time.perf_counter()))
+        if not self._called:
+            self._called = True
+            subscription.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # before the deque is emptied: who puts after this calls again
+        while self._arrived:
+            arrival = self._arrived.popleft()
+            arrival.subscription.receive(arrival)
+
+
+class Subscription:
+    """One request's answers on their way."""
+
+    def __init__(self, driver: Driver, metrics: Metrics) -> None:
+        self.driver, self.metrics = driver, metrics
+        self.loop = asyncio.get_running_loop()
+        self.running: dict[int, int] = {}
+        """Places of the answers that have not ended, and the engine's ids."""
+        self._streams: list[TextStream] = []
+        self._begun = time.perf_counter()
+        self._latest: dict[int, float] = {}  # when each answer's last token came
+        self._arrived: list[Arrival] = []
+        self._wake = asyncio.Event()
+        self._sent_away = False
+        self._making: asyncio.Future[Any] | None = None
+
+    async def unless_sent_away(self, making: Awaitable[Result]) -> Result:
+        """What `making` gives, without which nothing can be queued. Raises ApiError if the server ends before."""
+        self._making = asyncio.ensure_future(making)
+        try:
+            return await self._making
+        except asyncio.CancelledError:
+            if self._sent_away:
+                raise leaving() from None
+            raise
+
+    def submit(self, jobs: Sequence[tuple[Request, TextStream]], bridge: EventLoopBridge) -> None:
+        """Queue them all; their pictures are not kept here."""
+        self._making = None
+        self._streams = [stream for _, stream in jobs]
+        for place, (request, _) in enumerate(jobs):
+            self.running[place] = self.driver.submit(request, partial(bridge.put, self, place))
+
+    def send_away_unless(self, begun: Set[int]) -> None:
+        """Let them fail, unless the engine has begun one of them."""
+        if not self._latest and not self._arrived and begun.isdisjoint(self.running.values()):
+            self._sent_away = True
+            self._wake.set()
+            if self._making is not None:
+                self._making.cancel()
+
+    def receive(self, arrival: Arrival) -> None:
+        self._arrived.append(arrival)
+        self._wake.set()
+
+    async def next(self) -> Events:
+        """What has come since, at least one event. Raises ApiError, and what the engine failed with."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._sent_away:
+                raise leaving()
+            arrived, self._arrived = self._arrived, []
+            events = [(arrival.place, self._told(arrival)) for arrival in arrived if arrival.place in self.running]
+            if events:
+                return events
+
+    def cancel(self) -> None:
+        """What still runs ends with the engine's step."""
+        for request_id in self.running.values():
+            self.driver.cancel(request_id)
+        self.running.clear()
+
+    def _told(self, arrival: Arrival) -> TextEvent:
+        place, event = arrival.place, arrival.event
+        if isinstance(event, Failure):
+            raise event.error
+        self._measure(place, arrival.at)
+        told = self._streams[place].push(event)
+        if told.finish_reason:
+            self.driver.cancel(self.running.pop(place))  # a stop string ends it before the engine would
+        return told
+
+    def _measure(self, place: int, now: float) -> None:
+        before = self._latest.get(place)
+        if before is None:
+            self.metrics.first_token(now - self._begun)
+        else:
+            self.metrics.next_token(now - before)
+        self._latest[place] = now

@@ -12,21 +12,21 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.fields import (
-    Asked,
+from pixtral_cli.server.request_body import invalid
+from pixtral_cli.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerationFields,
     PredictRequest,
     StreamOptions,
     TokenizeRequest,
 )
-from pixtral_cli.server.invalid import invalid
 
 COMPLETION_TOKENS = 16
 PREDICTED = {"max_tokens": 512, "temperature": 0.7}
 MAX_TOGETHER = 128
-"""Answers to one request."""
+"""Subscription to one request."""
 SAMPLED = (
     "temperature",
     "top_p",
@@ -50,7 +50,7 @@ TextOrTokens = str | list[int]
 
 
 @dataclass(frozen=True)
-class Ask:
+class AnswerRequest:
     """One HTTP request for answers: `n` to each of its prompts, in `options` (fields of GenerationOptions).
 
     A chat has one prompt, `messages` and `tools`; else there are `prompts`.
@@ -88,15 +88,15 @@ class Ask:
     @property
     def is_slow(self) -> bool:
         """Whether its prompt may take long to make: pictures, grammars."""
-        return bool(self.tools or "response_format" in self.options or count_pictures(self.messages))
+        return bool(self.tools or "response_format" in self.options or count_images(self.messages))
 
 
-def chat(body: Json) -> Ask:
+def chat(body: Json) -> AnswerRequest:
     """The request of /v1/chat/completions. Raises ApiError."""
     return _chat(body, validated(ChatRequest, body))
 
 
-def predict(body: Json) -> Ask:
+def predict(body: Json) -> AnswerRequest:
     """The request of /predict. Raises ApiError."""
     given = validated(PredictRequest, body)
     for name, default in PREDICTED.items():
@@ -105,7 +105,7 @@ def predict(body: Json) -> Ask:
     return _chat(body, given)
 
 
-def completion(body: Json) -> Ask:
+def completion(body: Json) -> AnswerRequest:
     """The request of /v1/completions. Raises ApiError."""
     given = validated(CompletionRequest, body)
     options = _options(given)
@@ -118,10 +118,10 @@ def completion(body: Json) -> Ask:
         options["logprobs"] = given.logprobs
     several = isinstance(given.prompt, list) and not isinstance(given.prompt[0], int)
     prompts = given.prompt if several else [given.prompt]
-    ask = Ask("text", given.model, options, prompts=prompts, **_form(given))
-    if ask.answers > MAX_TOGETHER:
-        raise ApiError(400, f"Prompts times n should be at most {MAX_TOGETHER}, not {ask.answers}.", param="n")
-    return ask
+    request = AnswerRequest("text", given.model, options, prompts=prompts, **_form(given))
+    if request.answers > MAX_TOGETHER:
+        raise ApiError(400, f"Prompts times n should be at most {MAX_TOGETHER}, not {request.answers}.", param="n")
+    return request
 
 
 def tokenize(body: Json) -> TokenizeRequest:
@@ -147,7 +147,7 @@ def validated(model: type[Model], body: Json) -> Model:
         raise invalid(error, body) from None
 
 
-def _chat(body: Json, given: PredictRequest) -> Ask:
+def _chat(body: Json, given: PredictRequest) -> AnswerRequest:
     if given.max_completion_tokens is not None and given.max_tokens not in (None, given.max_completion_tokens):
         raise ApiError(
             400, "max_tokens and max_completion_tokens mean the same, and differ.", param="max_completion_tokens"
@@ -163,7 +163,7 @@ def _chat(body: Json, given: PredictRequest) -> Ask:
     tools = _newer_form(given, options) if older else body.get("tools")
     if options.get("tool_choice") == "any":
         options["tool_choice"] = "required"
-    return Ask("chat", given.model, options, body["messages"], tools, older_calls=older, **_form(given))
+    return AnswerRequest("chat", given.model, options, body["messages"], tools, older_calls=older, **_form(given))
 
 
 def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
@@ -180,14 +180,14 @@ def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
     return [{"type": "function", "function": each.model_dump(exclude_none=True)} for each in given.functions or ()]
 
 
-def _options(given: Asked) -> Json:
+def _options(given: GenerationFields) -> Json:
     if given.random_seed is not None and given.seed not in (None, given.random_seed):
         raise ApiError(400, "seed and random_seed mean the same, and differ.", param="random_seed")
     options = given.model_dump(include=set(SAMPLED), exclude_none=True, by_alias=True)
     return options if given.random_seed is None else options | {"seed": given.random_seed}
 
 
-def _form(given: Asked) -> Json:
+def _form(given: GenerationFields) -> Json:
     stream = bool(given.stream)
     if given.stream_options is not None and not stream:
         raise ApiError(400, "stream_options is only for stream: true.", param="stream_options")
@@ -202,7 +202,7 @@ def _form(given: Asked) -> Json:
     }
 
 
-def count_pictures(messages: Sequence[Mapping[str, Any]]) -> int:
+def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
     """Pictures in messages that were validated."""
     parts = (message["content"] for message in messages if isinstance(message.get("content"), list))
     return sum(part["type"] == "image_url" for content in parts for part in content)

@@ -17,7 +17,7 @@ from support.processes import PATIENCE
 
 from pixtral_cli.server import asgi
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.json_body import parse_json
+from pixtral_cli.server.request_body import parse_json
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 MIB = 2**20

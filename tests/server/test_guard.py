@@ -15,8 +15,8 @@ from pixtral_cli.errors import PixtralError
 from pixtral_cli.server import guard
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.guard import ApiKeys, check_binding, is_loopback
-from pixtral_cli.server.json_body import parse_json
 from pixtral_cli.server.protocol import connections_allowed
+from pixtral_cli.server.request_body import parse_json
 
 KEYS = ("first-key", "second-key")
 

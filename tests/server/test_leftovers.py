@@ -13,7 +13,7 @@ from support.processes import PATIENCE
 
 from pixtral_cli.engine.scheduler import CHUNK
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.server.answers import Answers
+from pixtral_cli.server.service import Subscription
 
 
 def test_nothing_of_requests_is_left_in_engine_or_service(server):
@@ -31,7 +31,7 @@ def test_nothing_of_requests_is_left_in_engine_or_service(server):
 
 def of_requests():
     gc.collect()
-    return [each for each in gc.get_objects() if type(each) in (Sequence, Answers)]
+    return [each for each in gc.get_objects() if type(each) in (Sequence, Subscription)]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from pixtral_cli.generation import Reply, TextEvent, Timings, TokenLogprob, Usage
 from pixtral_cli.prompt.call_parser import ToolCallDelta
 from pixtral_cli.prompt.tools import ToolCall
-from pixtral_cli.server import replies
-from pixtral_cli.server.replies import Envelope
-from pixtral_cli.server.stream import DONE, Chunks, takes_pieces
+from pixtral_cli.server import responses
+from pixtral_cli.server.responses import DONE, Chunks, Envelope, takes_pieces
 
 letters = st.characters(exclude_categories=["Cs"]) | st.sampled_from('\r\n\u2028\x85"\\\0')
 texts = st.lists(st.text(letters, max_size=5))
@@ -137,7 +136,7 @@ def test_calls_come_in_pieces_and_are_told_apart_by_their_index():
 
 def test_clients_that_take_no_pieces_get_each_call_whole():
     calls = told(streamed("chat", [calling()], include_usage=False, in_pieces=False))
-    assert calls == [{"index": index, **replies.tool_call(call)} for index, call in enumerate(CALLS)]
+    assert calls == [{"index": index, **responses.tool_call(call)} for index, call in enumerate(CALLS)]
 
 
 @pytest.mark.parametrize("in_pieces", [True, False])

@@ -6,7 +6,7 @@ import pytest
 
 from pixtral_cli.server import wire
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.fields import CompletionRequest
+from pixtral_cli.server.schemas import CompletionRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -324,7 +324,7 @@ def test_the_details_of_pictures_are_openais():
 
 def test_pictures_are_counted_over_all_messages():
     messages = [{"role": "user", "content": [PICTURE, {"type": "text", "text": "a"}, PICTURE]}, *HELLO]
-    assert wire.count_pictures(chat(messages=messages).messages) == 2
+    assert wire.count_images(chat(messages=messages).messages) == 2
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": HELLO}, {"prompt": "a", "tools": [TOOL]}])

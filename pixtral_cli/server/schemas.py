@@ -1,4 +1,4 @@
-"""What the fields of requests may hold, as pydantic models; knows no HTTP and nothing of what is done with them.
+"""The JSON of requests and of answers, as pydantic models; knows no HTTP and nothing of what is done with them.
 
 Names and ranges are those of https://platform.openai.com/docs/api-reference; what has no meaning there (`top_k`,
 `min_p`, `repetition_penalty`, `ignore_eos`) has vLLM's, and `random_seed`, `safe_prompt` and `prefix` are those of
@@ -187,7 +187,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool = Field(False, description="Changes no answer; nothing is padded.")
 
 
-class Sampled(Strict):
+class SamplingFields(Strict):
     """How tokens are chosen. What is not given: the server's flags, the checkpoint's own settings, else greedy."""
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -206,7 +206,7 @@ class Sampled(Strict):
     ignore_eos: bool | None = Field(None, description="Go on after the model's end-of-answer token.")
 
 
-class Asked(Sampled):
+class GenerationFields(SamplingFields):
     """What requests for answers have in common."""
 
     max_tokens: int | None = Field(None, ge=1, le=MAX_ID)
@@ -224,7 +224,7 @@ class Asked(Sampled):
     prompt_cache_retention: str | None = Field(None, description=NO_CHANGE)
 
 
-class PredictRequest(Asked):
+class PredictRequest(GenerationFields):
     """As a chat completion; the model's name is not needed, and answers are short and lively unless told otherwise."""
 
     model: str | None = None
@@ -262,7 +262,7 @@ class ChatRequest(PredictRequest):
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationFields):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
     model: str
@@ -292,3 +292,197 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: list[TokenId]
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+
+
+class TokenDetails(BaseModel):
+    cached_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: TokenDetails
+
+
+class Alternative(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class FunctionCallPart(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallPart(BaseModel):
+    """The first of each `index` has id, type and name; the arguments are those of all of them joined."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallPart
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCall] = []
+    function_call: FunctionCall | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallPart] = []
+    function_call: FunctionCall | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class AnswerFields(BaseModel):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class ChatCompletion(AnswerFields):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatCompletionChunk(AnswerFields):
+    """The data of one event of a stream; after the last comes ``[DONE]``."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobs(BaseModel):
+    """Of an echoed prompt the first token has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(AnswerFields):
+    """Also the data of one event of a stream, where `finish_reason` is null but in the last."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Capabilities(BaseModel):
+    """As Mistral's API tells them."""
+
+    completion_chat: bool
+    completion_fim: bool
+    function_calling: bool
+    fine_tuning: bool
+    vision: bool
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    type: Literal["base"]
+    capabilities: Capabilities
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ImageCost(BaseModel):
+    """In pixels as the model sees it, and in tokens."""
+
+    width: int
+    height: int
+    tokens: int
+
+
+class Tokenized(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    images: list[ImageCost] = []
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class Status(BaseModel):
+    status: str
+
+
+class Version(BaseModel):
+    version: str
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: Literal[
+        "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+    ]
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
