@@ -24,9 +24,8 @@ from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save
 from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
-from pixtral_cli.model.needs import kv_bytes, weight_bytes
+from pixtral_cli.model.memory import LEAST, check_weights, kv_bytes, kv_tokens, weight_bytes
 from pixtral_cli.model.placement import Placement
-from pixtral_cli.model.plan import LEAST, check_weights, kv_tokens
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import Form, Progress, Source
 

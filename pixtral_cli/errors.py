@@ -46,3 +46,10 @@ class RequestError(PixtralError):
 
 class PromptTooLong(RequestError):
     """The prompt leaves no room in the context for an answer."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's on a GPU, and torch's on the CPU, which is a RuntimeError known only by its text."""
+    said = str(error).lower()
+    words = "out of memory", "not enough memory", "can't allocate memory"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in words))

@@ -13,9 +13,9 @@ from typing import Any
 from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
-from pixtral_cli.model import needs
+from pixtral_cli.model import families, memory
 from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.needs import Device, Need
+from pixtral_cli.model.memory import Device, Need
 from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
@@ -98,7 +98,7 @@ class Source:
     @cached_property
     def config(self) -> ModelConfig:
         with self._advising():
-            return ModelConfig.from_dict(self.checkpoint.config)
+            return families.read_config(self.checkpoint.config)
 
     @contextmanager
     def _advising(self) -> Iterator[None]:
@@ -114,12 +114,12 @@ class Source:
     def needs(self) -> list[Need]:
         """What the model takes in each encoding that it can be loaded in, from headers alone: a serialized model in its
         own only. Raises ModelError and WeightsError."""
-        found = needs.needs(self.checkpoint.tensors, self.config.text)
+        found = memory.needs(self.checkpoint.tensors, self.config.text)
         return found[:1] if self.format == "serialized" else found
 
     def devices(self) -> list[Device]:
         """This machine's devices and what is free on them."""
-        return needs.devices()
+        return memory.devices()
 
     @property
     def format(self) -> str:

@@ -13,9 +13,10 @@ from support import builders
 
 from pixtral_cli import Pixtral, PixtralError
 from pixtral_cli.encodings import find
-from pixtral_cli.model import int4, nf4, save
-from pixtral_cli.model.int4 import Int4Linear
-from pixtral_cli.model.linear import PackedLinear
+from pixtral_cli.model import save
+from pixtral_cli.model.kernels import int4, nf4
+from pixtral_cli.model.kernels.int4 import Int4Linear
+from pixtral_cli.model.kernels.reference import PackedLinear
 from pixtral_cli.source import Source
 from weights_cache import codecs
 from weights_cache.codecs.int4 import Int4

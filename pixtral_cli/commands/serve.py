@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pixtral_cli.cli import console as printing
 from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.cli.options import SourceFlags
-from pixtral_cli.commands.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
 
 if TYPE_CHECKING:
-    from pixtral_cli.server.assembly import Settings
-    from pixtral_cli.server.lifecycle import Loaded
+    from pixtral_cli.server.process import Loaded, Settings
 
 EXAMPLES = """\
 Examples:
@@ -45,23 +43,20 @@ def serve(
     console = Console(quiet=listen.quiet)
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
-    from pixtral_cli.server import guard as guarding
-    from pixtral_cli.server import lifecycle, listening
+    from pixtral_cli.server import listening, process
 
-    guarding.check_binding(listen.host, guard.api_key or (), guard.insecure)
+    listening.check_binding(listen.host, guard.api_key or (), guard.insecure)
     listener = listening.listen(listen.host, listen.port)
     address = listening.url(listen.host, listener)
 
     def start() -> Loaded:
         console.notice(f"loading {weights.serialized_model_path or model_path(source, weights) or 'a GGUF'}")
-        from pixtral_cli.server.assembly import assemble
-
         model = load(source, weights, console, **_memory(weights))
         settings = _settings(served_names(model, listen), listen, guard, limits, defaults)
-        return replace(assemble(model, settings), greeting=banner(model, address, settings, weights.max_batch_size))
+        return process.assemble(model, settings, banner(model, address, settings, weights.max_batch_size))
 
-    outside = lifecycle.Outside(console.detail, printing.tell_error, _leave)
-    lifecycle.serve(listener, start, listen.drain_timeout, outside)
+    terminal = process.Terminal(console.detail, printing.tell_error, _leave)
+    process.serve(listener, start, listen.drain_timeout, terminal)
 
 
 def banner(model: Any, address: str, settings: Settings, batch: int) -> str:
@@ -97,19 +92,19 @@ def curl_line(address: str, name: str, needs_key: bool) -> str:
 def _settings(
     names: tuple[str, ...], listen: ListenFlags, guard: GuardFlags, limits: LimitFlags, defaults: DefaultFlags
 ) -> Settings:
-    from pixtral_cli.server.assembly import Settings
-    from pixtral_cli.server.pictures import PicturePolicy
+    from pixtral_cli.server.media_policy import MediaPolicy
+    from pixtral_cli.server.process import Settings
     from pixtral_cli.server.service import Limits
 
     networks = tuple(ip_network(text) for text in guard.allow_private_media or ())
     return Settings(
         listen.host,
         names,
+        Limits(limits.max_images, limits.max_queue),
+        MediaPolicy(tuple(guard.allow_media_domain or ()), networks, guard.media_path),
         tuple(guard.api_key or ()),
         defaults.given(),
-        Limits(limits.max_images, limits.max_queue),
         limits.max_body_mib * 2**20,
-        PicturePolicy(tuple(guard.allow_media_domain or ()), networks, guard.media_path),
     )
 
 

@@ -20,11 +20,14 @@ _server, _guard, _limit, _machine = (
 )
 
 
-def _default(name: str) -> Any:
-    """The option of `run`, under a heading that says what it is here."""
-    option = copy(SamplingFlags.__annotations__[name].__metadata__[0])
-    option.rich_help_panel = "Answer, where a request does not say"
+def _option(flags: type, name: str, panel: str | None = None) -> Any:
+    """The option `name` of another command's flags, under the heading `panel` if one is given."""
+    option = copy(flags.__annotations__[name].__metadata__[0])
+    option.rich_help_panel = panel or option.rich_help_panel
     return option
+
+
+_default = partial(_option, SamplingFlags, panel="Answer, where a request does not say")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,7 @@ class LimitFlags:
 class ServedWeightFlags(WeightFlags):
     """As `WeightFlags`, for many requests at once."""
 
-    max_batch_size: WeightFlags.__annotations__["max_batch_size"] = 16
+    max_batch_size: Annotated[int, _option(WeightFlags, "max_batch_size")] = 16
     kv_cache_memory: Annotated[
         int | None,
         _machine(

@@ -20,7 +20,7 @@ from pixtral_cli.engine.scheduler import Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.language_model import LanguageModel
 
 IMAGE_CACHE = 512 * 2**20  # bytes
 Sink = Callable[[Event], None]
@@ -49,7 +49,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llava,
+        model: LanguageModel,
         max_length: int | None = None,
         max_batch_size: int = 1,
         max_ce_batch_size: int = 32,

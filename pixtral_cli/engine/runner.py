@@ -15,7 +15,7 @@ from pixtral_cli.engine.request import ImageInput, TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
@@ -42,7 +42,7 @@ class ImageFeatures:
     One that is larger than the limit is kept until the next comes: a prompt computed in chunks needs it again.
     """
 
-    def __init__(self, model: Llava, limit: int) -> None:
+    def __init__(self, model: LanguageModel, limit: int) -> None:
         self.model = model
         self.limit = limit
         self.nbytes = 0
@@ -52,7 +52,7 @@ class ImageFeatures:
         key = image.key + salt
         features = self._kept.get(key)
         if features is None:
-            features = self.model.encode_picture(image.pixels())
+            features = self.model.encode_image(image.pixels())
             self._make_room(features.nbytes)
             self._kept[key] = features
             self.nbytes += features.nbytes
@@ -72,7 +72,7 @@ class Runner:
     and tokens that are decoded in passes of EXACT_ROWS rows, empty ones among them.
     """
 
-    def __init__(self, model: Llava, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.features = features

@@ -1,6 +1,9 @@
-"""Queries, keys and values in, mixed values out. Knows no weights, no cache and no positions.
+"""Queries, keys and values in, mixed values out; and positions in, the rotations of queries and keys out. Knows no
+weights and no cache.
 
-Letters: N new tokens, L tokens to attend to, H query heads, K key-value heads, G = H / K, D head_dim.
+Rotations turn halves (x[i] with x[i + D/2]), the order of Hugging Face weights: one position for a token of text, two
+for a patch of an image. Letters: N new tokens or patches, L tokens to attend to, H query heads, K key-value heads,
+G = H / K, D head_dim.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin, each [N, 1, D]: what turns the heads of N tokens or patches to their positions."""
 MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
 
@@ -24,7 +29,7 @@ class Attend(Protocol):
 
 
 class AttendWithin:
-    """Attention without order inside each segment: a picture's patches see their own picture only."""
+    """Attention without order inside each segment: an image's patches see their own image only."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -73,3 +78,39 @@ def causal_mask(n: int, length: int, window: int | None, device: torch.device) -
     key = torch.arange(length, device=device)[None]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
+
+
+def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """float32 [D/2]: theta^(-2i/D), Su et al. 2021 (RoFormer), section 3.2.2."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return 1.0 / theta**exponents
+
+
+def text_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Integer positions [N] -> float32 angles [N, D/2]."""
+    return positions.float()[:, None] * frequencies(head_dim, theta, positions.device)
+
+
+def grid_angles(rows: int, columns: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angles of one image's patches in raster order, float32 [rows * columns, D/2].
+
+    Even frequencies turn with the row and odd ones with the column, laid out [rows, columns]
+    (transformers `modeling_pixtral.py`, mistral-inference `rope.py`). A patch at row 2, column 3 with D = 4 and
+    theta = 1e4 has the angles [2 * 1, 3 * 0.01].
+    """
+    by_row, by_column = frequencies(head_dim, theta, device).view(-1, 2).unbind(1)
+    row = torch.arange(rows, dtype=torch.float32, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, dtype=torch.float32, device=device).repeat(rows)
+    return torch.cat([row[:, None] * by_row, column[:, None] * by_column], dim=1)
+
+
+def cos_sin(angles: Tensor, dtype: torch.dtype) -> Rotary:
+    """Angles [N, D/2] -> (cos, sin), each [N, 1, D] in `dtype`, to share among the heads."""
+    both = torch.cat([angles, angles], dim=-1)[:, None]
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [N, heads, D] by (cos, sin) [N, 1, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
 
-from pixtral_cli.model.attention import Attend
-from pixtral_cli.model.rope import rotate
+from pixtral_cli.model.attention import Attend, Rotary, rotate
 
 
 class SelfAttention(nn.Module):
@@ -24,12 +23,12 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, index: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))  # [N, H or K, D]
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attend(index, rotate(q, *turn), rotate(k, *turn), v)
+        mixed = attend(index, rotate(q, *rotary), rotate(k, *rotary), v)
         return self.o_proj(mixed.flatten(1))
 
 

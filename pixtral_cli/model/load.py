@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pixtral_cli.model import int4, nf4
+from pixtral_cli.model import families
 from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.kernels import int4, nf4
+from pixtral_cli.model.kernels.reference import PackedEmbedding, PackedLinear
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.layers import Embedding
-from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
-from pixtral_cli.model.llava import Llava
 from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
@@ -37,7 +38,7 @@ def load(
     placement: Placement,
     device: torch.device,
     progress: Progress | None = None,
-) -> Llava:
+) -> LanguageModel:
     """The model of `config` with the checkpoint's weights as `placement` says, on `device`, ready to run.
 
     Raises TensorsMissing, TensorsUnexpected or TensorShapeMismatch, before anything large is read.
@@ -57,13 +58,13 @@ def load(
     return model.requires_grad_(False).eval()
 
 
-def empty(config: ModelConfig) -> Llava:
+def empty(config: ModelConfig) -> LanguageModel:
     """The model without memory."""
     with torch.device("meta"):
-        return Llava(config)
+        return families.build(config)
 
 
-def check_names(model: Llava, checkpoint: Checkpoint) -> list[str]:
+def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
     """The tensors that the model is made of, in its order; raises as `load` when the checkpoint has others.
 
     A head of its own counts, whatever the config says of tied ones (as in transformers since 5.24).
@@ -97,7 +98,9 @@ def _converted(weight: Tensor, target: str, double: bool) -> Tensor | NF4:
     return nf4.encode(weight, double) if target == "nf4" else codecs.get(target).encode(weight)
 
 
-def _put(model: Llava, name: str, weight: Tensor | NF4 | Int4, placement: Placement, device: torch.device) -> None:
+def _put(
+    model: LanguageModel, name: str, weight: Tensor | NF4 | Int4, placement: Placement, device: torch.device
+) -> None:
     """Give the parameter `name` its weight; a packed one turns its layer into a packed layer."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
@@ -124,7 +127,7 @@ def _packed_layer(
     return PackedLinear(codec, rows, layer.bias)
 
 
-def _tie(model: Llava) -> None:
+def _tie(model: LanguageModel) -> None:
     embedding = model.language_model.embed_tokens
     if isinstance(embedding, PackedEmbedding):
         model.lm_head = PackedLinear(embedding.codec, embedding.packed)

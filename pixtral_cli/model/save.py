@@ -9,11 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.int4 import Int4Linear
-from pixtral_cli.model.linear import PackedEmbedding, PackedLinear
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.kernels.int4 import Int4Linear
+from pixtral_cli.model.kernels.nf4 import NF4Linear
+from pixtral_cli.model.kernels.reference import PackedEmbedding, PackedLinear
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import DTYPES
-from pixtral_cli.model.nf4 import NF4Linear
 from pixtral_cli.model.placement import Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
@@ -100,11 +100,11 @@ def _weight(name: str, encoding: str, shape: tuple[int, ...], tensor_of: Callabl
     if encoding in DTYPES:
         stored, dtype, width = shape, WORDS[encoding], DTYPES[encoding].itemsize
     else:
-        stored, dtype, width = (shape[0], codecs.get(encoding).row_bytes(shape[1])), "U8", 1
+        stored, dtype, width = (shape[0], codecs.get(encoding).encoding.row_bytes(shape[1])), "U8", 1
     return Weight(name, encoding, shape, dtype, stored, prod(stored) * width, lambda: tensor_of(name))
 
 
-def loaded(model: Llava, name: str) -> Tensor | NF4 | Int4:
+def loaded(model: LanguageModel, name: str) -> Tensor | NF4 | Int4:
     """The stored form of a tensor of a loaded model, on the CPU."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)

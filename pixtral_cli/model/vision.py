@@ -1,6 +1,6 @@
 """Pixels in, one feature a patch out: the Pixtral tower and its projector. Knows no text and no files.
 
-Patches of all pictures come flattened; `attend` keeps each picture to itself. Letters: N patches, C hidden_size,
+Patches of all images come flattened; `attend` keeps each image to itself. Letters: N patches, C hidden_size,
 H heads, D head_dim, P patch_size in pixels.
 """
 
@@ -12,12 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from pixtral_cli.model.attention import Attend, AttendWithin
-from pixtral_cli.model.config import VisionConfig
+from pixtral_cli.model.attention import Attend, AttendWithin, Rotary, cos_sin, grid_angles
+from pixtral_cli.model.config import ModelConfig, VisionConfig
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.layers import GatedFeedForward, SelfAttention
-from pixtral_cli.model.rope import grid_angles, rotation
 
-Grid = tuple[int, int]  # rows, columns of one picture's patches
+Grid = tuple[int, int]  # rows, columns of one image's patches
+
+
+class PixtralModel(LanguageModel):
+    """The decoder, and what gives it an image's features."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert config.vision is not None, config.architecture
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = Projector(
+            config.vision.hidden_size, config.text.hidden_size, config.projector_bias
+        )
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Pixels [channels, height, width], sides multiples of P -> a feature a patch [rows * columns, C]."""
+        patches, grid = to_patches(pixels.to(self.device, self.dtype), self.vision_tower.config.patch_size)
+        return self.multi_modal_projector(self.vision_tower(patches, [grid]))
 
 
 class VisionTower(nn.Module):
@@ -29,14 +46,14 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
 
     def forward(self, patches: Tensor, grids: Sequence[Grid], attend: Attend | None = None) -> Tensor:
-        """patches [N, channels * P * P] of all pictures in raster order, and their grids -> features [N, C]."""
+        """patches [N, channels * P * P] of all images in raster order, and their grids -> features [N, C]."""
         config = self.config
         angles = [grid_angles(*grid, config.head_dim, config.rope_theta, patches.device) for grid in grids]
-        turn = rotation(torch.cat(angles), patches.dtype)
+        rotary = cos_sin(torch.cat(angles), patches.dtype)
         attend = attend or AttendWithin([rows * columns for rows, columns in grids])
         x = self.ln_pre(self.patch_conv(patches))
         for index, layer in enumerate(self.layers[: config.feature_layer]):
-            x = layer(x, turn, attend, index)
+            x = layer(x, rotary, attend, index)
         return x
 
 
@@ -60,8 +77,8 @@ class VisionLayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.feed_forward = GatedFeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, index: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turn, attend, index)
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, attend, index)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -78,7 +95,7 @@ class Projector(nn.Module):
 
 
 def to_patches(pixels: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
-    """One picture [channels, height, width], sides multiples of P -> patches [N, channels * P * P] and its grid."""
+    """One image [channels, height, width], sides multiples of P -> patches [N, channels * P * P] and its grid."""
     channels, height, width = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     assert (rows * patch_size, columns * patch_size) == (height, width), (height, width, patch_size)

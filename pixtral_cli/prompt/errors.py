@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pixtral_cli.errors import PixtralError
 
 FETCH_AGAIN = "Fetch the model again with --force-download"
@@ -164,3 +166,8 @@ class ImagesUnsupported(PromptError):
             "This model reads text only, and a picture was given.",
             hint="Leave the picture out, or choose a model that sees, such as mistral-community/pixtral-12b.",
         )
+
+
+def without_password(url: str) -> str:
+    """`url` as it can be shown: without a user's name and password."""
+    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)

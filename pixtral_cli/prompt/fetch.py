@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from http.client import HTTPConnection, HTTPSConnection
+from typing import Any
 from urllib.parse import quote, urlsplit
+from urllib.request import BaseHandler, HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request
 
-from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge
+from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge, without_password
 from pixtral_cli.prompt.settings import reason_of
-
-if TYPE_CHECKING:
-    from pixtral_cli.prompt.dialled import Dial, Line
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
 CONNECT_SECONDS = 10.0
@@ -26,6 +29,8 @@ SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"II*\0", b"MM\0*", b"B
 UNLABELLED = ("application/octet-stream", "binary/octet-stream")
 """What storage services call a file whose kind nobody told them."""
 URL_CHARACTERS = ":/?#[]@!$&'()*+,;=%-._~"
+Dial = Callable[[str, int, float], socket.socket]
+"""host, port, seconds -> a connected socket; raises OSError, whose text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,6 @@ def _told(url: str) -> str:
     return url if len(url) <= LONGEST_TOLD else f"{url[:LONGEST_TOLD]}…"
 
 
-def without_password(url: str) -> str:
-    """`url` as it can be shown: without a user's name and password."""
-    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
-
-
 def _check_address(url: str) -> None:
     """Raise ImageFetchFailed for what no connection could be made to, and for a password."""
     try:
@@ -107,8 +107,6 @@ def _check_address(url: str) -> None:
 def _line(guard: Guard | None) -> Line | None:
     if guard is None:
         return None
-    from pixtral_cli.prompt.dialled import Line
-
     return Line(guard.dial, guard.redirects)
 
 
@@ -122,8 +120,6 @@ def _into(outcome: list[bytes | BaseException], url: str, limits: _Limits, line:
 
 
 def _download(url: str, limits: _Limits, line: Line | None) -> bytes:
-    from urllib.request import Request
-
     deadline = time.monotonic() + limits.total
     request = Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*"})
     data = bytearray()
@@ -190,3 +186,87 @@ def _reason(error: Exception, limits: _Limits) -> str:
     if limits.guarded and isinstance(cause, BadStatusLine) and not isinstance(cause, ConnectionError):
         return "what answered does not speak HTTP"
     return getattr(cause, "strerror", None) or reason_of(cause)
+
+
+class Line:
+    """The connections of one download, which can be cut from another thread."""
+
+    def __init__(self, dial: Dial, redirects: int) -> None:
+        self.dial, self.redirects = dial, redirects
+        self.sockets: list[socket.socket] = []
+        self.is_cut = False
+
+    def handlers(self) -> list[BaseHandler]:
+        return [_Http(self), _Https(self), _Redirects(self.redirects)]
+
+    def open(self, host: str, port: int, seconds: float) -> socket.socket:
+        connection = self.dial(host, port, seconds)
+        connection.settimeout(seconds)
+        return self.keep(connection)
+
+    def keep(self, connection: Any) -> Any:
+        self.sockets.append(connection)
+        if self.is_cut:
+            self.cut()
+        return connection
+
+    def cut(self) -> None:
+        """End what is still waiting for data: a server that sends a byte now and then would hold its thread."""
+        self.is_cut = True
+        for connection in list(self.sockets):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(HTTPConnection):
+    def __init__(self, line: Line, host: str, **options: Any) -> None:
+        super().__init__(host, **options)
+        self.line = line
+
+    def connect(self) -> None:
+        self.sock = self.line.open(self.host, self.port, self.timeout)
+
+
+class _SecureConnection(HTTPSConnection):
+    def __init__(self, line: Line, host: str, **options: Any) -> None:
+        self.trust = ssl.create_default_context()
+        super().__init__(host, context=self.trust, **options)
+        self.line = line
+
+    def connect(self) -> None:
+        """The certificate must be the name's, whatever the address that was dialled."""
+        plain = self.line.open(self.host, self.port, self.timeout)
+        name = self.host.rstrip(".")
+        self.sock = self.trust.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+        self.line.keep(self.sock).do_handshake()
+
+
+class _Http(HTTPHandler):
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+    def http_open(self, request: Request) -> Any:
+        return self.do_open(partial(_Connection, self.line), request)
+
+
+class _Https(HTTPSHandler):
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+    def https_open(self, request: Request) -> Any:
+        return self.do_open(partial(_SecureConnection, self.line), request)
+
+
+class _Redirects(HTTPRedirectHandler):
+    max_repeats = 1
+
+    def __init__(self, most: int) -> None:
+        self.max_redirections = most
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.close()  # urllib would read the body of a redirection to its end, however long
+        if req.type == "https" and not newurl.lower().startswith("https:"):
+            raise OSError("it redirects from https to http")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from pixtral_cli.prompt.errors import ImageDamaged, ImageError, ImageNotFound, ImageTooLarge, ImageUnreadable
-from pixtral_cli.prompt.fetch import fetch as fetch_url
-from pixtral_cli.prompt.fetch import without_password
+from pixtral_cli.prompt.errors import (
+    ImageDamaged,
+    ImageError,
+    ImageNotFound,
+    ImageTooLarge,
+    ImageUnreadable,
+    without_password,
+)
 from pixtral_cli.prompt.image import to_rgb
 from pixtral_cli.prompt.settings import reason_of
 
@@ -40,6 +45,13 @@ Turn = Callable[[int], AbstractContextManager[Any]]
 """A number of pixels -> a context that is held while a picture of that size is in memory."""
 PIL_SETTINGS = threading.Lock()
 """Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
+
+
+def fetch_url(url: str) -> bytes:
+    """`fetch.fetch`, whose libraries only a download needs."""
+    from pixtral_cli.prompt.fetch import fetch
+
+    return fetch(url)
 
 
 def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:

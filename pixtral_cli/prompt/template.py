@@ -17,7 +17,8 @@ from pixtral_cli.prompt.errors import FETCH_AGAIN, TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, ImagePart, Message, TextPart
 from pixtral_cli.prompt.sandbox import OWN_TEXT, environment
 from pixtral_cli.prompt.settings import Settings, reason_of
-from pixtral_cli.prompt.tokenizer import Files, Tokenizer
+from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, ToolCall, texts_in, value_of
 

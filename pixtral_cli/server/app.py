@@ -11,12 +11,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from pixtral_cli import __version__
 from pixtral_cli.server import openapi, page, responses, wire
-from pixtral_cli.server.asgi import remember
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
-from pixtral_cli.server.errors import ApiError, unavailable
+from pixtral_cli.server.errors import ApiError, refusal_of, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
+from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.openapi import OPERATIONS
-from pixtral_cli.server.problems import refusal_of
 from pixtral_cli.server.request_body import parse_json
 from pixtral_cli.server.responses import Chunks, Envelope, takes_pieces
 from pixtral_cli.server.service import Service
@@ -26,7 +25,7 @@ LARGE_BODY = 256 * 1024
 
 
 def create_app(service: Service) -> FastAPI:
-    """The app; what guards it is put around it (`guard.guarded`)."""
+    """The app; what guards it is put around it (`middleware.guarded`)."""
     app = FastAPI(title="pixtral", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     routes = Routes(service)
     for operation in OPERATIONS:

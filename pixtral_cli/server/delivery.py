@@ -11,9 +11,9 @@ from typing import TypeVar
 from starlette.responses import Response
 
 from pixtral_cli.generation import Reply
-from pixtral_cli.server.asgi import Receive, Scope, Send, remember
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.metrics import Metrics
+from pixtral_cli.server.middleware import Receive, Scope, Send, remember
 from pixtral_cli.server.responses import Chunks
 from pixtral_cli.server.service import Events
 

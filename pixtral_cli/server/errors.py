@@ -1,4 +1,4 @@
-"""What went wrong with an HTTP request in, an answer of OpenAI's error shape out; knows no routes and no engine."""
+"""What went wrong with a request in, an answer of OpenAI's error shape out; knows no routes and no engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from starlette.responses import JSONResponse
+
+from pixtral_cli.errors import PixtralError, PromptTooLong, RequestError, is_out_of_memory
+from pixtral_cli.prompt.errors import (
+    ImageFetchFailed,
+    ImageNotFound,
+    ImagesPassedOver,
+    InvalidEntry,
+    InvalidMessages,
+    NoChatTemplate,
+    PromptError,
+    TemplateFailed,
+    TextTooLong,
+    TokenizerUnreadable,
+)
 
 ErrorType = Literal[
     "invalid_request_error",
@@ -17,6 +31,9 @@ ErrorType = Literal[
 Header = tuple[str, str]
 RETRY: tuple[Header, ...] = (("Retry-After", "5"),)
 """In seconds: for what is refused now and may be answered then."""
+RAW = "Use /v1/completions to write the prompt yourself."
+NO_PICTURES = "Leave the pictures out: this model's template has no place for them."
+DATA = "The picture itself can be sent, as a data: URI."
 
 
 class ApiError(Exception):
@@ -50,3 +67,50 @@ class ApiError(Exception):
 def unavailable(message: str, code: str) -> ApiError:
     """The server cannot answer at the moment, whatever is asked."""
     return ApiError(503, message, "server_error", code=code, headers=RETRY)
+
+
+def leaving() -> ApiError:
+    """For who comes, or still waits, when the server is about to end."""
+    return unavailable("The server is stopping.", "stopping")
+
+
+def queue_full(max_queue: int) -> ApiError:
+    sentence = f"The queue is full: {max_queue} requests wait already, and --max-queue allows no more."
+    return ApiError(429, sentence, "rate_limit_error", code="queue_full", headers=RETRY)
+
+
+def unknown_model(name: str, known: Iterable[str]) -> ApiError:
+    sentence = f"There is no model {name[:200]!r} here; there is {', '.join(known)}."
+    return ApiError(404, sentence, param="model", code="model_not_found")
+
+
+def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
+    """400 for what the sender can change, with the sentence and the hint; else 500, which tells nothing of inside.
+
+    `asked` is the field that holds the question: clients shorten it when it is too long.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PromptTooLong | TextTooLong):
+        return ApiError(400, _joined(error), param=asked, code="context_length_exceeded")
+    if isinstance(error, RequestError | PromptError) and not isinstance(error, TokenizerUnreadable):
+        param = error.where if isinstance(error, InvalidEntry) else None
+        return ApiError(400, _joined(error), param=param, code="invalid_value")
+    if is_out_of_memory(error):
+        sentence = "The server has not enough memory for this request. Send a shorter one, or try again later."
+        return ApiError(500, sentence, "server_error", code="out_of_memory")
+    if isinstance(error, PixtralError):
+        return ApiError(500, str(error), "server_error", code="model_error")
+    return ApiError(500, "The server failed to answer this request.", "server_error", code="internal_error")
+
+
+def _joined(error: PixtralError) -> str:
+    """Hints for Python and the command line give way to those for HTTP."""
+    hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
+    if isinstance(error, ImagesPassedOver):
+        hint = NO_PICTURES
+    if isinstance(error, ImageFetchFailed | ImageNotFound):
+        hint = DATA
+    if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
+        hint = None
+    return f"{error} {hint}" if hint else str(error)

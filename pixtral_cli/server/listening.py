@@ -5,10 +5,35 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
 
 from pixtral_cli.errors import PixtralError
 
 BACKLOG = 1024
+
+
+def check_binding(host: str, keys: Sequence[str], insecure: bool) -> None:
+    """Raise PixtralError for a key that guards nothing, and for an open address that nothing guards."""
+    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
+        raise PixtralError(
+            "An API key is empty, or has characters that no HTTP header can carry.",
+            hint="Give --api-key (or PIXTRAL_API_KEY) printable ASCII; leave it out for none.",
+        )
+    if not (keys or insecure or is_loopback(host)):
+        raise PixtralError(
+            f"Everybody who reaches {host} could use this server: there is no API key.",
+            hint="Set PIXTRAL_API_KEY or --api-key, bind --host 127.0.0.1, or say --insecure to mean it.",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` stays on this machine."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -21,9 +21,8 @@ from pixtral_cli.errors import RequestError
 from pixtral_cli.generation import Failure, GenerationOptions, Request, TextEvent, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, leaving, queue_full, refusal_of, unknown_model
 from pixtral_cli.server.metrics import Metrics
-from pixtral_cli.server.problems import leaving, queue_full, refusal_of, unknown_model
 from pixtral_cli.server.threads import Threads
 from pixtral_cli.server.wire import AnswerRequest, TextOrTokens, count_images
 

@@ -1,12 +1,13 @@
-"""What blocks in, what it gives out, on a bounded number of threads; knows nothing of what they do."""
+"""What blocks in, what it gives out, on a bounded number of threads that hold a bounded amount; knows not of what."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
-from threading import Thread, current_thread
+from contextlib import contextmanager, suppress
+from threading import Condition, Thread, current_thread
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -71,3 +72,36 @@ def _into(future: Future[Result], build: Callable[[], Result]) -> None:
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+class WeightedSemaphore:
+    """Threads hold at most `size` together. First come, first served; an amount above `size` is held alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size = self.free = size
+        self._waiting: deque[object] = deque()
+        self._changed = Condition()
+
+    @contextmanager
+    def held(self, amount: int, seconds: float) -> Iterator[None]:
+        """Wait for `amount`, and hold it. Raises TimeoutError after `seconds`."""
+        amount = min(amount, self.size)
+        self._take(amount, seconds)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.free += amount
+                self._changed.notify_all()
+
+    def _take(self, amount: int, seconds: float) -> None:
+        place = object()
+        with self._changed:
+            self._waiting.append(place)
+            try:
+                if not self._changed.wait_for(lambda: self._waiting[0] is place and self.free >= amount, seconds):
+                    raise TimeoutError
+                self.free -= amount
+            finally:
+                self._waiting.remove(place)
+                self._changed.notify_all()

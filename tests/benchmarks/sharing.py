@@ -18,8 +18,8 @@ import torch
 from pixtral_cli import Pixtral
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request
-from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.llava import Llava
+from pixtral_cli.model.families import read_config
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import empty
 
 RUNS = 5
@@ -90,9 +90,9 @@ def rate(engine: Engine, requests: int) -> float:
     return made / (time.perf_counter() - begun)
 
 
-def random_pixtral() -> Llava:
+def random_pixtral() -> LanguageModel:
     torch.manual_seed(0)
-    model = empty(ModelConfig.from_dict(CONFIG)).to(torch.bfloat16).to_empty(device="cpu")
+    model = empty(read_config(CONFIG)).to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     return model.requires_grad_(False).eval()

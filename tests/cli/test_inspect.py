@@ -7,8 +7,8 @@ import pytest
 from support.processes import imported_by
 
 from pixtral_cli.encodings import CHOICES
-from pixtral_cli.model import needs
-from pixtral_cli.model.needs import Device
+from pixtral_cli.model import memory
+from pixtral_cli.model.memory import Device
 from pixtral_cli.tiny import FOLDER
 
 GIB = 2**30
@@ -83,10 +83,12 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(call):
 
 
 def test_what_is_free_decides_what_fits_on_each_device(call, monkeypatch):
-    monkeypatch.setattr(needs, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", GIB), Device("x", None)])
+    monkeypatch.setattr(
+        memory, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", GIB), Device("x", None)]
+    )
     for encoding in told(call, "tiny")["encodings"]:
         for row in encoding["lengths"]:
-            total = encoding["weights_bytes"] + row["kv_cache_bytes"] + needs.WORKSPACE
+            total = encoding["weights_bytes"] + row["kv_cache_bytes"] + memory.WORKSPACE
             assert row["total_bytes"] == total
             assert row["fits"] == {"cpu": total <= 300 * 2**20, "gpu-0": True, "x": None}
     text = call("inspect", "tiny")[1]
@@ -104,7 +106,7 @@ def test_gpus_are_asked_of_their_driver_and_a_broken_one_is_none(monkeypatch, tm
     ):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        assert [(device.name, device.free) for device in needs.devices()[1:]] == expected
+        assert [(device.name, device.free) for device in memory.devices()[1:]] == expected
 
 
 def test_a_gguf_and_its_own_mixture_are_looked_at(call, tmp_path):

@@ -11,7 +11,7 @@ from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request, Sampling
-from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.families import read_config
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
@@ -24,7 +24,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
     builders.pixtral(folder, sliding_window=24)
     opened = checkpoint.open(folder)
-    return load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, find("float32")), CPU)
+    return load(opened, read_config(opened.config), place(opened.tensors, find("float32")), CPU)
 
 
 def request(seed, length=30, tokens=16, grid=None, **fields):
@@ -157,7 +157,7 @@ def test_log_probabilities_are_those_of_the_unfiltered_distribution(model):
 def test_a_gpu_gives_the_tokens_of_the_cpu(model, tmp_path):
     builders.pixtral(tmp_path, sliding_window=24)
     opened = checkpoint.open(tmp_path)
-    config, placement = ModelConfig.from_dict(opened.config), place(opened.tensors, find("float32"))
+    config, placement = read_config(opened.config), place(opened.tensors, find("float32"))
     there = load(opened, config, placement, torch.device("cuda"))
     alone = [tokens(run(Engine(model), r)[0]) for r in MIXED]
     assert [tokens(events) for events in run(Engine(there, max_batch_size=3), *MIXED)] == alone

@@ -12,7 +12,7 @@ from pixtral_cli.engine import runner, scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
 from pixtral_cli.errors import BrokenLogits, RequestError
-from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
@@ -32,7 +32,7 @@ def oracle(folder):
 @pytest.fixture(scope="module")
 def model(folder, oracle):
     opened = checkpoint.open(folder)
-    config = ModelConfig.from_dict(opened.config)
+    config = read_config(opened.config)
     return load(opened, config, place(opened.tensors, find("float32")), torch.device("cpu"))
 
 

@@ -15,7 +15,7 @@ from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, ImageInput, Request, Sampling
 from pixtral_cli.errors import BrokenLogits
-from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
@@ -29,7 +29,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
     builders.pixtral(folder, sliding_window=200)
     opened = checkpoint.open(folder)
-    config = ModelConfig.from_dict(opened.config)
+    config = read_config(opened.config)
     return load(opened, config, place(opened.tensors, find("float32")), torch.device("cpu"))
 
 
@@ -100,8 +100,8 @@ def test_another_picture_or_another_salt_shares_nothing_of_it(model):
 
 
 def test_a_picture_is_encoded_once_however_often_it_is_shown(model, monkeypatch):
-    made, encode = [], model.encode_picture
-    monkeypatch.setattr(type(model), "encode_picture", lambda self, pixels: made.append(1) or encode(pixels))
+    made, encode = [], model.encode_image
+    monkeypatch.setattr(type(model), "encode_image", lambda self, pixels: made.append(1) or encode(pixels))
     engine = Engine(model)
     for seed in range(3):
         run(engine, asked(words(seed, 20), picture(2), words(seed, 5)))

@@ -7,7 +7,7 @@ from support import builders
 from pixtral_cli.encodings import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request
-from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache, Span, pages_for
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
@@ -26,7 +26,7 @@ IMG, IMG_BREAK, IMG_END = 10, 12, 13
 def open_model(folder, encoding="float32"):
     opened = checkpoint.open(folder)
     placement = place(opened.tensors, find(encoding))
-    return load(opened, ModelConfig.from_dict(opened.config), placement, torch.device("cpu"))
+    return load(opened, read_config(opened.config), placement, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -75,7 +75,7 @@ def hf_pictures(pictures):
 
 @torch.inference_mode()
 def our_logits(model, ids, images=()):
-    features = torch.cat([model.encode_picture(p) for p in images]) if images else None
+    features = torch.cat([model.encode_image(p) for p in images]) if images else None
     pages = list(range(1, pages_for(len(ids)) + 1))[::-1]  # in no order
     cache = KVCache(model.config.text, model.dtype, model.device, len(pages) + 1)
     attend = AttendPaged(model.config.text, cache, [Span(pages, 0, len(ids))], model.device)
@@ -150,7 +150,7 @@ def test_a_batch_of_texts_and_pictures_gives_each_the_tokens_of_transformers(pix
 
 
 def test_published_sparse_config_is_filled_with_pixtrals_sizes():
-    config = ModelConfig.from_dict(
+    config = read_config(
         {
             "architectures": ["LlavaForConditionalGeneration"],
             "image_token_index": 10,

@@ -3,14 +3,14 @@
 import pytest
 
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.families import read_config
 
 MISTRAL = {"architectures": ["MistralForCausalLM"], "num_hidden_layers": 6, "sliding_window": None}
 LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {}, "vision_config": {}}
 
 
 def text(**fields):
-    return ModelConfig.from_dict({**MISTRAL, **fields}).text
+    return read_config({**MISTRAL, **fields}).text
 
 
 def test_rope_theta_is_read_from_old_and_new_places():
@@ -45,12 +45,12 @@ def test_sliding_windows_come_as_a_number_a_pattern_or_layer_types():
 )
 def test_what_cannot_be_run_is_named(raw, sentence):
     with pytest.raises(ModelError, match=sentence):
-        ModelConfig.from_dict(raw)
+        read_config(raw)
 
 
 def test_an_unknown_architecture_lists_the_known():
     with pytest.raises(ModelError) as failure:
-        ModelConfig.from_dict({"architectures": ["GPT2LMHeadModel"]})
+        read_config({"architectures": ["GPT2LMHeadModel"]})
     assert "LlavaForConditionalGeneration" in failure.value.hint and "MistralForCausalLM" in failure.value.hint
 
 
@@ -95,12 +95,12 @@ ODD = [None, True, 0, -1, 2.5, "x", [], {}, [[1]], 10**12, float("nan")]
 def test_a_field_of_any_kind_gives_a_config_or_a_model_error(value):
     places = [(FULL, key) for key in FULL]
     places += [(FULL[section], key) for section in ("text_config", "vision_config") for key in FULL[section]]
-    assert ModelConfig.from_dict(FULL).text.head_dim == 16
+    assert read_config(FULL).text.head_dim == 16
     for holder, key in places:
         changed = {k: dict(v) if isinstance(v, dict) else v for k, v in FULL.items()}
         inside = next((k for k, v in FULL.items() if v is holder), None)
         (changed if inside is None else changed[inside])[key] = value
         try:
-            ModelConfig.from_dict(changed)
+            read_config(changed)
         except ModelError as error:
             assert str(error).endswith(".") and error.hint, (key, value)

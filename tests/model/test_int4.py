@@ -10,8 +10,8 @@ import torch
 from support import builders
 from torch import nn
 
-from pixtral_cli.model import int4
-from pixtral_cli.model.int4 import FUSED_TOKENS, Int4Linear
+from pixtral_cli.model.kernels import int4
+from pixtral_cli.model.kernels.int4 import FUSED_TOKENS, Int4Linear
 from weights_cache import codecs
 from weights_cache.codecs.int4 import Int4
 
@@ -84,8 +84,8 @@ def test_a_processor_on_which_torch_orders_codes_otherwise_runs_without_the_kern
     program = f"""
 import torch
 from pixtral_cli import Pixtral
-from pixtral_cli.model import int4
-from pixtral_cli.model.linear import PackedLinear
+from pixtral_cli.model.kernels import int4
+from pixtral_cli.model.kernels.reference import PackedLinear
 assert torch.backends.cpu.get_cpu_capability() == "AVX2" and not int4.supported()
 model = Pixtral.load({str(tmp_path / "hf")!r}, quantization_encoding="q4_k")
 assert isinstance(model.engine.model.language_model.layers[0].mlp.up_proj, PackedLinear)

@@ -7,9 +7,10 @@ from support import builders
 
 from pixtral_cli.encodings import find
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model import int4, needs, plan
-from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.int4 import Int4Linear
+from pixtral_cli.model import memory
+from pixtral_cli.model.families import read_config
+from pixtral_cli.model.kernels import int4
+from pixtral_cli.model.kernels.int4 import Int4Linear
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
@@ -26,7 +27,7 @@ def folder(tmp_path):
 
 def open_model(folder, encoding="float32"):
     opened = checkpoint.open(folder)
-    return load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, find(encoding)), CPU)
+    return load(opened, read_config(opened.config), place(opened.tensors, find(encoding)), CPU)
 
 
 def edit_tensors(folder, edit):
@@ -47,7 +48,7 @@ def test_weights_of_another_model_are_named_by_the_path_that_was_given(folder, t
     save_file({"model.norm.weight": torch.ones(64)}, other)
     opened = checkpoint.open(folder, [other])
     with pytest.raises(TensorsMissing, match=r"other\.safetensors lacks"):
-        load(opened, ModelConfig.from_dict(opened.config), place(opened.tensors, None), CPU)
+        load(opened, read_config(opened.config), place(opened.tensors, None), CPU)
 
 
 def test_a_left_over_tensor_is_named(folder):
@@ -108,41 +109,41 @@ def held_bytes(model):
 def test_the_plan_counts_the_bytes_that_loading_takes(folder, name):
     tensors = checkpoint.open(folder).tensors
     placement, model = place(tensors, find(name)), open_model(folder, name)
-    beside = plan.kernel_bytes(tensors, placement)
+    beside = memory.kernel_bytes(tensors, placement)
     assert (beside > 0) == (name == "q4_0")
     if not int4.supported():
         beside = 0
-    assert plan.weight_bytes(tensors, placement) + beside == held_bytes(model)
+    assert memory.weight_bytes(tensors, placement) + beside == held_bytes(model)
 
 
 def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fit(folder, monkeypatch):
     tensors = checkpoint.open(folder).tensors
-    wide, narrow = (plan.weight_bytes(tensors, place(tensors, find(name))) for name in ("float32", "bfloat16"))
+    wide, narrow = (memory.weight_bytes(tensors, place(tensors, find(name))) for name in ("float32", "bfloat16"))
     between = (wide + narrow) // 2
-    monkeypatch.setattr(plan, "WORKSPACE", 0)
-    monkeypatch.setattr(plan, "GIB", 2**10)  # so that the figures of a small model show
-    monkeypatch.setattr(plan, "free_bytes", lambda device: between)
+    monkeypatch.setattr(memory, "WORKSPACE", 0)
+    monkeypatch.setattr(memory, "GIB", 2**10)  # so that the figures of a small model show
+    monkeypatch.setattr(memory, "free_bytes", lambda device: between)
     with pytest.raises(ModelError) as failure:
-        plan.check_weights(tensors, place(tensors, find("float32")), CPU)
+        memory.check_weights(tensors, place(tensors, find("float32")), CPU)
     assert f"{wide / 1024:.1f} GiB" in str(failure.value) and f"{between / 1024:.1f} GiB" in str(failure.value)
     assert "--quantization-encoding bfloat16" in failure.value.hint
 
 
 def test_keys_and_values_get_what_the_weights_leave_and_no_more_than_is_wanted(folder, monkeypatch):
     tensors = checkpoint.open(folder).tensors
-    placement, config = place(tensors, find("float32")), ModelConfig.from_dict(checkpoint.open(folder).config).text
-    beside = plan.weight_bytes(tensors, placement) + plan.WORKSPACE
-    monkeypatch.setattr(plan, "free_bytes", lambda device: beside + plan.kv_bytes(config, 1000, 4))
-    assert plan.kv_tokens(tensors, placement, config, CPU, 500) == 500
-    assert plan.kv_tokens(tensors, placement, config, CPU, 10**6) == 900
-    monkeypatch.setattr(plan, "free_bytes", lambda device: beside + plan.kv_bytes(config, 100, 4))
+    placement, config = place(tensors, find("float32")), read_config(checkpoint.open(folder).config).text
+    beside = memory.weight_bytes(tensors, placement) + memory.WORKSPACE
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 1000, 4))
+    assert memory.kv_tokens(tensors, placement, config, CPU, 500) == 500
+    assert memory.kv_tokens(tensors, placement, config, CPU, 10**6) == 900
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 100, 4))
     with pytest.raises(ModelError, match="keys and values: 90 tokens"):
-        plan.kv_tokens(tensors, placement, config, CPU, 500)
+        memory.kv_tokens(tensors, placement, config, CPU, 500)
 
 
 def test_a_containers_limit_counts(tmp_path):
     for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\nfile 200"}.items():
         (tmp_path / name).write_text(text + "\n")
-    assert needs.container_free(tmp_path) == 500
+    assert memory.container_free(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert needs.container_free(tmp_path) is None
+    assert memory.container_free(tmp_path) is None

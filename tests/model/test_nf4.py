@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pixtral_cli.model import nf4
-from pixtral_cli.model.nf4 import NF4Linear, encode
+from pixtral_cli.model.kernels import nf4
+from pixtral_cli.model.kernels.nf4 import NF4Linear, encode
 from weights_cache.codecs.nf4 import NF4
 
 
@@ -91,7 +91,7 @@ kernels = types.ModuleType("kernels")
 kernels.get_kernel = lambda *args, **options: fetched.append(args)
 sys.modules["kernels"] = kernels
 compiler = torch.compile
-from pixtral_cli.model.nf4 import NF4Linear, encode
+from pixtral_cli.model.kernels.nf4 import NF4Linear, encode
 assert "bitsandbytes" not in sys.modules
 NF4Linear(encode(torch.ones(64, 128), double=True))(torch.ones(1, 128))
 assert "torch._dynamo" not in sys.modules and not fetched

@@ -11,7 +11,7 @@ from support import format_builders as forms
 from transformers import LlavaForConditionalGeneration, MistralForCausalLM
 
 from pixtral_cli import Pixtral
-from pixtral_cli.model.needs import weight_bytes
+from pixtral_cli.model.memory import weight_bytes
 from pixtral_cli.source import Source
 from weights_cache.errors import TensorsMissing
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from support.app_server import serving
 from support.processes import PATIENCE
+from support.serving import serving
 
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.server.service import Limits, Service, checkpoint_defaults

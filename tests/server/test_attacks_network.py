@@ -18,8 +18,7 @@ from support.processes import PATIENCE
 from support.web_server import names, web
 
 from pixtral_cli.prompt.errors import ImageFetchFailed
-from pixtral_cli.server.network import NetworkPolicy, is_public
-from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
+from pixtral_cli.server.media_policy import MediaPolicy, NetworkPolicy, RequestMedia, is_public
 
 ALLOWED = (ip_network("127.0.0.1/32"),)
 BMP = b"BM:\0\0\0\0\0\0\0006\0\0\0(\0\0\0\1\0\0\0\1\0\0\0\1\0\x18\0\0\0\0\0\4\0\0\0" + bytes(20)
@@ -45,7 +44,7 @@ def secret(site):
 
 
 def load(url, look_up=None, **policy):
-    with GuardedPictures(PicturePolicy(**{"private_networks": ALLOWED, **policy}), look_up).opened(url) as picture:
+    with RequestMedia(MediaPolicy(**{"private_networks": ALLOWED, **policy}), look_up).opened(url) as picture:
         return picture
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from support.served import hello, served
+from support.serving import hello, served
 from support.traffic import ADD, CHAT, picture
 
 JSON = ["-H", "Content-Type: application/json"]

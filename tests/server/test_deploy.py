@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.processes import PATIENCE, PROGRAM, run_process
-from support.served import JSON, hello, served
+from support.serving import JSON, hello, served
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

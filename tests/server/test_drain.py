@@ -8,9 +8,9 @@ import threading
 import httpx
 import pytest
 from support.processes import PATIENCE
-from support.served import hello, served, starting
+from support.serving import hello, served, starting
 
-from pixtral_cli.server.front import Front
+from pixtral_cli.server.process import RequestTracker
 
 DRAINING = "stopping"
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -89,7 +89,7 @@ def test_quiet_says_nothing_and_an_idle_server_ends_when_it_is_told_to():
 
 def test_before_the_model_is_there_it_lives_but_is_not_ready():
     async def ask():
-        front = Front(lambda line: None)
+        front = RequestTracker(lambda line: None)
         transport = httpx.ASGITransport(front)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.get("/health"), await client.get("/ready"), await client.post("/predict", json={})]
@@ -105,8 +105,8 @@ def test_a_bug_behind_it_is_told_and_answered_with_500(caplog):
         raise ZeroDivisionError("a bug")
 
     async def ask():
-        front = Front(lambda line: None)
-        front.app = broken
+        front = RequestTracker(lambda line: None)
+        front.begin(broken, lambda route, status: None)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://localhost") as client:
             return await client.get("/v1/models")
 

@@ -12,9 +12,10 @@ import pytest
 from support.guarded_server import ask, serving
 
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.server import guard
+from pixtral_cli.server import middleware
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.guard import ApiKeys, check_binding, is_loopback
+from pixtral_cli.server.listening import check_binding, is_loopback
+from pixtral_cli.server.middleware import ApiKeys
 from pixtral_cli.server.protocol import connections_allowed
 from pixtral_cli.server.request_body import parse_json
 
@@ -109,7 +110,7 @@ def test_a_key_is_compared_with_all_keys_by_digests_of_one_length(monkeypatch, g
         return hmac.compare_digest(one, other)
 
     keys = ApiKeys(None, KEYS)
-    monkeypatch.setattr(guard, "hmac", type("", (), {"compare_digest": staticmethod(counting)}))
+    monkeypatch.setattr(middleware, "hmac", type("", (), {"compare_digest": staticmethod(counting)}))
     assert keys.knows(given) == (given.decode() in KEYS)
     assert compared == [(32, 32)] * len(KEYS)
 

@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from support.processes import PATIENCE
-from support.served import hello, served
+from support.serving import hello, served
 from support.traffic import CHAT, picture
 
 KEYS = {"PIXTRAL_API_KEY": "first-key second-key"}

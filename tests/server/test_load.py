@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import traffic
 from support.processes import PATIENCE
-from support.served import served
+from support.serving import served
 
 LITTLE = ("--kv-cache-memory", "16MiB", "--image-cache-memory", "4MiB", "--quantization-encoding", "float32")
 """Caches that the first load fills: what grows afterwards is a leak."""

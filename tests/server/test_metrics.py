@@ -2,7 +2,7 @@
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.served import hello, served
+from support.serving import hello, served
 
 from pixtral_cli.server.metrics import Metrics
 

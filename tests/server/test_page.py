@@ -5,7 +5,8 @@ from importlib.resources import files
 import httpx
 import pytest
 from starlette.testclient import TestClient
-from support.page_stub import Stub, serving
+from support.page_stub import Stub
+from support.serving import on_thread
 
 from pixtral_cli.server.page import FILES
 
@@ -35,7 +36,7 @@ def test_a_file_that_the_browser_still_has_is_not_sent_again(spelling):
 
 
 def test_a_file_is_asked_about_with_head_without_its_content():
-    with serving(Stub().app) as url:
+    with on_thread(Stub().app) as url:
         answer = httpx.head(url + "/page/chat.js")
     assert (answer.status_code, answer.content) == (200, b"")
     assert int(answer.headers["content-length"]) > 1000

@@ -24,8 +24,8 @@ from pixtral_cli.prompt.errors import (
     ImageTooLarge,
     ImageUnreadable,
 )
-from pixtral_cli.server.pictures import GuardedPictures, PicturePolicy
-from pixtral_cli.server.problems import refusal_of
+from pixtral_cli.server.errors import refusal_of
+from pixtral_cli.server.media_policy import MediaPolicy, RequestMedia
 from pixtral_cli.server.threads import Threads
 
 NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -59,7 +59,7 @@ def loader(policy, look_up=None):
         with pictures.opened(source) as picture:
             return picture
 
-    pictures = GuardedPictures(policy, look_up)
+    pictures = RequestMedia(policy, look_up)
     return load
 
 
@@ -77,12 +77,12 @@ def folder(tmp_path):
 
 
 def test_a_data_uri_is_a_picture():
-    assert same(loader(PicturePolicy())(URI))
+    assert same(loader(MediaPolicy())(URI))
 
 
 def test_files_below_the_media_path_are_read_by_address_and_by_name(folder, monkeypatch):
     monkeypatch.chdir("/")
-    load = loader(PicturePolicy(media_path=folder))
+    load = loader(MediaPolicy(media_path=folder))
     names = ["a b.png", "sub/c.png", "./sub/../a b.png", "inner.png", f"file://{folder}/a%20b.png"]
     names += [f"file://localhost{folder}/sub/c.png", f"FILE://{folder}/inner.png"]
     assert all(same(load(name)) for name in names)
@@ -90,7 +90,7 @@ def test_files_below_the_media_path_are_read_by_address_and_by_name(folder, monk
 
 def test_a_media_path_that_is_itself_a_link_is_fine(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
-    load = loader(PicturePolicy(media_path=tmp_path / "link"))
+    load = loader(MediaPolicy(media_path=tmp_path / "link"))
     assert same(load("sub/c.png")) and same(load(f"file://{tmp_path}/link/sub/c.png"))
 
 
@@ -118,7 +118,7 @@ def escapes(folder, tmp_path):
 
 
 def test_nothing_leads_out_of_the_media_path(escapes, folder, tmp_path):
-    load = loader(PicturePolicy(media_path=folder))
+    load = loader(MediaPolicy(media_path=folder))
     for source in escapes:
         with pytest.raises((ImageRefused, ImageNotFound, ImageUnreadable)) as caught:
             load(source)
@@ -130,11 +130,11 @@ def test_without_a_media_path_no_file_is_read(folder, escapes, monkeypatch):
     monkeypatch.chdir(folder)
     for source in ["a b.png", f"file://{folder}/a%20b.png", *escapes]:
         with pytest.raises(ImageError):
-            loader(PicturePolicy())(source)
+            loader(MediaPolicy())(source)
 
 
 def test_whether_a_file_outside_exists_is_not_told(folder, tmp_path):
-    load, said = loader(PicturePolicy(media_path=folder)), set()
+    load, said = loader(MediaPolicy(media_path=folder)), set()
     for name in ("../outside.png", "../nothing.png"):
         with pytest.raises(ImageRefused) as caught:
             load(name)
@@ -151,18 +151,18 @@ def test_a_file_that_becomes_a_link_after_its_check_is_not_read(folder, tmp_path
     opened = os.open
     monkeypatch.setattr(os, "open", swap_and_open)
     with pytest.raises(ImageRefused):
-        loader(PicturePolicy(media_path=folder))("a b.png")
+        loader(MediaPolicy(media_path=folder))("a b.png")
 
 
 def test_a_file_is_read_up_to_the_limit_in_bytes(folder):
-    assert same(loader(PicturePolicy(media_path=folder, max_bytes=len(PNG)))("a b.png"))
+    assert same(loader(MediaPolicy(media_path=folder, max_bytes=len(PNG)))("a b.png"))
     with pytest.raises(ImageTooLarge):
-        loader(PicturePolicy(media_path=folder, max_bytes=len(PNG) - 1))("a b.png")
+        loader(MediaPolicy(media_path=folder, max_bytes=len(PNG) - 1))("a b.png")
 
 
 def test_pixels_have_a_limit():
     with pytest.raises(ImageTooLarge, match="600"):
-        loader(PicturePolicy(max_pixels=599))(URI)
+        loader(MediaPolicy(max_pixels=599))(URI)
 
 
 def test_what_a_decoder_says_stays_here():
@@ -170,28 +170,28 @@ def test_what_a_decoder_says_stays_here():
     with pytest.raises(ImageDamaged) as inside:
         media.load(damaged)
     with pytest.raises(ImageUnreadable) as caught:
-        loader(PicturePolicy())(damaged)
+        loader(MediaPolicy())(damaged)
     assert inside.value.reason not in str(caught.value)
     assert str(caught.value).endswith("it is damaged or cut short.") and caught.value.__suppress_context__
 
 
 def test_a_long_address_is_shortened_where_it_is_told():
     with pytest.raises(ImageUnreadable) as caught:
-        loader(PicturePolicy())("data:image/png;base64," + "A" * 10**6)
+        loader(MediaPolicy())("data:image/png;base64," + "A" * 10**6)
     assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("start", ["http://u:p@site.example/", "http://[", "http://127.0.0.1:9/", "http://"])
 def test_a_long_web_address_is_shortened_where_it_is_told(start):
     with pytest.raises(ImageFetchFailed) as caught:
-        loader(PicturePolicy())(start + "a" * 100_000)
+        loader(MediaPolicy())(start + "a" * 100_000)
     assert len(str(caught.value)) < 1000
 
 
 def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
-    monkeypatch.setattr("pixtral_cli.server.pictures.LARGE_PIXELS", 599)
-    monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 600)
-    load, slow, small = loader(PicturePolicy()), threading.Event(), encoded(Image.new("RGB", (4, 4)))
+    monkeypatch.setattr("pixtral_cli.server.media_policy.LARGE_PIXELS", 599)
+    monkeypatch.setattr("pixtral_cli.server.media_policy.PIXELS_AT_ONCE", 600)
+    load, slow, small = loader(MediaPolicy()), threading.Event(), encoded(Image.new("RGB", (4, 4)))
     work = media.to_rgb
 
     def slowly(image):
@@ -204,7 +204,7 @@ def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
     held.start()
     try:
         assert load("data:image/png;base64," + base64.b64encode(small).decode()).size == (4, 4)
-        monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
+        monkeypatch.setattr("pixtral_cli.server.media_policy.WAIT_SECONDS", 0.05)
         with pytest.raises(ImageRefused, match="too many"):
             load(URI)
     finally:
@@ -214,9 +214,9 @@ def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
 
 
 def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
-    monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 1000)
-    monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
-    pictures = GuardedPictures(PicturePolicy())
+    monkeypatch.setattr("pixtral_cli.server.media_policy.PIXELS_AT_ONCE", 1000)
+    monkeypatch.setattr("pixtral_cli.server.media_policy.WAIT_SECONDS", 0.05)
+    pictures = RequestMedia(MediaPolicy())
     with pictures.opened(URI), pytest.raises(ImageRefused, match="too many"), pictures.opened(URI):
         pass
     with pictures.opened(URI) as picture:
@@ -224,9 +224,9 @@ def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
 
 
 def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
-    monkeypatch.setattr("pixtral_cli.server.pictures.PIXELS_AT_ONCE", 1000)
-    monkeypatch.setattr("pixtral_cli.server.pictures.WAIT_SECONDS", 0.05)
-    pictures = GuardedPictures(PicturePolicy())
+    monkeypatch.setattr("pixtral_cli.server.media_policy.PIXELS_AT_ONCE", 1000)
+    monkeypatch.setattr("pixtral_cli.server.media_policy.WAIT_SECONDS", 0.05)
+    pictures = RequestMedia(MediaPolicy())
     damaged = "data:image/png;base64," + base64.b64encode(PNG[:-200]).decode()
     for _ in range(3):
         with pytest.raises(ImageUnreadable), pictures.opened(damaged):
@@ -238,7 +238,7 @@ def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
 
 
 def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
-    pictures, begun, go_on, decoded = GuardedPictures(PicturePolicy()), threading.Event(), threading.Event(), []
+    pictures, begun, go_on, decoded = RequestMedia(MediaPolicy()), threading.Event(), threading.Event(), []
     monkeypatch.setattr(media, "to_rgb", lambda image: decoded.append(image) or image)
 
     def three():
@@ -261,7 +261,7 @@ def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
 
 
 def fetching(look_up=None, **policy):
-    return loader(PicturePolicy(**{"private_networks": LOOPBACK, **policy}), look_up)
+    return loader(MediaPolicy(**{"private_networks": LOOPBACK, **policy}), look_up)
 
 
 def test_a_picture_on_the_web_is_fetched_politely():

@@ -8,7 +8,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from support.served import JSON, served
+from support.serving import JSON, served
 
 SHORT = ("--max-length", "64")
 """However many tokens a made-up request asks for."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import PROGRAM, imported_by, run_process
-from support.served import hello, served
+from support.serving import hello, served
 
 from pixtral_cli import Pixtral
 from pixtral_cli.errors import PixtralError

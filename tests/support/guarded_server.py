@@ -1,19 +1,14 @@
-"""A real uvicorn with the server's protocol and guard before a trivial app, and a raw socket to talk to it."""
+"""A trivial app behind all that guards the real one, and a raw socket to talk to it."""
 
 from __future__ import annotations
 
 import json
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
-
-from pixtral_cli.server.guard import guarded
-from pixtral_cli.server.protocol import guarded_protocol
 from support.processes import PATIENCE
+from support.serving import guarded_on_thread
 
 
 async def echo(scope, receive, send):
@@ -32,29 +27,10 @@ async def echo(scope, receive, send):
 
 
 @contextmanager
-def serving(app=echo, *, max_connections=100, head_seconds=10.0, unread_seconds=60.0, **guard) -> Iterator[int]:
-    """The port of a server on 127.0.0.1."""
-    protocol = guarded_protocol(max_connections, head_seconds)
-    protocol.unread_seconds = unread_seconds
-    config = uvicorn.Config(
-        guarded(app, **{"host": "127.0.0.1", **guard}),
-        port=0,
-        http=protocol,
-        ws="none",
-        lifespan="off",
-        log_level="critical",
-        timeout_keep_alive=2,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
+def serving(app=echo, **limits) -> Iterator[int]:
+    """The port of a guarded server on 127.0.0.1; `limits` are those of `guarded_on_thread`."""
+    with guarded_on_thread(app, **limits) as url:
+        yield int(url.rpartition(":")[2])
 
 
 class Client:

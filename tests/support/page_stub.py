@@ -2,17 +2,14 @@
 
 import asyncio
 import json
-import socket
 import threading
-from contextlib import contextmanager
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pixtral_cli.server.guard import SecurityHeaders
+from pixtral_cli.server.middleware import SecurityHeaders
 from pixtral_cli.server.page import routes
 
 USAGE = {
@@ -102,18 +99,3 @@ def event(chunk):
 def failed(status, sentence):
     error = {"message": sentence, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": error}, status_code=status)
-
-
-@contextmanager
-def serving(app, port=0):
-    """The address of `app`, served from a thread until the block ends; `port` 0 is any that is free."""
-    listening = socket.create_server(("127.0.0.1", port))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        listening.close()

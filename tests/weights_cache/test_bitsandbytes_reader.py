@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pixtral_cli.model.nf4 import bitsandbytes
+from pixtral_cli.model.kernels.nf4 import bitsandbytes
 from weights_cache import checkpoint
 from weights_cache.errors import CheckpointCorrupt, ModelUnsupported
 

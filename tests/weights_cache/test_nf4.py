@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from pixtral_cli.model.nf4 import bitsandbytes
+from pixtral_cli.model.kernels.nf4 import bitsandbytes
 from weights_cache.codecs.nf4 import NF4, TABLE
 
 

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 from support.chat_page import CHROMIUM, DRIVER, Page, start_chromium
-from support.page_stub import Stub, serving
+from support.page_stub import Stub
+from support.serving import on_thread
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="session")
 def running_stub():
     stub = Stub()
-    with serving(stub.app) as stub.url:
+    with on_thread(stub.app) as stub.url:
         yield stub
 
 

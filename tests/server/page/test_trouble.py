@@ -5,7 +5,8 @@ import json
 import pytest
 from selenium.webdriver.common.keys import Keys
 from support.chat_page import Page
-from support.page_stub import Stub, event, serving
+from support.page_stub import Stub, event
+from support.serving import on_thread
 
 
 def test_the_key_is_asked_for_kept_for_the_tab_and_sent(page, stub):
@@ -84,13 +85,13 @@ def test_an_error_in_the_middle_of_the_stream_is_said(page, stub):
 
 def test_a_server_that_is_gone_is_said_and_the_question_waits_for_its_return(page):
     stub = Stub()
-    with serving(stub.app) as url:
+    with on_thread(stub.app) as url:
         gone = Page(page.browser, url)
         gone.open()
         gone.until(lambda: gone.text("#model").startswith("stub-12b"))
     gone.ask("Anyone there?")
     assert gone.text(".turn .problem span") == "The server cannot be reached. Is it still running?"
-    with serving(stub.app, port=int(url.rpartition(":")[2])):
+    with on_thread(stub.app, port=int(url.rpartition(":")[2])):
         gone.find(".retry").click()
         gone.until(lambda: gone.text(".answer") == "One picture says more.")
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pixtral_cli.server.room import Room
+from pixtral_cli.server.threads import WeightedSemaphore
 
 LONG = 20.0
 
@@ -43,7 +43,7 @@ def end(threads, go_on):
 
 
 def test_there_is_never_more_than_the_room_holds():
-    room, most, held, lock = Room(10), [], [0], threading.Lock()
+    room, most, held, lock = WeightedSemaphore(10), [], [0], threading.Lock()
 
     def hold(amount):
         with room.held(amount, LONG):
@@ -63,7 +63,7 @@ def test_there_is_never_more_than_the_room_holds():
 
 
 def test_who_comes_later_does_not_pass_one_that_waits_for_more():
-    room = Room(10)
+    room = WeightedSemaphore(10)
     with room.held(6, LONG):
         threads, got, go_on = waiting(room, 8, 3)
         assert got == []
@@ -73,7 +73,7 @@ def test_who_comes_later_does_not_pass_one_that_waits_for_more():
 
 
 def test_what_is_larger_than_the_room_goes_alone():
-    room = Room(10)
+    room = WeightedSemaphore(10)
     with room.held(1, LONG):
         threads, got, go_on = waiting(room, 99, 1)
         assert got == []
@@ -84,7 +84,7 @@ def test_what_is_larger_than_the_room_goes_alone():
 
 
 def test_who_has_waited_too_long_leaves_and_holds_up_nobody():
-    room = Room(10)
+    room = WeightedSemaphore(10)
     with room.held(5, LONG):
         with pytest.raises(TimeoutError), room.held(6, 0.01):
             pass

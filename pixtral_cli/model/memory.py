@@ -1,4 +1,7 @@
-"""Headers and a config in, the bytes that a model takes in each encoding out. Imports no torch and reads no weights."""
+"""Headers and a config in, the bytes that a model takes out; and a refusal in figures where they are not there.
+
+Reads no weights, and needs no torch but for what is free on a GPU that torch has been given.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pixtral_cli.encodings import CHOICES, ENCODINGS
+from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.formats.reader import TensorInfo
 
+if TYPE_CHECKING:
+    import torch
+
 WORKSPACE = 256 * 2**20  # bytes; activations and buffers beside the weights
 LENGTHS = (4096, 32768, 131072)  # tokens
 SMI_TIMEOUT = 5.0  # seconds
+GIB = 2**30
+KV_SHARE = 0.9  # of what the weights leave: some is for images on their way
+LEAST = 256  # tokens, with which something can be asked
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
     """Bytes that the CPU's 4-bit kernel wants beside these weights: a scale and a zero, bfloat16, for each 32 of them.
 
-    Those of `Int4Linear`, which imports torch and so cannot be asked here; counted where the kernel is absent, too.
+    Those of `kernels.int4`, which imports torch and so cannot be asked here; counted where the kernel is absent, too.
     """
     matrices = (t for n, t in tensors.items() if placement.encodings[n] in ("q4_0", "q4_k") and "embed_tokens" not in n)
     return sum(prod(tensor.shape) // 8 for tensor in matrices if tensor.shape[0] % 64 == 0)
@@ -130,3 +141,58 @@ def _gpus() -> list[Device]:
         return [Device(f"gpu-{int(index)}", int(free) * 2**20) for index, free in rows]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be had on `device` now (page cache counts as free), or None where nobody says."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory()
+
+
+def check_weights(tensors: Mapping[str, TensorInfo], placement: Placement, device: torch.device) -> None:
+    """Raises ModelError, with both figures and what would fit, when the weights cannot fit on `device`."""
+    need, free = _bytes_needed(tensors, placement, device), free_bytes(device)
+    if free is None or need <= free:
+        return
+    wanted = {name: _bytes_needed(tensors, place(tensors, ENCODINGS[name]), device) for name in CHOICES}
+    fitting = [name for name, bytes_needed in wanted.items() if bytes_needed <= free]
+    if fitting:
+        hint = f"Use --quantization-encoding {fitting[0]}, which needs {wanted[fitting[0]] / GIB:.1f} GiB."
+    else:
+        hint = "No encoding fits: free memory, take a smaller model" + (
+            " or use --devices cpu." if device.type == "cuda" else " or a larger machine."
+        )
+    raise ModelError(
+        f"This model in {placement.label} needs {need / GIB:.1f} GiB of memory, "
+        f"and {device} has {free / GIB:.1f} GiB free.",
+        hint=hint,
+    )
+
+
+def _bytes_needed(tensors: Mapping[str, TensorInfo], placement: Placement, device: torch.device) -> int:
+    beside = kernel_bytes(tensors, placement) if device.type == "cpu" else 0
+    return weight_bytes(tensors, placement) + beside + WORKSPACE
+
+
+def kv_tokens(
+    tensors: Mapping[str, TensorInfo], placement: Placement, config: TextConfig, device: torch.device, wanted: int
+) -> int:
+    """Tokens whose keys and values fit on `device` beside weights that are not loaded yet: `wanted`, or fewer.
+
+    Raises ModelError when there is no room for as many as LEAST.
+    """
+    free = free_bytes(device)
+    if free is None:
+        return wanted
+    width = int(ENCODINGS[placement.dtype].bits) // 8
+    left = int((free - _bytes_needed(tensors, placement, device)) * KV_SHARE)
+    room = left // kv_bytes(config, 1, width)
+    if room < min(LEAST, wanted):
+        raise ModelError(
+            f"The weights leave {max(left, 0) / GIB:.1f} GiB on {device} for keys and values: {max(room, 0)} tokens.",
+            hint="Free memory, or take a smaller encoding with --quantization-encoding.",
+        )
+    return min(room, wanted)

@@ -27,7 +27,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
         model = Pixtral.load(
             model_path(source, weights),
             weight_paths=tuple(weights.weight_path or ()),
-            weights_format=source.weights_format,
+            weights_format=source.form,
             serialized_model_path=file,
             quantization_encoding=weights.quantization_encoding,
             quantize_vision=weights.quantize_vision,

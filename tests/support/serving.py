@@ -1,21 +1,94 @@
-"""`pixtral serve --model-path tiny` as a process, for tests."""
+"""A server for a test: any app on a thread, the real app on a thread, or `pixtral serve` as a process."""
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import uvicorn
+
+from pixtral_cli.server.middleware import guarded
+from pixtral_cli.server.protocol import guarded_protocol
 from support.processes import PATIENCE, PROGRAM, clean_environment
 
 JSON = {"Content-Type": "application/json"}
+
+
+@contextmanager
+def on_thread(app, *, port=0, loop=None, **settings):
+    """The address of an ASGI app, served until the block ends; `settings` are uvicorn's."""
+    listener = socket.create_server(("127.0.0.1", port))
+    config = uvicorn.Config(
+        app, lifespan="off", ws="none", log_level="critical", timeout_graceful_shutdown=5, **settings
+    )
+    server, loop = uvicorn.Server(config), loop or asyncio.new_event_loop()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([listener])), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        loop.close()
+        listener.close()
+
+
+@contextmanager
+def guarded_on_thread(app, *, max_connections=200, head_seconds=10.0, unread_seconds=60.0, loop=None, **guard):
+    """The same behind all that guards it: the protocol's limits, and those of `guarded`."""
+    protocol = guarded_protocol(max_connections, head_seconds)
+    protocol.unread_seconds = unread_seconds
+    with on_thread(guarded(app, **{"host": "127.0.0.1", **guard}), http=protocol, loop=loop) as url:
+        yield url
+
+
+@dataclass
+class Serving:
+    """`url` is its base address, without /v1."""
+
+    url: str
+    service: Any
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def engine(self):
+        return self.service.model.engine
+
+    def call(self, function):
+        """Call it on the server's event loop, where all of the service belongs."""
+        self.loop.call_soon_threadsafe(function)
+
+    def wait_until_idle(self, seconds=PATIENCE):
+        """Whether nothing runs, waits or is being prepared within that time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not self.engine.busy and self.service.accepted == 0 and self.service.idle:
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@contextmanager
+def serving(service, **guard):
+    """The real app of `service`, guarded."""
+    from pixtral_cli.server.app import create_app  # which brings torch
+
+    loop = asyncio.new_event_loop()
+    with guarded_on_thread(create_app(service), loop=loop, **guard) as url:
+        yield Serving(url, service, loop)
 
 
 def hello(**more):

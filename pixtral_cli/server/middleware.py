@@ -1,4 +1,4 @@
-"""What stands before the app, as ASGI middlewares: names, keys, origins, bodies; knows no route but the open ones.
+"""ASGI middlewares that stand before the app: names, keys, origins, body sizes. They know no route but the open ones.
 
 `guarded(app, …)` puts them in order. Each answers what it refuses itself, in OpenAI's shape, before a byte of the
 body is read if it can.
@@ -6,18 +6,34 @@ body is read if it can.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
-from pixtral_cli.errors import PixtralError
-from pixtral_cli.server.asgi import App, Message, Receive, Scope, Send, headers_of, refuse
-from pixtral_cli.server.bodies import BODY_SECONDS, MAX_BODY_BYTES, Bodies
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, unavailable
+from pixtral_cli.server.listening import is_loopback
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LINGER_SECONDS = 2.0
+
+
+MAX_BODY_BYTES = 64 * 2**20
+BODIES_AT_ONCE = 16
+"""How many bodies of the greatest size may be in the server together; of smaller ones, many more."""
+BODY_SECONDS = 30.0
+
 
 READING = ("GET", "HEAD", "OPTIONS", "TRACE")
 OPEN_PATHS = ("/", "/health", "/ready")
@@ -59,29 +75,6 @@ def guarded(
     app = ApiKeys(app, keys) if keys else app
     app = LocalNames(app, host) if not keys and is_loopback(host) else app
     return SecurityHeaders(app)
-
-
-def check_binding(host: str, keys: Sequence[str], insecure: bool) -> None:
-    """Raise PixtralError for a key that guards nothing, and for an open address that nothing guards."""
-    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
-        raise PixtralError(
-            "An API key is empty, or has characters that no HTTP header can carry.",
-            hint="Give --api-key (or PIXTRAL_API_KEY) printable ASCII; leave it out for none.",
-        )
-    if not (keys or insecure or is_loopback(host)):
-        raise PixtralError(
-            f"Everybody who reaches {host} could use this server: there is no API key.",
-            hint="Set PIXTRAL_API_KEY or --api-key, bind --host 127.0.0.1, or say --insecure to mean it.",
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether every address of `host` stays on this machine."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
-    except (OSError, UnicodeError):
-        return False
-    return bool(found) and all(ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
 
 
 class SecurityHeaders:
@@ -229,3 +222,112 @@ def _is_loopback_address(name: str) -> bool:
         return ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+class Bodies:
+    """Reads a request's whole body before the app sees it, within a size and a time.
+
+    What was read counts until its answer has ended, so that many large bodies cannot fill the memory together.
+    """
+
+    def __init__(self, app: App, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+        self.room = BODIES_AT_ONCE * max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        share = _Share(self)
+        try:
+            replayed = await self._read(scope, receive, share)
+        except ApiError as error:
+            await refuse(error, scope, receive, send)
+        else:
+            if replayed is not None:
+                await self.app(scope, replayed, send)
+        finally:
+            self.room += share.size
+
+    async def _read(self, scope: Scope, receive: Receive, share: _Share) -> Receive | None:
+        """A `receive` that gives the whole body, of which nothing is kept here; None if the client left."""
+        share.check(_stated_length(scope))
+        pieces = []
+        try:
+            async with asyncio.timeout(self.seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    share.take(len(message.get("body", b"")))
+                    pieces.append(message.get("body", b""))
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            late = f"The body did not arrive within {self.seconds:g} seconds."
+            raise ApiError(408, late, code="body_timeout") from None
+        return _replay(b"".join(pieces), receive)
+
+
+@dataclass
+class _Share:
+    """What one request takes of the room for bodies."""
+
+    owner: Bodies
+    size: int = 0
+
+    def check(self, more: int) -> None:
+        """Raise ApiError if `more` bytes do not fit."""
+        if self.size + more > self.owner.max_bytes:
+            limit = f"{self.owner.max_bytes / 2**20:g}"
+            raise ApiError(413, f"The body is larger than --max-body-mib {limit}.", code="body_too_large")
+        if more > self.owner.room:
+            raise unavailable("The server holds too many large requests at the moment.", "overloaded")
+
+    def take(self, more: int) -> None:
+        self.check(more)
+        self.size += more
+        self.owner.room -= more
+
+
+def _stated_length(scope: Scope) -> int:
+    """0 for a body sent in chunks. The protocol has checked that it is a number."""
+    return max((int(value) for value in headers_of(scope, b"content-length")), default=0)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body, then what the client does next."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    del body
+
+    async def replayed() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replayed
+
+
+def headers_of(scope: Scope, name: bytes) -> list[bytes]:
+    """Every value of a header; `name` in lower case."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
+def remember(scope: Scope, error: ApiError) -> None:
+    """Keep why a request is refused, for the line that the log has of it."""
+    scope.setdefault("state", {})["refused"] = error
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with `error` and close the connection.
+
+    What the client is still sending is read and forgotten for a moment: a socket closed with data unread makes
+    the kernel reset the connection, and the client would see that and never the answer.
+    """
+    remember(scope, error)
+    response = error.as_response()
+    headers = [*response.raw_headers, (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,63 @@
+"""A config.json in, the sizes and the model of its family out. The registry: one line for each family.
+
+A family is a module here, found by the architecture that config.json names. Importing one imports no torch, so that
+`inspect` and `tokenize` can read a config; what it builds from is imported when it builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pixtral_cli.errors import ModelError
+from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.families import mistral, pixtral
+
+if TYPE_CHECKING:
+    from pixtral_cli.model.language_model import LanguageModel
+
+
+class Family(Protocol):
+    """What a family's module has. `ARCHITECTURES` are names in config.json; the first stands for `MODEL_TYPE` where a
+    config names none."""
+
+    ARCHITECTURES: tuple[str, ...]
+    MODEL_TYPE: str
+
+    def read_config(self, architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
+        """The sizes that a Hugging Face config.json says. Raises ModelError, which names the field that is wrong."""
+        ...
+
+    def build(self, config: ModelConfig) -> LanguageModel:
+        """The model, its parameters named as `weights_cache.names` names tensors; on torch's current device."""
+        ...
+
+
+FAMILIES: list[Family] = [pixtral, mistral]
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face config.json.
+
+    Raises ModelError when the architecture is of no family here, or a field is not what it should be.
+    """
+    names, kind = raw.get("architectures"), raw.get("model_type")
+    by_type: Mapping[str, Any] = {family.MODEL_TYPE: family.ARCHITECTURES[0] for family in FAMILIES}
+    architecture = names[0] if isinstance(names, list) and names else by_type.get(str(kind), kind)
+    return _family_of(architecture).read_config(architecture, raw)
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    """The model of `config`, its weights not set."""
+    return _family_of(config.architecture).build(config)
+
+
+def _family_of(architecture: Any) -> Family:
+    for family in FAMILIES:
+        if architecture in family.ARCHITECTURES:
+            return family
+    known = (architecture for family in FAMILIES for architecture in family.ARCHITECTURES)
+    raise ModelError(
+        f"The checkpoint's architecture is {architecture or 'not stated'}, which is not known here.",
+        hint=f"Known architectures: {', '.join(known)}.",
+    )

@@ -1,0 +1,1 @@
+"""A packed weight in, the layer that multiplies with it out."""

@@ -1,0 +1,87 @@
+"""Token ids in, logits out: Mistral's decoder, its table of embeddings and its head. Knows no cache, no batch and no
+images but their features.
+
+Parameter names are ours (weights_cache.names maps every checkpoint's to them). Tokens of all sequences come flattened;
+`attend` decides who sees whom. Letters: N tokens, M image tokens among them, C hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pixtral_cli.model.attention import Attend, Rotary, cos_sin, text_angles
+from pixtral_cli.model.config import ModelConfig, TextConfig
+from pixtral_cli.model.layers import Embedding, GatedFeedForward, SelfAttention
+
+
+class LanguageModel(nn.Module):
+    """A model of text; `families` has those that see."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = Decoder(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.norm.weight.device
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """One image, normalised pixels [channels, height, width] -> features [M, C] for its image tokens."""
+        raise NotImplementedError("a text model has no vision tower")
+
+    def embed(self, token_ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """token_ids [N] -> [N, C]; `features` [M, C] replace the M image tokens among them, in order.
+
+        Only [IMG] takes a feature; [IMG_BREAK] and [IMG_END] keep their embeddings.
+        """
+        x = self.language_model.embed_tokens(token_ids)
+        if features is None:
+            return x
+        places = token_ids.eq(self.config.image_token_id)
+        assert int(places.sum()) == len(features), (int(places.sum()), len(features))
+        x[places] = features.to(x.dtype)
+        return x
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Embedded tokens [N, C] at positions [N] -> hidden states [N, C]."""
+        return self.language_model(x, positions, attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, C] -> float32 logits [N, V]."""
+        return self.lm_head(hidden).float()
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
+        rotary = cos_sin(text_angles(positions, self.config.head_dim, self.config.rope_theta), x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary, attend, index)
+        return self.norm(x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedFeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, index)
+        return x + self.mlp(self.post_attention_layernorm(x))
