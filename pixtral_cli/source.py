@@ -24,9 +24,9 @@ from weights_cache import cache, checkpoint, file_kind, hub, layout
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
 from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
 from weights_cache.formats import serialized
+from weights_cache.progress import Progress
 
 EXPORT_AGAIN = "Export the model again"
-Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
