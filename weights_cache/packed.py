@@ -46,7 +46,9 @@ class PackedWeight(Protocol):
         """The same weight with all parts on `device`."""
 
 
-def from_parts(encoding: str, shape: tuple[int, int], first: Tensor, beside: Mapping[str, Tensor]) -> PackedWeight | None:
+def from_parts(
+    encoding: str, shape: tuple[int, int], first: Tensor, beside: Mapping[str, Tensor]
+) -> PackedWeight | None:
     """The weight of that encoding and shape whose `tensors()` these are; None if they cannot be."""
     if encoding != "nf4" and first.ndim == 2:
         return PackedRows(encoding, first)

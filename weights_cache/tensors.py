@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import configs, kinds, layout, names, quantization
+from . import configs, file_kind, layout, names, quantization
 from .errors import CheckpointCorrupt, FilesMismatch, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
@@ -38,9 +38,9 @@ class Stored(NamedTuple):
         weight = self.reader.weight(self.name)
         if self.head_dim is None:
             return weight
-        from .packed import PackedRows
+        from .codecs.packed_rows import PackedRows
 
-        rows = weight.rows if isinstance(weight, PackedRows) else weight
+        rows: Tensor = getattr(weight, "rows", weight)
         if self.head_dim < 2 or self.head_dim % 2 or rows.shape[0] % self.head_dim:
             reason = f"tensor {self.name!r} has {rows.shape[0]} rows, and its heads have {self.head_dim}"
             raise CheckpointCorrupt(self.info.file, reason)
@@ -71,7 +71,7 @@ def stored(chosen: layout.Expected) -> dict[str, Stored]:
 
 def _open(path: Path, promised: frozenset[str], left_out: frozenset[str]) -> tuple[Reader, Naming]:
     """The reader for `path`, which must hold the tensors that an index `promised`, and how its tensors become ours."""
-    if kinds.of(path) == "gguf":
+    if file_kind.of(path) == "gguf":
         file = GgufFile(path)
         return file, Naming(names.from_gguf, configs.gguf_head_dims(file))
     reader = SafetensorsFile(path, left_out)

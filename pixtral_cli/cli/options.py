@@ -6,14 +6,27 @@ Their types stay real objects (no `from __future__ import annotations` here), be
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from pixtral_cli.cli import completions
-from pixtral_cli.cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.flags import (
+    UsageError,
+    device_text,
+    one_of,
+    stop_texts,
+    token_limit,
+    whole_text,
+    within,
+    within_option,
+)
 from pixtral_cli.encodings import CHOICES
 from pixtral_cli.known_models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from weights_cache.layout import Form
 
 RECIPES = ("hf", "native")
 FORMATS = ("hf", "native", "gguf")
@@ -38,6 +51,11 @@ class FetchFlags:
         ),
     ] = None
     force_download: Annotated[bool, _model("--force-download", help="Download again, even if it is cached.")] = False
+
+    @property
+    def form(self) -> "Form | None":
+        """The form asked for, None where any will do."""
+        return cast("Form | None", self.weights_format)  # which one_of has checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +256,7 @@ class SamplingFlags:
         _answer(
             "--top-k",
             metavar="N",
-            callback=within(0),
+            callback=within_option("top_k"),
             help="Choose among the N likeliest tokens; 0 is off. "
             "Default: 1, the likeliest, or off once --temperature is above 0.",
         ),
@@ -248,7 +266,7 @@ class SamplingFlags:
         _answer(
             "--temperature",
             metavar="T",
-            callback=within(0),
+            callback=within_option("temperature"),
             help="0 always takes the likeliest token, 1 follows the model, higher is wilder.",
         ),
     ] = None
@@ -257,7 +275,7 @@ class SamplingFlags:
         _answer(
             "--top-p",
             metavar="P",
-            callback=within(0, 1, above=True),
+            callback=within_option("top_p"),
             help="Choose among the likeliest tokens that together have this probability.",
         ),
     ] = 1.0
@@ -266,7 +284,7 @@ class SamplingFlags:
         _answer(
             "--min-p",
             metavar="P",
-            callback=within(0, 1),
+            callback=within_option("min_p"),
             help="Leave out tokens less likely than this share of the likeliest.",
         ),
     ] = 0.0
@@ -275,7 +293,7 @@ class SamplingFlags:
         _answer(
             "--repetition-penalty",
             metavar="X",
-            callback=within(0, above=True),
+            callback=within_option("repetition_penalty"),
             help="Above 1 makes tokens that were there already less likely.",
         ),
     ] = 1.0
@@ -284,7 +302,7 @@ class SamplingFlags:
         _answer(
             "--seed",
             metavar="N",
-            callback=within(0, 2**63 - 1),
+            callback=within_option("seed"),
             help="The same seed, the same choices.",
         ),
     ] = None
@@ -310,6 +328,10 @@ class OutputFlags:
 
     json: Annotated[bool, _output("--json", help="Print one JSON object.")] = False
     quiet: Annotated[bool, _output("--quiet", help="On standard error, print nothing but errors.")] = False
+
+    def console(self) -> Console:
+        """The console that prints in this form."""
+        return Console(json=self.json, quiet=self.quiet)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,10 @@ def test_every_type_is_unpacked_as_gguf_py_does(tmp_path, kind):
     assert (file.tensors["w"].shape, file.tensors["w"].dtype) == ((6, columns), kind.name)
     weight = file.weight("w")
     if GGML[kind.value].packed:
-        assert isinstance(weight, PackedWeight) and (weight.encoding, weight.shape) == (GGML[kind.value].name, (6, columns))
+        assert isinstance(weight, PackedWeight) and (weight.encoding, weight.shape) == (
+            GGML[kind.value].name,
+            (6, columns),
+        )
         assert weight.rows.numpy().tobytes() == packed.tobytes() and weight.nbytes == packed.nbytes
     expected = torch.from_numpy(gguf.quants.dequantize(packed, kind).astype(np.float32))
     assert plain(weight).float().equal(expected.view(6, columns))

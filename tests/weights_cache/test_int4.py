@@ -61,8 +61,8 @@ def test_every_byte_comes_back(encoding, shape):
 def test_rows_that_are_no_whole_tensor_of_their_own_are_taken_as_well(encoding):
     rows = random_rows(encoding, 128, 512)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), rows.flatten()])[1:].view(rows.shape)  # at an odd byte
-    assert torch.equal(Int4.from_rows(encoding, shifted).rows(), rows)
-    assert torch.equal(Int4.from_rows(encoding, rows[64:]).rows(), rows[64:])
+    assert torch.equal(Int4.from_rows(encoding, shifted).in_rows().rows, rows)
+    assert torch.equal(Int4.from_rows(encoding, rows[64:]).in_rows().rows, rows[64:])
 
 
 @pytest.mark.parametrize("encoding", TYPES)

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load, save
 
 from pixtral_cli.model.kernels.nf4 import bitsandbytes
-from weights_cache.packed import from_parts
 from weights_cache.codecs.nf4 import NF4, TABLE
+from weights_cache.packed import from_parts
 
 
 def encoded(shape, dtype=torch.float32, nested=False, block=64):

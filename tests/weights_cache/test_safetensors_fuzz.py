@@ -18,15 +18,14 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from weights_cache import checkpoint, main_encoding
+from weights_cache import checkpoint, inventory
 from weights_cache.checkpoint import SerializedCheckpoint
 from weights_cache.codecs import nf4
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.errors import WeightsError
-from weights_cache.formats import serialized
-from weights_cache.formats.serialized_writer import Weight, write
 from weights_cache.formats.serialized import verify_path
+from weights_cache.formats.serialized_writer import Weight, write
 
 EXTREMES = [0, 1, 7, 9, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**400]
 WORDS = [
@@ -203,7 +202,7 @@ def read_all(path: Path, kind: str) -> None:
         _ = opened.generation_config, opened.side_files(), verify_path(path)
     else:
         opened = checkpoint.open(path.parent, form="native" if kind == "native" else "hf")
-        main_encoding.of(path, path.parent)
+        inventory.main_encoding(path, path.parent)
     most = 64 * path.stat().st_size
     for name in opened.tensors:
         assert opened.tensor(name).nbytes <= most and opened.weight(name).nbytes <= most

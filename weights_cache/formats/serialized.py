@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +21,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_cache import stamps
+from weights_cache import cache
 from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound, listed
 from weights_cache.json_fields import CheckpointFields, parse_json_object
 from weights_cache.layout import FORMS
+from weights_cache.progress import Progress
 
 from .reader import TensorInfo
 from .safetensors import SafetensorsFile
@@ -42,7 +43,6 @@ FILE_PREFIX = "file/"
 SEAL = "seal"
 IN_PARTS = frozenset(name for name, encoding in ENCODINGS.items() if encoding.kernel_rows)
 """Encodings of matrices that have other tensors beside them in the file, named after them."""
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,12 @@ class SerializedFile:
         if altered := [f"{name[:200]!r}" for name in self.altered(weights=weights, progress=progress)]:
             raise CheckpointCorrupt(self.path, f"{listed(altered)} {'was' if len(altered) == 1 else 'were'} altered")
         if weights:
-            stamps.remember(self.path, self.seal)
+            cache.write_stamp(self.path, self.seal)
 
     @property
     def known(self) -> bool:
         """Whether the file was written or checked on this machine and has not changed since."""
-        return stamps.known(self.path, self.seal)
+        return cache.is_stamped(self.path, self.seal)
 
 
 class SideFile:

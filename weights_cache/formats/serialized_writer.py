@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from weights_cache.errors import DiskFull, WriteFailed
+from weights_cache.progress import Progress
 
 from .safetensors import LENGTH_BYTES, WORDS
-from .serialized import FILE_PREFIX, KEY, SEAL, Manifest, Progress, bytes_of
+from .serialized import FILE_PREFIX, KEY, SEAL, Manifest, bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,11 @@ class Weight:
         """The tensors that stand for it in the file: the first part by its own name, the others by NAME.PART."""
         return {f"{self.name}.{part}" if at else self.name: kind for at, (part, kind) in enumerate(self.parts.items())}
 
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the manifest says of these: their encoding and true shape."""
+        parts = {name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in self.tensors().items()}
+        return parts | {self.name: (self.encoding, self.shape)}
+
 
 def write(
     path: Path,
@@ -66,7 +72,7 @@ def write(
     Raises DiskFull before the first byte when it cannot fit, WriteFailed when writing breaks off; neither leaves
     anything behind.
     """
-    manifest = Manifest(model, form, encoding, {w.name: (w.encoding, w.shape) for w in weights})
+    manifest = Manifest(model, form, encoding, {k: v for w in weights for k, v in w.described().items()})
     header = _Header(manifest, weights, files)
     if os.path.isdir(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise WriteFailed(path, "it is a folder or a device")
