@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "model": {"weights_cache"},
     "__init__": set(),
     "prompt": {"weights_cache"},
+    "encodings": {"weights_cache"},
     "process_environment": set(),
     "weights_cache": set(),
-} | {name: set() for name in SHARED}
+} | {name: set() for name in SHARED - {"encodings"}}
 
 
 def room(parts):

@@ -12,6 +12,7 @@ from .codecs import int4, nf4
 from .codecs.int4 import Int4
 from .codecs.nf4 import NF4
 from .codecs.packed_rows import PackedRows
+from .encodings import ENCODINGS
 
 
 @runtime_checkable
@@ -44,6 +45,30 @@ class PackedWeight(Protocol):
 
     def to(self, device: torch.device) -> PackedWeight:
         """The same weight with all parts on `device`."""
+
+
+def in_kernel_order(weight: PackedWeight) -> PackedWeight:
+    """The same weight in the order of the CPU's 4-bit kernel, copied; as it is where it has none."""
+    if not ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0]):
+        return weight
+    if isinstance(weight, NF4):
+        return weight.interleaved()
+    return Int4.from_rows(weight.encoding, weight.rows) if isinstance(weight, PackedRows) else weight
+
+
+def parts(
+    encoding: str, shape: tuple[int, int], *, kernel_order: bool, block: int = nf4.BLOCK, nested: bool = False
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of each of `tensors()` before there is a weight: in kernel order, where it has one.
+
+    `block` and `nested` are of nf4: the weights that share a magnitude, and whether the magnitudes are quantised too.
+    """
+    kernel_order = kernel_order and ENCODINGS[encoding].has_kernel_order(shape[0])
+    if encoding == "nf4":
+        return nf4.parts(*shape, block=block, nested=nested, interleaved=kernel_order)
+    if kernel_order:
+        return int4.parts(encoding, *shape)
+    return {"rows": (torch.uint8, (shape[0], ENCODINGS[encoding].row_bytes(shape[1])))}
 
 
 def from_parts(

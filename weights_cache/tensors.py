@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import configs, file_kind, layout, names, quantization
 from .errors import CheckpointCorrupt, FilesMismatch, WeightsNotFound
@@ -40,7 +40,7 @@ class Stored(NamedTuple):
             return weight
         from .codecs.packed_rows import PackedRows
 
-        rows: Tensor = getattr(weight, "rows", weight)
+        rows: Any = weight.rows if isinstance(weight, PackedRows) else weight
         if self.head_dim < 2 or self.head_dim % 2 or rows.shape[0] % self.head_dim:
             reason = f"tensor {self.name!r} has {rows.shape[0]} rows, and its heads have {self.head_dim}"
             raise CheckpointCorrupt(self.info.file, reason)

@@ -6,7 +6,7 @@ import torch
 
 from pixtral_cli.model.kernels import int4 as layers
 from weights_cache import codecs
-from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, parts
+from weights_cache.codecs.int4 import LAYOUTS, Int4, parts
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import from_parts
 
@@ -86,4 +86,4 @@ def test_scales_and_zeros_stand_for_the_weights_of_ggufs_own_decoder(encoding, s
     [("q4_k", 64, True), ("q4_0", 5120, True), ("q4_k", 32, False), ("q4_k", 96, False), ("q6_k", 64, False)],
 )
 def test_only_whole_64_rows_of_q4_0_and_q4_k_fit(encoding, rows, fit):
-    assert fits(encoding, rows) == fit
+    assert ENCODINGS[encoding].has_kernel_order(rows) == fit

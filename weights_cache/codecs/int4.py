@@ -39,11 +39,6 @@ LAYOUTS = {"q4_0": Layout(ENCODINGS["q4_0"], 2, 2, 16), "q4_k": Layout(ENCODINGS
 WORDS = {2: torch.int16, 4: torch.int32}
 
 
-def fits(encoding: str, rows: int) -> bool:
-    """Whether a matrix of so many rows in that encoding can be put into the order of the kernel."""
-    return encoding in LAYOUTS and rows > 0 and rows % ROWS == 0
-
-
 @dataclass(frozen=True, eq=False)
 class Int4:
     """A matrix [R, C] in q4_k or q4_0, every byte of it, with R a multiple of 64.

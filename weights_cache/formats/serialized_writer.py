@@ -38,8 +38,11 @@ MAX_WIDTH = 4  # bytes of the widest dtype
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight to write. `make()` gives it when its turn comes; `parts` says before that what it is made of: the dtype
-    and shape of a plain tensor, or of each of `PackedWeight.tensors`, in order."""
+    """One weight to write. `make()` gives it when its turn comes.
+
+    `parts` says before that what it is made of: the dtype and shape of a plain tensor, or of each of
+    `PackedWeight.tensors`, in order.
+    """
 
     name: str
     encoding: str
@@ -198,9 +201,8 @@ def _contents(weights: Sequence[Weight], files: Mapping[str, bytes]) -> Iterator
     for weight in weights:
         made = weight.make()  # alive until the caller asks for the next one
         parts = [made] if isinstance(made, Tensor) else made.tensors().values()
-        for name, tensor in zip(weight.tensors(), parts, strict=True):
-            tensor = tensor.contiguous()
-            yield name, bytes_of(tensor)
+        tensors = [part.contiguous() for part in parts]
+        yield from zip(weight.tensors(), map(bytes_of, tensors), strict=True)
     for name, data in files.items():
         yield FILE_PREFIX + name, memoryview(data)
 
