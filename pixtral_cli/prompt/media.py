@@ -77,7 +77,7 @@ def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url)
 
 @contextmanager
 def opened(source: Any) -> Iterator[Image.Image]:
-    """What `load` gives, for `Processor.open_picture`."""
+    """What `load` gives, for `Processor.open_image`."""
     yield load(source)
 
 

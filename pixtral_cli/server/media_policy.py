@@ -96,7 +96,7 @@ class MediaPolicy:
 
 
 class RequestMedia:
-    """`opened` is for `Processor.open_picture`: it blocks, so it belongs on a worker thread; any number may call it."""
+    """`opened` is for `Processor.open_image`: it blocks, so it belongs on a worker thread; any number may call it."""
 
     def __init__(self, policy: MediaPolicy, look_up: LookUp | None = None) -> None:
         from PIL import Image
