@@ -20,13 +20,13 @@ from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
-from weights_cache import checkpoint, hub, kinds, layout, stamps
+from weights_cache import cache, checkpoint, file_kind, hub, layout
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
 from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
 from weights_cache.formats import serialized
+from weights_cache.progress import Progress
 
 EXPORT_AGAIN = "Export the model again"
-Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Source:
             return cls.open(name)
         notes: list[str] = []
         found = hub.fetch_headers(name, folder, form=weights_format, progress=progress, tell=notes.append)
-        if found.is_file() and kinds.of(found) != "gguf":
+        if found.is_file() and file_kind.of(found) != "gguf":
             return cls.open_serialized(found, weights=False)
         opened = checkpoint.open(found, form=weights_format)
         opened.note = " ".join(notes) or opened.note
@@ -173,7 +173,7 @@ class Source:
         serialized.write(
             path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
         )
-        stamps.remember(path, serialized.SerializedFile(path).seal)
+        cache.write_stamp(path, serialized.SerializedFile(path).seal)
 
     @cached_property
     def processor(self) -> Processor:

@@ -112,10 +112,10 @@ def list_models(output: OutputFlags) -> None:
 
 def path(output: OutputFlags) -> None:
     """Print the folders of the Hub's cache and of our own."""
-    from weights_cache import own_cache, store
+    from weights_cache.cache import hub_cache_folder, own_cache_folder
 
     console = output.console()
-    folders = {"hub": str(store.cache_folder()), "own": str(own_cache.own_cache_folder())}
+    folders = {"hub": str(hub_cache_folder()), "own": str(own_cache_folder())}
     console.result(folders, "".join(f"{folder}\n" for folder in folders.values()))
 
 
