@@ -22,11 +22,9 @@ from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, layout
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
-from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
+from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
 from weights_cache.formats import serialized
 from weights_cache.progress import Progress
-
-EXPORT_AGAIN = "Export the model again"
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,10 @@ class Source:
         try:
             yield
         except PixtralError as error:
-            again = EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
-            error.hint = error.hint and error.hint.replace(FETCH_AGAIN, again)
+            if isinstance(error.hint, GetAgain):
+                error.hint = error.hint.by(
+                    EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
+                )
             raise
 
     def needs(self) -> list[Need]:
@@ -241,6 +241,6 @@ class Source:
             if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab_size:
                 raise ModelError(
                     f"The model's configuration says eos_token_id = {end!r}, which is none of its {vocab_size} tokens.",
-                    hint=f"{FETCH_AGAIN}, or mend its generation_config.json.",
+                    hint=GetAgain(", or mend its generation_config.json"),
                 )
         return frozenset(ends)
