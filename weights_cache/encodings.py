@@ -1,38 +1,98 @@
-"""ggml's numbers of tensor types, and how a row of each is stored. Knows no file and no torch; codecs/ decodes them."""
+"""How weights are stored: a name in, the sizes of its blocks out. Knows no torch and no bytes; codecs/ decodes them.
+
+ONE table, for files, codecs, plans and help alike. Names are lower-case words of GGUF (q4_k is ggml's Q4_K), torch's
+names of its dtypes, and nf4, bitsandbytes' own.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+
+from .errors import WidthNotDivisible
 
 
-class TensorType(NamedTuple):
-    """How a tensor's row is stored: `block` weights take `block_bytes` bytes."""
+@dataclass(frozen=True)
+class Encoding:
+    """`block` weights of a row take `block_bytes` bytes, their scales included; blocks lie one after the other.
 
-    word: str
-    encoding: str
+    A row of 5120 weights in q4_k is 20 blocks of 256 weights in 144 bytes: `row_bytes(5120)` is 2880.
+
+    `ggml` is the number of the tensor type in GGUF; `fallback` names what rows take instead that are no whole number
+    of blocks; `kernel_rows` lie together in the order of the CPU's 4-bit kernel (0: there is none).
+    """
+
+    name: str
     block: int
     block_bytes: int
+    ggml: int | None = None
+    fallback: str | None = None
+    kernel_rows: int = 0
+
+    @property
+    def word(self) -> str:
+        """Its name in the headers of GGUF and safetensors: Q4_K, BF16, F32."""
+        return self.name.upper().replace("BFLOAT", "BF").replace("FLOAT", "F")
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, scales included."""
+        return self.block_bytes * 8 / self.block
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights take fewer bits than any number type of torch."""
+        return self.bits < 16
+
+    def fits(self, columns: int) -> bool:
+        """Whether a row of `columns` weights is a whole number of blocks."""
+        return columns % self.block == 0
+
+    def for_width(self, columns: int) -> Encoding:
+        """This, or the neighbour that rows of `columns` weights fit into."""
+        if self.fits(columns) or self.fallback is None:
+            return self
+        return ENCODINGS[self.fallback].for_width(columns)
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a packed row of `columns` weights; raises WidthNotDivisible."""
+        if not self.fits(columns):
+            raise WidthNotDivisible(self.name, columns, self.block)
+        return columns // self.block * self.block_bytes
+
+    def columns(self, row_bytes: int) -> int:
+        """Weights in a packed row of `row_bytes` bytes; raises WidthNotDivisible."""
+        if row_bytes % self.block_bytes:
+            raise WidthNotDivisible(self.name, row_bytes, self.block_bytes, unit="bytes")
+        return row_bytes // self.block_bytes * self.block
 
 
-TYPES: Mapping[int, TensorType] = {
-    0: TensorType("F32", "float32", 1, 4),
-    1: TensorType("F16", "float16", 1, 2),
-    2: TensorType("Q4_0", "q4_0", 32, 18),
-    3: TensorType("Q4_1", "q4_1", 32, 20),
-    6: TensorType("Q5_0", "q5_0", 32, 22),
-    7: TensorType("Q5_1", "q5_1", 32, 24),
-    8: TensorType("Q8_0", "q8_0", 32, 34),
-    10: TensorType("Q2_K", "q2_k", 256, 84),
-    11: TensorType("Q3_K", "q3_k", 256, 110),
-    12: TensorType("Q4_K", "q4_k", 256, 144),
-    13: TensorType("Q5_K", "q5_k", 256, 176),
-    14: TensorType("Q6_K", "q6_k", 256, 210),
-    20: TensorType("IQ4_NL", "iq4_nl", 32, 18),
-    23: TensorType("IQ4_XS", "iq4_xs", 256, 136),
-    30: TensorType("BF16", "bfloat16", 1, 2),
+ENCODINGS: Mapping[str, Encoding] = {
+    encoding.name: encoding
+    for encoding in (
+        Encoding("float32", 1, 4, ggml=0),
+        Encoding("float16", 1, 2, ggml=1),
+        Encoding("bfloat16", 1, 2, ggml=30),
+        Encoding("q4_0", 32, 18, ggml=2, fallback="bfloat16", kernel_rows=64),
+        Encoding("q4_1", 32, 20, ggml=3),
+        Encoding("q5_0", 32, 22, ggml=6),
+        Encoding("q5_1", 32, 24, ggml=7),
+        Encoding("q8_0", 32, 34, ggml=8, fallback="bfloat16"),
+        Encoding("q2_k", 256, 84, ggml=10),
+        Encoding("q3_k", 256, 110, ggml=11),
+        Encoding("q4_k", 256, 144, ggml=12, fallback="q4_0", kernel_rows=64),
+        Encoding("q5_k", 256, 176, ggml=13),
+        Encoding("q6_k", 256, 210, ggml=14, fallback="q8_0"),
+        Encoding("iq4_nl", 32, 18, ggml=20),
+        Encoding("iq4_xs", 256, 136, ggml=23),
+        Encoding("nf4", 64, 36, fallback="bfloat16", kernel_rows=32),  # with double quantisation 33.02 bytes
+    )
 }
-"""ggml's numbers of the tensor types that can be read."""
 
-NOT_READ: Mapping[int, str] = {
+GGML: Mapping[int, Encoding] = {each.ggml: each for each in ENCODINGS.values() if each.ggml is not None}
+"""By ggml's numbers of tensor types: those that can be read."""
+
+GGML_NOT_READ: Mapping[int, str] = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
     40: "NVFP4", 41: "Q1_0",

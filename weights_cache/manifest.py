@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .encodings import TYPES
+from .encodings import ENCODINGS
 from .errors import CheckpointCorrupt, SerializedTooNew
 from .formats.reader import TensorInfo
 from .json_fields import CheckpointFields
@@ -17,12 +17,6 @@ from .layout import FORMS
 
 VERSION = 2
 """Written from now on. In version 1, q4_0 and q4_k lay row by row only: such a file is read as well."""
-BLOCKS = {kind.encoding: (kind.block, kind.block_bytes) for kind in TYPES.values() if kind.block > 1}
-BLOCKS["nf4"] = 2, 1
-"""Encodings of packed tensors -> weights in a block, and its bytes (of nf4: of the codes)."""
-
-NF4_ROWS = 32  # that lie together where nf4 is in the order of the CPU's kernel: codecs.nf4 knows it
-INT4_ROWS = {"q4_0": 64, "q4_k": 64}  # likewise: codecs.int4
 
 
 @dataclass(frozen=True)
@@ -85,12 +79,18 @@ def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[in
     """How a tensor of that encoding and shape is stored: as it is, or packed as bytes; None for neither."""
     if encoding == info.encoding:
         return tuple(shape)
-    block, nbytes = BLOCKS.get(encoding, (0, 0))
-    if not block or info.dtype != "U8" or len(shape) < 1 or shape[-1] % block:
+    kind = ENCODINGS.get(encoding)
+    if kind is None or kind.block == 1 or info.dtype != "U8" or not shape:
         return None
-    rows, width = prod(shape[:-1]), shape[-1] // block * nbytes
-    if encoding == "nf4" and len(info.shape) == 3 and rows % NF4_ROWS == 0:
-        return rows // NF4_ROWS, width, NF4_ROWS
-    if encoding in INT4_ROWS and len(info.shape) == 3 and rows % INT4_ROWS[encoding] == 0:
-        return rows // INT4_ROWS[encoding], shape[-1], INT4_ROWS[encoding] // 2
+    rows, columns = prod(shape[:-1]), shape[-1]
+    if encoding == "nf4":  # the codes, two of them in a byte; their scales are tensors of their own
+        width, in_kernel_order = columns // 2, (columns // 2, kind.kernel_rows)
+        whole = columns % 2 == 0
+    else:
+        width, in_kernel_order = columns // kind.block * kind.block_bytes, (columns, kind.kernel_rows // 2)
+        whole = kind.fits(columns)
+    if not whole:
+        return None
+    if len(info.shape) == 3 and kind.kernel_rows and rows % kind.kernel_rows == 0:
+        return rows // kind.kernel_rows, *in_kernel_order
     return rows, width

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import codecs
+from .encodings import ENCODINGS
 
 
 @runtime_checkable
@@ -49,7 +50,7 @@ class PackedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.rows), codecs.get(self.encoding).columns(self.rows.shape[1])
+        return len(self.rows), ENCODINGS[self.encoding].columns(self.rows.shape[1])
 
     @property
     def nbytes(self) -> int:

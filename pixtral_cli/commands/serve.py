@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pixtral_cli.cli import console as printing
 from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.cli.options import SourceFlags
-from pixtral_cli.commands.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
 
 if TYPE_CHECKING:

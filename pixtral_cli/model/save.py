@@ -100,7 +100,7 @@ def _weight(name: str, encoding: str, shape: tuple[int, ...], tensor_of: Callabl
     if encoding in DTYPES:
         stored, dtype, width = shape, WORDS[encoding], DTYPES[encoding].itemsize
     else:
-        stored, dtype, width = (shape[0], codecs.get(encoding).row_bytes(shape[1])), "U8", 1
+        stored, dtype, width = (shape[0], codecs.get(encoding).encoding.row_bytes(shape[1])), "U8", 1
     return Weight(name, encoding, shape, dtype, stored, prod(stored) * width, lambda: tensor_of(name))
 
 

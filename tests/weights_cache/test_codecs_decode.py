@@ -52,7 +52,7 @@ def test_the_encodings_of_common_files_are_all_there():
 @pytest.mark.parametrize("name", codecs.NAMES)
 def test_blocks_have_the_sizes_of_the_format(name):
     codec = codecs.get(name)
-    assert (codec.name, (codec.block, codec.block_bytes)) == (name, GGML_QUANT_SIZES[gguf_type(name)])
+    assert (codec.name, (codec.encoding.block, codec.encoding.block_bytes)) == (name, GGML_QUANT_SIZES[gguf_type(name)])
 
 
 @pytest.mark.parametrize("name", codecs.NAMES)
@@ -99,7 +99,7 @@ def test_the_worked_examples_of_the_docstrings_are_true():
     iq4_nl = torch.tensor([0x00, 0x38, 0x80] + [0] * 15, dtype=torch.uint8)
     assert codecs.get("iq4_nl").decode(iq4_nl)[[0, 16]].tolist() == [-63.5, 0.5]
     assert codecs.get("bfloat16").decode(torch.tensor([0x80, 0x3F], dtype=torch.uint8)).tolist() == [1.0]
-    assert codecs.get("q4_k").row_bytes(5120) == 2880
+    assert codecs.get("q4_k").encoding.row_bytes(5120) == 2880
 
 
 @pytest.mark.parametrize("name", codecs.NAMES)
@@ -115,9 +115,9 @@ def test_a_narrower_dtype_rounds_the_exact_weights_once(name):
 @pytest.mark.parametrize("name", codecs.NAMES)
 def test_bytes_may_come_in_any_shape_and_from_any_place_in_memory(name):
     codec = codecs.get(name)
-    data = torch.from_numpy(random_blocks(name, 12, seed=3)).view(3, 2, 2 * codec.block_bytes)
+    data = torch.from_numpy(random_blocks(name, 12, seed=3)).view(3, 2, 2 * codec.encoding.block_bytes)
     expected = codec.decode(data)
-    assert expected.shape == (3, 2, 2 * codec.block)
+    assert expected.shape == (3, 2, 2 * codec.encoding.block)
     odd = torch.cat([torch.zeros(1, dtype=torch.uint8), data.flatten()])[1:].view(data.shape)
     apart = torch.stack([data, data], dim=-1)[..., 0]
     for same in (odd, apart):
@@ -142,12 +142,14 @@ def test_floats_are_looked_at_in_place():
     assert codecs.get("float32").decode(data).data_ptr() == data.data_ptr()
 
 
-@pytest.mark.parametrize("name", [name for name in codecs.NAMES if codecs.get(name).block_bytes > 2])
+@pytest.mark.parametrize("name", [name for name in codecs.NAMES if codecs.get(name).encoding.block_bytes > 2])
 def test_bytes_that_are_no_whole_blocks_are_refused_with_both_numbers(name):
     codec = codecs.get(name)
     with pytest.raises(WidthNotDivisible) as error:
-        codec.decode(torch.zeros(2, codec.block_bytes + 1, dtype=torch.uint8))
-    assert str(codec.block_bytes + 1) in str(error.value) and str(codec.block_bytes) in str(error.value)
+        codec.decode(torch.zeros(2, codec.encoding.block_bytes + 1, dtype=torch.uint8))
+    assert str(codec.encoding.block_bytes + 1) in str(error.value) and str(codec.encoding.block_bytes) in str(
+        error.value
+    )
 
 
 def test_an_unknown_encoding_is_refused_with_the_known_ones():

@@ -104,7 +104,7 @@ def test_weights_that_can_be_stored_exactly_come_back(name, seed):
 def test_encoding_is_never_worse_than_storing_zeros_at_any_magnitude(name, seed, exponent):
     plain = (normal(seed, 3, 512) * 10**exponent).clamp(-REACH, REACH).double()
     left = there_and_back(name, plain).double() - plain
-    size = codecs.get(name).block
+    size = codecs.get(name).encoding.block
     assert torch.all(left.view(-1, size).square().sum(1) <= plain.view(-1, size).square().sum(1) * (1 + 1e-6))
 
 
@@ -114,7 +114,7 @@ def test_encoding_is_never_worse_than_storing_zeros_at_any_magnitude(name, seed,
 def test_the_error_of_a_block_is_within_a_step_of_its_codes(name, seed, exponent):
     """In the root mean square, of the block's largest weight over the codes that there are for it."""
     plain = (normal(seed, 3, 512) * 10**exponent).clamp(-REACH, REACH)
-    size = codecs.get(name).block
+    size = codecs.get(name).encoding.block
     left = (there_and_back(name, plain) - plain).view(-1, size).square().mean(1).sqrt()
     assert torch.all(left <= plain.view(-1, size).abs().amax(1) * (2 if name == "q4_k" else 1) / CODE_STEPS[name])
 
@@ -152,10 +152,10 @@ def test_a_block_with_one_weight_that_is_not_zero(name):
 @given(seed=seeds, shape=st.lists(st.integers(1, 3), max_size=3), blocks=st.integers(1, 3))
 def test_shapes_are_kept_and_rows_have_the_bytes_announced(name, seed, shape, blocks):
     codec = codecs.get(name)
-    columns = blocks * codec.block
+    columns = blocks * codec.encoding.block
     plain = normal(seed, *shape, columns)
     packed = codec.encode(plain)
-    assert packed.dtype == torch.uint8 and packed.shape == (*shape, codec.row_bytes(columns))
+    assert packed.dtype == torch.uint8 and packed.shape == (*shape, codec.encoding.row_bytes(columns))
     assert codec.decode(packed).shape == plain.shape
 
 
@@ -199,19 +199,19 @@ def test_floats_are_rounded_once_and_may_be_infinite(name):
 @pytest.mark.parametrize("name", codecs.ENCODERS)
 def test_no_rows_encode_to_no_rows(name):
     codec = codecs.get(name)
-    assert codec.encode(torch.empty(0, 512)).shape == (0, codec.row_bytes(512))
+    assert codec.encode(torch.empty(0, 512)).shape == (0, codec.encoding.row_bytes(512))
 
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("columns", [1, 31, 300])
 def test_a_row_that_is_no_whole_blocks_is_refused_with_both_numbers(name, columns):
     codec = codecs.get(name)
-    assert not codec.fits(columns) and codec.fits(columns * codec.block)
-    for refused in (lambda: codec.encode(torch.zeros(2, columns)), lambda: codec.row_bytes(columns)):
+    assert not codec.encoding.fits(columns) and codec.encoding.fits(columns * codec.encoding.block)
+    for refused in (lambda: codec.encode(torch.zeros(2, columns)), lambda: codec.encoding.row_bytes(columns)):
         with pytest.raises(WidthNotDivisible) as error:
             refused()
         assert isinstance(error.value, WeightsError)
-        assert f"{columns} " in str(error.value) and str(codec.block) in str(error.value)
+        assert f"{columns} " in str(error.value) and str(codec.encoding.block) in str(error.value)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -228,4 +228,4 @@ def test_an_encoding_without_an_encoder_says_so(name):
     codec = codecs.get(name)
     assert not codec.encodes
     with pytest.raises(NotEncodable, match=name):
-        codec.encode(torch.zeros(codec.block))
+        codec.encode(torch.zeros(codec.encoding.block))

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from weights_cache import checkpoint
-from weights_cache.encodings import NOT_READ, TYPES
+from weights_cache.encodings import GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported, WeightsError
 from weights_cache.formats.gguf import GgufFile
 
@@ -94,13 +94,13 @@ def test_a_tensor_shares_the_files_memory_and_never_writes_to_it(path):
 
 
 def test_the_table_of_types_agrees_with_gguf_py():
-    for number, kind in TYPES.items():
+    for number, kind in GGML.items():
         theirs = GGMLQuantizationType(number)
         assert (theirs.name, *gguf.GGML_QUANT_SIZES[theirs]) == (kind.word, kind.block, kind.block_bytes)
-    assert {theirs.value: theirs.name for theirs in GGMLQuantizationType if theirs.value not in TYPES} == NOT_READ
+    assert {theirs.value: theirs.name for theirs in GGMLQuantizationType if theirs.value not in GGML} == GGML_NOT_READ
 
 
-@pytest.mark.parametrize("kind", [GGMLQuantizationType(number) for number in TYPES], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [GGMLQuantizationType(number) for number in GGML], ids=lambda kind: kind.name)
 def test_every_type_is_unpacked_as_gguf_py_does(tmp_path, kind):
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     columns = 512

@@ -7,6 +7,7 @@ import torch
 from pixtral_cli.model.kernels import int4 as layers
 from weights_cache import codecs
 from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, stored_shapes
+from weights_cache.encodings import ENCODINGS
 
 SHAPES = [(64, 256), (192, 512), (128, 2304)]
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}
@@ -16,15 +17,13 @@ kernel = pytest.mark.skipif(not layers.supported(), reason="this processor has n
 def random_rows(encoding, rows, columns):
     """Any bytes at all."""
     generator = torch.Generator().manual_seed(rows + columns)
-    return torch.randint(
-        0, 256, (rows, codecs.get(encoding).row_bytes(columns)), dtype=torch.uint8, generator=generator
-    )
+    return torch.randint(0, 256, (rows, ENCODINGS[encoding].row_bytes(columns)), dtype=torch.uint8, generator=generator)
 
 
 def with_scales_of_one(encoding, rows):
     """The same codes in blocks whose weights gguf-py gives as code (q4_k) or code - 8 (q4_0)."""
     layout = LAYOUTS[encoding]
-    blocks = rows.clone().view(-1, layout.block_bytes)
+    blocks = rows.clone().view(-1, layout.encoding.block_bytes)
     one = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)
     blocks[:, :2] = one
     if encoding == "q4_k":  # offsets of no size; every scale 1

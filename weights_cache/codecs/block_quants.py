@@ -18,6 +18,8 @@ Source: ggml's ggml-common.h (block_q4_0 and its neighbours) and the classes of 
 import torch
 from torch import Tensor
 
+from weights_cache.encodings import ENCODINGS
+
 from . import bits, search
 from .bits import Scratch
 from .codec import BlockCodec, Codec
@@ -74,9 +76,9 @@ def _pack_q4_0(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("q8_0", BLOCK, 34, _scale, _q8_0_codes, _pack_q8_0),
-    BlockCodec("q4_0", BLOCK, 18, _scale, _q4_0_codes, _pack_q4_0),
-    BlockCodec("q4_1", BLOCK, 20, _scale_and_offset, _q4_1_codes),
-    BlockCodec("q5_0", BLOCK, 22, _scale, _q5_0_codes),
-    BlockCodec("q5_1", BLOCK, 24, _scale_and_offset, _q5_1_codes),
+    BlockCodec(ENCODINGS["q8_0"], _scale, _q8_0_codes, _pack_q8_0),
+    BlockCodec(ENCODINGS["q4_0"], _scale, _q4_0_codes, _pack_q4_0),
+    BlockCodec(ENCODINGS["q4_1"], _scale_and_offset, _q4_1_codes),
+    BlockCodec(ENCODINGS["q5_0"], _scale, _q5_0_codes),
+    BlockCodec(ENCODINGS["q5_1"], _scale_and_offset, _q5_1_codes),
 )

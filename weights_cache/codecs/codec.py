@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weights_cache.errors import NotEncodable, WidthNotDivisible
+from weights_cache.encodings import Encoding
+from weights_cache.errors import NotEncodable
 
 from . import bits
 from .bits import Scratch
@@ -24,30 +25,13 @@ SCALED_WEIGHTS = 2**22
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """One encoding: `block` weights lie in `block_bytes` bytes, one block after the other along a row.
+    """Rows of weights in one encoding, one block after the other, and back to weights."""
 
-    A row of 5120 weights in q4_k is 20 blocks of 256 weights in 144 bytes: `row_bytes(5120)` is 2880.
-    """
+    encoding: Encoding
 
-    name: str
-    block: int
-    block_bytes: int
-
-    def fits(self, columns: int) -> bool:
-        """Whether a row of `columns` weights is a whole number of blocks."""
-        return columns % self.block == 0
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of a packed row of `columns` weights; raises WidthNotDivisible."""
-        if not self.fits(columns):
-            raise WidthNotDivisible(self.name, columns, self.block)
-        return columns // self.block * self.block_bytes
-
-    def columns(self, row_bytes: int) -> int:
-        """Weights in a packed row of `row_bytes` bytes; raises WidthNotDivisible."""
-        if row_bytes % self.block_bytes:
-            raise WidthNotDivisible(self.name, row_bytes, self.block_bytes, unit="bytes")
-        return row_bytes // self.block_bytes * self.block
+    @property
+    def name(self) -> str:
+        return self.encoding.name
 
     @property
     @abstractmethod
@@ -94,13 +78,13 @@ class BlockCodec(Codec):
     @torch.no_grad()
     def decode(self, data: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         assert data.dtype == torch.uint8, f"packed weights are uint8, not {data.dtype}"
-        shape = (*data.shape[:-1], self.columns(data.shape[-1]))
+        shape = (*data.shape[:-1], self.encoding.columns(data.shape[-1]))
         out = torch.empty(shape, dtype=dtype, device=data.device) if out is None else out
         assert out.shape == shape, f"{shape} weights do not fit into {tuple(out.shape)}"
-        blocks = bits.aligned(data.reshape(-1, self.block_bytes), math.gcd(self.block_bytes, 4))
-        weights = out.view(-1, self.block)
+        blocks = bits.aligned(data.reshape(-1, self.encoding.block_bytes), math.gcd(self.encoding.block_bytes, 4))
+        weights = out.view(-1, self.encoding.block)
         scratch = Scratch(data.device)
-        at_once = SCALED_WEIGHTS // self.block
+        at_once = SCALED_WEIGHTS // self.encoding.block
         for some, found in zip(blocks.split(at_once), weights.split(at_once), strict=True):
             self._decode(some, found, scratch)
         return out
@@ -123,9 +107,9 @@ class BlockCodec(Codec):
         if self.pack is None:
             raise NotEncodable(self.name, "they can only be decoded from it")
         assert weights.is_floating_point(), f"weights are floating-point numbers, not {weights.dtype}"
-        shape = (*weights.shape[:-1], self.row_bytes(weights.shape[-1]))
-        blocks = weights.reshape(-1, self.block)
-        data = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=weights.device)
+        shape = (*weights.shape[:-1], self.encoding.row_bytes(weights.shape[-1]))
+        blocks = weights.reshape(-1, self.encoding.block)
+        data = torch.empty(len(blocks), self.encoding.block_bytes, dtype=torch.uint8, device=weights.device)
         scratch = Scratch(weights.device)
         for part in self._parts(len(blocks), CHUNK_WEIGHTS):
             chunk = scratch.array("chunk", *blocks[part].shape).copy_(blocks[part])
@@ -138,5 +122,5 @@ class BlockCodec(Codec):
         return weights
 
     def _parts(self, blocks: int, weights: int) -> Iterator[slice]:
-        size = min(weights * torch.get_num_threads(), MAX_CHUNK_WEIGHTS) // self.block
+        size = min(weights * torch.get_num_threads(), MAX_CHUNK_WEIGHTS) // self.encoding.block
         return (slice(begin, begin + size) for begin in range(0, blocks, size))

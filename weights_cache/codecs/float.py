@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weights_cache.encodings import ENCODINGS
+
 from . import bits
 from .codec import Codec
 
@@ -26,8 +28,8 @@ class FloatCodec(Codec):
     def decode(self, data: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """As Codec.decode; where `dtype` is the bytes' own, the result looks at the same memory."""
         assert data.dtype == torch.uint8, f"packed weights are uint8, not {data.dtype}"
-        self.columns(data.shape[-1])
-        weights = bits.aligned(data, self.block_bytes).view(self.dtype)
+        self.encoding.columns(data.shape[-1])
+        weights = bits.aligned(data, self.encoding.block_bytes).view(self.dtype)
         return weights.to(dtype) if out is None else out.copy_(weights)
 
     @torch.no_grad()
@@ -38,7 +40,7 @@ class FloatCodec(Codec):
 
 
 CODECS: tuple[Codec, ...] = (
-    FloatCodec("float32", 1, 4, torch.float32),
-    FloatCodec("float16", 1, 2, torch.float16),
-    FloatCodec("bfloat16", 1, 2, torch.bfloat16),
+    FloatCodec(ENCODINGS["float32"], torch.float32),
+    FloatCodec(ENCODINGS["float16"], torch.float16),
+    FloatCodec(ENCODINGS["bfloat16"], torch.bfloat16),
 )

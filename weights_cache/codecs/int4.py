@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from weights_cache import codecs
+from weights_cache.encodings import ENCODINGS, Encoding
 
 from .k_quants import six_bit_words
 
-ROWS = 64
+ROWS = ENCODINGS["q4_k"].kernel_rows
 """Rows that lie together in the order of the kernel, where the processor has AVX-512."""
 GROUP = 32
 """Columns that share a scale and a zero."""
@@ -29,17 +30,13 @@ SCALES = ".scales"  # what stands beside the codes: the end of its tensor's name
 class Layout(NamedTuple):
     """A block has `header` bytes of scales, in words of `word` bytes; then nibbles, in planes of `run` bytes."""
 
-    block: int
+    encoding: Encoding
     header: int
     word: int
     run: int
 
-    @property
-    def block_bytes(self) -> int:
-        return self.header + self.block // 2
 
-
-LAYOUTS = {"q4_0": Layout(32, 2, 2, 16), "q4_k": Layout(256, 16, 4, 32)}
+LAYOUTS = {"q4_0": Layout(ENCODINGS["q4_0"], 2, 2, 16), "q4_k": Layout(ENCODINGS["q4_k"], 16, 4, 32)}
 WORDS = {2: torch.int16, 4: torch.int32}
 
 
@@ -83,10 +80,10 @@ class Int4:
     def from_rows(cls, encoding: str, packed: Tensor) -> Int4:
         """`packed` is uint8 [R, bytes of a row], as the codec has it; it is copied."""
         layout = LAYOUTS[encoding]
-        blocks = packed.unflatten(1, (-1, layout.block_bytes))
+        blocks = packed.unflatten(1, (-1, layout.encoding.block_bytes))
         words = blocks[..., : layout.header].contiguous().view(WORDS[layout.word])  # [R, S, words]
         scales = words.permute(1, 2, 0).contiguous().unsqueeze(3).view(torch.uint8)
-        codes = torch.empty(len(packed) // ROWS, blocks.shape[1] * layout.block, ROWS // 2, dtype=torch.uint8)
+        codes = torch.empty(len(packed) // ROWS, blocks.shape[1] * layout.encoding.block, ROWS // 2, dtype=torch.uint8)
         weight = cls(encoding, codes, scales)
         for part, lines in weight._parts(blocks):
             low, high = part.unbind(1)
@@ -99,7 +96,7 @@ class Int4:
     def rows(self) -> Tensor:
         """uint8 [R, bytes of a row]: undoes `from_rows`."""
         layout = LAYOUTS[self.encoding]
-        blocks = torch.empty(self.shape[0], len(self.scales), layout.block_bytes, dtype=torch.uint8)
+        blocks = torch.empty(self.shape[0], len(self.scales), layout.encoding.block_bytes, dtype=torch.uint8)
         blocks[..., : layout.header] = self.scales.permute(2, 0, 1, 3).flatten(2)
         for part, lines in self._parts(blocks):
             first, second = lines.contiguous().unflatten(2, (*part.shape[3:5], 2, layout.run)).unbind(-2)
@@ -121,7 +118,7 @@ class Int4:
         rows, columns = self.shape
         found = torch.empty(columns // GROUP, rows, 2, dtype=torch.bfloat16)
         step = max(1, SCALED // rows)
-        groups = LAYOUTS[self.encoding].block // GROUP
+        groups = LAYOUTS[self.encoding].encoding.block // GROUP
         compute = _q4_k if self.encoding == "q4_k" else _q4_0
         for part, words in zip(found.split(step * groups), self.scales.split(step), strict=True):
             compute(words, part.view(len(words), groups, rows, 2))
@@ -140,7 +137,7 @@ class Int4:
 def stored_shapes(encoding: str, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `codes` and `scales` of a matrix that `fits`."""
     layout = LAYOUTS[encoding]
-    scales = (columns // layout.block, layout.header // layout.word, rows, layout.word)
+    scales = (columns // layout.encoding.block, layout.header // layout.word, rows, layout.word)
     return (rows // ROWS, columns, ROWS // 2), scales
 
 

@@ -13,6 +13,8 @@ Source: ggml's ggml-common.h (block_iq4_nl, block_iq4_xs) and gguf-py's quants.p
 import torch
 from torch import Tensor
 
+from weights_cache.encodings import ENCODINGS
+
 from . import bits
 from .bits import Scratch
 from .codec import BlockCodec, Codec
@@ -48,6 +50,6 @@ def _iq4_xs_codes(blocks: Tensor, codes: Tensor, scratch: Scratch) -> None:
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("iq4_nl", GROUP, 18, _iq4_nl_scales, _iq4_nl_codes),
-    BlockCodec("iq4_xs", SUPER, 136, _iq4_xs_scales, _iq4_xs_codes),
+    BlockCodec(ENCODINGS["iq4_nl"], _iq4_nl_scales, _iq4_nl_codes),
+    BlockCodec(ENCODINGS["iq4_xs"], _iq4_xs_scales, _iq4_xs_codes),
 )

@@ -25,6 +25,8 @@ Source: ggml's ggml-common.h (block_q2_K and its neighbours) and the classes of 
 import torch
 from torch import Tensor
 
+from weights_cache.encodings import ENCODINGS
+
 from . import bits, search
 from .bits import Scratch
 from .codec import BlockCodec, Codec
@@ -138,9 +140,9 @@ def _pack_q6_k(weights: Tensor, scratch: Scratch) -> Tensor:
 
 
 CODECS: tuple[Codec, ...] = (
-    BlockCodec("q2_k", SUPER, 84, _q2_k_scales, _q2_k_codes),
-    BlockCodec("q3_k", SUPER, 110, _q3_k_scales, _q3_k_codes),
-    BlockCodec("q4_k", SUPER, 144, _six_bit_scales, _q4_k_codes, _pack_q4_k),
-    BlockCodec("q5_k", SUPER, 176, _six_bit_scales, _q5_k_codes),
-    BlockCodec("q6_k", SUPER, 210, _q6_k_scales, _q6_k_codes, _pack_q6_k),
+    BlockCodec(ENCODINGS["q2_k"], _q2_k_scales, _q2_k_codes),
+    BlockCodec(ENCODINGS["q3_k"], _q3_k_scales, _q3_k_codes),
+    BlockCodec(ENCODINGS["q4_k"], _six_bit_scales, _q4_k_codes, _pack_q4_k),
+    BlockCodec(ENCODINGS["q5_k"], _six_bit_scales, _q5_k_codes),
+    BlockCodec(ENCODINGS["q6_k"], _q6_k_scales, _q6_k_codes, _pack_q6_k),
 )

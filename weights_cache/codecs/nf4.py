@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-BLOCK = 64
+from weights_cache.encodings import ENCODINGS
+
+BLOCK = ENCODINGS["nf4"].block
 """What bitsandbytes takes unless told otherwise."""
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Every size of block that it knows."""
 NESTED_BLOCK = 256
-ROWS = 32
+ROWS = ENCODINGS["nf4"].kernel_rows
 """Rows that lie together in the order of bitsandbytes' kernel for the CPU."""
 CHUNK = 2**18  # weights decoded at a time: a multiple of every block, and small enough for a core's cache
 

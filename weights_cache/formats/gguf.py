@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_cache import layout
-from weights_cache.encodings import NOT_READ, TYPES
+from weights_cache.encodings import GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported
-from weights_cache.kinds import GGUF_MAGIC
+from weights_cache.file_kind import GGUF_MAGIC
 
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
@@ -343,19 +343,19 @@ def _entry(path: Path, name: str, described: tuple[tuple[int, ...], int, int], d
         return CheckpointCorrupt(path, f"tensor {name[:200]!r} {reason}")
 
     shape, number, offset = described
-    if number in NOT_READ:
-        raise NotYetSupported(path, f"a GGUF file with a tensor ({name[:200]}) of type {NOT_READ[number]}")
-    if number not in TYPES:
+    if number in GGML_NOT_READ:
+        raise NotYetSupported(path, f"a GGUF file with a tensor ({name[:200]}) of type {GGML_NOT_READ[number]}")
+    if number not in GGML:
         raise corrupt(f"has the unknown type {number}")
-    kind = TYPES[number]
+    encoding = GGML[number]
     if min(shape) < 1 or math.prod(shape) >= 2**63:
         raise corrupt(f"has the impossible shape {list(shape)}")
-    if shape[-1] % kind.block:
-        raise corrupt(f"has rows of {shape[-1]}, and {kind.word} needs a multiple of {kind.block}")
+    if not encoding.fits(shape[-1]):
+        raise corrupt(f"has rows of {shape[-1]}, and {encoding.word} needs a multiple of {encoding.block}")
     if offset % alignment:
         raise corrupt(f"lies at {offset}, which is no multiple of the alignment {alignment}")
-    nbytes = math.prod(shape) // kind.block * kind.block_bytes
-    return Entry(TensorInfo(name, kind.word, shape, nbytes, path, kind.encoding), data + offset)
+    nbytes = math.prod(shape[:-1]) * encoding.row_bytes(shape[-1])
+    return Entry(TensorInfo(name, encoding.word, shape, nbytes, path, encoding.name), data + offset)
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], size: int) -> None:

@@ -25,7 +25,7 @@ def supported() -> bool:
     if convert is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return False
     layout = LAYOUTS["q4_0"]
-    rows = torch.arange(ROWS * layout.block_bytes).mul(37).to(torch.uint8).view(ROWS, -1)
+    rows = torch.arange(ROWS * layout.encoding.block_bytes).mul(37).to(torch.uint8).view(ROWS, -1)
     nibbles = rows[:, layout.header :]
     expected = convert(torch.cat([nibbles & 0xF, nibbles >> 4], 1).int(), 1)
     return torch.equal(expected.flatten(), Int4.from_rows("q4_0", rows).codes.flatten())
