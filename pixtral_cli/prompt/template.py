@@ -14,13 +14,14 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, ClassVar, NoReturn
 
-from pixtral_cli.prompt.errors import FETCH_AGAIN, TemplateFailed
+from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, Message, TextPart
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, texts_in, value_of
+from weights_cache.errors import GetAgain
 
 OWN_TEXT = 2**20
 """Characters that a template may write of its own, and calculate at once."""
@@ -32,7 +33,7 @@ TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 PART_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 PART_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
 STRING_TEST = re.compile(r"\bis\s+(not\s+)?string\b")
-BROKEN = f"{FETCH_AGAIN}, or use --raw (in Python: complete)."
+BROKEN = GetAgain(", or use --raw (in Python: complete)")
 
 
 def find_template(file: Files) -> str | None:
