@@ -17,10 +17,9 @@ from pixtral_cli.engine import request
 from pixtral_cli.engine.request import Failure, ImageInput, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
-from pixtral_cli.prompt.call_parser import ToolCallDelta, joined
 from pixtral_cli.prompt.stops import StopMatcher
 from pixtral_cli.prompt.tokenizer import ByteStream
-from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
 from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:

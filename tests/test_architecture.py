@@ -7,30 +7,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Names, ranges and failures, which know nothing but each other.
 SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
-MAY_IMPORT = (
-    {
-        "__main__": {"cli.main", "process_environment"},
-        "cli.main": {"cli", "commands", "weights_cache"},
-        "commands": {"api", "cli", "prompt", "server", "source", "weights_cache"},
-        "cli": {"weights_cache"},
-        "server": {"api", "engine", "generation", "prompt"},
-        "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
-        "generation": {"constraints", "generation_options", "engine", "prompt"},
-        "generation_options": {"constraints", "engine"},
-        "constraints": {"engine", "prompt"},
-        "source": {"model", "prompt", "tiny", "weights_cache"},
-        "tiny.evaluate": {"api", "tiny"},
-        "tiny": {"model"},
-        "engine": {"model"},
-        "model": {"weights_cache"},
-        "__init__": set(),
-        "prompt": {"weights_cache"},
-        "process_environment": set(),
-        "weights_cache": set(),
-    }
-    | dict.fromkeys(SHARED, set())
-    | {"encodings": {"weights_cache"}}
-)
+MAY_IMPORT = {
+    "__main__": {"cli.main", "process_environment"},
+    "cli.main": {"cli", "commands", "weights_cache"},
+    "commands": {"cli", "server", "source", "weights_cache"},
+    "cli": {"api", "prompt", "weights_cache"},
+    "server": {"api", "engine", "generation", "prompt"},
+    "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
+    "generation": {"constraints", "generation_options", "engine", "prompt"},
+    "generation_options": {"constraints", "engine"},
+    "constraints": {"engine", "prompt"},
+    "source": {"model", "prompt", "tiny", "weights_cache"},
+    "tiny.evaluate": {"api", "tiny"},
+    "tiny": {"model"},
+    "engine": {"model"},
+    "model": {"weights_cache"},
+    "__init__": set(),
+    "prompt": {"weights_cache"},
+    "process_environment": set(),
+    "weights_cache": set(),
+    **{name: set() for name in SHARED},
+    "encodings": {"weights_cache"},
+}
 
 
 def room(parts):

@@ -9,8 +9,8 @@ import pytest
 
 from pixtral_cli import Pixtral
 from pixtral_cli.errors import RequestError
-from pixtral_cli.prompt.call_parser import joined
 from pixtral_cli.prompt.errors import InvalidTools
+from pixtral_cli.prompt.tool_calls import joined
 
 USER = {"role": "user", "content": "What is 1 + 2?"}
 PARAMETERS = {

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import configs, kinds, layout, lfs, names, quantization, readers, stamps, store
+from . import cache, configs, file_kind, layout, names, quantization, readers
 from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
-from .formats.serialized import Progress, SerializedFile, SideFile, check
+from .formats.serialized import SerializedFile, SideFile, check
 from .json_fields import parse_json_object, read_json_object
 from .layout import Form
+from .progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -76,13 +77,13 @@ class Checkpoint:
         path = self.folder / name
         if not path.is_file():
             return None
-        lfs.check(path)
+        file_kind.refuse_pointer(path)
         return path
 
     def side_files(self) -> dict[str, bytes]:
         """All that is needed beside the weights, by file name: config.json as it is in `config`, what there is of
         tokenizer, template and picture recipe, and a written tokenizer as WRITTEN_TOKENIZER."""
-        paths = {name: self.file(name) for name in store.SIDE_FILES}
+        paths = {name: self.file(name) for name in layout.SIDE_FILES}
         found = {name: path.read_bytes() for name, path in paths.items() if path}
         if self.written_tokenizer is not None:
             found[WRITTEN_TOKENIZER] = json.dumps(self.written_tokenizer).encode()
@@ -165,7 +166,7 @@ class SerializedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, weights: bool = True, progress: Progress | None = None) -> None:
         self._file = SerializedFile(path)
-        if not stamps.known(path, self._file.seal):
+        if not cache.is_stamped(path, self._file.seal):
             check(self._file, weights=weights, progress=progress)
         manifest = self._file.manifest
         super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
@@ -289,7 +290,7 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
     if layout.has_only_sentencepiece(present):
         raise layout.no_tokenizer(folder, present)
     for name in set(present).intersection(layout.TOKENIZERS):
-        lfs.check(folder / name)
+        file_kind.refuse_pointer(folder / name)
     described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
     if weights:
         other = next((each for each in layout.forms(present) if each != form), None)
@@ -329,7 +330,7 @@ def _advice(whole: Sequence[Form]) -> str | None:
 
 def _require_gguf(path: Path) -> None:
     """Raise what says best why a file that someone gave as a model is none."""
-    kind = kinds.of(path)
+    kind = file_kind.of(path)
     if kind == "pickle":
         raise PickleRefused(path)
     if kind != "gguf":
@@ -344,7 +345,7 @@ def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> 
     """The one model of text among `paths`, with the picture part among them or beside it. Headers say which is which;
     `where` is what errors name."""
     given = list(dict.fromkeys(path.with_name(layout.first_shard(path.name)) for path in paths))
-    files = [GgufFile(path) for path in given if kinds.of(path) == "gguf" and not path.is_dir()]
+    files = [GgufFile(path) for path in given if file_kind.of(path) == "gguf" and not path.is_dir()]
     texts = [file for file in files if not configs.is_vision_gguf(file)]
     pictures = next((file for file in files if configs.is_vision_gguf(file)), None)
     if len(texts) != 1:
@@ -371,7 +372,7 @@ def _no_single_model(where: Path, models: Sequence[str], pictures: GgufFile | No
 def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
     """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
     say."""
-    snapshot = store.snapshot_of(text.path)
+    snapshot = cache.snapshot_of(text.path)
     paths = layout.picture_parts(text.path.parent) or (layout.picture_parts(snapshot, deep=True) if snapshot else [])
     found = {str(path): GgufFile(path) for path in paths}
     fitting = {name: file for name, file in found.items() if configs.belong_together(text, file)}
@@ -385,7 +386,7 @@ def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
 def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:
     """`weight_paths`, and what lies beside a GGUF among them and sees, if the model does."""
     paths = list(weight_paths)
-    ggufs = [GgufFile(path) for path in paths if kinds.of(path) == "gguf" and path.is_file()]
+    ggufs = [GgufFile(path) for path in paths if file_kind.of(path) == "gguf" and path.is_file()]
     if not ggufs or "vision_config" not in config or any(map(configs.is_vision_gguf, ggufs)):
         return paths
     pictures, _ = _pictures_beside(ggufs[0])

@@ -1,23 +1,39 @@
-"""A folder or a list of paths in, the weights files that count out. Knows the files by name only.
+"""File names, or a folder, in; the files that are one whole model in one form out. Knows files by their names.
 
-The rules speak of names, so that they hold for a folder and for the listing of a repository alike; what is read is
-the index of shards, the config of an adapter, and of a file that someone named its first bytes.
+The rules speak of names, so that they hold for a folder and for the listing of a repository alike: what chooses what
+to download, and what tells whether it is here, cannot disagree. What is read is the index of shards, the config of an
+adapter, and of a file that someone named its first bytes.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-from . import kinds
-from .errors import AdapterOnly, CheckpointCorrupt, PickleRefused, Unreadable, WeightsError, WeightsNotFound, listed
+from . import file_kind
+from .errors import (
+    AdapterOnly,
+    CheckpointCorrupt,
+    ModelNotFound,
+    PickleRefused,
+    Unreadable,
+    WeightsError,
+    WeightsNotFound,
+    listed,
+)
 from .json_fields import read_json_object
+
+Form = Literal["hf", "native", "gguf"]
+FORMS: tuple[Form, ...] = get_args(Form)
+FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
 
 CONFIG = "config.json"
 NATIVE_CONFIG = "params.json"
+CONFIGS: dict[Form, str] = {"hf": CONFIG, "native": NATIVE_CONFIG}
+SAFETENSORS = ".safetensors"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAFETENSORS = ".safetensors"
 NATIVE = "consolidated"
 """Files whose name begins so are Mistral's own form."""
 
@@ -28,16 +44,31 @@ PICTURE_PART = "mmproj"
 """In the name of a GGUF file that holds a model's vision tower and projector."""
 
 PICTURE_TYPES = ("bf16", "f16", "f32")
-PICKLES = tuple(suffix for suffix, kind in kinds.SUFFIXES.items() if kind == "pickle")
+PICKLES = tuple(suffix for suffix, kind in file_kind.SUFFIXES.items() if kind == "pickle")
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tekken.json")
 SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
 """How names begin of files that SentencePiece wrote; Mistral's go on with a version."""
 
-Form = Literal["hf", "native", "gguf"]
-FORMS: tuple[Form, ...] = get_args(Form)
-FORM_NAMES: Mapping[Form, str] = {"hf": "Hugging Face's", "native": "Mistral's own", "gguf": "GGUF"}
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""The small files that are fetched beside a config; the rest of a repository is left alone."""
+
+GGUFS_SHOWN = 20
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.safetensors|\.gguf)")
+
+Listing = Mapping[str, int | None]
+"""A repository's file names -> sizes in bytes, None where nobody said."""
 
 Expected = Mapping[Path, frozenset[str]]
 """Weights files -> the tensors that an index promises in each (none where there is no index)."""
@@ -195,10 +226,14 @@ def shards(index: Path) -> dict[str, set[str]]:
     return found
 
 
-def file_names(folder: Path) -> list[str]:
-    """The names of the files in `folder`, sorted; folders in it are left out. Raises Unreadable."""
+def file_names(folder: Path, *, deep: bool = False) -> list[str]:
+    """The names of the files in `folder`, sorted; `deep`: those in its folders too, as paths. Raises Unreadable.
+
+    A link whose content is gone is no file.
+    """
     try:
-        return sorted(path.name for path in folder.iterdir() if path.is_file())
+        paths = folder.rglob("*") if deep else folder.iterdir()
+        return sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
     except OSError as error:
         raise Unreadable(folder, error.strerror or str(error)) from error
 
@@ -243,7 +278,7 @@ def adapter(where: Path | str, config: Mapping[str, Any]) -> AdapterOnly:
 
 def _readable(path: Path) -> Path:
     """`path`, if it is a safetensors or GGUF file; of one in several files, the first."""
-    kind = kinds.of(path)
+    kind = file_kind.of(path)
     if kind == "pickle":
         raise PickleRefused(path)
     if kind is None:
@@ -286,3 +321,111 @@ def _require(folder: Path, names: Iterable[str]) -> None:
         raise CheckpointCorrupt(
             folder, f"{'a file is' if len(missing) == 1 else 'files are'} missing: {listed(missing)}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """`side` are the small files, the config last; `weights` are files, or one index that names them.
+
+    `entry` is the GGUF file that is the model; in other forms the model is the folder. `note` tells of a choice.
+    """
+
+    form: Form
+    side: tuple[str, ...]
+    weights: tuple[str, ...]
+    entry: str | None = None
+    note: str | None = None
+
+    @property
+    def index(self) -> str | None:
+        """The index that names the weights, if that is how they are given."""
+        return next((name for name in self.weights if name in (INDEX, NATIVE_INDEX)), None)
+
+    def path(self, folder: Path) -> Path:
+        """What to open of the folder that holds the files."""
+        return folder / self.entry if self.entry else folder
+
+
+def select(
+    where: str,
+    files: Listing | Iterable[str],
+    *,
+    form: Form | None = None,
+    file: str | None = None,
+    weights: bool = True,
+) -> Selection:
+    """What of `files`, names or names -> sizes, is needed: in `form`, or the GGUF `file`, or the preferred form.
+
+    Without `weights` a config is enough. Raises WeightsNotFound, PickleRefused or ModelNotFound, all with a way out.
+    """
+    sizes: Listing = files if isinstance(files, Mapping) else dict.fromkeys(files)
+    names = set(sizes)
+    if file is not None or form == "gguf":
+        return _gguf(where, sizes, file)
+    whole = forms(names)
+    note = form_note(where, whole) if form is None else None
+    if form is None:
+        with_config = [each for each, config in CONFIGS.items() if config in names and not weights]
+        form = next(iter(whole or with_config), None)
+        if form is None:
+            raise no_weights(where, names) if CONFIG in names else no_config(where, names)
+    elif form not in whole:
+        raise WeightsNotFound(where, f"model in {FORM_NAMES[form]} form", _other_forms(whole))
+    if form == "gguf":
+        return _gguf(where, sizes, None)
+    note = joined(note, index_note(where, names, form))
+    chosen = hf_weights(names) if form == "hf" else native_weights(names)
+    side = tuple(name for name in (*SIDE_FILES, CONFIGS[form]) if name in names)
+    return Selection(form, side, tuple(chosen), note=note)
+
+
+def _other_forms(whole: Sequence[Form]) -> str | None:
+    return f"It can be had as {' or '.join(whole)}: --weights-format {whole[0]}." if whole else None
+
+
+def _gguf(where: str, sizes: Listing, file: str | None) -> Selection:
+    """The GGUF `file`, or that of the quantisation `file`, or the only one, with all its parts and its picture part."""
+    models = text_ggufs(sizes)
+    if file is not None and not file.endswith(GGUF):
+        file = _of_quantization(where, models, file)
+    if file is None and len(models) != 1:
+        if not models:
+            raise WeightsNotFound(where, "GGUF model", _other_forms(forms(set(sizes))))
+        advice = f"Name one of its files: {where}:{models[0]}"
+        raise WeightsNotFound(where, f"single GGUF model (there are {listed(models)})", advice)
+    entry = first_shard(file or models[0])
+    if entry not in sizes:
+        there = f"It has {listed(models)}." if models else "It has no GGUF files."
+        raise ModelNotFound(where, f"the repository has no file {file}", there)
+    pictures, note = _picture_part(where, sizes, entry)
+    weights = [*shard_names(entry), *([pictures] if pictures else [])]
+    return Selection("gguf", (), tuple(weights), entry, note)
+
+
+def _of_quantization(where: str, models: Sequence[str], tag: str) -> str:
+    """Of GGUF files the one whose name has `tag`, such as Q8_0, as a word: as llama.cpp and Ollama name them."""
+    word = re.compile(rf"(?<![a-z0-9]){re.escape(tag)}(?![a-z0-9]|_[a-z0-9])", re.IGNORECASE)
+    found = [name for name in models if word.search(name)]
+    if len(found) == 1:
+        return found[0]
+    if not models:
+        raise ModelNotFound(where, f"the repository has no GGUF files, so none of {tag}", f"Leave :{tag} out.")
+    why = f"{listed(found)} are all of {tag}" if found else f"none of its GGUF files is of {tag}"
+    example = where.removesuffix(tag) + (found or models)[0]
+    advice = f"It has {listed(models, GGUFS_SHOWN)}: name one of them, as in {example}."
+    raise ModelNotFound(where, why, advice)
+
+
+def _picture_part(where: str, sizes: Listing, entry: str) -> tuple[str | None, str | None]:
+    """The picture part for `entry`, beside it, or else in the next folder above that has one, or else anywhere; and
+    what to say of a choice."""
+    parts = {name: size for name, size in sizes.items() if is_picture_part(name)}
+    if not parts or entry in parts:
+        return None, None
+    for folder in PurePosixPath(entry).parents:
+        if there := {name: size for name, size in parts.items() if PurePosixPath(name).parent == folder}:
+            parts = there
+            break
+    best = best_picture_part(parts)
+    said = f"Of {len(parts)} picture parts of {where}, {best} is taken: bf16 before f16, f32, and then the largest."
+    return best, said if len(parts) > 1 else None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from . import configs, kinds, layout, names, quantization
+from . import configs, file_kind, layout, names, quantization
 from .errors import CheckpointCorrupt, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader
@@ -32,7 +32,7 @@ def opened(chosen: layout.Expected) -> list[tuple[Reader, Naming]]:
 
 def _open(path: Path, promised: frozenset[str], left_out: frozenset[str]) -> tuple[Reader, Naming]:
     """The reader for `path`, which must hold the tensors that an index `promised`, and how its tensors become ours."""
-    if kinds.of(path) == "gguf":
+    if file_kind.of(path) == "gguf":
         file = GgufFile(path)
         return file, Naming(names.from_gguf, configs.gguf_head_dims(file))
     reader = SafetensorsFile(path, left_out)

@@ -6,7 +6,7 @@ device and encoding agree, converted one at a time where they do not, so that pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.names import HEAD
 from weights_cache.packed import PackedRows, PackedWeight
+from weights_cache.progress import Progress
 
 ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
 """Encoding is done in many short steps, so that its threads meet often, as those of a decode pass do."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
 
 def load(

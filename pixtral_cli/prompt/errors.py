@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 from pixtral_cli.errors import PixtralError
-
-FETCH_AGAIN = "Fetch the model again with --force-download"
-"""In the words of `weights_cache.errors.FETCH_AGAIN`, which `Source` changes for a model that was never fetched."""
+from weights_cache.errors import GetAgain
 
 
 class PromptError(PixtralError):
@@ -117,7 +115,7 @@ class TextTooLong(PromptError):
 class TokenizerUnreadable(PromptError):
     """The checkpoint has no tokenizer that can be read here."""
 
-    default_hint = f"{FETCH_AGAIN}."
+    default_hint = GetAgain()
 
 
 class TemplateFailed(PromptError):

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
 from pixtral_cli.prompt.errors import TokenizerUnreadable
-from pixtral_cli.prompt.token_bytes import BYTE, SPACE
-from pixtral_cli.prompt.tokenizer import Control, Tokenizer
+from pixtral_cli.prompt.tokenizer import BYTE, SPACE, Control, Tokenizer
+from pixtral_cli.prompt.tokenizer_files import byte_level_bpe, every_merge
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE_TYPE = range(1, 7)
 HIDDEN = (UNKNOWN, CONTROL)
@@ -110,13 +110,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     ids = vocabulary.ids
     pairs = map(_pair, _texts(vocabulary.written, "merges"))
     merges = [(left, right) for left, right in pairs if left in ids and right in ids and left + right in ids]
-    bpe = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=whole))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    bpe.decoder = decoders.ByteLevel()
-    return bpe
+    return byte_level_bpe(ids, merges, pattern, ignore_merges=whole)
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -128,35 +122,20 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    scores = vocabulary.written.get("scores")
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+        _refuse("has no score for each token")
+    best_first = sorted(vocabulary.ids.items(), key=lambda entry: -scores[entry[1]])
+    merges = every_merge({text: id for text, id in best_first if not BYTE.fullmatch(text)})
     unknown = vocabulary.unknown
     entries = vocabulary.ids if unknown is None else vocabulary.ids | {unknown: vocabulary.controls[unknown].id}
-    bpe = tokenizers.Tokenizer(
-        models.BPE(entries, _merges_by_score(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    bpe = tokenizers.Tokenizer(models.BPE(entries, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = vocabulary.written.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     bpe.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return bpe
-
-
-def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Every way to make an entry of two others, the highest score first.
-
-    SentencePiece joins the neighbours whose joint spelling has the highest score; this list is the same rule.
-    """
-    scores = vocabulary.written.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
-        _refuse("has no score for each token")
-    pieces = {text: id for text, id in vocabulary.ids.items() if not BYTE.fullmatch(text)}
-    by_score = sorted(pieces, key=lambda piece: -scores[pieces[piece]])
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in by_score
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]
 
 
 def _texts(written: Mapping[str, Any], key: str) -> list[str]:

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pixtral_cli.prompt import gguf_tokenizer, media
+from pixtral_cli.prompt import gguf_tokenizer, media, tokenizer_files
 from pixtral_cli.prompt.errors import (
     ImagesMisplaced,
     ImagesPassedOver,
@@ -139,9 +139,9 @@ class Processor:
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
         written = getattr(checkpoint, "written_tokenizer", None)
-        tokenizer = gguf_tokenizer.load(written) if written else Tokenizer.load(checkpoint.file)
+        tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
         processor_config = Settings.read(checkpoint.file("processor_config.json"))
-        spec = ImageSpec(patch_size, tokenizer.image.length("max_image_size", image_size), spatial_merge)
+        spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
             spec = spec.with_preprocessor(processor_config.section("image_processor"))
             spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))

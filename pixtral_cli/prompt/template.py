@@ -13,13 +13,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.prompt.errors import FETCH_AGAIN, TemplateFailed
+from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, ImagePart, Message, TextPart
 from pixtral_cli.prompt.sandbox import OWN_TEXT, environment
 from pixtral_cli.prompt.settings import Settings, reason_of
-from pixtral_cli.prompt.tokenizer import Files, Tokenizer
+from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, ToolCall, texts_in, value_of
+from weights_cache.errors import GetAgain
 
 Protect = Callable[[str], str]
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -29,7 +31,7 @@ MANY_WORDS = 50
 TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 CHUNK_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 CHUNK_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
-BROKEN = f"{FETCH_AGAIN}, or use --raw (in Python: complete)."
+BROKEN = GetAgain(", or use --raw (in Python: complete)")
 
 
 def find_template(file: Files) -> str | None:

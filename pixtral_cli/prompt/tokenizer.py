@@ -1,4 +1,4 @@
-"""Text in, token ids out, and ids back to bytes; knows no messages and no templates.
+"""Text in, token ids out, and ids back to bytes; knows no files, no messages and no templates.
 
 A control string in text is text: only `control` and `split_controls` give control ids, and only a template's
 own words and raw prompts go through the latter.
@@ -7,28 +7,45 @@ own words and raw prompts go through the latter.
 from __future__ import annotations
 
 import codecs
-import json
+import copy
 import re
-from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from pixtral_cli.prompt import tekken
-from pixtral_cli.prompt.errors import FETCH_AGAIN, TextTooLong, TokenizerUnreadable
-from pixtral_cli.prompt.settings import Settings, reason_of
-from pixtral_cli.prompt.token_bytes import speller
+from pixtral_cli.prompt.errors import TextTooLong
 
-Files = Callable[[str], Path | None]
-"""A side file's name -> its path, or None: `Checkpoint.file`."""
+SPACE = "\u2581"
+"""How a SentencePiece vocabulary spells a space."""
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How a SentencePiece vocabulary spells a byte that is no character."""
 BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
-PIECE = 16 * 1024
+PART_LENGTH = 16 * 1024
 LETTERS_A_TOKEN = 8
 """More than any real text has on average: what is longer for its room is not worth tokenising."""
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+BYTE_LETTERS = _byte_letters()
+LETTER_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+
+
+def byte_level(data: bytes) -> str:
+    """How a byte-level vocabulary spells these bytes.
+
+    >>> byte_level(b" a")
+    'Ġa'
+    """
+    return data.decode("latin-1").translate(BYTE_LETTERS)  # latin-1: one character for each byte, of the same number
 
 
 @dataclass(frozen=True)
@@ -41,10 +58,7 @@ class Control:
     """False for one whose text belongs to the answer when the model produces it."""
     lstrip: bool = False
     rstrip: bool = False
-
-    @property
-    def pattern(self) -> str:
-        return r"\s*" * self.lstrip + re.escape(self.text) + r"\s*" * self.rstrip
+    """Whether blanks before and after it are part of it."""
 
 
 @dataclass
@@ -54,39 +68,18 @@ class Tokenizer:
     text_model: tokenizers.Tokenizer
     """Encodes text; has no added tokens."""
     controls: dict[str, Control]
-    bos: str | None
+    bos: str | None = None
     """The control string that begins a text; None where the vocabulary has none."""
-    eos: str | None
+    eos: str | None = None
     """The control string that ends an answer."""
     adds_bos: bool = True
     """Whether the tokenizer by itself puts `bos` first."""
     version: int | None = None
-    """Of Mistral's chat rules, where the file says it (tekken.json)."""
-    image: Settings = field(default_factory=Settings)
-    """tekken.json's ``image_patch_size``, ``max_image_size``, ``spatial_merge_size``; nothing where it has none."""
+    """Of Mistral's chat rules, where the file says it (tekken.json): 3 for Pixtral-12B."""
+    longest_side: int | None = None
+    """Pixels of the longest side of an image, where the file says it."""
     room: int | None = None
     """The tokens of a text beyond which `encode` gives it up; None encodes it however long it takes."""
-
-    @classmethod
-    def load(cls, file: Files) -> Tokenizer:
-        """Read tekken.json, or else tokenizer.json.
-
-        Raises:
-            TokenizerUnreadable: neither is there, or the one that is cannot be read.
-            SettingsUnreadable: tokenizer_config.json is damaged.
-        """
-        if path := file("tekken.json"):
-            text_model, controls, more = _from_tekken(path)
-        elif path := file("tokenizer.json"):
-            text_model, controls, more = _from_json(path)
-        else:
-            raise TokenizerUnreadable(
-                "The model's folder has neither a tokenizer.json nor a tekken.json.",
-                f"{FETCH_AGAIN}, or add its tokenizer file.",
-            )
-        config = Settings.read(file("tokenizer_config.json"))
-        bos, eos = config.token("bos_token", "<s>"), config.token("eos_token", "</s>")
-        return cls(text_model, controls, *(name if name in controls else None for name in (bos, eos)), **more)
 
     @property
     def bos_id(self) -> int | None:
@@ -99,38 +92,38 @@ class Tokenizer:
     def encode(self, text: str, *, at_start: bool = True) -> list[int]:
         """Token ids of plain text; control strings in it are spelled out as text.
 
+        Half a UTF-16 pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+
         Args:
             at_start: whether nothing stands before `text`: SentencePiece vocabularies may then add a space.
 
         Raises:
             TextTooLong: it has more tokens than `room`.
         """
-        text = _without_surrogates(text)
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         ids: list[int] = []
-        for piece in _pieces(text) if self._words_stand_alone else [text]:
-            if self.room is not None and len(ids) + len(piece) // LETTERS_A_TOKEN > self.room:
+        for part in _parts(text) if self._words_stand_alone else [text]:
+            if self.room is not None and len(ids) + len(part) // LETTERS_A_TOKEN > self.room:
                 raise TextTooLong(len(text), self.room)
-            ids += self._encode(piece, at_start and not ids)
+            model = self.text_model if at_start and not ids else self._inner_model
+            found = model.encode(part, add_special_tokens=False)
+            ids += found.ids if self.special_ids.isdisjoint(found.ids) else self._without_controls(part, found)
         return ids
-
-    def _encode(self, text: str, at_start: bool) -> list[int]:
-        model = self.text_model if at_start else self._inner_model
-        encoding = model.encode(text, add_special_tokens=False)
-        if self.special_ids.isdisjoint(encoding.ids):
-            return encoding.ids
-        return [
-            id
-            for found, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            for id in ([found] if found not in self.special_ids else self._letters(text[start:end]))
-        ]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the answer; b"" for control tokens and ids without an entry."""
         control = self._control_of.get(token_id)
         if control is not None:
             return b"" if control.special else control.text.encode()
-        piece = self.text_model.id_to_token(token_id)
-        return b"" if piece is None else self._spelling[0](piece)
+        entry = self.text_model.id_to_token(token_id) or ""
+        if self._is_byte_level:
+            try:
+                return bytes(map(LETTER_BYTES.__getitem__, entry))
+            except KeyError:  # letters outside the alphabet stand for themselves
+                return entry.encode()
+        if match := BYTE.fullmatch(entry):
+            return bytes([int(match[1], 16)])
+        return entry.replace(SPACE, " ").encode()
 
     def label(self, token_id: int) -> str:
         """What a token shows as by itself: a control token by its name, half a character as U+FFFD."""
@@ -149,37 +142,22 @@ class Tokenizer:
         parts: list[str | int] = []
         end = 0
         for match in self._control_pattern.finditer(text):
-            if (id := self._controls_by_match(match[0])) != but:
-                parts += [text[end : match.start()], id]
+            control = self.controls.get(match[0]) or self.controls[match[0].strip()]
+            if control.id != but:
+                parts += [text[end : match.start()], control.id]
                 end = match.end()
         return [part for part in (*parts, text[end:]) if part != ""]
 
-    @property
+    @cached_property
     def drops_first_space(self) -> bool:
         """Whether the space at the beginning of a decoded text is not part of it (SentencePiece)."""
-        return self._spelling[1]
+        strips = re.search(rb'"type":"(Strip|Metaspace)"', _json_of(self.text_model.decoder))
+        return strips is not None and not self._is_byte_level
 
     @cached_property
     def vocab_size(self) -> int:
         """Ids with an entry."""
         return len({*self.text_model.get_vocab().values(), *self._control_of})
-
-    def _controls_by_match(self, matched: str) -> int:
-        return (self.controls.get(matched) or self.controls[matched.strip()]).id
-
-    def _letters(self, text: str) -> list[int]:
-        """The ids of a text letter by letter, for the rare vocabulary whose BPE spells a control token."""
-        ids = [id for letter in text for id in self._inner_model.encode(letter, add_special_tokens=False).ids]
-        return [id for id in ids if id not in self.special_ids]
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.controls.values(), key=lambda control: -len(control.text))
-        return re.compile("|".join(control.pattern for control in longest_first) or "(?!)")
-
-    @cached_property
-    def _control_of(self) -> dict[int, Control]:
-        return {control.id: control for control in self.controls.values()}
 
     @cached_property
     def id_limit(self) -> int:
@@ -192,34 +170,58 @@ class Tokenizer:
         return frozenset(control.id for control in self.controls.values() if control.special)
 
     @cached_property
-    def _spelling(self) -> tuple[Callable[[str], bytes], bool]:
-        return speller(self.text_model)
+    def _control_of(self) -> dict[int, Control]:
+        return {control.id: control for control in self.controls.values()}
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.controls.values(), key=lambda control: -len(control.text))
+        patterns = [r"\s*" * c.lstrip + re.escape(c.text) + r"\s*" * c.rstrip for c in longest_first]
+        return re.compile("|".join(patterns) or "(?!)")
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether entries are spelled in GPT-2's alphabet, and not as SentencePiece does."""
+        return b'"type":"ByteLevel"' in _json_of(self.text_model.decoder) + _json_of(self.text_model.pre_tokenizer)
 
     @cached_property
     def _words_stand_alone(self) -> bool:
         """Whether a text can be cut before the space between two words, as in every byte-level vocabulary."""
         before = self.text_model.pre_tokenizer
-        return before is not None and [piece for piece, _ in before.pre_tokenize_str("a b")] == ["a", "\u0120b"]
+        return before is not None and [word for word, _ in before.pre_tokenize_str("a b")] == ["a", byte_level(b" b")]
 
     @cached_property
     def _inner_model(self) -> tokenizers.Tokenizer:
         """The text model for what stands after something else: without a space at the text's start."""
-        state = self.text_model.pre_tokenizer and json.loads(self.text_model.pre_tokenizer.__getstate__())
-        if '"prepend_scheme": "first"' not in json.dumps(state):
+        state = _json_of(self.text_model.pre_tokenizer)
+        if b'"prepend_scheme":"first"' not in state:
             return self.text_model
-        state = json.loads(json.dumps(state).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
-        inner = tokenizers.Tokenizer(self.text_model.model)
-        if self.text_model.normalizer:
+        pre_tokenizer = copy.copy(self.text_model.pre_tokenizer)
+        pre_tokenizer.__setstate__(state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'))
+        inner = tokenizers.Tokenizer(self.text_model.model)  # shares the model
+        if self.text_model.normalizer is not None:
             inner.normalizer = self.text_model.normalizer
-        inner.pre_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_EMPTY | {"pre_tokenizer": state})).pre_tokenizer
+        inner.pre_tokenizer = pre_tokenizer
         return inner
+
+    def _without_controls(self, text: str, found: tokenizers.Encoding) -> list[int]:
+        """The ids that were found, with letters in place of control tokens, for the rare BPE that spells one."""
+        ids: list[int] = []
+        for id, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if id not in self.special_ids:
+                ids.append(id)
+                continue
+            for letter in text[start:end]:
+                spelled = self._inner_model.encode(letter, add_special_tokens=False).ids
+                ids += [other for other in spelled if other not in self.special_ids]
+        return ids
 
 
 class ByteStream:
     """Tokens to text, one at a time, never giving half a character.
 
-    The pieces of `push` and `finish` together are the bytes of all tokens decoded at once, with U+FFFD only where
-    the model really produced bytes that are no UTF-8.
+    What `push` and `finish` give is, together, the bytes of all tokens decoded at once, with U+FFFD only where the
+    model really produced bytes that are no UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, at_start: bool = True):
@@ -241,45 +243,15 @@ class ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
-_EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
-
-
-def _from_tekken(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], dict[str, Any]]:
-    loaded = tekken.load(path)
-    controls = {text: Control(text, id) for text, id in loaded.controls.items()}
-    return loaded.bpe, controls, {"version": loaded.version, "image": loaded.image}
-
-
-def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Control], dict[str, Any]]:
-    try:
-        whole = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(BOM_UTF8))
-    except Exception as error:
-        raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
-    text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if (value := getattr(whole, part)) is not None:
-            setattr(text_model, part, value)
-    controls = _controls(whole.get_added_tokens_decoder().items())
-    return text_model, controls, {"adds_bos": bool(whole.encode("").ids)}
-
-
-def _controls(added: Iterable[tuple[int, tokenizers.AddedToken]]) -> dict[str, Control]:
-    return {t.content: Control(t.content, id, t.special, t.lstrip, t.rstrip) for id, t in added}
-
-
-def _pieces(text: str) -> Iterator[str]:
+def _parts(text: str) -> Iterator[str]:
     """`text` cut between words: the time that `tokenizers` takes grows faster than the text."""
     start = 0
-    while len(text) - start > PIECE and (cut := BETWEEN_WORDS.search(text, start + PIECE)):
+    while len(text) - start > PART_LENGTH and (cut := BETWEEN_WORDS.search(text, start + PART_LENGTH)):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
 
 
-def _without_surrogates(text: str) -> str:
-    """Half a UTF-16 pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _json_of(part: Any) -> bytes:
+    """The description of a decoder or a pre-tokenizer, without blanks; empty for None."""
+    return part.__getstate__() if part is not None else b""

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from pixtral_cli.generation import Echo, Reply, TextEvent, TokenLogprob, Usage, characters
-from pixtral_cli.prompt.call_parser import ToolCallDelta, whole_deltas
+from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""

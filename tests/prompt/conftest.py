@@ -15,6 +15,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 
 CONTROLS = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
@@ -32,7 +33,7 @@ def tekken_file() -> Path:
 @pytest.fixture(scope="session")
 def tekken(tekken_file: Path) -> Tokenizer:
     """Pixtral-12B's tokenizer, as this project reads it."""
-    return Tokenizer.load({"tekken.json": tekken_file}.get)
+    return load_tokenizer({"tekken.json": tekken_file}.get)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,7 @@ def both(tekken_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("later") / "tekken.json"
     path.write_text(json.dumps(data))
     theirs = MistralTokenizer.from_file(str(path)).instruct_tokenizer.tokenizer
-    return Tokenizer.load({"tekken.json": path}.get), theirs
+    return load_tokenizer({"tekken.json": path}.get), theirs
 
 
 @pytest.fixture(scope="session")

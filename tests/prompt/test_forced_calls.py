@@ -11,9 +11,8 @@ import torch
 from pixtral_cli import constraints
 from pixtral_cli.engine.request import Sampling
 from pixtral_cli.engine.sampler import choose
-from pixtral_cli.prompt.call_parser import joined
 from pixtral_cli.prompt.processor import Prompt
-from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
 from pixtral_cli.prompt.tools import Tool
 
 UNITS = {"type": "object", "properties": {"unit": {"$ref": "#/$defs/u"}}, "$defs": {"u": {"enum": ["é 何", "m"]}}}

@@ -22,7 +22,7 @@ from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
 from pixtral_cli.prompt.settings import Settings
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.prompt.tools import parse_tools
 
 SMALL, WIDE = Image.new("RGB", (20, 40), "red"), Image.new("RGB", (1500, 300), "blue")
@@ -214,6 +214,6 @@ def fifteen(tekken_file, tmp_path_factory):
     data["model_settings_builder"] = {}
     path = tmp_path_factory.mktemp("fifteen") / "tekken.json"
     path.write_text(json.dumps(data))
-    ours = Tokenizer.load({"tekken.json": path}.get)
+    ours = load_tokenizer({"tekken.json": path}.get)
     made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, Settings()), "native", ImageSpec())
     return made, MistralTokenizer.from_file(str(path))

@@ -13,7 +13,7 @@ from pixtral_cli.prompt.errors import InvalidMessages, InvalidTools, PromptError
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.template import ChatTemplate
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.prompt.tools import parse_tools
 
 DEEP = '{"a":' * 900 + "1" + "}" * 900
@@ -49,7 +49,7 @@ odd_messages = st.fixed_dictionaries(
 @pytest.fixture(scope="session")
 def formats(byte_level_json):
     """Mistral's rules of four versions, and a template that writes all that there is."""
-    tokenizer = Tokenizer.load({"tokenizer.json": byte_level_json}.get)
+    tokenizer = load_tokenizer({"tokenizer.json": byte_level_json}.get)
     rules = [MistralFormat(replace(tokenizer, version=version)) for version in (3, 7, 13, 15)]
     return [*rules, ChatTemplate("{{ bos_token }}{{ messages | tojson }}", tokenizer)]
 

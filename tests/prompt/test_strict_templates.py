@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.template import ChatTemplate
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 
 SAYS = "{{ raise_exception('roles must alternate') }}"
 BODY = """\
@@ -60,7 +60,7 @@ WANTED = {
 @pytest.fixture
 def ids(byte_level_json):
     def made(template, messages):
-        return ChatTemplate(template, Tokenizer.load({"tokenizer.json": byte_level_json}.get)).encode(parse(messages))
+        return ChatTemplate(template, load_tokenizer({"tokenizer.json": byte_level_json}.get)).encode(parse(messages))
 
     return made
 
@@ -101,7 +101,7 @@ def test_what_no_arrangement_mends_is_told_in_the_templates_words(ids):
 def test_pictures_of_a_result_follow_it_in_a_turn_of_the_users(byte_level_json):
     template = NEMO.replace("{{ m.content }}[/INST]", "{{ m.content if m.content is string else '[IMG]' }}[/INST]")
     template = template.replace("is string", "is string and m.content[0].type != 'image'")
-    tokenizer = Tokenizer.load({"tokenizer.json": byte_level_json}.get)
+    tokenizer = load_tokenizer({"tokenizer.json": byte_level_json}.get)
     shown = SUNNY | {"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "a.png"}]}
     ids = ChatTemplate(template, tokenizer).encode(parse([W, CALLS, shown]))
     text = tokenizer.encode

@@ -17,7 +17,7 @@ from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor
 from pixtral_cli.prompt.template import ChatTemplate, find_template
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 
 PIXTRAL = """\
 {%- if messages[0]["role"] == "system" %}
@@ -144,7 +144,7 @@ def chat_template(source, tokenizer):
 
 @pytest.fixture(scope="session")
 def pixtral_templates(byte_level_json, tekken):
-    small = Tokenizer.load({"tokenizer.json": byte_level_json}.get)
+    small = load_tokenizer({"tokenizer.json": byte_level_json}.get)
     return [ChatTemplate(PIXTRAL, tokenizer) for tokenizer in (small, tekken)]
 
 

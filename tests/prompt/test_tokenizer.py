@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pixtral_cli.prompt.errors import TextTooLong, TokenizerUnreadable
 from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
+from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.source import Source
 
 TEXTS = [
@@ -30,7 +31,7 @@ tricky = st.lists(st.one_of(pieces, st.text(max_size=5)), max_size=12).map("".jo
 
 
 def load(path) -> Tokenizer:
-    return Tokenizer.load({"tokenizer.json": path}.get)
+    return load_tokenizer({"tokenizer.json": path}.get)
 
 
 def plain(path) -> tokenizers.Tokenizer:
@@ -147,13 +148,26 @@ def test_a_long_sentencepiece_text_has_the_ids_of_the_text_encoded_in_one(senten
     assert tokenizer.encode(text) == tokenizer.text_model.encode(text, add_special_tokens=False).ids
 
 
-def test_a_long_text_of_words_is_encoded_in_pieces(byte_level_json):
+class Recording:
+    """A model of `tokenizers` that keeps the length of each text it was given."""
+
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        self.model, self.lengths = model, []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def encode(self, text, **options):
+        self.lengths.append(len(text))
+        return self.model.encode(text, **options)
+
+
+def test_a_long_text_of_words_is_encoded_in_parts(byte_level_json):
     """`tokenizers` takes more than twice as long for twice the text."""
-    tokenizer, asked = load(byte_level_json), []
-    encode = tokenizer._encode
-    tokenizer._encode = lambda text, at_start: asked.append(len(text)) or encode(text, at_start)
+    tokenizer = load(byte_level_json)
+    tokenizer.text_model = Recording(tokenizer.text_model)
     tokenizer.encode("a red square " * 10_000)
-    assert len(asked) > 5 and max(asked) < 20_000
+    assert len(tokenizer.text_model.lengths) > 5 and max(tokenizer.text_model.lengths) < 20_000
 
 
 def test_sentencepiece_keeps_the_first_space_of_a_continuation(sentencepiece_json):
@@ -170,13 +184,13 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tekken):
 
 def test_tekken_is_the_truth_over_tokenizer_json(tekken_file, byte_level_json):
     files = {"tekken.json": tekken_file, "tokenizer.json": byte_level_json}
-    assert Tokenizer.load(files.get).vocab_size == 131_072
+    assert load_tokenizer(files.get).vocab_size == 131_072
 
 
 def test_tokenizer_config_names_the_first_and_last_token(byte_level_json, tmp_path):
     (tmp_path / "c.json").write_text('{"bos_token": null, "eos_token": {"content": "[/INST]"}}')
     files = {"tokenizer.json": byte_level_json, "tokenizer_config.json": tmp_path / "c.json"}
-    tokenizer = Tokenizer.load(files.get)
+    tokenizer = load_tokenizer(files.get)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 4)
 
 
@@ -186,7 +200,7 @@ def test_a_damaged_tokenizer_file_is_one_sentence(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(TokenizerUnreadable, match=re.escape(str(path))) as caught:
-        Tokenizer.load({name: path}.get)
+        load_tokenizer({name: path}.get)
     assert caught.value.hint
 
 
@@ -194,23 +208,19 @@ def test_a_tekken_pattern_that_is_none_is_one_sentence(tmp_path):
     config = {"pattern": "(", "default_num_special_tokens": 1, "default_vocab_size": 1, "version": "v3"}
     (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": []}))
     with pytest.raises(TokenizerUnreadable, match=r"tekken\.json"):
-        Tokenizer.load({"tekken.json": tmp_path / "tekken.json"}.get)
+        load_tokenizer({"tekken.json": tmp_path / "tekken.json"}.get)
 
 
 def test_a_folder_without_a_tokenizer_is_one_sentence():
     with pytest.raises(TokenizerUnreadable, match=r"tokenizer\.json"):
-        Tokenizer.load(lambda name: None)
+        load_tokenizer(lambda name: None)
 
 
 @pytest.mark.parametrize("text", ["word " * 400_000, "w" * 1_000_000, "字" * 1_000_000], ids=["words", "word", "han"])
-def test_a_text_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(text, monkeypatch):
+def test_a_text_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(text):
     tokenizer = Source.open("tiny").processor.tokenizer
-    seen, encode = [], type(tokenizer)._encode
-    monkeypatch.setattr(
-        type(tokenizer), "_encode", lambda self, piece, start: seen.append(len(piece)) or encode(self, piece, start)
-    )
-    tokenizer.room = 4096
+    tokenizer.text_model, tokenizer.room = Recording(tokenizer.text_model), 4096
     with pytest.raises(TextTooLong, match="4,096"):
         tokenizer.encode(text)
-    assert sum(seen) < 40_000
+    assert sum(tokenizer.text_model.lengths) < 40_000
     assert len(tokenizer.encode("word " * 1000)) < 4096

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from support.tool_builders import KINDS, arguments, call
 
-from pixtral_cli.prompt.call_parser import joined
-from pixtral_cli.prompt.tool_calls import ToolCallReader
+from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
 
 
 def pieces(tokenizer, ids, cut=False, **options):

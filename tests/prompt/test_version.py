@@ -18,7 +18,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from sentencepiece import SentencePieceProcessor
 from support.tool_builders import KINDS, call
 
-from pixtral_cli.prompt import tekken
+from pixtral_cli.prompt import tokenizer_files
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import version_of
 from pixtral_cli.prompt.processor import Processor
@@ -56,7 +56,7 @@ def ours(files, messages, tools=TOOLS):
 @pytest.fixture(scope="session")
 def named_json(tekken_file, tmp_path_factory) -> Path:
     """Pixtral's vocabulary as a tokenizer.json with the names of all control tokens, those of V7 included."""
-    whole = tekken.load(tekken_file).bpe
+    whole = tokenizer_files.load({"tekken.json": tekken_file}.get).text_model
     names = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
     assert "[SYSTEM_PROMPT]" in names and "[TOOL_CONTENT]" in names
     data = json.loads(whole.to_str())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixtral_cli.generation import Reply, TextEvent, Timings, TokenLogprob, Usage
-from pixtral_cli.prompt.call_parser import ToolCallDelta
+from pixtral_cli.prompt.tool_calls import ToolCallDelta
 from pixtral_cli.prompt.tools import ToolCall
 from pixtral_cli.server import responses
 from pixtral_cli.server.responses import DONE, Chunks, Envelope, takes_pieces

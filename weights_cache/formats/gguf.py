@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weights_cache import layout
 from weights_cache.encodings import GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported
-from weights_cache.kinds import GGUF_MAGIC
+from weights_cache.file_kind import GGUF_MAGIC
 
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 
