@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "model": {"weights_cache"},
     "__init__": set(),
     "prompt": {"weights_cache"},
-    "encodings": {"weights_cache"},
     "process_environment": set(),
     "weights_cache": set(),
-} | {name: set() for name in SHARED - {"encodings"}}
+    **{name: set() for name in SHARED},
+    "encodings": {"weights_cache"},
+}
 
 
 def room(parts):
