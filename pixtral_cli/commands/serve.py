@@ -101,7 +101,11 @@ def _settings(
         listen.host,
         names,
         Limits(limits.max_images, limits.max_queue),
-        MediaPolicy(tuple(guard.allow_media_domain or ()), networks, guard.media_path),
+        MediaPolicy(
+            allowed_domains=tuple(guard.allow_media_domain or ()),
+            private_networks=networks,
+            media_path=guard.media_path,
+        ),
         tuple(guard.api_key or ()),
         defaults.given(),
         limits.max_body_mib * 2**20,

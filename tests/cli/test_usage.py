@@ -48,7 +48,7 @@ def test_a_value_out_of_range_names_its_flag(call, flag, value):
 def test_what_switches_an_option_off_in_python_does_so_here(fake):
     given = {"top_k": -1, "top_p": 0.0, "seed": -1}
     flags = [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    taken = json.loads(fake("run", "-p", "options", *flags).stdout)
+    taken = json.loads(json.loads(fake("run", "-p", "options", "--json", *flags).stdout)["text"])
     assert {name: taken[name] for name in given} == given
 
 
