@@ -79,7 +79,7 @@ def assemble(model: Pixtral, settings: Settings, greeting: str) -> Loaded:
     from pixtral_cli.server.media_policy import RequestImages
     from pixtral_cli.server.service import Service
 
-    model.processor.open_picture = RequestImages(settings.media).opened
+    model.processor.open_image = RequestImages(settings.media).opened
     service = Service(model, Driver(model.engine), settings.names, settings.defaults, settings.limits)
     app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
     return Loaded(app, service, greeting)
