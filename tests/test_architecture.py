@@ -10,8 +10,8 @@ SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
-    "commands": {"api", "cli", "prompt", "server", "source", "weights_cache"},
-    "cli": {"weights_cache"},
+    "commands": {"cli", "server", "source", "weights_cache"},
+    "cli": {"api", "prompt", "weights_cache"},
     "server": {"api", "engine", "generation", "prompt"},
     "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
     "generation": {"constraints", "generation_options", "engine", "prompt"},
@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "prompt": {"weights_cache"},
     "process_environment": set(),
     "weights_cache": set(),
-} | dict.fromkeys(SHARED, set())
+    **{name: set() for name in SHARED},
+    "encodings": {"weights_cache"},
+}
 
 
 def room(parts):

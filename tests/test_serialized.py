@@ -14,9 +14,8 @@ from support import builders
 from pixtral_cli import Pixtral, PixtralError
 from pixtral_cli.encodings import find
 from pixtral_cli.model import save
-from pixtral_cli.model.kernels import int4, nf4
-from pixtral_cli.model.kernels.int4 import Int4Linear
-from pixtral_cli.model.kernels.reference import PackedLinear
+from pixtral_cli.model.kernels import KernelLinear, int4, nf4
+from pixtral_cli.model.kernels.int4 import Int4Kernel
 from pixtral_cli.source import Source
 from weights_cache import codecs
 from weights_cache.codecs.int4 import Int4
@@ -24,6 +23,7 @@ from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
 from weights_cache.formats import serialized
 from weights_cache.formats.serialized import verify_path
+from weights_cache.packed import PackedWeight
 
 PACKED = ["q4_0", "q4_k", "q6_k"]
 QUESTION = [{"role": "user", "content": "what is in the picture?"}]
@@ -57,9 +57,9 @@ def test_packed_logits_are_those_of_the_exactly_decoded_weights(folder, name):
     packed = Pixtral.load(folder, quantization_encoding=name).engine.model
     exact = Pixtral.load(folder, quantization_encoding="float32").engine.model
     for path, layer in packed.named_modules():
-        if hasattr(layer, "packed"):
-            exact.get_submodule(path).weight.data = layer.codec.decode(layer.packed)
-    layers = [path for path, layer in packed.named_modules() if isinstance(layer, PackedLinear | Int4Linear)]
+        if isinstance(getattr(layer, "weight", None), PackedWeight):
+            exact.get_submodule(path).weight.data = layer.weight.decoded()
+    layers = [path for path, layer in packed.named_modules() if isinstance(layer, KernelLinear)]
     assert len(layers) == 3 * 7 + 1
     for path in layers:
         wanted_layer = exact.get_submodule(path)
@@ -185,7 +185,7 @@ def write_version_1(monkeypatch, model, path):
 
 
 def in_rows(weight):
-    return weight.rows() if isinstance(weight, Int4) else weight
+    return weight if isinstance(weight, torch.Tensor) else weight.in_rows()
 
 
 loaded = save.loaded
@@ -214,12 +214,12 @@ def test_a_file_loads_where_the_kernel_is_absent(folder, tmp_path, monkeypatch, 
     model.save(path)
     monkeypatch.setattr(int4, "supported", lambda: False)
     plain = Pixtral.load(serialized_model_path=path)
-    assert not any(isinstance(layer, Int4Linear) for layer in plain.engine.model.modules())
-    for name, layer in plain.engine.model.named_modules():
-        if isinstance(layer, PackedLinear):
-            x = torch.randn(5, layer.codec.columns(layer.packed.shape[1])).bfloat16()
-            found, expected = layer(x).float(), model.engine.model.get_submodule(name)(x).float()
-            assert (found - expected).norm() < 1e-2 * expected.norm()
+    layers = {n: each for n, each in plain.engine.model.named_modules() if isinstance(each, KernelLinear)}
+    assert layers and not any(isinstance(layer.kernel, Int4Kernel) for layer in layers.values())
+    for name, layer in layers.items():
+        x = torch.randn(5, layer.weight.shape[1]).bfloat16()
+        found, expected = layer(x).float(), model.engine.model.get_submodule(name)(x).float()
+        assert (found - expected).norm() < 1e-2 * expected.norm()
     plain.save(again)
     assert again.read_bytes() == path.read_bytes()
 
@@ -243,7 +243,7 @@ def test_codes_without_their_scales_are_refused(folder, tmp_path, monkeypatch, f
 
 def test_weights_of_a_saved_model_are_mapped_and_not_copied(saved):
     layer = Pixtral.load(serialized_model_path=saved).engine.model.language_model.layers[0].mlp.up_proj
-    codes = layer.weight.codes if isinstance(layer, Int4Linear) else layer.packed
+    codes = next(iter(layer.weight.tensors().values()))
     pointer, path = codes.data_ptr(), str(saved.resolve())
     with open("/proc/self/maps") as maps:
         spans = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(path)]

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import configs, kinds, layout, lfs, names, quantization, readers, stamps, store
+from . import cache, configs, file_kind, layout, names, quantization, readers, weight_files
 from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
-from .formats.serialized import Progress, SerializedFile, SideFile, check
+from .formats.serialized import SerializedFile, SideFile, check
 from .json_fields import parse_json_object, read_json_object
 from .layout import Form
+from .progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -76,13 +77,13 @@ class Checkpoint:
         path = self.folder / name
         if not path.is_file():
             return None
-        lfs.check(path)
+        file_kind.refuse_pointer(path)
         return path
 
     def side_files(self) -> dict[str, bytes]:
         """All that is needed beside the weights, by file name: config.json as it is in `config`, what there is of
         tokenizer, template and picture recipe, and a written tokenizer as WRITTEN_TOKENIZER."""
-        paths = {name: self.file(name) for name in store.SIDE_FILES}
+        paths = {name: self.file(name) for name in layout.SIDE_FILES}
         found = {name: path.read_bytes() for name, path in paths.items() if path}
         if self.written_tokenizer is not None:
             found[WRITTEN_TOKENIZER] = json.dumps(self.written_tokenizer).encode()
@@ -136,10 +137,9 @@ class Checkpoint:
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        chosen = (
-            layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder, self.form)
-        )
-        for folder in filter(Path.is_dir, self.weight_paths):
+        given = self.weight_paths
+        chosen = weight_files.chosen(given) if given else weight_files.in_folder(self.folder, self.form)
+        for folder in filter(Path.is_dir, given):
             _refuse_quantized(folder)
         found: dict[str, Stored] = {}
         for reader, naming in readers.opened(chosen):
@@ -165,7 +165,7 @@ class SerializedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, weights: bool = True, progress: Progress | None = None) -> None:
         self._file = SerializedFile(path)
-        if not stamps.known(path, self._file.seal):
+        if not cache.is_stamped(path, self._file.seal):
             check(self._file, weights=weights, progress=progress)
         manifest = self._file.manifest
         super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
@@ -277,19 +277,19 @@ def open(
         return _open_ggufs([path, *weight_paths], path)
     if not path.is_dir():
         raise WeightsNotFound(f"{path} does not exist, so it", "model", f"Give the folder that holds {layout.CONFIG}.")
-    chosen, note = _choose_form(path, form, bool(weight_paths))
+    chosen, note = layout.choose_form(path, weight_files.file_names(path), form, own_weights=not weight_paths)
     if chosen == "gguf":
-        return _open_ggufs([*layout.gguf_models(path), *weight_paths], path, note)
+        return _open_ggufs([*weight_files.in_folder(path, "gguf"), *weight_paths], path, note)
     return _open_folder(path, weight_paths, chosen, note, weights=weights and not weight_paths)
 
 
 def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str | None, *, weights: bool) -> Checkpoint:
     """The model in a folder with a config, whose own weights are wanted or not."""
-    present = layout.file_names(folder)
+    present = weight_files.file_names(folder)
     if layout.has_only_sentencepiece(present):
         raise layout.no_tokenizer(folder, present)
     for name in set(present).intersection(layout.TOKENIZERS):
-        lfs.check(folder / name)
+        file_kind.refuse_pointer(folder / name)
     described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
     if weights:
         other = next((each for each in layout.forms(present) if each != form), None)
@@ -301,35 +301,14 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
 
 def _refuse_quantized(folder: Path) -> None:
     """Raise QuantizedElsewhere if a config beside the weights in `folder`, which another model borrows, says so."""
-    present = layout.file_names(folder)
-    if layout.CONFIG in present and layout.hf_weights(present):
+    present = weight_files.file_names(folder)
+    if "hf" in layout.forms(present):
         quantization.refuse(folder, read_json_object(folder / layout.CONFIG), present)
-
-
-def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tuple[Form, str | None]:
-    """The form to read, and a sentence when another would have been possible."""
-    present = layout.file_names(folder)
-    whole = layout.forms(present)
-    configs: dict[Form, str] = {"hf": layout.CONFIG, "native": layout.NATIVE_CONFIG}
-    if wanted is not None:
-        if wanted not in whole and configs.get(wanted) not in present:
-            raise WeightsNotFound(folder, f"model in {layout.FORM_NAMES[wanted]} form", _advice(whole))
-        return wanted, None
-    if whole and not weights_given:
-        return whole[0], layout.form_note(folder, whole)
-    by_config = [form for form, name in configs.items() if name in present]
-    if not by_config and not whole:
-        raise layout.no_config(folder, present)
-    return (by_config or whole)[0], None
-
-
-def _advice(whole: Sequence[Form]) -> str | None:
-    return f"It can be read as {' or '.join(whole)}." if whole else None
 
 
 def _require_gguf(path: Path) -> None:
     """Raise what says best why a file that someone gave as a model is none."""
-    kind = kinds.of(path)
+    kind = file_kind.of(path)
     if kind == "pickle":
         raise PickleRefused(path)
     if kind != "gguf":
@@ -344,7 +323,7 @@ def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> 
     """The one model of text among `paths`, with the picture part among them or beside it. Headers say which is which;
     `where` is what errors name."""
     given = list(dict.fromkeys(path.with_name(layout.first_shard(path.name)) for path in paths))
-    files = [GgufFile(path) for path in given if kinds.of(path) == "gguf" and not path.is_dir()]
+    files = [GgufFile(path) for path in given if file_kind.of(path) == "gguf" and not path.is_dir()]
     texts = [file for file in files if not configs.is_vision_gguf(file)]
     pictures = next((file for file in files if configs.is_vision_gguf(file)), None)
     if len(texts) != 1:
@@ -371,8 +350,9 @@ def _no_single_model(where: Path, models: Sequence[str], pictures: GgufFile | No
 def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
     """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
     say."""
-    snapshot = store.snapshot_of(text.path)
-    paths = layout.picture_parts(text.path.parent) or (layout.picture_parts(snapshot, deep=True) if snapshot else [])
+    paths = weight_files.picture_parts(text.path.parent)
+    if not paths and (snapshot := cache.snapshot_of(text.path)):
+        paths = weight_files.picture_parts(snapshot, deep=True)
     found = {str(path): GgufFile(path) for path in paths}
     fitting = {name: file for name, file in found.items() if configs.belong_together(text, file)}
     if not fitting:
@@ -385,7 +365,7 @@ def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
 def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:
     """`weight_paths`, and what lies beside a GGUF among them and sees, if the model does."""
     paths = list(weight_paths)
-    ggufs = [GgufFile(path) for path in paths if kinds.of(path) == "gguf" and path.is_file()]
+    ggufs = [GgufFile(path) for path in paths if file_kind.of(path) == "gguf" and path.is_file()]
     if not ggufs or "vision_config" not in config or any(map(configs.is_vision_gguf, ggufs)):
         return paths
     pictures, _ = _pictures_beside(ggufs[0])

@@ -3,18 +3,24 @@
 Knows no terminal. Only folders are trusted to say what is ours to remove: links are taken away, never followed.
 """
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import large_file, layout, main_encoding, own_cache, stamps, store
-from .errors import WeightsError
+from . import cache, layout, weight_files
+from .cache import CachedRepo
+from .errors import Unreadable, WeightsError
 from .formats import serialized
-from .layout import Form
-from .selection import CONFIGS, SIDE_FILES, select
+from .formats.gguf import GgufFile
+from .formats.reader import Reader
+from .formats.safetensors import SafetensorsFile
+from .json_fields import read_json_object
+from .layout import FOLDER_FORMS, SIDE_FILES, Form, select
+from .progress import Progress
 
 INCOMPLETE = "incomplete"
 SERIALIZED = "serialized"
@@ -54,7 +60,7 @@ def hub_names() -> list[str]:
     """The names of the models in the Hub's cache, as `models` has them, without a look into their weights."""
     names: set[str] = set()
     for root in _repo_folders():
-        with suppress(PermissionError):
+        with suppress(PermissionError, Unreadable):
             names |= set(_names_in(root))
     return sorted(names)
 
@@ -67,22 +73,22 @@ def _names_in(root: Path) -> Iterator[str]:
     if _parts(root):
         if all(_is_whole(*each) for each in found):  # else they are its missing shards
             yield repo
-    elif not found and own_cache.repo_folder(repo).is_dir():
+    elif not found and CachedRepo(repo).notes.is_dir():
         yield repo
 
 
 def serialized_files() -> dict[Path, str]:
     """Serialized models: those in our own folder, named by their place in it, and those that were written elsewhere."""
-    folder = own_cache.models_folder()
+    folder = cache.models_folder()
     inside: list[Path] = []
     with suppress(PermissionError):
         inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     found = {path: path.relative_to(folder).as_posix() for path in inside if not path.name.startswith(".")}
     here = {path.resolve() for path in inside}
-    return found | {path: str(path) for path in stamps.files() if path not in here}
+    return found | {path: str(path) for path in cache.stamped_files() if path not in here}
 
 
-def altered(model: Model, progress: Callable[[str, int, int | None], None] | None = None) -> list[str]:
+def altered(model: Model, progress: Progress | None = None) -> list[str]:
     """The names of the model's files that are not what they were when they were fetched or written; reads them all."""
     if model.format == SERIALIZED:
         try:
@@ -107,7 +113,7 @@ def remove(model: Model) -> None:
     if model.repo is None:
         model.path.unlink()
         return
-    root = store.repo_folder(model.repo)
+    root = CachedRepo(model.repo).folder
     shared, parts = _shared(model), [] if model.format == INCOMPLETE else _parts(root)
     linked = _linked(root) | {path.resolve() for path in model.files}
     for path in model.files:
@@ -120,26 +126,26 @@ def remove(model: Model) -> None:
     _remove_unused_blobs(root, linked, keep=parts)
     if not _snapshots(root) and not any((root / "blobs").glob("*")):
         shutil.rmtree(root)
-        shutil.rmtree(own_cache.repo_folder(model.repo), ignore_errors=True)
+        shutil.rmtree(CachedRepo(model.repo).notes, ignore_errors=True)
 
 
 def _shared(model: Model) -> set[Path]:
     """Files that another model in the same snapshot needs as well: a tokenizer, a picture part."""
     if model.repo is None or model.commit is None:
         return set()
-    others = _in_snapshot(model.repo, store.snapshot(model.repo, model.commit))
+    others = _in_snapshot(model.repo, CachedRepo(model.repo).snapshot(model.commit))
     return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
 
 
 def _from_hub() -> Iterator[Model]:
     for root in _repo_folders():
-        with suppress(PermissionError):
+        with suppress(PermissionError, Unreadable):
             yield from _in_repo(root)
 
 
 def _repo_folders() -> list[Path]:
     """What is elsewhere is not the cache's."""
-    found = sorted(store.cache_folder().glob("models--*--*"))
+    found = sorted(cache.hub_cache_folder().glob("models--*--*"))
     return [root for root in found if root.is_dir() and not root.is_symlink()]
 
 
@@ -181,7 +187,7 @@ def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | 
     """What a download left before any of its weights was whole; and where there is no model, the small files and
     headers of one whose weights this program never wanted."""
     ours = all(map(_is_ours, parts))
-    noted = own_cache.repo_folder(repo)
+    noted = CachedRepo(repo).notes
     if not parts and not any_model and noted.is_dir():
         parts = [path for folder in (root / "snapshots", noted) for path in folder.rglob("*") if path.is_file()]
     if not parts:
@@ -201,7 +207,7 @@ def _suffix(root: Path, commit: str) -> str:
 
 
 def _name(repo: str, snapshot: Path, file: str | None) -> str:
-    name = repo + _suffix(store.repo_folder(repo), snapshot.name)
+    name = repo + _suffix(CachedRepo(repo).folder, snapshot.name)
     return f"{name}:{file}" if file else name
 
 
@@ -210,7 +216,7 @@ def _text(path: Path) -> str:
 
 
 def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
-    asked = own_cache.last_used(repo, snapshot.name)
+    asked = CachedRepo(repo).last_used(snapshot.name)
     for form, file in _forms_in(snapshot):
         weights = _weights(snapshot, form, file)
         files = weights if file else _side(snapshot, form) + weights
@@ -220,7 +226,7 @@ def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
             form if _is_whole(snapshot, form, file) else INCOMPLETE,
             snapshot / file if file else snapshot,
             tuple(files),
-            main_encoding.of(snapshot / file if file else weights[0], snapshot) if weights else None,
+            main_encoding(snapshot / file if file else weights[0], snapshot) if weights else None,
             sum(map(_size, files)),
             used,
             asked is not None,
@@ -234,39 +240,34 @@ def _is_whole(snapshot: Path, form: Form, file: str | None) -> bool:
     if file:
         return all((snapshot / name).is_file() for name in layout.shard_names(file))
     try:
-        return bool(layout.weight_files(snapshot, form))
+        return bool(weight_files.in_folder(snapshot, form))
     except WeightsError:
         return False
 
 
 def _forms_in(snapshot: Path) -> list[tuple[Form, str | None]]:
     """The models in a snapshot: (form, the GGUF's name)."""
-    names = _names(snapshot)
+    names = weight_files.file_names(snapshot, deep=True)
     found: list[tuple[Form, str | None]] = [(form, None) for form in layout.forms(names) if form != "gguf"]
-    return found + [("gguf", name) for name in layout.text_ggufs(names)]
-
-
-def _names(snapshot: Path) -> list[str]:
-    """The files in the snapshot (a link whose content is gone is none)."""
-    return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+    return found + [("gguf", name) for name in layout.weight_names(names, "gguf")]
 
 
 def _weights(snapshot: Path, form: Form, file: str | None) -> list[Path]:
-    chosen = select("", _names(snapshot), form=form, file=file)
+    chosen = select("", weight_files.file_names(snapshot, deep=True), form=form, file=file)
     names = set(chosen.weights)
     if chosen.index:
         with suppress(WeightsError):
-            names |= set(layout.shards(snapshot / chosen.index))
+            names |= set(weight_files.shards(snapshot / chosen.index))
     return sorted((snapshot / name for name in names if (snapshot / name).is_file()), key=lambda path: -_size(path))
 
 
 def _side(snapshot: Path, form: Form) -> list[Path]:
-    names = [*SIDE_FILES, CONFIGS[form]]
+    names = [*SIDE_FILES, FOLDER_FORMS[form].config]
     return [snapshot / name for name in names if (snapshot / name).is_file()]
 
 
 def _own() -> Iterator[Model]:
-    folder = own_cache.models_folder()
+    folder = cache.models_folder()
     for path, name in serialized_files().items():
         yield _serialized(name, path, known=path.is_relative_to(folder))
 
@@ -276,7 +277,7 @@ def _serialized(name: str, path: Path, *, known: bool) -> Model:
     with suppress(WeightsError):
         encoding = serialized.SerializedFile(path).manifest.encoding
     found = path.stat()
-    used = stamps.last_used(path) or found.st_mtime
+    used = cache.stamped_at(path) or found.st_mtime
     return Model(name, SERIALIZED, path, (path,), encoding, found.st_size, used, known)
 
 
@@ -284,10 +285,10 @@ def _is_genuine(path: Path) -> bool:
     """A content's name in the Hub's cache is its hash; a file without such a name can only be whole by its header."""
     digest = path.resolve().name
     if path.is_symlink() and len(digest) == SHA256_HEX:
-        return large_file.is_genuine(path, sha256=digest, sha1=None)
+        return cache.has_hash(path, sha256=digest)
     if path.is_symlink() and len(digest) == SHA1_HEX:
-        return large_file.is_genuine(path, sha256=None, sha1=digest)
-    return store.is_whole(path)
+        return cache.has_hash(path, sha1=digest)
+    return cache.is_whole(path)
 
 
 def _size(path: Path) -> int:
@@ -300,13 +301,13 @@ def _forget(repo: str, commit: str, root: Path) -> None:
         if _text(ref) == commit:
             ref.unlink()
     (root / "trees" / f"{commit}.json").unlink(missing_ok=True)
-    shutil.rmtree(own_cache.headers_folder(repo, commit), ignore_errors=True)
+    shutil.rmtree(CachedRepo(repo).headers(commit), ignore_errors=True)
     for suffix in (".json", ".used"):
-        (own_cache.repo_folder(repo) / f"{commit}{suffix}").unlink(missing_ok=True)
+        (CachedRepo(repo).notes / f"{commit}{suffix}").unlink(missing_ok=True)
     with suppress(OSError):
-        own_cache.headers_folder(repo, commit).parent.rmdir()
+        CachedRepo(repo).headers(commit).parent.rmdir()
     with suppress(OSError):
-        own_cache.repo_folder(repo).rmdir()
+        CachedRepo(repo).notes.rmdir()
 
 
 def _linked(root: Path) -> set[Path]:
@@ -327,3 +328,32 @@ def _remove_unused_blobs(root: Path, linked: set[Path], keep: list[Path]) -> Non
         with suppress(FileNotFoundError):
             if blob.resolve() in linked or time.time() - blob.lstat().st_mtime > YOUNG:
                 blob.unlink()
+
+
+def main_encoding(path: Path, folder: Path) -> str | None:
+    """The encoding that takes most bytes of the weights file `path`, or None; the config is in `folder`.
+
+    The time at which the file was last used is not changed by reading its header.
+    """
+    if path.suffix not in (layout.SAFETENSORS, layout.GGUF) or not path.is_file():
+        return None
+    before = path.stat()
+    try:
+        reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
+        return _most_common(reader, folder)
+    except WeightsError:
+        return None
+    finally:
+        with suppress(OSError):
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _most_common(reader: Reader, folder: Path) -> str | None:
+    if (folder / layout.CONFIG).is_file():
+        method = read_json_object(folder / layout.CONFIG).get("quantization_config")
+        if isinstance(method, dict) and method.get("load_in_4bit"):
+            return str(method.get("bnb_4bit_quant_type", "nf4"))
+    sizes: dict[str, int] = {}
+    for tensor in reader.tensors.values():
+        sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
+    return max(sizes, key=lambda name: sizes[name], default=None)

@@ -37,6 +37,9 @@ class PackedWeight(Protocol):
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [out, in]: exact in float32, rounded once in a narrower dtype."""
 
+    def in_rows(self) -> PackedWeight:
+        """The same weight in the order of its codec, whatever kernel it was put in order for."""
+
     def to(self, device: torch.device) -> PackedWeight:
         """The same weight with all parts on `device`."""
 
@@ -61,6 +64,9 @@ class PackedRows:
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return codecs.get(self.encoding).decode(self.rows, dtype)
+
+    def in_rows(self) -> PackedRows:
+        return self
 
     def to(self, device: torch.device) -> PackedRows:
         return PackedRows(self.encoding, self.rows.to(device))

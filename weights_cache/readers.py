@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from . import configs, kinds, layout, names, quantization
+from . import configs, file_kind, layout, names, quantization
 from .errors import CheckpointCorrupt, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader
 from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
+from .weight_files import Expected
 
 
 class Naming(NamedTuple):
@@ -22,7 +23,7 @@ class Naming(NamedTuple):
     head_dims: Mapping[str, int]
 
 
-def opened(chosen: layout.Expected) -> list[tuple[Reader, Naming]]:
+def opened(chosen: Expected) -> list[tuple[Reader, Naming]]:
     """The readers of the files `chosen`. Of a tensor that an index promises in one of them, other copies are left out:
     a shard may be older than the index.
     """
@@ -32,7 +33,7 @@ def opened(chosen: layout.Expected) -> list[tuple[Reader, Naming]]:
 
 def _open(path: Path, promised: frozenset[str], left_out: frozenset[str]) -> tuple[Reader, Naming]:
     """The reader for `path`, which must hold the tensors that an index `promised`, and how its tensors become ours."""
-    if kinds.of(path) == "gguf":
+    if file_kind.of(path) == "gguf":
         file = GgufFile(path)
         return file, Naming(names.from_gguf, configs.gguf_head_dims(file))
     reader = SafetensorsFile(path, left_out)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pixtral_cli.errors import PixtralError
 
 if TYPE_CHECKING:
-    from pixtral_cli.cli.progress import Bars
+    from weights_cache.progress import Progress
 
 CHECK_OUTPUT = "Check where standard output goes, and the room there."
 DUMB = ("dumb", "unknown")
@@ -97,6 +97,13 @@ class Console:
         """Print one JSON object on one line (indented for a person at a terminal)."""
         self.write(json.dumps(_finite(value), ensure_ascii=False, indent=2 if self._on_terminal else None) + "\n")
 
+    def result(self, value: dict[str, Any], text: str) -> None:
+        """Print what the command found: with `json` the object `value`, else `text`, which ends its own lines."""
+        if self.json:
+            self.object(value)
+        else:
+            self.write(text)
+
     def notice(self, text: str) -> None:
         """Tell something by the way, on standard error, terminal or not: nobody would learn of it otherwise."""
         if not self.quiet:
@@ -107,11 +114,16 @@ class Console:
         if not self.quiet:
             _to_stderr(text)
 
-    def progress(self, first_label: str) -> AbstractContextManager[Bars | None]:
+    def confirm(self, question: str) -> bool:
+        """Whether the person at the terminal answers yes; asked on standard error, even with `quiet`."""
+        _to_stderr(f"{question} [y/N] ", end="")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    def progress(self, first_label: str) -> AbstractContextManager[Progress | None]:
         """Bars on standard error while something loads; the value is to be called with each step, or None."""
         if not self._shows_progress:
             return nullcontext()
-        from pixtral_cli.cli.progress import bars
+        from pixtral_cli.cli.progress_bars import bars
 
         return bars(first_label, styled=is_styled(sys.stderr))
 
@@ -121,7 +133,7 @@ class Console:
         if not self._shows_progress:
             yield lambda: None
             return
-        from pixtral_cli.cli.progress import status
+        from pixtral_cli.cli.progress_bars import status
 
         with status(label, styled=is_styled(sys.stderr)) as stop:
             yield stop
@@ -147,15 +159,39 @@ class Console:
         return reply
 
 
+def table(rows: Sequence[Sequence[Any]], align: str = "<", gap: str = "  ") -> list[str]:
+    """A line for each row, its cells below one another and `gap` apart.
+
+    `align` has `<` (left) or `>` (right) for each column; its last sign stands for all that follow. A last column
+    to the left is not filled up with spaces.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    signs = align.ljust(len(widths), align[-1])
+    if signs[-1:] == "<":
+        widths[-1] = 0
+    return [
+        gap.join(f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)) for row in cells
+    ]
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and its noun: `1 token`, `3 tokens`."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def tell_error(sentence: str, hint: str | None = None) -> None:
     """Print an error, and the next thing to do, on standard error: a line for each, whatever a server wrote in it."""
-    sentence, hint = (text and " ".join(printable(text).split()) for text in (sentence, hint))
     prefix = "pixtral: error:"
     if is_styled(sys.stderr):
         prefix = f"\x1b[1;31m{prefix}\x1b[0m"
-    _to_stderr(sentence, prefix + " ")
+    _to_stderr(_one_line(sentence), prefix + " ")
     if hint:
-        _to_stderr(hint)
+        _to_stderr(_one_line(hint))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
 
 
 def tell_traceback() -> None:
@@ -186,12 +222,12 @@ def flush_stdout() -> bool:
     return True
 
 
-def _to_stderr(text: str, prefix: str = "") -> None:
+def _to_stderr(text: str, prefix: str = "", end: str = "\n") -> None:
     if sys.stderr is None:
         return
     text = readable(text)
     with suppress(OSError, ValueError):
-        sys.stderr.write(prefix + (printable(text) if is_terminal(sys.stderr) else text) + "\n")
+        sys.stderr.write(prefix + (printable(text) if is_terminal(sys.stderr) else text) + end)
         sys.stderr.flush()
 
 

@@ -19,6 +19,7 @@ import typer
 from pixtral_cli import devices
 from pixtral_cli.cli.completions import Values
 from pixtral_cli.errors import DeviceError
+from pixtral_cli.option_ranges import OPTION_RANGES
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt](?:ib)?)?", re.IGNORECASE)
 UNITS = {"b": 1} | {unit + end: 1024**power for power, unit in enumerate("kmgt", 1) for end in ("", "ib")}
@@ -46,17 +47,21 @@ def one_of(names: tuple[str, ...], *, beside: tuple[str, ...] = ()) -> dict[str,
     return {"callback": check, "autocompletion": Values(names).offered}
 
 
-def within(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], Any]:
-    """A check that a number is finite and from `low` (or, with `above`, above it) up to `high`."""
+def within(low: float, high: float = math.inf) -> Callable[[Any], Any]:
+    """A check that a number is finite and from `low` to `high`."""
 
     def check(value: float | None) -> float | None:
-        if value is None or ((low < value if above else low <= value) and value <= high and math.isfinite(value)):
+        if value is None or (low <= value <= high and math.isfinite(value)):
             return value
-        least = f"above {low}" if above else f"at least {low}"
         most = f" and at most {high}" if high < math.inf else ""
-        raise typer.BadParameter(f"{value} is not {least}{most}.")
+        raise typer.BadParameter(f"{value} is not at least {low}{most}.")
 
     return check
+
+
+def within_option(name: str) -> Callable[[Any], Any]:
+    """A check for the range of that generation option."""
+    return within(OPTION_RANGES[name].low, OPTION_RANGES[name].high)
 
 
 def device_text(value: str | None) -> str | None:

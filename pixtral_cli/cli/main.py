@@ -1,4 +1,8 @@
-"""Arguments in, exit code out: registers the commands and is the one place where an error becomes a sentence."""
+"""Arguments in, exit code out: registers the commands and is the one place where an error becomes a sentence.
+
+A command is a module of `commands` with a function of the same name, whose docstring is its help, and EXAMPLES, the
+end of that help. A group of commands has a table COMMANDS, and HELP, in place of the function.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -16,24 +21,17 @@ from pixtral_cli import __version__
 from pixtral_cli.cli import console
 from pixtral_cli.cli.flags import UsageError, with_flags
 from pixtral_cli.cli.help import Command, Group
-from pixtral_cli.commands import cache as cache_command
-from pixtral_cli.commands import completions as completions_command
-from pixtral_cli.commands import download as download_command
-from pixtral_cli.commands import export as export_command
-from pixtral_cli.commands import inspect as inspect_command
-from pixtral_cli.commands import run as run_command
-from pixtral_cli.commands import serve as serve_command
-from pixtral_cli.commands import tokenize as tokenize_command
-from pixtral_cli.commands import verify as verify_command
+from pixtral_cli.commands import cache, completions, download, export, inspect, run, serve, tokenize, verify
 from pixtral_cli.errors import PixtralError, is_out_of_memory
 
 DEBUG = "PIXTRAL_DEBUG"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-OUT_OF_MEMORY = "There is not enough memory for this."
-LESS_MEMORY = "Try a smaller --max-length, a smaller --max-batch-size, or a smaller picture."
 
 # Typer keeps its own copy of click, so the base of its errors is taken from Typer, never from click.
-_TyperError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_TyperError = next(
+    cls for cls in typer.BadParameter.__mro__ if issubclass(cls, Exception) and cls.__name__ == "ClickException"
+)
+
 
 app = typer.Typer(
     name="pixtral",
@@ -45,22 +43,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
-COMMANDS = (
-    (run_command, run_command.run),
-    (serve_command, serve_command.serve),
-    (tokenize_command, tokenize_command.tokenize),
-    (download_command, download_command.download),
-    (inspect_command, inspect_command.inspect),
-    (export_command, export_command.export),
-    (verify_command, verify_command.verify),
-    (completions_command, completions_command.completions),
-)
-for module, command in COMMANDS:
-    app.command(command.__name__, cls=Command, epilog=module.EXAMPLES)(with_flags(command))
-cache_app = typer.Typer(help=cache_command.HELP, epilog=cache_command.EXAMPLES, cls=Group, no_args_is_help=True)
-for name, command in cache_command.COMMANDS.items():
-    cache_app.command(name, cls=Command)(with_flags(command))
-app.add_typer(cache_app, name="cache")
+
+
+def _register(module: ModuleType) -> None:
+    name = module.__name__.rpartition(".")[2]
+    if hasattr(module, "COMMANDS"):
+        group = typer.Typer(help=module.HELP, epilog=module.EXAMPLES, cls=Group, no_args_is_help=True)
+        for each, command in module.COMMANDS.items():
+            group.command(each, cls=Command)(with_flags(command))
+        app.add_typer(group, name=name)
+    else:
+        app.command(name, cls=Command, epilog=module.EXAMPLES)(with_flags(getattr(module, name)))
+
+
+for module in (run, serve, tokenize, download, inspect, export, verify, completions, cache):
+    _register(module)
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,9 +92,10 @@ def run_program(arguments: list[str]) -> int:
         console.tell_error(f"Standard output cannot be written: {error.strerror}.", console.CHECK_OUTPUT)
         console.abandon_stdout()
         return FAILED
-    except SystemExit as error:  # Typer leaves like this when the reader of its help has gone
-        return _exit_code(error)
-    code = _run(command) if callable(command) else int(command or 0)
+    except SystemExit as error:  # Typer leaves with 1 when the reader of its help has gone
+        code = 0 if error.code == 1 else int(error.code or 0)
+    else:
+        code = _run(command) if callable(command) else int(command or 0)
     return code if console.flush_stdout() else code or FAILED
 
 
@@ -116,7 +114,8 @@ def _refuse(error: Any, arguments: list[str]) -> int:
     commands = [command.name for command in app.registered_commands]
     named = f"pixtral {arguments[0]}" if arguments and arguments[0] in commands else "pixtral"
     where = getattr(getattr(error, "ctx", None), "command_path", named)
-    console.tell_error(_sentence(error.format_message() + _value(error, arguments)), f"See: {where} --help")
+    text = error.format_message() + _value(error, arguments)
+    console.tell_error(text if text.endswith((".", "?", "!")) else f"{text}.", f"See: {where} --help")
     return error.exit_code
 
 
@@ -147,7 +146,7 @@ def _attempt(command: Callable[[], None], interrupts: _Interrupts) -> int:
         command()
     except console.OutputClosed:
         return 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - every failure becomes a sentence
         if interrupts.seen:  # torn out of an import or a callback, an interrupt can wear any name
             return INTERRUPTED
         if os.environ.get(DEBUG):
@@ -164,7 +163,8 @@ def _explained(error: Exception) -> tuple[str, str | None]:
     if isinstance(error, PixtralError | WeightsError | UsageError):
         return str(error), error.hint or f"{DEBUG}=1 shows where it comes from."
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY, LESS_MEMORY
+        less = "Try a smaller --max-length, a smaller --max-batch-size, or a smaller picture."
+        return "There is not enough memory for this.", less
     first_line = str(error).partition("\n")[0]
     return (
         f"Something unexpected went wrong: {type(error).__name__}: {first_line}",
@@ -205,14 +205,3 @@ class _Interrupts:
     def _leave(self, signum: int, frame: Any) -> None:
         console.restore_terminal()
         os._exit(INTERRUPTED)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else text + "."
-
-
-def _exit_code(leaving: SystemExit) -> int:
-    """0 for an exit because of a closed pipe, which is how Typer and rich leave then; else the code as it is."""
-    if not console.flush_stdout():
-        return FAILED
-    return 0 if leaving.code == 1 else int(leaving.code or 0)

@@ -6,14 +6,27 @@ Their types stay real objects (no `from __future__ import annotations` here), be
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from pixtral_cli.cli import completions
-from pixtral_cli.cli.flags import UsageError, device_text, one_of, stop_texts, token_limit, whole_text, within
+from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.flags import (
+    UsageError,
+    device_text,
+    one_of,
+    stop_texts,
+    token_limit,
+    whole_text,
+    within,
+    within_option,
+)
 from pixtral_cli.encodings import CHOICES
 from pixtral_cli.known_models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from weights_cache.layout import Form
 
 RECIPES = ("hf", "native")
 FORMATS = ("hf", "native", "gguf")
@@ -38,6 +51,11 @@ class FetchFlags:
         ),
     ] = None
     force_download: Annotated[bool, _model("--force-download", help="Download again, even if it is cached.")] = False
+
+    @property
+    def form(self) -> "Form | None":
+        """The form asked for, None where any will do."""
+        return cast("Form | None", self.weights_format)  # which one_of has checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +84,7 @@ class SourceFlags(FetchFlags):
         ),
     ] = None
     trust_remote_code: Annotated[
-        bool,
-        _model(
-            "--trust-remote-code",
-            help="Accepted for compatibility: code from a repository is never run.",
-        ),
+        bool, _model("--trust-remote-code", help="Accepted for compatibility: code from a repository is never run.")
     ] = False
 
     @property
@@ -102,8 +116,7 @@ class EncodingFlags:
         ),
     ] = None
     quantize_vision: Annotated[
-        bool,
-        _model("--quantize-vision", help="Pack the picture part as well; it stays bfloat16 otherwise."),
+        bool, _model("--quantize-vision", help="Pack the picture part as well; it stays bfloat16 otherwise.")
     ] = False
     double_quantization: Annotated[
         bool,
@@ -146,21 +159,12 @@ class WeightFlags(EncodingFlags):
         ),
     ] = None
     max_batch_size: Annotated[
-        int,
-        _machine(
-            "--max-batch-size",
-            metavar="N",
-            callback=within(1),
-            help="Requests that are decoded together.",
-        ),
+        int, _machine("--max-batch-size", metavar="N", callback=within(1), help="Requests that are decoded together.")
     ] = 1
     max_ce_batch_size: Annotated[
         int,
         _machine(
-            "--max-ce-batch-size",
-            metavar="N",
-            callback=within(1),
-            help="Requests whose prompts are read together.",
+            "--max-ce-batch-size", metavar="N", callback=within(1), help="Requests whose prompts are read together."
         ),
     ] = 32
     save_to_serialized_model_path: Annotated[
@@ -188,8 +192,7 @@ class RequestFlags:
     """What is asked."""
 
     prompt: Annotated[
-        str | None,
-        _request("--prompt", "-p", metavar="TEXT", callback=whole_text, help="The question."),
+        str | None, _request("--prompt", "-p", metavar="TEXT", callback=whole_text, help="The question.")
     ] = None
     image: Annotated[
         list[str] | None,
@@ -215,8 +218,7 @@ class RequestFlags:
         ),
     ] = None
     raw: Annotated[
-        bool,
-        _request("--raw", help="Continue the text as it stands, control words included, without a chat template."),
+        bool, _request("--raw", help="Continue the text as it stands, control words included, without a chat template.")
     ] = False
 
 
@@ -238,7 +240,7 @@ class SamplingFlags:
         _answer(
             "--top-k",
             metavar="N",
-            callback=within(0),
+            callback=within_option("top_k"),
             help="Choose among the N likeliest tokens; 0 is off. "
             "Default: 1, the likeliest, or off once --temperature is above 0.",
         ),
@@ -248,7 +250,7 @@ class SamplingFlags:
         _answer(
             "--temperature",
             metavar="T",
-            callback=within(0),
+            callback=within_option("temperature"),
             help="0 always takes the likeliest token, 1 follows the model, higher is wilder.",
         ),
     ] = None
@@ -257,7 +259,7 @@ class SamplingFlags:
         _answer(
             "--top-p",
             metavar="P",
-            callback=within(0, 1, above=True),
+            callback=within_option("top_p"),
             help="Choose among the likeliest tokens that together have this probability.",
         ),
     ] = 1.0
@@ -266,7 +268,7 @@ class SamplingFlags:
         _answer(
             "--min-p",
             metavar="P",
-            callback=within(0, 1),
+            callback=within_option("min_p"),
             help="Leave out tokens less likely than this share of the likeliest.",
         ),
     ] = 0.0
@@ -275,27 +277,17 @@ class SamplingFlags:
         _answer(
             "--repetition-penalty",
             metavar="X",
-            callback=within(0, above=True),
+            callback=within_option("repetition_penalty"),
             help="Above 1 makes tokens that were there already less likely.",
         ),
     ] = 1.0
     seed: Annotated[
         int | None,
-        _answer(
-            "--seed",
-            metavar="N",
-            callback=within(0, 2**63 - 1),
-            help="The same seed, the same choices.",
-        ),
+        _answer("--seed", metavar="N", callback=within_option("seed"), help="The same seed, the same choices."),
     ] = None
     stop: Annotated[
         list[str] | None,
-        _answer(
-            "--stop",
-            metavar="TEXT",
-            callback=stop_texts,
-            help="End the answer before this text. Repeatable.",
-        ),
+        _answer("--stop", metavar="TEXT", callback=stop_texts, help="End the answer before this text. Repeatable."),
     ] = None
     ignore_eos: Annotated[bool, _answer("--ignore-eos", help="Go on after the model's end-of-answer token.")] = False
 
@@ -311,6 +303,10 @@ class OutputFlags:
     json: Annotated[bool, _output("--json", help="Print one JSON object.")] = False
     quiet: Annotated[bool, _output("--quiet", help="On standard error, print nothing but errors.")] = False
 
+    def console(self) -> Console:
+        """The console that prints in this form."""
+        return Console(json=self.json, quiet=self.quiet)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
@@ -318,9 +314,5 @@ class ReportFlags:
 
     stats: Annotated[bool, _output("--stats", help="Tokens and speeds, on standard error.")] = False
     logprobs: Annotated[
-        bool,
-        _output(
-            "--logprobs",
-            help="Each token's log-probability: in the JSON object, else on standard error.",
-        ),
+        bool, _output("--logprobs", help="Each token's log-probability: in the JSON object, else on standard error.")
     ] = False

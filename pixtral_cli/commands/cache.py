@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pixtral_cli.cli.completions import CACHED
-from pixtral_cli.cli.console import Console, is_terminal
+from pixtral_cli.cli.console import Console, counted, is_terminal, table
 from pixtral_cli.cli.flags import UsageError
 from pixtral_cli.cli.options import OutputFlags
 from pixtral_cli.errors import PixtralError
@@ -44,37 +45,23 @@ def age(text: str) -> float:
     return int(match[1]) * UNITS[match[2] or "d"]
 
 
-def _checked_age(text: str) -> str:
-    age(text)
-    return text
+_names = partial(
+    typer.Argument, autocompletion=CACHED.offered, help="Names as `pixtral cache list` prints them, or paths."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamesArguments:
     """Which models; all if none is named."""
 
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL]...",
-            autocompletion=CACHED.offered,
-            help="Names as `pixtral cache list` prints them, or paths.",
-        ),
-    ] = None
+    names: Annotated[list[str] | None, _names(metavar="[MODEL]...")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SomeArguments:
     """Which models; at least one."""
 
-    names: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            autocompletion=CACHED.offered,
-            help="Names as `pixtral cache list` prints them, or paths.",
-        ),
-    ]
+    names: Annotated[list[str], _names(metavar="MODEL...")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +76,8 @@ class AgeFlags:
     """What counts as old."""
 
     older_than: Annotated[
-        str,
-        typer.Option(
-            "--older-than", metavar="AGE", callback=_checked_age, help="Not used for so long: 12h, 30d or 4w."
-        ),
+        float,
+        typer.Option("--older-than", metavar="AGE", parser=age, help="Not used for so long: 12h, 30d or 4w."),
     ]
 
 
@@ -100,7 +85,7 @@ def list_models(output: OutputFlags) -> None:
     """List the models on this machine."""
     from weights_cache import inventory
 
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     found = inventory.models()
     if console.json:
         console.object({"models": [as_object(model) for model in found]})
@@ -112,22 +97,19 @@ def list_models(output: OutputFlags) -> None:
 
 def path(output: OutputFlags) -> None:
     """Print the folders of the Hub's cache and of our own."""
-    from weights_cache import own_cache, store
+    from weights_cache.cache import hub_cache_folder, own_cache_folder
 
-    console = Console(json=output.json, quiet=output.quiet)
-    folders = {"hub": str(store.cache_folder()), "own": str(own_cache.own_cache_folder())}
-    if console.json:
-        console.object(folders)
-    else:
-        console.write("".join(f"{folder}\n" for folder in folders.values()))
+    console = output.console()
+    folders = {"hub": str(hub_cache_folder()), "own": str(own_cache_folder())}
+    console.result(folders, "".join(f"{folder}\n" for folder in folders.values()))
 
 
 def verify(arguments: NamesArguments, output: OutputFlags) -> None:
     """Compare every file with its hash."""
     from weights_cache import inventory
 
-    console = Console(json=output.json, quiet=output.quiet)
-    results = []
+    console = output.console()
+    results: list[dict[str, Any]] = []
     for model in chosen(arguments.names):
         if model.format == inventory.INCOMPLETE:
             continue
@@ -140,19 +122,19 @@ def verify(arguments: NamesArguments, output: OutputFlags) -> None:
         console.object({"models": results})
     if damaged := [result["name"] for result in results if result["altered"]]:
         again = f"Remove it with `pixtral cache remove {quote(damaged[0])}`, then fetch or export it again."
-        raise PixtralError(f"{_count(len(damaged))} damaged: {', '.join(damaged)}.", again)
+        raise PixtralError(f"{counted(len(damaged), 'model')} damaged: {', '.join(damaged)}.", again)
 
 
 def remove(arguments: SomeArguments, yes: YesFlags, output: OutputFlags) -> None:
     """Remove models by name."""
-    _remove(chosen(arguments.names), yes.yes, Console(json=output.json, quiet=output.quiet))
+    _remove(chosen(arguments.names), yes.yes, output.console())
 
 
 def prune(older: AgeFlags, yes: YesFlags, output: OutputFlags) -> None:
     """Remove what pixtral used and nobody has for long."""
-    before = time.time() - age(older.older_than)
+    before = time.time() - older.older_than
     old = [model for model in chosen(None) if model.known and model.used < before]
-    _remove(old, yes.yes, Console(json=output.json, quiet=output.quiet))
+    _remove(old, yes.yes, output.console())
 
 
 COMMANDS = {"list": list_models, "path": path, "verify": verify, "remove": remove, "prune": prune}
@@ -182,7 +164,7 @@ def _remove(models: "list[Model]", yes: bool, console: Console) -> None:
     from weights_cache import inventory
 
     if models and not yes:
-        _ask(models)
+        _ask(models, console)
     for model in models:
         try:
             inventory.remove(model)
@@ -198,13 +180,11 @@ def _remove(models: "list[Model]", yes: bool, console: Console) -> None:
         console.notice("nothing to remove.")
 
 
-def _ask(models: "list[Model]") -> None:
+def _ask(models: "list[Model]", console: Console) -> None:
     """Raises UsageError where nobody can be asked, and PixtralError when the answer is no."""
     if not is_terminal(sys.stdin):
         raise UsageError("Nobody can be asked here whether to remove that.", "Add --yes.")
-    print(as_table(models, time.time()), end="", file=sys.stderr)
-    print(f"Remove {_count(len(models))}? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not console.confirm(f"{as_table(models, time.time())}Remove {counted(len(models), 'model')}?"):
         raise PixtralError("Nothing was removed.")
 
 
@@ -224,21 +204,13 @@ def as_table(models: "Sequence[Model]", now: float) -> str:
     """Columns as wide as what stands in them, and a line with the sum."""
     rows = [("NAME", "FORMAT", "ENCODING", "SIZE", "LAST USED")]
     rows += [(m.name, m.format, m.encoding or "-", size(m.nbytes), ago(now - m.used)) for m in models]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{name:<{widths[0]}}  {form:<{widths[1]}}  {encoding:<{widths[2]}}  {nbytes:>{widths[3]}}  {used}\n"
-        for name, form, encoding, nbytes, used in rows
-    ]
-    return "".join(lines) + f"{_count(len(models))}, {size(sum(model.nbytes for model in models))}\n"
+    total = f"{counted(len(models), 'model')}, {size(sum(model.nbytes for model in models))}"
+    return "\n".join([*table(rows, "<<<><"), total]) + "\n"
 
 
 def ago(seconds: float) -> str:
     """`3 days ago`: a span of time for people."""
     for unit, length in (("day", DAY), ("hour", 3600.0), ("minute", 60.0)):
         if number := int(seconds // length):
-            return f"{number} {unit}{'' if number == 1 else 's'} ago"
+            return f"{counted(number, unit)} ago"
     return "just now"
-
-
-def _count(number: int) -> str:
-    return "1 model" if number == 1 else f"{number} models"

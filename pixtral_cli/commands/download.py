@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from pixtral_cli.cli.completions import MODEL
-from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.options import FetchFlags, OutputFlags
 from pixtral_cli.known_models import BUILT_IN
+from weights_cache.progress import Progress
 
-Progress = Callable[[str, int, int | None], None]
 EXAMPLES = """\
 Examples:
 
@@ -41,16 +40,13 @@ class DownloadArguments:
 
 def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlags) -> None:
     """Fetch a model beforehand, and print where it lies."""
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     with console.progress(f"looking for {arguments.model}") as progress:
         notes: list[str] = []
         path = fetched(arguments.model, fetch, progress, notes.append)
     for note in notes:
         console.notice(note)
-    if console.json:
-        console.object({"model": arguments.model, "path": str(path)})
-    else:
-        console.write(f"{path}\n")
+    console.result({"model": arguments.model, "path": str(path)}, f"{path}\n")
 
 
 def fetched(model: str, fetch: FetchFlags, progress: Progress | None, tell: Callable[[str], None]) -> Path:
@@ -61,4 +57,4 @@ def fetched(model: str, fetch: FetchFlags, progress: Progress | None, tell: Call
         return Source.open(model).checkpoint.folder
     from weights_cache import hub
 
-    return hub.fetch(model, force=fetch.force_download, progress=progress, tell=tell, form=fetch.weights_format)
+    return hub.fetch(model, force=fetch.force_download, progress=progress, tell=tell, form=fetch.form)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from pixtral_cli.cli import completions
-from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.options import EncodingFlags, FetchFlags, OutputFlags
 from weights_cache.errors import size
 
@@ -48,13 +47,13 @@ def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlag
     from pixtral_cli.source import Source
 
     encoding.check()
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     wanted = asked_for(encoding.quantization_encoding, encoding.double_quantization)
     with console.progress(f"exporting {arguments.model}") as progress:
         source = Source.open(
             arguments.model,
             tuple(encoding.weight_path or ()),
-            weights_format=fetch.weights_format,
+            weights_format=fetch.form,
             force_download=fetch.force_download,
             progress=progress,
         )
@@ -64,8 +63,6 @@ def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlag
     for note in (source.checkpoint.note, *placement.notes):
         if note:
             console.notice(note)
-    written = {"file": str(arguments.file), "encoding": placement.label, "bytes": arguments.file.stat().st_size}
-    if console.json:
-        console.object(written)
-    else:
-        console.write(f"{written['file']}: {written['encoding']}, {size(written['bytes'])}\n")
+    file, nbytes = str(arguments.file), arguments.file.stat().st_size
+    written = {"file": file, "encoding": placement.label, "bytes": nbytes}
+    console.result(written, f"{file}: {placement.label}, {size(nbytes)}\n")

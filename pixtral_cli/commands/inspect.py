@@ -1,22 +1,23 @@
 """`pixtral inspect`: a model's headers in, what it is and what it needs out. Reads no weights, imports no torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from pixtral_cli.cli.completions import ANY_MODEL
-from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.console import table
 from pixtral_cli.cli.flags import one_of
 from pixtral_cli.cli.options import FORMATS, OutputFlags
 from weights_cache.errors import size
 
 if TYPE_CHECKING:
     from pixtral_cli.source import Source
+    from weights_cache.layout import Form
 
 VERDICTS = {True: "fits", False: "does not fit", None: "?"}
 EXAMPLES = """\
@@ -55,21 +56,17 @@ class InspectArguments:
 
 def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
     """Show what a model is and what memory it needs, before its weights are fetched."""
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     with TemporaryDirectory(prefix="pixtral-") as folder:
         with console.progress(f"looking at {arguments.model}") as progress:
             from pixtral_cli.source import Source
 
-            source = Source.open_headers(
-                arguments.model, Path(folder), weights_format=arguments.weights_format, progress=progress
-            )
+            form = cast("Form | None", arguments.weights_format)  # which one_of has checked
+            source = Source.open_headers(arguments.model, Path(folder), weights_format=form, progress=progress)
         found = as_object(arguments.model, source)
         if source.checkpoint.note:
             console.notice(source.checkpoint.note)
-    if console.json:
-        console.object(found)
-    else:
-        console.write(as_text(found))
+    console.result(found, as_text(found))
 
 
 def as_object(name: str, source: "Source") -> dict[str, Any]:
@@ -126,7 +123,7 @@ def as_text(found: dict[str, Any]) -> str:
         "format": found["format"],
         "on disk": size(found["bytes_on_disk"]),
     }
-    lines = [f"{label + ':':<14}{value}" for label, value in facts.items()]
+    lines = table([(f"{label}:", value) for label, value in facts.items()], gap=" ")
     return "\n".join([*lines, "", *_weights_table(found), *_fit_tables(found)]) + "\n"
 
 
@@ -137,24 +134,15 @@ def _weights_table(found: dict[str, Any]) -> list[str]:
     for encoding in found["encodings"]:
         caches = [size(row["kv_cache_bytes"]) for row in encoding["lengths"]]
         rows.append([encoding["name"], size(encoding["weights_bytes"]), *caches])
-    return _columns(rows)
+    return table(rows, "<>")
 
 
 def _fit_tables(found: dict[str, Any]) -> Iterable[str]:
     for device in found["devices"]:
         free = "nobody says how much is free" if device["free_bytes"] is None else f"{size(device['free_bytes'])} free"
-        rows = [[device["name"], *(f"{row['tokens']} tokens" for row in found["encodings"][0]["lengths"])]]
-        for encoding in found["encodings"]:
-            rows.append([encoding["name"], *(VERDICTS[row["fits"][device["name"]]] for row in encoding["lengths"])])
-        yield from ["", f"{device['name']}: {free}", *_columns(rows)]
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+        name = device["name"]
+        rows = [[name, *(f"{row['tokens']} tokens" for row in found["encodings"][0]["lengths"])]]
+        rows += [
+            [each["name"], *(VERDICTS[row["fits"][name]] for row in each["lengths"])] for each in found["encodings"]
+        ]
+        yield from ["", f"{name}: {free}", *table(rows, "<>")]

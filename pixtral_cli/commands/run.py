@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pixtral_cli.cli.console import Console
+from pixtral_cli.cli import reply as replies
+from pixtral_cli.cli.loading import NO_REMOTE_CODE, load
 from pixtral_cli.cli.options import OutputFlags, ReportFlags, RequestFlags, SamplingFlags, SourceFlags, WeightFlags
-from pixtral_cli.commands import result
-from pixtral_cli.commands.loading import NO_REMOTE_CODE, load
-from pixtral_cli.commands.request import PendingRequest, Request
+from pixtral_cli.cli.request import PendingRequest
 
 EXAMPLES = """\
 Examples:
@@ -21,10 +18,6 @@ Examples:
 Text on standard input goes before the prompt. Without -p it is the prompt and is waited for; with -p, a
 pipe in which nothing comes is not. `pixtral run --serve` means `pixtral serve`.
 """
-SILENT_PIPE = (
-    "nothing came on standard input in time, so the prompt goes alone. "
-    "To wait however long it takes, send the prompt that way too, without -p."
-)
 
 
 def run(
@@ -36,30 +29,10 @@ def run(
     weights: WeightFlags,
 ) -> None:
     """Ask a model about pictures and text, and stream its answer."""
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
     pending = PendingRequest(request)
     model = load(source, weights, console)
-    asked = pending.finish()
-    if pending.silent_writer:
-        console.notice(SILENT_PIPE)
-    reply = console.stream(answer(model, asked, sampling.options() | {"logprobs": report.logprobs}))
-    tell(reply, console, report)
-
-
-def answer(model: Any, request: Request, options: dict[str, Any]) -> Any:
-    """The events of the answer, as the model makes them."""
-    if request.messages is None:
-        return model.stream_complete(request.prompt, request.pictures, **options)
-    return model.stream(request.messages, **options)
-
-
-def tell(reply: Any, console: Console, report: ReportFlags) -> None:
-    """What comes after the answer: the JSON object, log-probabilities, statistics."""
-    if console.json:
-        console.object(result.as_object(reply))
-    elif report.logprobs:
-        console.detail(result.logprob_table(reply))
-    if report.stats:
-        console.detail(result.statistics(reply))
+    events = pending.finish(console).stream(model, **sampling.options(), logprobs=report.logprobs)
+    replies.tell(console.stream(events), console, report)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pixtral_cli.cli import console as printing
 from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.cli.options import SourceFlags
-from pixtral_cli.commands.loading import NO_REMOTE_CODE, load, model_path
 from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ def _settings(
         listen.host,
         names,
         Limits(limits.max_images, limits.max_queue),
-        MediaPolicy(tuple(guard.allow_media_domain or ()), networks, guard.media_path),
+        MediaPolicy(
+            allowed_domains=tuple(guard.allow_media_domain or ()),
+            private_networks=networks,
+            media_path=guard.media_path,
+        ),
         tuple(guard.api_key or ()),
         defaults.given(),
         limits.max_body_mib * 2**20,

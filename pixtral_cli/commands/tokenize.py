@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pixtral_cli.cli.console import Console
+from pixtral_cli.cli.console import Console, counted
+from pixtral_cli.cli.loading import NO_REMOTE_CODE
 from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags
-from pixtral_cli.commands.loading import NO_REMOTE_CODE
-from pixtral_cli.commands.request import PendingRequest, Request
-from pixtral_cli.commands.result import counted
-from pixtral_cli.commands.run import SILENT_PIPE
+from pixtral_cli.cli.request import PendingRequest, Request
 
 EXAMPLES = """\
 Examples:
@@ -22,19 +20,13 @@ Examples:
 
 def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) -> None:
     """Show the tokens of a request and what each picture costs."""
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
     pending = PendingRequest(request)
     model = open_source(source, console)
-    asked = pending.finish()
-    if pending.silent_writer:
-        console.notice(SILENT_PIPE)
-    prompt = encode(model, asked)
-    if console.json:
-        console.object(as_object(source.name, prompt))
-    else:
-        console.write(as_text(prompt))
+    prompt = encode(model, pending.finish(console))
+    console.result(as_object(source.name, prompt), as_text(prompt))
 
 
 def open_source(source: SourceFlags, console: Console) -> Any:
@@ -45,7 +37,7 @@ def open_source(source: SourceFlags, console: Console) -> Any:
         return Source.open(
             source.name,
             weights=False,
-            weights_format=source.weights_format,
+            weights_format=source.form,
             image_preprocessing=source.image_preprocessing,
             force_download=source.force_download,
             progress=progress,
@@ -56,7 +48,7 @@ def encode(model: Any, request: Request) -> Any:
     """The Prompt of a request: token ids, and prepared pictures whose pixels nobody asks for."""
     model.processor.sizes_only = True
     if request.messages is None:
-        return model.complete(request.prompt, request.pictures)
+        return model.complete(request.prompt, request.images)
     return model.chat(request.messages)
 
 

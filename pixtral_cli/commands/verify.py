@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from pixtral_cli.cli.completions import SERIALIZED
-from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.options import OutputFlags
 
 EXAMPLES = """\
@@ -32,11 +31,9 @@ def verify(arguments: VerifyArguments, output: OutputFlags) -> None:
     """Check every hash of a serialized model."""
     from weights_cache.formats.serialized import verify_path
 
-    console = Console(json=output.json, quiet=output.quiet)
+    console = output.console()
     with console.waiting("reading every byte"):
         manifest = verify_path(arguments.file).manifest
     found = {"file": str(arguments.file), "model": manifest.model, "encoding": manifest.encoding, "whole": True}
-    if console.json:
-        console.object(found | {"tensors": len(manifest.tensors)})
-    else:
-        console.write(f"{found['file']}: {found['model']} in {found['encoding']}, whole\n")
+    text = f"{found['file']}: {found['model']} in {found['encoding']}, whole\n"
+    console.result(found | {"tensors": len(manifest.tensors)}, text)

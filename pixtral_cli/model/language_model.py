@@ -44,6 +44,7 @@ class LanguageModel(nn.Module):
         x = self.language_model.embed_tokens(token_ids)
         if features is None:
             return x
+        assert self.config.image_token_id is not None, self.config.architecture
         places = token_ids.eq(self.config.image_token_id)
         assert int(places.sum()) == len(features), (int(places.sum()), len(features))
         x[places] = features.to(x.dtype)

@@ -1,116 +1,106 @@
-"""A placement and where its tensors come from in, what a serialized model is written from out. Writes nothing."""
+"""A placement and where its weights come from in, what a serialized model is written from out. Writes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.kernels.int4 import Int4Linear
-from pixtral_cli.model.kernels.nf4 import NF4Linear
-from pixtral_cli.model.kernels.reference import PackedEmbedding, PackedLinear
+from pixtral_cli.model.kernels import Weight
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import DTYPES
 from pixtral_cli.model.placement import Placement
-from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
-from weights_cache.codecs import nf4
-from weights_cache.codecs.int4 import SCALES, Int4, fits, stored_shapes
-from weights_cache.codecs.nf4 import NF4, ROWS
-from weights_cache.formats.serialized import DTYPE_WORDS, Weight
+from weights_cache.codecs import int4, nf4
+from weights_cache.codecs.int4 import Int4, fits
+from weights_cache.codecs.nf4 import NF4
+from weights_cache.encodings import ENCODINGS
+from weights_cache.formats import serialized
 from weights_cache.names import EMBEDDING
+from weights_cache.packed import PackedRows
 
-WORDS = {"float32": "F32", "bfloat16": "BF16"}
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The tensors that one weight is in a file: name, dtype and shape of each; the first has the weight's own name."""
 
 
 def weights(
-    checkpoint: Checkpoint, names: Iterable[str], placement: Placement, tensor_of: Callable[[str], Tensor | NF4 | Int4]
-) -> list[Weight]:
-    """What to write for each tensor; `tensor_of(name)` gives its stored form when its turn comes."""
+    checkpoint: Checkpoint, names: Iterable[str], placement: Placement, weight_of: Callable[[str], Weight]
+) -> list[serialized.Weight]:
+    """What to write of each weight; `weight_of(name)` gives it in its encoding when its turn comes.
 
-    @lru_cache(maxsize=1)
-    def ordered(name: str) -> NF4 | Int4:
-        """Once for all of its parts, which are written one after the other."""
-        return _ordered(tensor_of(name), placement.encodings[name])
+    What the CPU's 4-bit kernels can take is written in their order, so that loading need not make it.
+    """
 
-    found: list[Weight] = []
-    for name in names:
-        encoding, shape = placement.encodings[name], checkpoint.tensors[name].shape
-        if encoding == "nf4":
-            found += _nf4_weights(checkpoint, name, placement.double_quantization, ordered)
-        elif name != EMBEDDING and fits(encoding, shape[0]):
-            found += _int4_weights(name, encoding, shape, ordered)
-        else:
-            found.append(_weight(name, encoding, shape, tensor_of))
-    return found
+    def tensors(name: str) -> Mapping[str, Tensor]:
+        return _tensors(name, weight_of(name))
 
-
-def _ordered(weight: Tensor | NF4 | Int4, encoding: str) -> NF4 | Int4:
-    """In the order of the CPU's kernel where its rows allow, so that loading need not make it."""
-    if isinstance(weight, Tensor):
-        return Int4.from_rows(encoding, weight)
-    if isinstance(weight, Int4):
-        return weight
-    return weight.interleaved() if weight.shape[0] % ROWS == 0 else weight.in_rows()
-
-
-def _nf4_weights(checkpoint: Checkpoint, name: str, double: bool, ordered: Callable[[str], NF4 | Int4]) -> list[Weight]:
-    """The codes under the matrix's own name, and what else it is made of as tensors of their own."""
-    rows, columns = shape = checkpoint.tensors[name].shape
-    codes = (rows // ROWS, columns // 2, ROWS) if rows % ROWS == 0 else (rows, columns // 2)
-    if checkpoint.tensors[name].encoding == "nf4":
-        parts = checkpoint.nf4(name).to_tensors(name)
-        beside = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items() if part != name}
-    else:
-        parts = nf4.parts_beside(-(-rows * columns // nf4.BLOCK), double)
-        beside = {f"{name}.{part}": (dtype, (count,)) for part, (dtype, count) in parts.items()}
-
-    def make(part: str) -> Tensor:
-        return ordered(name).to_tensors(name)[part]
-
+    encoded_once = lru_cache(maxsize=1)(tensors)  # a weight's tensors are written one after the other
     found = []
-    for part, (dtype, stored) in {name: (torch.uint8, codes), **beside}.items():
-        word = str(dtype).removeprefix("torch.")
-        encoding, true = ("nf4", shape) if part == name else (word, stored)
-        nbytes = prod(stored) * dtype.itemsize
-        found.append(Weight(part, encoding, true, DTYPE_WORDS[str(dtype)], stored, nbytes, partial(make, part)))
+    for name in names:
+        layout = _layout(checkpoint, name, placement)
+        made = encoded_once if len(layout) > 1 else tensors
+        for part, (dtype, stored) in layout.items():
+            encoding, shape = str(dtype).removeprefix("torch."), stored
+            if part == name:
+                encoding, shape = placement.encodings[name], checkpoint.tensors[name].shape
+            word, nbytes = serialized.DTYPE_WORDS[str(dtype)], prod(stored) * dtype.itemsize
+            found.append(
+                serialized.Weight(part, encoding, shape, word, stored, nbytes, partial(_part, made, name, part))
+            )
     return found
 
 
-def _int4_weights(
-    name: str, encoding: str, shape: tuple[int, ...], ordered: Callable[[str], NF4 | Int4]
-) -> list[Weight]:
-    """The codes under the matrix's own name, and the scales beside them."""
-
-    def make(part: str) -> Tensor:
-        return ordered(name).to_tensors(name)[part]
-
-    codes, scales = stored_shapes(encoding, *shape)
-    beside = name + SCALES
-    return [
-        Weight(name, encoding, shape, "U8", codes, prod(codes), partial(make, name)),
-        Weight(beside, "uint8", scales, "U8", scales, prod(scales), partial(make, beside)),
-    ]
+def _part(tensors: Callable[[str], Mapping[str, Tensor]], name: str, part: str) -> Tensor:
+    return tensors(name)[part]
 
 
-def _weight(name: str, encoding: str, shape: tuple[int, ...], tensor_of: Callable[[str], Tensor]) -> Weight:
+def _layout(checkpoint: Checkpoint, name: str, placement: Placement) -> Layout:
+    encoding, shape = placement.encodings[name], checkpoint.tensors[name].shape
     if encoding in DTYPES:
-        stored, dtype, width = shape, WORDS[encoding], DTYPES[encoding].itemsize
+        return {name: (DTYPES[encoding], shape)}
+    if encoding == "nf4":
+        return _nf4_layout(checkpoint, name, placement.double_quantization)
+    if _is_reordered(name, encoding, shape[0]):
+        codes, scales = int4.stored_shapes(encoding, *shape)
+        return {name: (torch.uint8, codes), name + int4.SCALES: (torch.uint8, scales)}
+    return {name: (torch.uint8, (shape[0], ENCODINGS[encoding].row_bytes(shape[1])))}
+
+
+def _nf4_layout(checkpoint: Checkpoint, name: str, double_quantization: bool) -> Layout:
+    rows, columns = checkpoint.tensors[name].shape
+    codes = (rows // nf4.ROWS, columns // 2, nf4.ROWS) if rows % nf4.ROWS == 0 else (rows, columns // 2)
+    if checkpoint.tensors[name].encoding == "nf4":
+        stored = checkpoint.nf4(name).to_tensors(name).items()
+        beside = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored if part != name}
     else:
-        stored, dtype, width = (shape[0], codecs.get(encoding).encoding.row_bytes(shape[1])), "U8", 1
-    return Weight(name, encoding, shape, dtype, stored, prod(stored) * width, lambda: tensor_of(name))
+        parts = nf4.parts_beside(-(-rows * columns // nf4.BLOCK), double_quantization)
+        beside = {f"{name}.{part}": (dtype, (count,)) for part, (dtype, count) in parts.items()}
+    return {name: (torch.uint8, codes), **beside}
 
 
-def loaded(model: LanguageModel, name: str) -> Tensor | NF4 | Int4:
-    """The stored form of a tensor of a loaded model, on the CPU."""
+def _tensors(name: str, weight: Weight) -> Mapping[str, Tensor]:
+    """The tensors of `_layout`."""
+    if isinstance(weight, Tensor):
+        return {name: weight}
+    if isinstance(weight, NF4):
+        return (weight.interleaved() if weight.shape[0] % nf4.ROWS == 0 else weight.in_rows()).to_tensors(name)
+    if isinstance(weight, PackedRows) and not _is_reordered(name, weight.encoding, weight.shape[0]):
+        return {name: weight.rows}
+    ordered = Int4.from_rows(weight.encoding, weight.rows) if isinstance(weight, PackedRows) else weight
+    assert isinstance(ordered, Int4), f"{name} is {type(weight).__name__}"
+    return ordered.to_tensors(name)
+
+
+def _is_reordered(name: str, encoding: str, rows: int) -> bool:
+    """The table of embeddings is not, for its rows are looked up."""
+    return name != EMBEDDING and fits(encoding, rows)
+
+
+def loaded(model: LanguageModel, name: str) -> Weight:
+    """The weight that a loaded model has under `name`, on the CPU."""
     path, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(path)
-    if isinstance(layer, NF4Linear) and leaf == "weight":
-        return layer.weight.to(torch.device("cpu"))
-    if isinstance(layer, Int4Linear) and leaf == "weight":
-        return layer.weight
-    packed = isinstance(layer, PackedLinear | PackedEmbedding) and leaf == "weight"
-    return (layer.packed if packed else getattr(layer, leaf)).detach().cpu()
+    weight: Weight = getattr(model.get_submodule(path), leaf)
+    return (weight.detach() if isinstance(weight, Tensor) else weight).to(torch.device("cpu"))

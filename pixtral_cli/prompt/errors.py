@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from pixtral_cli.errors import PixtralError
+from weights_cache.errors import GetAgain
 
-FETCH_AGAIN = "Fetch the model again with --force-download"
-"""In the words of `weights_cache.errors.FETCH_AGAIN`, which `Source` changes for a model that was never fetched."""
+PASSWORD = re.compile(r"^(\w+://)[^/?#]*@")
+"""The start of an address that holds a user's name and password; it is shown as its first group."""
 
 
 class PromptError(PixtralError):
@@ -117,7 +118,7 @@ class TextTooLong(PromptError):
 class TokenizerUnreadable(PromptError):
     """The checkpoint has no tokenizer that can be read here."""
 
-    default_hint = f"{FETCH_AGAIN}."
+    default_hint = GetAgain()
 
 
 class TemplateFailed(PromptError):
@@ -166,8 +167,3 @@ class ImagesUnsupported(PromptError):
             "This model reads text only, and a picture was given.",
             hint="Leave the picture out, or choose a model that sees, such as mistral-community/pixtral-12b.",
         )
-
-
-def without_password(url: str) -> str:
-    """`url` as it can be shown: without a user's name and password."""
-    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)

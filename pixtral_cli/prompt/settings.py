@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.prompt.errors import FETCH_AGAIN, PromptError
+from pixtral_cli.prompt.errors import PromptError
+from weights_cache.errors import GetAgain
 from weights_cache.json_fields import Fields, is_number, is_positive, load_object
 
 
 class SettingsUnreadable(PromptError):
     """A file of settings is damaged, or one of its values is not what it should be."""
 
-    default_hint = f"{FETCH_AGAIN}, or correct the file."
+    default_hint = GetAgain(", or correct the file")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from pixtral_cli.prompt.errors import FETCH_AGAIN, PromptError, TokenizerUnreadable
+from pixtral_cli.prompt.errors import PromptError, TokenizerUnreadable
 from pixtral_cli.prompt.settings import Settings, reason_of
 from pixtral_cli.prompt.tokenizer import Control, Tokenizer, byte_level
+from weights_cache.errors import GetAgain
 
 Files = Callable[[str], Path | None]
 """A side file's name -> its path, or None: `Checkpoint.file`."""
@@ -45,7 +46,7 @@ def load(file: Files) -> Tokenizer:
     if path is None:
         raise TokenizerUnreadable(
             "The model's folder has neither a tokenizer.json nor a tekken.json.",
-            f"{FETCH_AGAIN}, or add its tokenizer file.",
+            GetAgain(", or add its tokenizer file"),
         )
     try:
         with _no_garbage_collection():

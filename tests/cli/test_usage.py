@@ -18,18 +18,19 @@ from pixtral_cli.encodings import CHOICES
         ("--max-new-tokens", "-2"),
         ("--max-batch-size", "0"),
         ("--max-ce-batch-size", "-1"),
-        ("--top-k", "-1"),
+        ("--top-k", "-2"),
         ("--temperature", "-0.1"),
         ("--temperature", "nan"),
         ("--temperature", "inf"),
-        ("--top-p", "0"),
+        ("--top-p", "-0.1"),
         ("--top-p", "1.01"),
         ("--top-p", "nan"),
         ("--min-p", "-0.1"),
         ("--min-p", "1.1"),
         ("--repetition-penalty", "0"),
+        ("--repetition-penalty", "1001"),
         ("--repetition-penalty", "inf"),
-        ("--seed", "-1"),
+        ("--seed", str(-(2**63))),
         ("--stop", ""),
         ("--devices", "cuda:0"),
         ("--quantization-encoding", "q5_k"),
@@ -42,6 +43,13 @@ def test_a_value_out_of_range_names_its_flag(call, flag, value):
     assert (code, out) == (2, "")
     assert flag in err and err.startswith("pixtral: error: ") and "pixtral run --help" in err
     assert "Traceback" not in err and len(err.splitlines()) == 2
+
+
+def test_what_switches_an_option_off_in_python_does_so_here(fake):
+    given = {"top_k": -1, "top_p": 0.0, "seed": -1}
+    flags = [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    taken = json.loads(json.loads(fake("run", "-p", "options", "--json", *flags).stdout)["text"])
+    assert {name: taken[name] for name in given} == given
 
 
 def test_an_unknown_encoding_lists_the_known_ones(call):

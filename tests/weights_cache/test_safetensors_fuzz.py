@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from weights_cache import checkpoint, main_encoding
+from weights_cache import checkpoint, inventory
 from weights_cache.checkpoint import SerializedCheckpoint
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import WeightsError
@@ -206,7 +206,7 @@ def read_all(path: Path, kind: str) -> None:
         _ = opened.generation_config, opened.side_files(), verify_path(path)
     else:
         opened = checkpoint.open(path.parent, form="native" if kind == "native" else "hf")
-        main_encoding.of(path, path.parent)
+        inventory.main_encoding(path, path.parent)
     most = 64 * path.stat().st_size
     for name in opened.tensors:
         assert opened.tensor(name).nbytes <= most and opened.packed(name).nbytes <= most

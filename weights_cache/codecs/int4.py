@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weights_cache import codecs
 from weights_cache.encodings import ENCODINGS, Encoding
+from weights_cache.packed import PackedRows
 
 from .k_quants import six_bit_words
 
@@ -72,6 +73,9 @@ class Int4:
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [R, C] as the codec decodes them."""
         return codecs.get(self.encoding).decode(self.rows(), dtype)
+
+    def in_rows(self) -> PackedRows:
+        return PackedRows(self.encoding, self.rows())
 
     def to(self, device: torch.device) -> Int4:
         return Int4(self.encoding, self.codes.to(device), self.scales.to(device))

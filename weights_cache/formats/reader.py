@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from weights_cache import lfs
+from weights_cache import file_kind
 from weights_cache.errors import CheckpointCorrupt, Unreadable
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def map_file(path: Path, least: int, kind: str) -> mmap.mmap:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            lfs.refuse_pointer(path, file.read(lfs.MOST_BYTES))
+            file_kind.refuse_pointer(path, file.read(file_kind.LFS_BYTES))
             if size < least:
                 raise CheckpointCorrupt(path, f"it has {size} bytes, and a {kind} file has at least {least}")
             if not hasattr(mmap, "MAP_PRIVATE"):  # Windows

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_cache.errors import CheckpointCorrupt, WeightsNotFound
+from weights_cache.file_kind import GGUF_MAGIC, MAX_HEADER_BYTES
 from weights_cache.json_fields import parse_json_object
-from weights_cache.kinds import GGUF_MAGIC, MAX_HEADER_BYTES
 
 from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
 

@@ -23,10 +23,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from weights_cache import stamps
+from weights_cache import cache
 from weights_cache.errors import CheckpointCorrupt, DiskFull, WeightsNotFound, WriteFailed, listed
 from weights_cache.json_fields import parse_json_object
 from weights_cache.manifest import Manifest, check_version, read_hashes
+from weights_cache.progress import Progress
 
 from .reader import TensorInfo
 from .safetensors import LENGTH_BYTES, SafetensorsFile
@@ -41,7 +42,6 @@ HASH_HEX = 64  # characters of a SHA-256
 ALIGNMENT = 64  # bytes; where the data begins
 MAX_WIDTH = 4  # bytes of the widest dtype
 DTYPE_WORDS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8"}
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def check(file: SerializedFile, *, weights: bool = True, progress: Progress | No
     if altered := [f"{name[:200]!r}" for name in file.altered(weights=weights, progress=progress)]:
         raise CheckpointCorrupt(file.path, f"{listed(altered)} {'was' if len(altered) == 1 else 'were'} altered")
     if weights:
-        stamps.remember(file.path, file.seal)
+        cache.write_stamp(file.path, file.seal)
 
 
 def verify_path(path: Path) -> SerializedFile:
