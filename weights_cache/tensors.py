@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import configs, file_kind, layout, names, quantization
+from . import configs, file_kind, layout, names, quantization, weight_files
 from .errors import CheckpointCorrupt, FilesMismatch, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
@@ -56,7 +56,7 @@ class Naming(NamedTuple):
     head_dims: Mapping[str, int]
 
 
-def stored(chosen: layout.Expected) -> dict[str, Stored]:
+def stored(chosen: weight_files.Expected) -> dict[str, Stored]:
     """Our names -> where the tensors lie, of the files `chosen`. Of a tensor that an index promises in one of them,
     other copies are left out: a shard may be older than the index."""
     promised = frozenset[str]().union(*chosen.values())
