@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import uvicorn
 from starlette.responses import JSONResponse
 
-from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.errors import reason_of
 from pixtral_cli.server.errors import ApiError, leaving, unavailable
 from pixtral_cli.server.middleware import MAX_BODY_BYTES, App, Message, Receive, Scope, Send, guarded, refuse, remember
 from pixtral_cli.server.protocol import connections_allowed, guarded_protocol
