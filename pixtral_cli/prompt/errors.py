@@ -7,6 +7,9 @@ import re
 from pixtral_cli.errors import PixtralError
 from weights_cache.errors import GetAgain
 
+PASSWORD = re.compile(r"^(\w+://)[^/?#]*@")
+"""The start of an address that holds a user's name and password; it is shown as its first group."""
+
 
 class PromptError(PixtralError):
     """Base of every failure to turn messages and pictures into a prompt."""
@@ -164,8 +167,3 @@ class ImagesUnsupported(PromptError):
             "This model reads text only, and a picture was given.",
             hint="Leave the picture out, or choose a model that sees, such as mistral-community/pixtral-12b.",
         )
-
-
-def without_password(url: str) -> str:
-    """`url` as it can be shown: without a user's name and password."""
-    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)

@@ -34,7 +34,7 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge, without_password
+from pixtral_cli.prompt.errors import PASSWORD, ImageFetchFailed, ImageTooLarge
 from pixtral_cli.prompt.settings import reason_of
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
@@ -91,7 +91,7 @@ class _Download:
         self.result: Future[bytes] = Future()
         self._sockets: list[socket.socket] = []
         self._is_cut = False
-        shown = without_password(url)
+        shown = PASSWORD.sub(r"\1", url)
         self.name = shown if len(shown) <= LONGEST_TOLD else f"{shown[:LONGEST_TOLD]}…"
         """Of the address in a sentence, which a stranger must not be able to make long."""
 

@@ -210,7 +210,7 @@ def _orientation(image: Image.Image) -> int:
     """1 to 8; a damaged EXIF block does not spoil the image."""
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:
+    except Exception:  # noqa: BLE001  PIL raises nearly anything
         return 1
 
 

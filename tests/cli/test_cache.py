@@ -26,7 +26,7 @@ def test_the_list_has_name_format_encoding_size_and_last_use(caches, call):
     }  # fmt: skip
     assert found["a/hf"]["bytes"] == len(weights()) + sum(map(len, HF.values()))
     assert abs(time.time() - 3 * DAYS - found["a/hf"]["last_used"]) < 60
-    code, out, _ = call("cache", "list")
+    _, out, _ = call("cache", "list")
     lines = out.splitlines()
     assert lines[0].split() == ["NAME", "FORMAT", "ENCODING", "SIZE", "LAST", "USED"]
     assert any(line.startswith("a/hf ") and "KiB" in line and line.endswith("3 days ago") for line in lines)

@@ -220,7 +220,7 @@ def test_pictures_are_opened_by_the_function_given(checkpoint, byte_level_json):
     seen = []
     made = Processor.from_checkpoint(
         checkpoint(tokenizer_json=byte_level_json),
-        open_picture=lambda source: nullcontext(seen.append(source) or SMALL),
+        open_image=lambda source: nullcontext(seen.append(source) or SMALL),
     )
     made.complete("", ["somewhere"])
     assert seen == ["somewhere"]

@@ -13,7 +13,7 @@ from pixtral_cli.server.service import Service
 def tiny():
     """In float32, where an answer does not depend on what else is asked."""
     model = Pixtral.load("tiny", max_batch_size=16, quantization_encoding="float32")
-    model.processor.open_picture = RequestImages(MediaPolicy()).opened
+    model.processor.open_image = RequestImages(MediaPolicy()).opened
     return model
 
 
