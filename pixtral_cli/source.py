@@ -20,7 +20,7 @@ from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
-from weights_cache import cache, checkpoint, file_kind, hub, layout
+from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
 from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
 from weights_cache.formats import serialized
@@ -53,7 +53,7 @@ class Source:
         chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
-        layout.check_present(paths)  # before anything is asked of the Hub
+        weight_files.check_present(paths)  # before anything is asked of the Hub
         folder, notes = None, []
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import layout
+from . import layout, weight_files
 from .errors import CheckpointCorrupt, WeightsError
 from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
@@ -147,7 +147,7 @@ class CachedRepo:
             files = read_json_object(self.folder / "trees" / f"{commit}.json").get("files", {})
         except CheckpointCorrupt:
             return False
-        small = [name for name in (*layout.SIDE_FILES, layout.CONFIGS[selection.form]) if name in files]
+        small = [name for name in (*layout.SIDE_FILES, layout.FOLDER_FORMS[selection.form].config) if name in files]
         return any(not (self.snapshot(commit) / name).is_file() for name in small)
 
 
@@ -165,7 +165,7 @@ def find(
         return None
     folder, listing = cached.snapshot(commit), cached.listing(commit)
     try:
-        names = layout.file_names(folder, deep=True) if listing is None else listing
+        names = weight_files.file_names(folder, deep=True) if listing is None else listing
         selection = layout.select(repo, names, form=form, file=file, weights=weights)
     except WeightsError:
         return None
@@ -192,7 +192,7 @@ def is_complete(folder: Path, selection: Selection, sizes: Listing, *, weights: 
     if not any((folder / name).is_file() for name in layout.TOKENIZERS):
         return False
     try:
-        return not weights or all(is_whole(path) for path in layout.weight_files(folder, selection.form))
+        return not weights or all(is_whole(path) for path in weight_files.in_folder(folder, selection.form))
     except WeightsError:
         return False
 

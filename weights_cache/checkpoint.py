@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import cache, configs, file_kind, layout, names, quantization, readers
+from . import cache, configs, file_kind, layout, names, quantization, readers, weight_files
 from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
@@ -137,10 +137,9 @@ class Checkpoint:
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        chosen = (
-            layout.chosen_files(self.weight_paths) if self.weight_paths else layout.weight_files(self.folder, self.form)
-        )
-        for folder in filter(Path.is_dir, self.weight_paths):
+        given = self.weight_paths
+        chosen = weight_files.chosen(given) if given else weight_files.in_folder(self.folder, self.form)
+        for folder in filter(Path.is_dir, given):
             _refuse_quantized(folder)
         found: dict[str, Stored] = {}
         for reader, naming in readers.opened(chosen):
@@ -278,15 +277,15 @@ def open(
         return _open_ggufs([path, *weight_paths], path)
     if not path.is_dir():
         raise WeightsNotFound(f"{path} does not exist, so it", "model", f"Give the folder that holds {layout.CONFIG}.")
-    chosen, note = _choose_form(path, form, bool(weight_paths))
+    chosen, note = layout.choose_form(path, weight_files.file_names(path), form, own_weights=not weight_paths)
     if chosen == "gguf":
-        return _open_ggufs([*layout.gguf_models(path), *weight_paths], path, note)
+        return _open_ggufs([*weight_files.in_folder(path, "gguf"), *weight_paths], path, note)
     return _open_folder(path, weight_paths, chosen, note, weights=weights and not weight_paths)
 
 
 def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str | None, *, weights: bool) -> Checkpoint:
     """The model in a folder with a config, whose own weights are wanted or not."""
-    present = layout.file_names(folder)
+    present = weight_files.file_names(folder)
     if layout.has_only_sentencepiece(present):
         raise layout.no_tokenizer(folder, present)
     for name in set(present).intersection(layout.TOKENIZERS):
@@ -302,30 +301,9 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
 
 def _refuse_quantized(folder: Path) -> None:
     """Raise QuantizedElsewhere if a config beside the weights in `folder`, which another model borrows, says so."""
-    present = layout.file_names(folder)
-    if layout.CONFIG in present and layout.hf_weights(present):
+    present = weight_files.file_names(folder)
+    if "hf" in layout.forms(present):
         quantization.refuse(folder, read_json_object(folder / layout.CONFIG), present)
-
-
-def _choose_form(folder: Path, wanted: Form | None, weights_given: bool) -> tuple[Form, str | None]:
-    """The form to read, and a sentence when another would have been possible."""
-    present = layout.file_names(folder)
-    whole = layout.forms(present)
-    configs: dict[Form, str] = {"hf": layout.CONFIG, "native": layout.NATIVE_CONFIG}
-    if wanted is not None:
-        if wanted not in whole and configs.get(wanted) not in present:
-            raise WeightsNotFound(folder, f"model in {layout.FORM_NAMES[wanted]} form", _advice(whole))
-        return wanted, None
-    if whole and not weights_given:
-        return whole[0], layout.form_note(folder, whole)
-    by_config = [form for form, name in configs.items() if name in present]
-    if not by_config and not whole:
-        raise layout.no_config(folder, present)
-    return (by_config or whole)[0], None
-
-
-def _advice(whole: Sequence[Form]) -> str | None:
-    return f"It can be read as {' or '.join(whole)}." if whole else None
 
 
 def _require_gguf(path: Path) -> None:
@@ -372,8 +350,9 @@ def _no_single_model(where: Path, models: Sequence[str], pictures: GgufFile | No
 def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
     """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
     say."""
-    snapshot = cache.snapshot_of(text.path)
-    paths = layout.picture_parts(text.path.parent) or (layout.picture_parts(snapshot, deep=True) if snapshot else [])
+    paths = weight_files.picture_parts(text.path.parent)
+    if not paths and (snapshot := cache.snapshot_of(text.path)):
+        paths = weight_files.picture_parts(snapshot, deep=True)
     found = {str(path): GgufFile(path) for path in paths}
     fitting = {name: file for name, file in found.items() if configs.belong_together(text, file)}
     if not fitting:

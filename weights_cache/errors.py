@@ -42,6 +42,8 @@ class GetAgain(str):
     """A hint to get the model's files again, or else to do what `otherwise` says. Where they came from is not known:
     it says to fetch them, and whoever knows better asks for it `by` another way."""
 
+    __slots__ = ()
+
     def __new__(cls, otherwise: str = ""):
         return super().__new__(cls, f"{FETCH_AGAIN}{otherwise}.")
 

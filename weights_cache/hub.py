@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import cache, layout, quantization
+from . import cache, layout, quantization, weight_files
 from .download import Download
 from .errors import AdapterOnly, DiskFull, DownloadFailed, Offline
 from .hub_errors import translated
@@ -160,19 +160,16 @@ def _refuse_quantized(download: Download, selection: Selection) -> None:
     """Raise QuantizedElsewhere by the config, which has arrived, before anything large is asked for."""
     if selection.form == "gguf":
         return
-    config = read_json_object(download.folder / layout.CONFIGS[selection.form])
+    config = read_json_object(download.folder / layout.FOLDER_FORMS[selection.form].config)
     other = next((form for form in layout.forms(download.sizes) if form != selection.form), None)
     quantization.refuse(download.label, config, download.sizes if selection.form == "hf" else (), other)
 
 
 def _weight_names(download: Download, selection: Selection, force: bool) -> list[str]:
     """The weights files to fetch; with an index, which is fetched at once, the shards that it names."""
-    names = list(selection.weights)
-    if selection.index:
-        index = download.folder / selection.index
-        if force or not index.is_file():
-            download.get([selection.index], force=force)
-        names = sorted(layout.shards(index))
+    if selection.index and (force or not (download.folder / selection.index).is_file()):
+        download.get([selection.index], force=force)
+    names = weight_files.selected(selection, download.folder)
     if absent := [name for name in names if name not in download.sizes]:
         advice = "Tell the model's owner, or try another revision: owner/name@revision."
         why = "its index" if selection.index else f"{names[0]} is one of {len(names)} files, which"

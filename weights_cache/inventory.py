@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import cache, layout
+from . import cache, layout, weight_files
 from .cache import CachedRepo
 from .errors import Unreadable, WeightsError
 from .formats import serialized
@@ -19,7 +19,7 @@ from .formats.gguf import GgufFile
 from .formats.reader import Reader
 from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
-from .layout import CONFIGS, SIDE_FILES, Form, select
+from .layout import FOLDER_FORMS, SIDE_FILES, Form, select
 from .progress import Progress
 
 INCOMPLETE = "incomplete"
@@ -240,29 +240,29 @@ def _is_whole(snapshot: Path, form: Form, file: str | None) -> bool:
     if file:
         return all((snapshot / name).is_file() for name in layout.shard_names(file))
     try:
-        return bool(layout.weight_files(snapshot, form))
+        return bool(weight_files.in_folder(snapshot, form))
     except WeightsError:
         return False
 
 
 def _forms_in(snapshot: Path) -> list[tuple[Form, str | None]]:
     """The models in a snapshot: (form, the GGUF's name)."""
-    names = layout.file_names(snapshot, deep=True)
+    names = weight_files.file_names(snapshot, deep=True)
     found: list[tuple[Form, str | None]] = [(form, None) for form in layout.forms(names) if form != "gguf"]
-    return found + [("gguf", name) for name in layout.text_ggufs(names)]
+    return found + [("gguf", name) for name in layout.weight_names(names, "gguf")]
 
 
 def _weights(snapshot: Path, form: Form, file: str | None) -> list[Path]:
-    chosen = select("", layout.file_names(snapshot, deep=True), form=form, file=file)
+    chosen = select("", weight_files.file_names(snapshot, deep=True), form=form, file=file)
     names = set(chosen.weights)
     if chosen.index:
         with suppress(WeightsError):
-            names |= set(layout.shards(snapshot / chosen.index))
+            names |= set(weight_files.shards(snapshot / chosen.index))
     return sorted((snapshot / name for name in names if (snapshot / name).is_file()), key=lambda path: -_size(path))
 
 
 def _side(snapshot: Path, form: Form) -> list[Path]:
-    names = [*SIDE_FILES, CONFIGS[form]]
+    names = [*SIDE_FILES, FOLDER_FORMS[form].config]
     return [snapshot / name for name in names if (snapshot / name).is_file()]
 
 

@@ -13,6 +13,7 @@ from .formats.gguf import GgufFile
 from .formats.reader import Reader
 from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
+from .weight_files import Expected
 
 
 class Naming(NamedTuple):
@@ -22,7 +23,7 @@ class Naming(NamedTuple):
     head_dims: Mapping[str, int]
 
 
-def opened(chosen: layout.Expected) -> list[tuple[Reader, Naming]]:
+def opened(chosen: Expected) -> list[tuple[Reader, Naming]]:
     """The readers of the files `chosen`. Of a tensor that an index promises in one of them, other copies are left out:
     a shard may be older than the index.
     """

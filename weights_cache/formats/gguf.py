@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_cache import layout
+from weights_cache import weight_files
 from weights_cache.encodings import GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported
 from weights_cache.file_kind import GGUF_MAGIC
@@ -56,7 +56,7 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._parts = [_Part(each) for each in layout.gguf_shards(path)]
+        self._parts = [_Part(each) for each in weight_files.gguf_shards(path)]
         self._part_of: dict[str, _Part] = {}
         for part in self._parts:
             for name in part.entries:

@@ -40,7 +40,7 @@ class Int4Kernel:
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert isinstance(weight, PackedRows | Int4)
         self.weight = weight if isinstance(weight, Int4) else Int4.from_rows(weight.encoding, weight.rows)
-        self.products = {0: self._fused, DECODED_FROM: self._decoded}
+        self.products = {1: self._fused, DECODED_FROM: self._decoded}
         self._scales_and_zeros = self.weight.scales_and_zeros()
 
     @classmethod
