@@ -1,1 +1,1 @@
-"""One file per command: flags in, calls of the Python API, results on the console out. Heavy imports stand in functions."""
+"""One file per command: flags in, calls of the Python API, console out. Heavy imports stand inside the functions."""
