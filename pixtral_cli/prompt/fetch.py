@@ -34,8 +34,8 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge, without_password
-from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.errors import reason_of
+from pixtral_cli.prompt.errors import PASSWORD, ImageFetchFailed, ImageTooLarge
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
 CHUNK_BYTES = 64 * 1024
@@ -91,7 +91,7 @@ class _Download:
         self.result: Future[bytes] = Future()
         self._sockets: list[socket.socket] = []
         self._is_cut = False
-        shown = without_password(url)
+        shown = PASSWORD.sub(r"\1", url)
         self.name = shown if len(shown) <= LONGEST_TOLD else f"{shown[:LONGEST_TOLD]}…"
         """Of the address in a sentence, which a stranger must not be able to make long."""
 

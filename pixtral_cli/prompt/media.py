@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import (
+    PASSWORD,
     ImageDamaged,
     ImageError,
     ImageNotFound,
     ImageTooLarge,
     ImageUnreadable,
-    without_password,
 )
 from pixtral_cli.prompt.image import to_rgb
-from pixtral_cli.prompt.settings import reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -186,7 +186,7 @@ def name_of(source: Any) -> str:
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
     if source == STDIN:
         return "from standard input"
-    source = without_password(source) or '""'
+    source = PASSWORD.sub(r"\1", source) or '""'
     return source if len(source) <= 120 else f"{source[:40]}…"
 
 

@@ -84,18 +84,18 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
     return ApiError(404, sentence, param="model", code="model_not_found")
 
 
-def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
+def refusal_of(error: Exception, param: str = "prompt") -> ApiError:
     """400 for what the sender can change, with the sentence and the hint; else 500, which tells nothing of inside.
 
-    `asked` is the field that holds the question: clients shorten it when it is too long.
+    `param` is the field that holds the question: clients shorten it when it is too long.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong | TextTooLong):
-        return ApiError(400, _joined(error), param=asked, code="context_length_exceeded")
+        return ApiError(400, _joined(error), param=param, code="context_length_exceeded")
     if isinstance(error, RequestError | PromptError) and not isinstance(error, TokenizerUnreadable):
-        param = error.where if isinstance(error, InvalidEntry) else None
-        return ApiError(400, _joined(error), param=param, code="invalid_value")
+        where = error.where if isinstance(error, InvalidEntry) else None
+        return ApiError(400, _joined(error), param=where, code="invalid_value")
     if is_out_of_memory(error):
         sentence = "The server has not enough memory for this request. Send a shorter one, or try again later."
         return ApiError(500, sentence, "server_error", code="out_of_memory")

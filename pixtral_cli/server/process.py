@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.errors import reason_of
 from pixtral_cli.server.errors import ApiError, leaving, unavailable
-from pixtral_cli.server.middleware import MAX_BODY_BYTES, App, Message, Receive, Scope, Send, guarded, refuse, remember
+from pixtral_cli.server.middleware import MAX_BODY_BYTES, guarded, refuse, remember
 from pixtral_cli.server.protocol import connections_allowed, guarded_protocol
 from pixtral_cli.server.threads import Threads
 
@@ -66,7 +67,7 @@ class Settings:
 class Loaded:
     """What there is once the model is loaded. `greeting` is said once requests are answered."""
 
-    app: App
+    app: ASGIApp
     service: Service
     greeting: str
 
@@ -245,14 +246,14 @@ class RequestTracker:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.app: App | None = None
+        self.app: ASGIApp | None = None
         self.draining = False
         self.running: set[TrackedRequest] = set()
         self._answered: Callable[[str, int], None] = lambda route, status: None
         self._say = say
         self._cutting = False
 
-    def begin(self, app: App, answered: Callable[[str, int], None]) -> None:
+    def begin(self, app: ASGIApp, answered: Callable[[str, int], None]) -> None:
         """From now on `app` answers, and `answered` is told each answer's route and status."""
         self.app, self._answered = app, answered
 

@@ -112,13 +112,13 @@ class Service:
         self.accepted += request.answers
         self._open.add(subscription)
         try:
-            making = self.work(partial(self._jobs, request, salt), asked=request.asked, slow=request.is_slow)
+            making = self.work(partial(self._jobs, request, salt), param=request.param, slow=request.is_slow)
             subscription.submit(await subscription.unless_sent_away(making), self.bridge)
             request.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while subscription.running:
                 yield await subscription.next()
         except Exception as error:
-            raise self._refusal(error, request.asked) from error
+            raise self._refusal(error, request.param) from error
         finally:
             subscription.cancel()
             self._open.discard(subscription)
@@ -129,25 +129,25 @@ class Service:
         if messages is None:
             return await self.work(partial(self._text, text or ""))
         chat = partial(self._chat, messages, tools)
-        return await self.work(chat, asked="messages", slow=bool(count_images(messages)))
+        return await self.work(chat, param="messages", slow=bool(count_images(messages)))
 
     async def text_of(self, token_ids: list[int]) -> str:
         """The text that the tokens are, without control tokens. Raises ApiError."""
         return await self.work(partial(self._decoded, token_ids))
 
-    async def work(self, build: Callable[[], Result], *, asked: str = "prompt", slow: bool = False) -> Result:
+    async def work(self, build: Callable[[], Result], *, param: str = "prompt", slow: bool = False) -> Result:
         """`build()` on a thread; who is cancelled meanwhile does not wait for it.
 
-        Raises ApiError, about the field `asked` where that is too long.
+        Raises ApiError, about the field `param` where that is too long.
         """
         try:
             return await (self.slow if slow else self.quick).run(build)
         except Exception as error:
-            raise self._refusal(error, asked) from error
+            raise self._refusal(error, param) from error
 
-    def _refusal(self, error: Exception, asked: str) -> ApiError:
+    def _refusal(self, error: Exception, param: str) -> ApiError:
         """How a failure is told to who asked; what is not theirs is logged."""
-        refusal = refusal_of(error, asked)
+        refusal = refusal_of(error, param)
         if refusal is not error and refusal.status >= 500:
             logger.error("A request failed: %s: %.300s", type(error).__name__, error)
             logger.debug("It came from here.", exc_info=error)
