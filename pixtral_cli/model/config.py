@@ -33,31 +33,22 @@ class TextConfig:
         """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    @property
-    def multiplications_per_token(self) -> int:
-        """Of its matrices' weights with one token, the head's left out."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
-
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the Pixtral tower; lengths of pictures and patches in pixels. `feature_layer` counts layers to run."""
+    """Sizes of the Pixtral tower; lengths of images and patches in pixels. `feature_layer` counts layers to run."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
+    head_dim: int
     num_channels: int
     image_size: int
     patch_size: int
     rope_theta: float
     feature_layer: int
     norm_eps: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)

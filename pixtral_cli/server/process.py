@@ -24,7 +24,7 @@ import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.errors import reason_of
 from pixtral_cli.server.errors import ApiError, leaving, unavailable
 from pixtral_cli.server.middleware import MAX_BODY_BYTES, guarded, refuse, remember
 from pixtral_cli.server.protocol import connections_allowed, guarded_protocol
