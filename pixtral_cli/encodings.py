@@ -1,49 +1,15 @@
-"""The names of the weight encodings and what each costs. Knows no tensors, so that `--help` can read it."""
+"""The encodings that a user can ask for. Knows no tensors, so that `--help` can read it; what each costs is in
+weights_cache.encodings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pixtral_cli.errors import ModelError
+from weights_cache.encodings import ENCODINGS, Encoding
 
+__all__ = ["CHOICES", "ENCODINGS", "Encoding", "asked_for", "find"]
 
-@dataclass(frozen=True)
-class Encoding:
-    """`bits` a weight, scales included. Rows that are no multiple of `block` weights take `fallback` instead.
-
-    `double_quantization` packs nf4's scales as well: 4.13 bits.
-    """
-
-    name: str
-    bits: float
-    block: int = 1
-    fallback: str | None = None
-    double_quantization: bool = False
-
-    @property
-    def packed(self) -> bool:
-        """Whether weights take fewer bits than any number type of torch."""
-        return self.bits < 16
-
-    def for_width(self, columns: int) -> Encoding:
-        """This, or the neighbour that rows of `columns` weights fit into."""
-        if columns % self.block == 0 or self.fallback is None:
-            return self
-        return ENCODINGS[self.fallback].for_width(columns)
-
-
-ENCODINGS = {
-    encoding.name: encoding
-    for encoding in (
-        Encoding("float32", 32),
-        Encoding("bfloat16", 16),
-        Encoding("q6_k", 6.5625, 256, fallback="q8_0"),
-        Encoding("q4_0", 4.5, 32, fallback="bfloat16"),
-        Encoding("q4_k", 4.5, 256, fallback="q4_0"),
-        Encoding("nf4", 4.5, 64, fallback="bfloat16"),
-        Encoding("q8_0", 8.5, 32, fallback="bfloat16"),
-    )
-}
 CHOICES = ("float32", "bfloat16", "q6_k", "q4_0", "q4_k", "nf4")
 
 

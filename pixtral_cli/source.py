@@ -20,13 +20,11 @@ from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
-from weights_cache import checkpoint, hub, kinds, layout, stamps
+from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
-from weights_cache.errors import FETCH_AGAIN, WriteFailed, get_again
-from weights_cache.formats import serialized
-
-EXPORT_AGAIN = "Export the model again"
-Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
+from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
+from weights_cache.formats import serialized, serialized_writer
+from weights_cache.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Source:
         chooses where a folder holds the model in several forms. Raises weights_cache.errors.WeightsError.
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
-        layout.check_present(paths)  # before anything is asked of the Hub
+        weight_files.check_present(paths)  # before anything is asked of the Hub
         folder, notes = None, []
         if name == BUILT_IN:
             from pixtral_cli.tiny import FOLDER as folder
@@ -75,7 +73,7 @@ class Source:
             return cls.open(name)
         notes: list[str] = []
         found = hub.fetch_headers(name, folder, form=weights_format, progress=progress, tell=notes.append)
-        if found.is_file() and kinds.of(found) != "gguf":
+        if found.is_file() and file_kind.of(found) != "gguf":
             return cls.open_serialized(found, weights=False)
         opened = checkpoint.open(found, form=weights_format)
         opened.note = " ".join(notes) or opened.note
@@ -107,8 +105,10 @@ class Source:
         try:
             yield
         except PixtralError as error:
-            again = EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
-            error.hint = error.hint and error.hint.replace(FETCH_AGAIN, again)
+            if isinstance(error.hint, GetAgain):
+                error.hint = error.hint.by(
+                    EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
+                )
             raise
 
     def needs(self) -> list[Need]:
@@ -143,7 +143,7 @@ class Source:
             )
         placed = place(opened.tensors, wanted, quantize_vision)
         kept = next((name for name, info in opened.tensors.items() if info.encoding == "nf4"), None)
-        if placed.double_quantization and kept and not opened.nf4(kept).nested:
+        if placed.double_quantization and kept and not getattr(opened.weight(kept), "nested", False):
             raise ModelError(
                 f"The weights of {opened.folder} are in nf4 already, and their scales are not packed.",
                 hint="Leave --double-quantization out, or encode the model's own weights, which are not packed.",
@@ -170,10 +170,10 @@ class Source:
         names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()
-        serialized.write(
+        serialized_writer.write(
             path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
         )
-        stamps.remember(path, serialized.SerializedFile(path).seal)
+        cache.write_stamp(path, serialized.SerializedFile(path).seal)
 
     @cached_property
     def processor(self) -> Processor:
@@ -241,6 +241,6 @@ class Source:
             if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab_size:
                 raise ModelError(
                     f"The model's configuration says eos_token_id = {end!r}, which is none of its {vocab_size} tokens.",
-                    hint=f"{FETCH_AGAIN}, or mend its generation_config.json.",
+                    hint=GetAgain(", or mend its generation_config.json"),
                 )
         return frozenset(ends)

@@ -363,7 +363,7 @@ def test_a_large_picture_is_let_go_of_before_the_next_is_opened(ours, monkeypatc
         yield picture
 
     expected = prepare(large, "hf", ours.processor.spec).pixels()
-    monkeypatch.setattr(ours.processor, "open_picture", opened)
+    monkeypatch.setattr(ours.processor, "open_image", opened)
     content = [{"type": "image", "image": f"{number}.png"} for number in range(4)]
     prompt = ours.source.chat([{"role": "user", "content": content}])
     assert most == [1] * 4

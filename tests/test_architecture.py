@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "prompt": {"weights_cache"},
     "process_environment": set(),
     "weights_cache": set(),
-} | {name: set() for name in SHARED}
+    **{name: set() for name in SHARED},
+    "encodings": {"weights_cache"},
+}
 
 
 def room(parts):

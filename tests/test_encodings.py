@@ -7,7 +7,7 @@ from pixtral_cli.encodings import CHOICES, ENCODINGS
 from weights_cache import codecs
 
 SIZES = {kind.name.lower(): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-SIZES |= {"float32": SIZES["f32"], "bfloat16": SIZES["bf16"]}
+SIZES |= {"float32": SIZES["f32"], "float16": SIZES["f16"], "bfloat16": SIZES["bf16"]}
 
 
 @pytest.mark.parametrize("name", sorted(ENCODINGS.keys() - {"nf4"}))

@@ -62,7 +62,7 @@ def test_to_fetch_again_is_advised_of_a_damaged_file_only_where_the_model_was_fe
     folder, name, fetched = place
     size = os.stat(folder / file).st_size
     (folder / file).write_bytes(b"\xff" * size)
-    monkeypatch.setattr("weights_cache.store.is_whole", lambda path: True)  # else it would be fetched anew
+    monkeypatch.setattr("weights_cache.cache.is_whole", lambda path: True)  # else it would be fetched anew
     assert ("--force-download" in hint_of(name)) == fetched
 
 

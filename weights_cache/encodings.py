@@ -20,6 +20,7 @@ class Encoding:
 
     `ggml` is the number of the tensor type in GGUF; `fallback` names what rows take instead that are no whole number
     of blocks; `kernel_rows` lie together in the order of the CPU's 4-bit kernel (0: there is none).
+    With `double_quantization` nf4's scales are quantised as well: 4.13 bits.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Encoding:
     ggml: int | None = None
     fallback: str | None = None
     kernel_rows: int = 0
+    double_quantization: bool = False
 
     @property
     def word(self) -> str:
@@ -47,6 +49,10 @@ class Encoding:
     def fits(self, columns: int) -> bool:
         """Whether a row of `columns` weights is a whole number of blocks."""
         return columns % self.block == 0
+
+    def has_kernel_order(self, rows: int) -> bool:
+        """Whether a matrix of `rows` rows can be put into the order of the CPU's 4-bit kernel."""
+        return self.kernel_rows > 0 and rows > 0 and rows % self.kernel_rows == 0
 
     def for_width(self, columns: int) -> Encoding:
         """This, or the neighbour that rows of `columns` weights fit into."""

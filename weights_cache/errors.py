@@ -35,6 +35,20 @@ from pathlib import Path
 NAMES_SHOWN = 3
 FETCH_AGAIN = "Fetch the model again with --force-download"
 COPY_AGAIN = "Copy the model's files here again"
+EXPORT_AGAIN = "Export the model again"
+
+
+class GetAgain(str):
+    """A hint to get the model's files again, or else to do what `otherwise` says. Where they came from is not known:
+    it says to fetch them, and whoever knows better asks for it `by` another way."""
+
+    __slots__ = ()
+
+    def __new__(cls, otherwise: str = ""):
+        return super().__new__(cls, f"{FETCH_AGAIN}{otherwise}.")
+
+    def by(self, way: str) -> str:
+        return way + self.removeprefix(FETCH_AGAIN)
 
 
 def get_again(path: Path | str) -> str:

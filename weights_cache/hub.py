@@ -1,6 +1,6 @@
 """A model's name in, one complete local folder (or GGUF file) out. Knows no tensors' names and no terminal.
 
-`huggingface_hub` does the transfer (mirrors, tokens, proxies, retries, file locks); it is imported only when the
+`huggingface_hub` does the download (mirrors, tokens, proxies, retries, file locks); it is imported only when the
 network is needed. One format is fetched, never two, and never a file that no one here would open.
 """
 
@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import layout, own_cache, quantization, store
+from . import cache, layout, quantization, weight_files
+from .download import Download
 from .errors import AdapterOnly, DiskFull, DownloadFailed, Offline
+from .hub_errors import translated
 from .json_fields import read_json_object
-from .layout import Form
-from .meter import Meter, Progress
+from .layout import Form, Selection, select
+from .progress import DownloadProgress, Progress
 from .repo_name import Repo, parse
-from .selection import CONFIGS, Selection, select
-from .transfer import Transfer
 
 TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -52,7 +52,7 @@ def fetch(
     if not force and (found := _cached(repo, weights, form, headers)):
         return found
     if is_offline():
-        raise Offline(str(repo), store.cache_folder(), forced=force)
+        raise Offline(str(repo), cache.hub_cache_folder(), forced=force)
     return _download(repo, weights, force, form, headers, progress=progress, tell=tell)
 
 
@@ -76,21 +76,21 @@ def fetch_headers(
     if found := _cached(repo, True, form):
         return found
     if is_offline():
-        raise Offline(str(repo), store.cache_folder())
-    transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
-    transfer.listing()
-    selection = _select(transfer, repo, form)
+        raise Offline(str(repo), cache.hub_cache_folder())
+    download = Download(repo, progress)
+    download.listing()
+    selection = _select(download, repo, form)
     if selection.note and tell:
         tell(selection.note)
-    folder = folder / store.SNAPSHOTS / transfer.commit
-    weights = _weight_names(transfer, selection, force=False)
+    folder = folder / cache.SNAPSHOTS / download.commit
+    weights = _weight_names(download, selection, force=False)
     small = [*selection.side, *([selection.index] if selection.index else [])]
-    _get(transfer, selection, (), force=False)
-    _refuse_quantized(transfer, selection)
-    with transfer.our_errors():
+    _get(download, selection, (), force=False)
+    _refuse_quantized(download, selection)
+    with translated(repo):
         for small_file in small:
-            store.link(store.snapshot(repo.name, transfer.commit) / small_file, folder / small_file)
-    transfer.get_headers(weights, folder)
+            cache.link(download.folder / small_file, folder / small_file)
+    download.get_headers(weights, folder)
     return selection.path(folder)
 
 
@@ -104,7 +104,7 @@ def _cached(repo: Repo, weights: bool, form: Form | None, headers: bool = False)
     """What is here completely; without a network, a form that is here rather than the preferred one that is not."""
     others = layout.FORMS if form is None and repo.file is None and is_offline() else ()
     for each in (form, *others):
-        if found := store.find(repo.name, repo.revision, weights=weights, form=each, file=repo.file, headers=headers):
+        if found := cache.find(repo.name, repo.revision, weights=weights, form=each, file=repo.file, headers=headers):
             return found
     return None
 
@@ -123,85 +123,82 @@ def _download(
 
     An index comes before all: it says which weights there are, and so how many bytes.
     """
-    transfer = Transfer(repo.name, repo.revision, label=str(repo), report=progress)
-    sizes = transfer.listing()
-    selection = _select(transfer, repo, form, weights=weights)
+    download = Download(repo, progress)
+    sizes = download.listing()
+    selection = _select(download, repo, form, weights=weights)
     if selection.note and tell:
         tell(selection.note)
-    own_cache.mark_used(repo.name, transfer.commit)
-    own_cache.write_listing(repo.name, transfer.commit, sizes)  # else a GGUF whose picture part is to come looks whole
-    large = _weight_names(transfer, selection, force) if weights or selection.entry else []
-    folder = store.snapshot(repo.name, transfer.commit)
+    download.cached.mark_used(download.commit)
+    download.cached.write_listing(download.commit, sizes)  # else a GGUF whose picture part is to come looks whole
+    large = _weight_names(download, selection, force) if weights or selection.entry else []
+    folder = download.folder
     if headers and selection.entry:
-        folder = own_cache.headers_folder(repo.name, transfer.commit)
-        transfer.get_headers(large, folder)
+        folder = download.cached.headers(download.commit)
+        download.get_headers(large, folder)
     else:
-        _get(transfer, selection, large, force)
-    with transfer.our_errors():
-        store.write_ref(repo.name, repo.revision, transfer.commit)
+        _get(download, selection, large, force)
+    with translated(repo):
+        download.cached.write_ref(repo.revision, download.commit)
     return selection.path(folder)
 
 
-def _select(transfer: Transfer, repo: Repo, form: Form | None, weights: bool = True) -> Selection:
+def _select(download: Download, repo: Repo, form: Form | None, weights: bool = True) -> Selection:
     """What of the repository is needed. Raises as `select`, and for one without a tokenizer that is read here."""
-    label, names = transfer.label, transfer.sizes
+    label, names = download.label, download.sizes
     try:
         selection = select(label, names, form=form, file=repo.file, weights=weights)
     except AdapterOnly:
-        transfer.get([layout.ADAPTER])
-        folder = store.snapshot(transfer.repo, transfer.commit)
+        download.get([layout.ADAPTER])
+        folder = download.folder
         raise layout.adapter(label, read_json_object(folder / layout.ADAPTER)) from None
     if selection.form != "gguf" and not names.keys() & set(layout.TOKENIZERS):
         raise layout.no_tokenizer(label, names)
     return selection
 
 
-def _refuse_quantized(transfer: Transfer, selection: Selection) -> None:
+def _refuse_quantized(download: Download, selection: Selection) -> None:
     """Raise QuantizedElsewhere by the config, which has arrived, before anything large is asked for."""
     if selection.form == "gguf":
         return
-    config = read_json_object(store.snapshot(transfer.repo, transfer.commit) / CONFIGS[selection.form])
-    other = next((form for form in layout.forms(transfer.sizes) if form != selection.form), None)
-    quantization.refuse(transfer.label, config, transfer.sizes if selection.form == "hf" else (), other)
+    config = read_json_object(download.folder / layout.FOLDER_FORMS[selection.form].config)
+    other = next((form for form in layout.forms(download.sizes) if form != selection.form), None)
+    quantization.refuse(download.label, config, download.sizes if selection.form == "hf" else (), other)
 
 
-def _weight_names(transfer: Transfer, selection: Selection, force: bool) -> list[str]:
+def _weight_names(download: Download, selection: Selection, force: bool) -> list[str]:
     """The weights files to fetch; with an index, which is fetched at once, the shards that it names."""
-    names = list(selection.weights)
-    if selection.index:
-        index = store.snapshot(transfer.repo, transfer.commit) / selection.index
-        if force or not index.is_file():
-            transfer.get([selection.index], force=force)
-        names = sorted(layout.shards(index))
-    if absent := [name for name in names if name not in transfer.sizes]:
+    if selection.index and (force or not (download.folder / selection.index).is_file()):
+        download.get([selection.index], force=force)
+    names = weight_files.selected(selection, download.folder)
+    if absent := [name for name in names if name not in download.sizes]:
         advice = "Tell the model's owner, or try another revision: owner/name@revision."
         why = "its index" if selection.index else f"{names[0]} is one of {len(names)} files, which"
-        raise DownloadFailed(transfer.label, f"{why} names {absent[0]}, which the repository lacks", advice)
+        raise DownloadFailed(download.label, f"{why} names {absent[0]}, which the repository lacks", advice)
     return names
 
 
-def _get(transfer: Transfer, selection: Selection, weights: Iterable[str], force: bool) -> None:
+def _get(download: Download, selection: Selection, weights: Iterable[str], force: bool) -> None:
     """Fetches what is not here in full: the small files, and then, if their config lets them be read, the `weights`."""
-    small, large = ([name for name in names if force or not transfer.has(name)] for names in (selection.side, weights))
-    _check_room(transfer, [*small, *large])
-    meter = transfer.meter([*small, *large])
-    _get_whole(transfer, small, meter, force)
+    small, large = ([name for name in names if force or not download.has(name)] for names in (selection.side, weights))
+    _check_room(download, [*small, *large])
+    progress = download.progress([*small, *large])
+    _get_whole(download, small, progress, force)
     if large:
-        _refuse_quantized(transfer, selection)
-        _get_whole(transfer, large, meter, force)
+        _refuse_quantized(download, selection)
+        _get_whole(download, large, progress, force)
 
 
-def _get_whole(transfer: Transfer, names: Sequence[str], meter: Meter, force: bool) -> None:
-    folder = store.snapshot(transfer.repo, transfer.commit)
-    transfer.get(names, meter, force=force)
+def _get_whole(download: Download, names: Sequence[str], progress: DownloadProgress, force: bool) -> None:
+    folder = download.folder
+    download.get(names, progress, force=force)
     for name in names:
-        if not store.is_whole(folder / name):
-            raise DownloadFailed(transfer.label, f"{name} arrived with another length than its header says")
+        if not cache.is_whole(folder / name):
+            raise DownloadFailed(download.label, f"{name} arrived with another length than its header says")
 
 
-def _check_room(transfer: Transfer, names: Iterable[str]) -> None:
-    needed = sum(transfer.remaining(name) for name in names)
-    existing = next(p for p in (store.cache_folder(), *store.cache_folder().parents) if p.exists())
+def _check_room(download: Download, names: Iterable[str]) -> None:
+    needed = sum(download.remaining(name) for name in names)
+    existing = next(p for p in (cache.hub_cache_folder(), *cache.hub_cache_folder().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise DiskFull(transfer.label, existing, needed, free)
+        raise DiskFull(download.label, existing, needed, free)

@@ -3,18 +3,24 @@
 Knows no terminal. Only folders are trusted to say what is ours to remove: links are taken away, never followed.
 """
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from . import large_file, layout, main_encoding, own_cache, stamps, store
-from .errors import WeightsError
+from . import cache, layout, weight_files
+from .cache import CachedRepo
+from .errors import Unreadable, WeightsError
 from .formats import serialized
-from .layout import Form
-from .selection import CONFIGS, SIDE_FILES, select
+from .formats.gguf import GgufFile
+from .formats.reader import Reader
+from .formats.safetensors import SafetensorsFile
+from .json_fields import read_json_object
+from .layout import Form, Selection
+from .progress import Progress
 
 INCOMPLETE = "incomplete"
 SERIALIZED = "serialized"
@@ -47,42 +53,43 @@ class Model:
 
 def models() -> list[Model]:
     """All models in both caches, by name."""
-    return sorted([*_from_hub(), *_own()], key=lambda model: (model.name, model.format))
+    found: list[Model] = []
+    for repo in _repos():
+        with suppress(PermissionError, Unreadable):
+            found += _models_of(repo)
+    folder = cache.models_folder()
+    for path, name in serialized_files().items():
+        found.append(_serialized(name, path, known=path.is_relative_to(folder)))
+    return sorted(found, key=lambda model: (model.name, model.format))
 
 
 def hub_names() -> list[str]:
     """The names of the models in the Hub's cache, as `models` has them, without a look into their weights."""
     names: set[str] = set()
-    for root in _repo_folders():
-        with suppress(PermissionError):
-            names |= set(_names_in(root))
+    for repo in _repos():
+        with suppress(PermissionError, Unreadable):
+            found = _stored(repo)
+            names |= {each.name for each in found}
+            if _parts(repo):
+                if all(each.is_whole() for each in found):  # else they are its missing shards
+                    names.add(repo.name)
+            elif not found and repo.notes.is_dir():
+                names.add(repo.name)
     return sorted(names)
-
-
-def _names_in(root: Path) -> Iterator[str]:
-    """The names that the models of `_in_repo` have."""
-    repo = _repo(root)
-    found = [(snapshot, form, file) for snapshot in _snapshots(root) for form, file in _forms_in(snapshot)]
-    yield from (_name(repo, snapshot, file) for snapshot, _, file in found)
-    if _parts(root):
-        if all(_is_whole(*each) for each in found):  # else they are its missing shards
-            yield repo
-    elif not found and own_cache.repo_folder(repo).is_dir():
-        yield repo
 
 
 def serialized_files() -> dict[Path, str]:
     """Serialized models: those in our own folder, named by their place in it, and those that were written elsewhere."""
-    folder = own_cache.models_folder()
+    folder = cache.models_folder()
     inside: list[Path] = []
     with suppress(PermissionError):
         inside = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     found = {path: path.relative_to(folder).as_posix() for path in inside if not path.name.startswith(".")}
     here = {path.resolve() for path in inside}
-    return found | {path: str(path) for path in stamps.files() if path not in here}
+    return found | {path: str(path) for path in cache.stamped_files() if path not in here}
 
 
-def altered(model: Model, progress: Callable[[str, int, int | None], None] | None = None) -> list[str]:
+def altered(model: Model, progress: Progress | None = None) -> list[str]:
     """The names of the model's files that are not what they were when they were fetched or written; reads them all."""
     if model.format == SERIALIZED:
         try:
@@ -107,168 +114,175 @@ def remove(model: Model) -> None:
     if model.repo is None:
         model.path.unlink()
         return
-    root = store.repo_folder(model.repo)
-    shared, parts = _shared(model), [] if model.format == INCOMPLETE else _parts(root)
-    linked = _linked(root) | {path.resolve() for path in model.files}
+    repo = CachedRepo(model.repo)
+    shared, parts = _shared(model, repo), [] if model.format == INCOMPLETE else _parts(repo)
+    linked = _linked(repo) | {path.resolve() for path in model.files}
     for path in model.files:
         if path not in shared:
             path.unlink(missing_ok=True)
-    for snapshot in _snapshots(root):
-        if snapshot.name == (model.commit or snapshot.name) and not _forms_in(snapshot):
-            shutil.rmtree(snapshot)
-            _forget(model.repo, snapshot.name, root)
-    _remove_unused_blobs(root, linked, keep=parts)
-    if not _snapshots(root) and not any((root / "blobs").glob("*")):
-        shutil.rmtree(root)
-        shutil.rmtree(own_cache.repo_folder(model.repo), ignore_errors=True)
+    for commit in _commits(repo):
+        if commit == (model.commit or commit) and not _stored_at(repo, commit):
+            shutil.rmtree(repo.snapshot(commit))
+            _forget(repo, commit)
+    _remove_unused_blobs(repo, linked, keep=parts)
+    if not _commits(repo) and not any((repo.folder / "blobs").glob("*")):
+        shutil.rmtree(repo.folder)
+        shutil.rmtree(repo.notes, ignore_errors=True)
 
 
-def _shared(model: Model) -> set[Path]:
-    """Files that another model in the same snapshot needs as well: a tokenizer, a picture part."""
-    if model.repo is None or model.commit is None:
-        return set()
-    others = _in_snapshot(model.repo, store.snapshot(model.repo, model.commit))
-    return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
+def main_encoding(path: Path, folder: Path) -> str | None:
+    """The encoding that takes most bytes of the weights file `path`, or None; the config is in `folder`.
+
+    The time at which the file was last used is not changed by reading its header.
+    """
+    if path.suffix not in (layout.SAFETENSORS, layout.GGUF) or not path.is_file():
+        return None
+    before = path.stat()
+    try:
+        if (folder / layout.CONFIG).is_file():
+            method = read_json_object(folder / layout.CONFIG).get("quantization_config")
+            if isinstance(method, dict) and method.get("load_in_4bit"):
+                return str(method.get("bnb_4bit_quant_type", "nf4"))
+        reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
+        sizes: dict[str, int] = {}
+        for tensor in reader.tensors.values():
+            sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
+        return max(sizes, key=lambda name: sizes[name], default=None)
+    except WeightsError:
+        return None
+    finally:
+        with suppress(OSError):
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _from_hub() -> Iterator[Model]:
-    for root in _repo_folders():
-        with suppress(PermissionError):
-            yield from _in_repo(root)
+@dataclass(frozen=True)
+class _Stored:
+    """A model in a snapshot, whole or not: the folder in `form`, or the GGUF `file` in it."""
 
+    repo: CachedRepo
+    commit: str
+    form: Form
+    file: str | None = None
 
-def _repo_folders() -> list[Path]:
-    """What is elsewhere is not the cache's."""
-    found = sorted(store.cache_folder().glob("models--*--*"))
-    return [root for root in found if root.is_dir() and not root.is_symlink()]
+    @property
+    def folder(self) -> Path:
+        return self.repo.snapshot(self.commit)
 
+    @property
+    def name(self) -> str:
+        """The repository; of main nothing more, nor before a first download has ended; else @ and a branch, a tag or
+        the commit."""
+        refs = _refs(self.repo)
+        names = [revision for revision, commit in refs.items() if commit == self.commit]
+        at = "" if "main" in names or not refs else f"@{names[0] if names else self.commit}"
+        return self.repo.name + at + (f":{self.file}" if self.file else "")
 
-def _repo(root: Path) -> str:
-    return root.name.removeprefix("models--").replace("--", "/", 1)
+    def is_whole(self) -> bool:
+        """Whether no shard is missing."""
+        if self.file:
+            return all((self.folder / name).is_file() for name in layout.shard_names(self.file))
+        try:
+            return bool(weight_files.in_folder(self.folder, self.form))
+        except WeightsError:
+            return False
 
+    @cached_property
+    def selection(self) -> Selection:
+        names = weight_files.file_names(self.folder, deep=True)
+        return layout.select("", names, form=self.form, file=self.file)
 
-def _in_repo(root: Path) -> list[Model]:
-    repo = _repo(root)
-    found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
-    parts = _parts(root)
-    broken = next((model for model in found if model.format == INCOMPLETE), None)
-    if broken:
-        found[found.index(broken)] = replace(
-            broken, files=(*broken.files, *parts), nbytes=broken.nbytes + sum(map(_size, parts))
+    def weights(self) -> list[Path]:
+        """The weights files that are here, an index among them, the largest first."""
+        names = set(self.selection.weights)
+        with suppress(WeightsError):
+            names |= set(weight_files.selected(self.selection, self.folder))
+        here = (self.folder / name for name in names if (self.folder / name).is_file())
+        return sorted(here, key=lambda path: -_size(path))
+
+    def model(self) -> Model:
+        asked, weights = self.repo.last_used(self.commit), self.weights()
+        files = [self.folder / name for name in self.selection.side] + weights
+        path = self.folder / self.file if self.file else self.folder
+        return Model(
+            name=self.name,
+            format=self.form if self.is_whole() else INCOMPLETE,
+            path=path,
+            files=tuple(files),
+            encoding=main_encoding(path if self.file else weights[0], self.folder) if weights else None,
+            nbytes=sum(map(_size, files)),
+            used=max([asked or 0.0, *(file.stat().st_atime for file in weights)]),
+            known=asked is not None,
+            repo=self.repo.name,
+            commit=self.commit,
         )
-    elif rest := _rest(repo, root, parts, any_model=bool(found)):
-        found.append(rest)
-    return found
 
 
-def _snapshots(root: Path) -> list[Path]:
-    return sorted(each for each in (root / "snapshots").glob("*") if each.is_dir() and not each.is_symlink())
+def _repos() -> list[CachedRepo]:
+    """The repositories in the Hub's cache; what a link leads to is not the cache's."""
+    found = sorted(cache.hub_cache_folder().glob("models--*--*"))
+    roots = [root for root in found if root.is_dir() and not root.is_symlink()]
+    return [CachedRepo(root.name.removeprefix("models--").replace("--", "/", 1)) for root in roots]
 
 
-def _parts(root: Path) -> list[Path]:
+def _commits(repo: CachedRepo) -> list[str]:
+    """Those of which there is a snapshot."""
+    folders = (repo.folder / cache.SNAPSHOTS).glob("*")
+    return sorted(each.name for each in folders if each.is_dir() and not each.is_symlink())
+
+
+def _refs(repo: CachedRepo) -> dict[str, str]:
+    """Branches and tags -> the commits that they were."""
+    refs = repo.folder / "refs"
+    files = sorted(path for path in refs.rglob("*") if path.is_file())
+    return {path.relative_to(refs).as_posix(): path.read_text(errors="replace").strip() for path in files}
+
+
+def _stored(repo: CachedRepo) -> list[_Stored]:
+    return [each for commit in _commits(repo) for each in _stored_at(repo, commit)]
+
+
+def _stored_at(repo: CachedRepo, commit: str) -> list[_Stored]:
+    names = weight_files.file_names(repo.snapshot(commit), deep=True)
+    folders = [_Stored(repo, commit, form) for form in layout.forms(names) if form != "gguf"]
+    return folders + [_Stored(repo, commit, "gguf", name) for name in layout.weight_names(names, "gguf")]
+
+
+def _models_of(repo: CachedRepo) -> list[Model]:
+    """The models of a repository; what a download left joins one that is incomplete, or is one."""
+    found, parts = [each.model() for each in _stored(repo)], _parts(repo)
+    for number, model in enumerate(found):
+        if model.format == INCOMPLETE:
+            nbytes = model.nbytes + sum(map(_size, parts))
+            found[number] = replace(model, files=(*model.files, *parts), nbytes=nbytes)
+            return found
+    rest = _rest(repo, parts, any_model=bool(found))
+    return [*found, rest] if rest else found
+
+
+def _parts(repo: CachedRepo) -> list[Path]:
     """What has arrived of contents: ours, which a download goes on with, and may come beside a whole one that is
     fetched anew; of the Hub's library those that are not whole, since what it left of others is only debris."""
-    blobs = root / "blobs"
+    blobs = repo.folder / "blobs"
     parts = [path for path in blobs.glob("*.incomplete") if path.is_file()]
     return [path for path in parts if _is_ours(path) or not (blobs / path.name.partition(".")[0]).is_file()]
 
 
 def _is_ours(part: Path) -> bool:
-    return part.name.endswith(".pixtral.incomplete")
+    return part.name.endswith(cache.PARTIAL)
 
 
-def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | None:
+def _rest(repo: CachedRepo, parts: list[Path], any_model: bool) -> Model | None:
     """What a download left before any of its weights was whole; and where there is no model, the small files and
     headers of one whose weights this program never wanted."""
     ours = all(map(_is_ours, parts))
-    noted = own_cache.repo_folder(repo)
-    if not parts and not any_model and noted.is_dir():
-        parts = [path for folder in (root / "snapshots", noted) for path in folder.rglob("*") if path.is_file()]
+    if not parts and not any_model and repo.notes.is_dir():
+        folders = (repo.folder / cache.SNAPSHOTS, repo.notes)
+        parts = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     if not parts:
         return None
     nbytes = sum(min(path.stat().st_size, path.stat().st_blocks * BLOCK) for path in parts)
     used = max(path.stat().st_mtime for path in parts)
-    return Model(repo, INCOMPLETE, root, tuple(parts), None, nbytes, used, ours, repo)
-
-
-def _suffix(root: Path, commit: str) -> str:
-    """What follows the repository's name: nothing for main, and nothing before a first download has ended; else a
-    branch, a tag or the commit after an @."""
-    refs = root / "refs"
-    files = sorted(path for path in refs.rglob("*") if path.is_file())
-    names = [path.relative_to(refs).as_posix() for path in files if _text(path) == commit]
-    return "" if "main" in names or not files else f"@{names[0] if names else commit}"
-
-
-def _name(repo: str, snapshot: Path, file: str | None) -> str:
-    name = repo + _suffix(store.repo_folder(repo), snapshot.name)
-    return f"{name}:{file}" if file else name
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip()
-
-
-def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
-    asked = own_cache.last_used(repo, snapshot.name)
-    for form, file in _forms_in(snapshot):
-        weights = _weights(snapshot, form, file)
-        files = weights if file else _side(snapshot, form) + weights
-        used = max([asked or 0.0, *(path.stat().st_atime for path in weights)])
-        yield Model(
-            _name(repo, snapshot, file),
-            form if _is_whole(snapshot, form, file) else INCOMPLETE,
-            snapshot / file if file else snapshot,
-            tuple(files),
-            main_encoding.of(snapshot / file if file else weights[0], snapshot) if weights else None,
-            sum(map(_size, files)),
-            used,
-            asked is not None,
-            repo,
-            snapshot.name,
-        )
-
-
-def _is_whole(snapshot: Path, form: Form, file: str | None) -> bool:
-    """Whether no shard is missing."""
-    if file:
-        return all((snapshot / name).is_file() for name in layout.shard_names(file))
-    try:
-        return bool(layout.weight_files(snapshot, form))
-    except WeightsError:
-        return False
-
-
-def _forms_in(snapshot: Path) -> list[tuple[Form, str | None]]:
-    """The models in a snapshot: (form, the GGUF's name)."""
-    names = _names(snapshot)
-    found: list[tuple[Form, str | None]] = [(form, None) for form in layout.forms(names) if form != "gguf"]
-    return found + [("gguf", name) for name in layout.text_ggufs(names)]
-
-
-def _names(snapshot: Path) -> list[str]:
-    """The files in the snapshot (a link whose content is gone is none)."""
-    return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-
-
-def _weights(snapshot: Path, form: Form, file: str | None) -> list[Path]:
-    chosen = select("", _names(snapshot), form=form, file=file)
-    names = set(chosen.weights)
-    if chosen.index:
-        with suppress(WeightsError):
-            names |= set(layout.shards(snapshot / chosen.index))
-    return sorted((snapshot / name for name in names if (snapshot / name).is_file()), key=lambda path: -_size(path))
-
-
-def _side(snapshot: Path, form: Form) -> list[Path]:
-    names = [*SIDE_FILES, CONFIGS[form]]
-    return [snapshot / name for name in names if (snapshot / name).is_file()]
-
-
-def _own() -> Iterator[Model]:
-    folder = own_cache.models_folder()
-    for path, name in serialized_files().items():
-        yield _serialized(name, path, known=path.is_relative_to(folder))
+    return Model(repo.name, INCOMPLETE, repo.folder, tuple(parts), None, nbytes, used, ours, repo.name)
 
 
 def _serialized(name: str, path: Path, *, known: bool) -> Model:
@@ -276,7 +290,7 @@ def _serialized(name: str, path: Path, *, known: bool) -> Model:
     with suppress(WeightsError):
         encoding = serialized.SerializedFile(path).manifest.encoding
     found = path.stat()
-    used = stamps.last_used(path) or found.st_mtime
+    used = cache.stamped_at(path) or found.st_mtime
     return Model(name, SERIALIZED, path, (path,), encoding, found.st_size, used, known)
 
 
@@ -284,41 +298,46 @@ def _is_genuine(path: Path) -> bool:
     """A content's name in the Hub's cache is its hash; a file without such a name can only be whole by its header."""
     digest = path.resolve().name
     if path.is_symlink() and len(digest) == SHA256_HEX:
-        return large_file.is_genuine(path, sha256=digest, sha1=None)
+        return cache.has_hash(path, sha256=digest)
     if path.is_symlink() and len(digest) == SHA1_HEX:
-        return large_file.is_genuine(path, sha256=None, sha1=digest)
-    return store.is_whole(path)
+        return cache.has_hash(path, sha1=digest)
+    return cache.is_whole(path)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _forget(repo: str, commit: str, root: Path) -> None:
+def _shared(model: Model, repo: CachedRepo) -> set[Path]:
+    """Files that another model in the same snapshot needs as well: a tokenizer, a picture part."""
+    others = [each.model() for each in _stored_at(repo, model.commit)] if model.commit else []
+    return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
+
+
+def _forget(repo: CachedRepo, commit: str) -> None:
     """No revision points to the commit any more, and nothing is remembered of it."""
-    for ref in [path for path in (root / "refs").rglob("*") if path.is_file()]:
-        if _text(ref) == commit:
-            ref.unlink()
-    (root / "trees" / f"{commit}.json").unlink(missing_ok=True)
-    shutil.rmtree(own_cache.headers_folder(repo, commit), ignore_errors=True)
+    for revision, at in _refs(repo).items():
+        if at == commit:
+            (repo.folder / "refs" / revision).unlink()
+    (repo.folder / "trees" / f"{commit}.json").unlink(missing_ok=True)
+    shutil.rmtree(repo.headers(commit), ignore_errors=True)
     for suffix in (".json", ".used"):
-        (own_cache.repo_folder(repo) / f"{commit}{suffix}").unlink(missing_ok=True)
-    with suppress(OSError):
-        own_cache.headers_folder(repo, commit).parent.rmdir()
-    with suppress(OSError):
-        own_cache.repo_folder(repo).rmdir()
+        (repo.notes / f"{commit}{suffix}").unlink(missing_ok=True)
+    for folder in (repo.headers(commit).parent, repo.notes):
+        with suppress(OSError):
+            folder.rmdir()
 
 
-def _linked(root: Path) -> set[Path]:
+def _linked(repo: CachedRepo) -> set[Path]:
     """The contents to which snapshots lead."""
-    return {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
+    return {path.resolve() for path in (repo.folder / cache.SNAPSHOTS).rglob("*") if path.is_symlink()}
 
 
-def _remove_unused_blobs(root: Path, linked: set[Path], keep: list[Path]) -> None:
-    """Contents to which no snapshot leads, apart from those to `keep`; one that was not `linked` before is left while
-    it is young: another process may have fetched it, and be about to link it."""
-    used = _linked(root) | {path.resolve() for path in keep}
-    blobs = root / "blobs"
+def _remove_unused_blobs(repo: CachedRepo, linked: set[Path], keep: list[Path]) -> None:
+    """Remove contents to which no snapshot leads, apart from those to `keep`; one that was not `linked` before is left
+    while it is young: another process may have fetched it, and be about to link it."""
+    used = _linked(repo) | {path.resolve() for path in keep}
+    blobs = repo.folder / "blobs"
     if blobs.is_symlink():
         return
     for blob in blobs.glob("*"):

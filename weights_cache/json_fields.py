@@ -1,7 +1,7 @@
 """A JSON object that nobody vouches for in, checked values out. Knows no meaning of a key, and no model.
 
 `Fields` is the typed access. What an error says, and its class, is its subclass's: `CheckpointFields` here,
-`Settings` for a prompt's files, `ConfigFields` for a model's sizes.
+`SideFile` for a prompt's files, `ConfigFields` for a model's sizes.
 """
 
 import json
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import lfs
 from .errors import CheckpointCorrupt, Unreadable
+from .file_kind import refuse_pointer
 
 MAX_SIZE = 2**31 - 1
 
@@ -53,7 +53,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as error:
         raise Unreadable(path, error.strerror or str(error)) from error
-    lfs.refuse_pointer(path, text)
+    refuse_pointer(path, text)
     return parse_json_object(path, text)
 
 

@@ -34,6 +34,11 @@ class Repo:
     revision: str = "main"
     file: str | None = None
 
+    @property
+    def page(self) -> str:
+        """The repository's page on the Hub."""
+        return f"{endpoint()}/{self.name}"
+
     def __str__(self) -> str:
         revision = "" if self.revision == "main" else f"@{self.revision}"
         return self.name + revision + (f":{self.file}" if self.file else "")

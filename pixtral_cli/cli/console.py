@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pixtral_cli.errors import PixtralError
 
 if TYPE_CHECKING:
-    from pixtral_cli.cli.progress import Bars
+    from weights_cache.progress import Progress
 
 CHECK_OUTPUT = "Check where standard output goes, and the room there."
 DUMB = ("dumb", "unknown")
@@ -119,11 +119,11 @@ class Console:
         _to_stderr(f"{question} [y/N] ", end="")
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
-    def progress(self, first_label: str) -> AbstractContextManager[Bars | None]:
+    def progress(self, first_label: str) -> AbstractContextManager[Progress | None]:
         """Bars on standard error while something loads; the value is to be called with each step, or None."""
         if not self._shows_progress:
             return nullcontext()
-        from pixtral_cli.cli.progress import bars
+        from pixtral_cli.cli.progress_bars import bars
 
         return bars(first_label, styled=is_styled(sys.stderr))
 
@@ -133,7 +133,7 @@ class Console:
         if not self._shows_progress:
             yield lambda: None
             return
-        from pixtral_cli.cli.progress import status
+        from pixtral_cli.cli.progress_bars import status
 
         with status(label, styled=is_styled(sys.stderr)) as stop:
             yield stop

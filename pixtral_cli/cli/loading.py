@@ -8,7 +8,7 @@ from typing import Any
 from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.flags import UsageError
 from pixtral_cli.cli.options import SourceFlags, WeightFlags
-from weights_cache import kinds
+from weights_cache import file_kind
 
 NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is never run."
 
@@ -50,7 +50,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
 
 def model_path(source: SourceFlags, weights: WeightFlags) -> str | None:
     """What to load: a GGUF among the weights, and no model named, is a model of its own."""
-    brings_its_own = named(source) is None and any(kinds.of(path) == "gguf" for path in weights.weight_path or ())
+    brings_its_own = named(source) is None and any(file_kind.of(path) == "gguf" for path in weights.weight_path or ())
     return None if brings_its_own else source.name
 
 

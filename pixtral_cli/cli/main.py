@@ -26,8 +26,6 @@ from pixtral_cli.errors import PixtralError, is_out_of_memory
 
 DEBUG = "PIXTRAL_DEBUG"
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-OUT_OF_MEMORY = "There is not enough memory for this."
-LESS_MEMORY = "Try a smaller --max-length, a smaller --max-batch-size, or a smaller picture."
 
 # Typer keeps its own copy of click, so the base of its errors is taken from Typer, never from click.
 _TyperError = next(
@@ -94,9 +92,10 @@ def run_program(arguments: list[str]) -> int:
         console.tell_error(f"Standard output cannot be written: {error.strerror}.", console.CHECK_OUTPUT)
         console.abandon_stdout()
         return FAILED
-    except SystemExit as error:  # Typer leaves like this when the reader of its help has gone
-        return _exit_code(error)
-    code = _run(command) if callable(command) else int(command or 0)
+    except SystemExit as error:  # Typer leaves with 1 when the reader of its help has gone
+        code = 0 if error.code == 1 else int(error.code or 0)
+    else:
+        code = _run(command) if callable(command) else int(command or 0)
     return code if console.flush_stdout() else code or FAILED
 
 
@@ -115,7 +114,8 @@ def _refuse(error: Any, arguments: list[str]) -> int:
     commands = [command.name for command in app.registered_commands]
     named = f"pixtral {arguments[0]}" if arguments and arguments[0] in commands else "pixtral"
     where = getattr(getattr(error, "ctx", None), "command_path", named)
-    console.tell_error(_sentence(error.format_message() + _value(error, arguments)), f"See: {where} --help")
+    text = error.format_message() + _value(error, arguments)
+    console.tell_error(text if text.endswith((".", "?", "!")) else f"{text}.", f"See: {where} --help")
     return error.exit_code
 
 
@@ -163,7 +163,8 @@ def _explained(error: Exception) -> tuple[str, str | None]:
     if isinstance(error, PixtralError | WeightsError | UsageError):
         return str(error), error.hint or f"{DEBUG}=1 shows where it comes from."
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY, LESS_MEMORY
+        less = "Try a smaller --max-length, a smaller --max-batch-size, or a smaller picture."
+        return "There is not enough memory for this.", less
     first_line = str(error).partition("\n")[0]
     return (
         f"Something unexpected went wrong: {type(error).__name__}: {first_line}",
@@ -204,14 +205,3 @@ class _Interrupts:
     def _leave(self, signum: int, frame: Any) -> None:
         console.restore_terminal()
         os._exit(INTERRUPTED)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else text + "."
-
-
-def _exit_code(leaving: SystemExit) -> int:
-    """0 for an exit because of a closed pipe, which is how Typer and rich leave then; else the code as it is."""
-    if not console.flush_stdout():
-        return FAILED
-    return 0 if leaving.code == 1 else int(leaving.code or 0)

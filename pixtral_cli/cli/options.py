@@ -84,11 +84,7 @@ class SourceFlags(FetchFlags):
         ),
     ] = None
     trust_remote_code: Annotated[
-        bool,
-        _model(
-            "--trust-remote-code",
-            help="Accepted for compatibility: code from a repository is never run.",
-        ),
+        bool, _model("--trust-remote-code", help="Accepted for compatibility: code from a repository is never run.")
     ] = False
 
     @property
@@ -120,8 +116,7 @@ class EncodingFlags:
         ),
     ] = None
     quantize_vision: Annotated[
-        bool,
-        _model("--quantize-vision", help="Pack the picture part as well; it stays bfloat16 otherwise."),
+        bool, _model("--quantize-vision", help="Pack the picture part as well; it stays bfloat16 otherwise.")
     ] = False
     double_quantization: Annotated[
         bool,
@@ -164,21 +159,12 @@ class WeightFlags(EncodingFlags):
         ),
     ] = None
     max_batch_size: Annotated[
-        int,
-        _machine(
-            "--max-batch-size",
-            metavar="N",
-            callback=within(1),
-            help="Requests that are decoded together.",
-        ),
+        int, _machine("--max-batch-size", metavar="N", callback=within(1), help="Requests that are decoded together.")
     ] = 1
     max_ce_batch_size: Annotated[
         int,
         _machine(
-            "--max-ce-batch-size",
-            metavar="N",
-            callback=within(1),
-            help="Requests whose prompts are read together.",
+            "--max-ce-batch-size", metavar="N", callback=within(1), help="Requests whose prompts are read together."
         ),
     ] = 32
     save_to_serialized_model_path: Annotated[
@@ -206,8 +192,7 @@ class RequestFlags:
     """What is asked."""
 
     prompt: Annotated[
-        str | None,
-        _request("--prompt", "-p", metavar="TEXT", callback=whole_text, help="The question."),
+        str | None, _request("--prompt", "-p", metavar="TEXT", callback=whole_text, help="The question.")
     ] = None
     image: Annotated[
         list[str] | None,
@@ -233,8 +218,7 @@ class RequestFlags:
         ),
     ] = None
     raw: Annotated[
-        bool,
-        _request("--raw", help="Continue the text as it stands, control words included, without a chat template."),
+        bool, _request("--raw", help="Continue the text as it stands, control words included, without a chat template.")
     ] = False
 
 
@@ -299,21 +283,11 @@ class SamplingFlags:
     ] = 1.0
     seed: Annotated[
         int | None,
-        _answer(
-            "--seed",
-            metavar="N",
-            callback=within_option("seed"),
-            help="The same seed, the same choices.",
-        ),
+        _answer("--seed", metavar="N", callback=within_option("seed"), help="The same seed, the same choices."),
     ] = None
     stop: Annotated[
         list[str] | None,
-        _answer(
-            "--stop",
-            metavar="TEXT",
-            callback=stop_texts,
-            help="End the answer before this text. Repeatable.",
-        ),
+        _answer("--stop", metavar="TEXT", callback=stop_texts, help="End the answer before this text. Repeatable."),
     ] = None
     ignore_eos: Annotated[bool, _answer("--ignore-eos", help="Go on after the model's end-of-answer token.")] = False
 
@@ -340,9 +314,5 @@ class ReportFlags:
 
     stats: Annotated[bool, _output("--stats", help="Tokens and speeds, on standard error.")] = False
     logprobs: Annotated[
-        bool,
-        _output(
-            "--logprobs",
-            help="Each token's log-probability: in the JSON object, else on standard error.",
-        ),
+        bool, _output("--logprobs", help="Each token's log-probability: in the JSON object, else on standard error.")
     ] = False

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,37 +45,23 @@ def age(text: str) -> float:
     return int(match[1]) * UNITS[match[2] or "d"]
 
 
-def _checked_age(text: str) -> str:
-    age(text)
-    return text
+_names = partial(
+    typer.Argument, autocompletion=CACHED.offered, help="Names as `pixtral cache list` prints them, or paths."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamesArguments:
     """Which models; all if none is named."""
 
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL]...",
-            autocompletion=CACHED.offered,
-            help="Names as `pixtral cache list` prints them, or paths.",
-        ),
-    ] = None
+    names: Annotated[list[str] | None, _names(metavar="[MODEL]...")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SomeArguments:
     """Which models; at least one."""
 
-    names: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            autocompletion=CACHED.offered,
-            help="Names as `pixtral cache list` prints them, or paths.",
-        ),
-    ]
+    names: Annotated[list[str], _names(metavar="MODEL...")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +76,8 @@ class AgeFlags:
     """What counts as old."""
 
     older_than: Annotated[
-        str,
-        typer.Option(
-            "--older-than", metavar="AGE", callback=_checked_age, help="Not used for so long: 12h, 30d or 4w."
-        ),
+        float,
+        typer.Option("--older-than", metavar="AGE", parser=age, help="Not used for so long: 12h, 30d or 4w."),
     ]
 
 
@@ -112,10 +97,10 @@ def list_models(output: OutputFlags) -> None:
 
 def path(output: OutputFlags) -> None:
     """Print the folders of the Hub's cache and of our own."""
-    from weights_cache import own_cache, store
+    from weights_cache.cache import hub_cache_folder, own_cache_folder
 
     console = output.console()
-    folders = {"hub": str(store.cache_folder()), "own": str(own_cache.own_cache_folder())}
+    folders = {"hub": str(hub_cache_folder()), "own": str(own_cache_folder())}
     console.result(folders, "".join(f"{folder}\n" for folder in folders.values()))
 
 
@@ -147,7 +132,7 @@ def remove(arguments: SomeArguments, yes: YesFlags, output: OutputFlags) -> None
 
 def prune(older: AgeFlags, yes: YesFlags, output: OutputFlags) -> None:
     """Remove what pixtral used and nobody has for long."""
-    before = time.time() - age(older.older_than)
+    before = time.time() - older.older_than
     old = [model for model in chosen(None) if model.known and model.used < before]
     _remove(old, yes.yes, output.console())
 

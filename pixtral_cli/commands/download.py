@@ -10,8 +10,8 @@ import typer
 from pixtral_cli.cli.completions import MODEL
 from pixtral_cli.cli.options import FetchFlags, OutputFlags
 from pixtral_cli.known_models import BUILT_IN
+from weights_cache.progress import Progress
 
-Progress = Callable[[str, int, int | None], None]
 EXAMPLES = """\
 Examples:
 

@@ -106,7 +106,7 @@ class Runner:
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
         spans = [chunk.sequence.span(chunk.tokens) for chunk in chunks]
         text = self.model.config.text
-        with self.threads.chosen(len(x), text.multiplications_per_token):
+        with self.threads.chosen(len(x), self.model.multiplications_per_token):
             hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
             logits = self.model.logits(hidden[wanted])
         scores = {

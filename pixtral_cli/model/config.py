@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pixtral_cli.errors import ModelError
-from weights_cache.errors import FETCH_AGAIN
+from weights_cache.errors import GetAgain
 from weights_cache.json_fields import Fields
 
 
@@ -33,31 +33,22 @@ class TextConfig:
         """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    @property
-    def multiplications_per_token(self) -> int:
-        """Of its matrices' weights with one token, the head's left out."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
-
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the Pixtral tower; lengths of pictures and patches in pixels. `feature_layer` counts layers to run."""
+    """Sizes of the Pixtral tower; lengths of images and patches in pixels. `feature_layer` counts layers to run."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
+    head_dim: int
     num_channels: int
     image_size: int
     patch_size: int
     rope_theta: float
     feature_layer: int
     norm_eps: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ class ConfigFields(Fields):
         """The error for the field `key`, whose value `why`."""
         return ModelError(
             f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {why}.",
-            hint=f"{FETCH_AGAIN}, or mend its config.json.",
+            hint=GetAgain(", or mend its config.json"),
         )
 
     def divisor(self, key: str, whole: int, default: int | None = None) -> int:

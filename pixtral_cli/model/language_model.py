@@ -23,6 +23,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        matrices = (layer for layer in self.language_model.modules() if isinstance(layer, nn.Linear))
+        self.multiplications_per_token = sum(matrix.weight.numel() for matrix in matrices)  # without the head's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,6 +46,7 @@ class LanguageModel(nn.Module):
         x = self.language_model.embed_tokens(token_ids)
         if features is None:
             return x
+        assert self.config.image_token_id is not None, self.config.architecture
         places = token_ids.eq(self.config.image_token_id)
         assert int(places.sum()) == len(features), (int(places.sum()), len(features))
         x[places] = features.to(x.dtype)

@@ -6,30 +6,28 @@ device and encoding agree, converted one at a time where they do not, so that pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pixtral_cli.model import families
+from pixtral_cli.model import families, kernels
 from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.kernels import int4, nf4
-from pixtral_cli.model.kernels.reference import PackedEmbedding, PackedLinear
+from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
+from pixtral_cli.model.kernels.reference import PackedEmbedding, ReferenceKernel
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.layers import Embedding
 from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
-from weights_cache.codecs.int4 import Int4
-from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.names import HEAD
+from weights_cache.packed import PackedRows
+from weights_cache.progress import Progress
 
 ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
 """Encoding is done in many short steps, so that its threads meet often, as those of a decode pass do."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Progress = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all
 
 
 def load(
@@ -47,8 +45,7 @@ def load(
     names = check_names(model, checkpoint)
     done, total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
     for name in names:
-        _put(model, name, encoded(checkpoint, name, placement), placement, device)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), int4.Int4Linear):
+        if _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device):
             checkpoint.release(name)  # in another order now; or, if in its own, read for its scales only
         done += checkpoint.tensors[name].nbytes
         if progress is not None:
@@ -76,14 +73,11 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
     return list(shapes)
 
 
-def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor | NF4 | Int4:
-    """One tensor in its encoding: plain, packed uint8 [rows, bytes of a row], NF4, or Int4 where the file has that.
-
-    The file's own bytes if the encodings agree.
-    """
+def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Weight:
+    """One tensor in the encoding that it is to have: the file's own bytes if it has it there."""
     stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
     if target == stored and target not in DTYPES:
-        return checkpoint.nf4(name) if target == "nf4" else checkpoint.int4(name) or checkpoint.packed(name)
+        return checkpoint.weight(name)
     weight = checkpoint.tensor(name)
     with ENCODING_THREADS.chosen(1, weight.numel() * STEPS_A_WEIGHT):
         converted = _converted(weight, target, placement.double_quantization)
@@ -92,47 +86,35 @@ def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Tensor |
     return converted
 
 
-def _converted(weight: Tensor, target: str, double: bool) -> Tensor | NF4:
+def _converted(weight: Tensor, target: str, double_quantization: bool) -> Weight:
     if target in DTYPES:
         return weight.to(DTYPES[target])
-    return nf4.encode(weight, double) if target == "nf4" else codecs.get(target).encode(weight)
+    if target == "nf4":
+        return nf4.encode(weight, double_quantization)
+    return PackedRows(target, codecs.get(target).encode(weight))
 
 
-def _put(
-    model: LanguageModel, name: str, weight: Tensor | NF4 | Int4, placement: Placement, device: torch.device
-) -> None:
-    """Give the parameter `name` its weight; a packed one turns its layer into a packed layer."""
+def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, device: torch.device) -> bool:
+    """Give the parameter `name` its weight -> whether that is in a kernel."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
-    if isinstance(weight, Tensor) and weight.dtype != torch.uint8:
+    if isinstance(layer, nn.Linear) and leaf == "weight" and (kernel := kernels.choose(weight, dtype, device)):
+        model.set_submodule(path, KernelLinear(kernel(weight, device), layer.bias))
+        return True
+    if isinstance(weight, Tensor):
         setattr(layer, leaf, nn.Parameter(weight.to(device), requires_grad=False))
-        return
-    if isinstance(weight, NF4):
-        packed: nn.Module = nf4.NF4Linear(weight.to(device), layer.bias)
     else:
-        packed = _packed_layer(layer, weight, placement.encodings[name], DTYPES[placement.dtype], device)
-    model.set_submodule(path, packed)
-
-
-def _packed_layer(
-    layer: nn.Module, weight: Tensor | Int4, encoding: str, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
-    """What multiplies or looks up with `weight` in place of `layer`: the kernel's layer where there is one."""
-    if isinstance(layer, nn.Linear) and int4.takes(encoding, layer.out_features, dtype, device):
-        ordered = weight if isinstance(weight, Int4) else Int4.from_rows(encoding, weight)
-        return int4.Int4Linear(ordered, layer.bias)
-    codec, rows = codecs.get(encoding), (weight.rows() if isinstance(weight, Int4) else weight).to(device)
-    if isinstance(layer, Embedding):
-        return PackedEmbedding(codec, rows, dtype)
-    return PackedLinear(codec, rows, layer.bias)
+        model.set_submodule(path, PackedEmbedding(weight, dtype, device))
+    return False
 
 
 def _tie(model: LanguageModel) -> None:
-    embedding = model.language_model.embed_tokens
-    if isinstance(embedding, PackedEmbedding):
-        model.lm_head = PackedLinear(embedding.codec, embedding.packed)
+    """Let the head multiply with the table of embeddings, in the order that rows are looked up in: no copy is made."""
+    table = model.language_model.embed_tokens
+    if isinstance(table, PackedEmbedding):
+        model.lm_head = KernelLinear(ReferenceKernel(table.weight, model.device))
     else:
-        model.lm_head.weight = embedding.weight
+        model.lm_head.weight = table.weight
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:

@@ -14,11 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixtral_cli.encodings import CHOICES, ENCODINGS
+from pixtral_cli.encodings import CHOICES
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.placement import Placement, place
+from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
+from weights_cache.names import EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,9 @@ WORKSPACE = 256 * 2**20  # bytes; activations and buffers beside the weights
 LENGTHS = (4096, 32768, 131072)  # tokens
 SMI_TIMEOUT = 5.0  # seconds
 GIB = 2**30
+WEIGHTS_PER_KERNEL_BYTE = {"q4_0": 8, "q4_k": 8, "nf4": 32}
+"""What kernels.int4 has beside the codes is a bfloat16 scale and zero for 32 weights, kernels.nf4 a scale for 64; they
+import torch, and so cannot be asked here."""
 KV_SHARE = 0.9  # of what the weights leave: some is for images on their way
 LEAST = 256  # tokens, with which something can be asked
 
@@ -83,12 +88,13 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 
 
 def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that the CPU's 4-bit kernel wants beside these weights: a scale and a zero, bfloat16, for each 32 of them.
-
-    Those of `kernels.int4`, which imports torch and so cannot be asked here; counted where the kernel is absent, too.
-    """
-    matrices = (t for n, t in tensors.items() if placement.encodings[n] in ("q4_0", "q4_k") and "embed_tokens" not in n)
-    return sum(prod(tensor.shape) // 8 for tensor in matrices if tensor.shape[0] % 64 == 0)
+    """Bytes that the CPU's 4-bit kernels want beside these weights; counted where a kernel is absent, too."""
+    named = ((placement.encodings[name], tensor) for name, tensor in tensors.items() if name != EMBEDDING)
+    return sum(
+        prod(tensor.shape) // WEIGHTS_PER_KERNEL_BYTE[encoding]
+        for encoding, tensor in named
+        if encoding in WEIGHTS_PER_KERNEL_BYTE and tensor.shape[0] % ENCODINGS[encoding].kernel_rows == 0
+    )
 
 
 def _bytes(tensor: TensorInfo, encoding: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from pixtral_cli.encodings import ENCODINGS, Encoding
+from weights_cache.encodings import ENCODINGS, Encoding
 from weights_cache.formats.reader import TensorInfo
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")

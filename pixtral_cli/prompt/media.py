@@ -1,6 +1,7 @@
-"""What a user calls a picture in, an upright RGB PIL image out; knows no sizes, patches or tokens.
+"""What a user calls an image in, an upright RGB PIL image out; knows no sizes, patches or tokens.
 
-Only the formats listed are tried, and the header's size is checked before a pixel is decoded.
+Only the formats listed are tried, and the header's size is checked before a pixel is decoded. `ImageReader` reads for
+whoever runs the program; a server's subclass lets a request name less.
 """
 
 from __future__ import annotations
@@ -10,115 +11,171 @@ import sys
 import threading
 import warnings
 from base64 import b64decode
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import (
+    PASSWORD,
     ImageDamaged,
     ImageError,
     ImageNotFound,
     ImageTooLarge,
     ImageUnreadable,
-    without_password,
 )
 from pixtral_cli.prompt.image import to_rgb
-from pixtral_cli.prompt.settings import reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_000_000
 KEPT_PIXELS = 4_000_000
-"""Up to this size, 16 MB, a picture is kept decoded. To decode 12 million pixels again takes a tenth of a second."""
+"""Up to this size, 16 MB, an image is kept decoded. To decode 12 million pixels again takes a tenth of a second."""
 MAX_PIPE_BYTES = 256 * 2**20
 ADDRESS = re.compile(r"\s*(data|file|https?):", re.IGNORECASE)
 OTHER_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 STDIN = "-"
 FROM_ARRAY = "Of an array, PIL.Image.fromarray makes a picture."
-Fetch = Callable[[str], bytes]
-Turn = Callable[[int], AbstractContextManager[Any]]
-"""A number of pixels -> a context that is held while a picture of that size is in memory."""
 PIL_SETTINGS = threading.Lock()
 """Held while PIL works: its pixel limit and Python's warning filters belong to the whole process."""
 
 
-def fetch_url(url: str) -> bytes:
-    """`fetch.fetch`, whose libraries only a download needs."""
-    from pixtral_cli.prompt.fetch import fetch
+class ImageReader:
+    """Reads images for whoever runs the program: any path, http(s) address, data: URI, pipe, bytes or PIL.Image.
 
-    return fetch(url)
-
-
-def load(source: Any, *, max_pixels: int = MAX_PIXELS, fetch: Fetch = fetch_url) -> Image.Image:
-    """The picture as people see it: first frame, upright, transparency on white, 8-bit RGB.
-
-    Args:
-        source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
-            the bytes of a file, or a PIL.Image; what `load` gave comes back as it is.
-        max_pixels: width times height that the header may state.
-        fetch: gets an http(s) address; raises ImageFetchFailed.
-
-    Raises:
-        ImageError: ImageNotFound, ImageUnreadable, ImageTooLarge or ImageFetchFailed, naming the picture.
+    Everything that a stranger must not do is in a method of its own (`read_path`, `read_other`, `download`), and so is
+    what the process shares (`pil_settings`, `memory`): a subclass has stricter ones.
     """
-    name = name_of(source)
-    if hasattr(source, "convert") and hasattr(source, "size"):
-        with _pil_set_up(), _sentences(name):
-            _check_size(source, name, max_pixels)
-            return to_rgb(source)
-    with _file(source, name, fetch) as file, _pil_set_up(), decoded(file, name, max_pixels=max_pixels) as picture:
-        return picture
+
+    max_pixels = MAX_PIXELS
+    """Width times height that the header may state."""
+
+    @contextmanager
+    def opened(self, source: Any) -> Iterator[Image.Image]:
+        """The image as people see it: first frame, upright, transparency on white, 8-bit RGB.
+
+        Args:
+            source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
+                the bytes of a file, or a PIL.Image; what `opened` gave comes back as it is.
+
+        Raises:
+            ImageError: ImageNotFound, ImageUnreadable, ImageTooLarge or ImageFetchFailed, naming the image.
+        """
+        name = name_of(source)
+        with ExitStack() as memory:
+            with self.read(source, name) as file:
+                image = self.decode(file, name, memory)
+            yield image
+
+    def checked(self, source: Any) -> Any:
+        """Decode an image, so that what is wrong with it is told now. Returns what can be opened in its place.
+
+        Standard input and the web are read only once. A large image is kept as its bytes, or by its name if it is a
+        file: many decoded ones would fill the memory before they are needed.
+
+        Raises:
+            ImageError: as `opened`.
+        """
+        name = name_of(source)
+        with self.read(source, name) as file, ExitStack() as memory:
+            image = self.decode(file, name, memory)
+            if image.width * image.height <= KEPT_PIXELS:
+                return image
+            return file.getvalue() if isinstance(file, BytesIO) else source
+
+    def decode(self, file: Any, name: str, memory: ExitStack) -> Image.Image:
+        """The image in a file, or a PIL.Image; `memory` then holds what its pixels take."""
+        with self.pil_settings():
+            with _sentences(name):
+                image = file if _is_image(file) else _header(file, name)
+                _check_size(image, name, self.max_pixels)
+            memory.enter_context(self.memory(image.width * image.height, name))
+            with _sentences(name):
+                return to_rgb(image)
+
+    def read(self, source: Any, name: str) -> AbstractContextManager[Any]:
+        """The open file that `source` stands for; a PIL.Image stands for itself. Raises ImageError."""
+        found = ADDRESS.match(source) if isinstance(source, str) else None
+        if found is None:
+            return self.read_other(source, name)
+        source, scheme = without_blanks(source), found[1].lower()
+        if scheme == "data":
+            return BytesIO(data_uri(source, name))
+        if scheme == "file":
+            return self.read_path(file_address(source, name), name)
+        return BytesIO(self.download(source))
+
+    def read_other(self, source: Any, name: str) -> AbstractContextManager[Any]:
+        """What is no address: bytes, an image, a path or standard input."""
+        if _is_image(source):
+            return nullcontext(source)
+        if isinstance(source, (bytes, bytearray)):
+            return BytesIO(source)
+        if not (isinstance(source, str) or hasattr(source, "__fspath__")):
+            raise ImageUnreadable(name, "it is no path, address, bytes or PIL.Image", FROM_ARRAY)
+        if source == STDIN:
+            return _standard_input(name)
+        if source == "":
+            raise ImageUnreadable(name, "it has no name")
+        path = Path(source)
+        if isinstance(source, str) and not _exists(path):
+            if OTHER_ADDRESS.match(source):
+                raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+            path = _from_home(source)
+        return self.read_path(path, name)
+
+    def read_path(self, path: Path, name: str) -> BinaryIO:
+        try:
+            file = path.open("rb")
+        except IsADirectoryError as error:
+            raise ImageUnreadable(name, "it is a folder") from error
+        except PermissionError as error:
+            raise ImageUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
+        except (OSError, ValueError) as error:  # missing, a name too long, a NUL
+            raise ImageNotFound(name) from error
+        if file.seekable():
+            return file
+        with file:  # a named pipe
+            return _limited(file, name)
+
+    def download(self, url: str) -> bytes:
+        """The bytes at an http(s) address. Raises ImageFetchFailed."""
+        from pixtral_cli.prompt.fetch import fetch
+
+        return fetch(url)
+
+    @contextmanager
+    def pil_settings(self) -> Iterator[None]:
+        """PIL's own size check off (ours states both numbers), and no warnings of odd metadata, which nobody can mend.
+
+        Both belong to the whole process, so one image is decoded at a time.
+        """
+        from PIL import Image
+
+        with PIL_SETTINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                yield
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+
+    def memory(self, pixels: int, name: str) -> AbstractContextManager[Any]:
+        """Entered before `pixels` are decoded, left when the image is no longer needed."""
+        return nullcontext()
 
 
-@contextmanager
-def opened(source: Any) -> Iterator[Image.Image]:
-    """What `load` gives, for `Processor.open_picture`."""
-    yield load(source)
+_READER = ImageReader()
+opened, checked = _READER.opened, _READER.checked
 
 
-def checked(source: Any) -> Any:
-    """Read and decode a picture, so that what is wrong with it is told now. Returns what `load` takes in its place.
-
-    Standard input and the web are read only once. A large picture is kept as its bytes, or by its name if it is a file:
-    many decoded ones would fill the memory before they are needed.
-
-    Raises:
-        ImageError: as `load`.
-    """
-    name = name_of(source)
-    with _file(source, name, fetch_url) as file, _pil_set_up(), decoded(file, name) as picture:
-        if picture.width * picture.height <= KEPT_PIXELS:
-            return picture
-        return file.getvalue() if isinstance(file, BytesIO) else source
-
-
-@contextmanager
-def decoded(
-    file: BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, turn: Turn = lambda pixels: nullcontext()
-) -> Iterator[Image.Image]:
-    """The picture in `file`, as `load` gives it.
-
-    PIL's own pixel check should be off (`Image.MAX_IMAGE_PIXELS` None) and warnings silent: both belong to the whole
-    process, so a server sets them once, and `load` around each picture.
-
-    Args:
-        turn: entered with the number of pixels that the header states, before they are decoded; left with the picture.
-
-    Raises:
-        ImageError: ImageUnreadable (ImageDamaged in a decoder's words) or ImageTooLarge.
-    """
-    with _sentences(name):
-        picture = _open(file, name)
-        _check_size(picture, name, max_pixels)
-    with turn(picture.width * picture.height):
-        with _sentences(name):
-            picture = to_rgb(picture)
-        yield picture
+def _is_image(source: Any) -> bool:
+    return hasattr(source, "convert") and hasattr(source, "size")
 
 
 def name_of(source: Any) -> str:
@@ -129,42 +186,13 @@ def name_of(source: Any) -> str:
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
     if source == STDIN:
         return "from standard input"
-    source = without_password(source) or '""'
+    source = PASSWORD.sub(r"\1", source) or '""'
     return source if len(source) <= 120 else f"{source[:40]}…"
-
-
-def _file(source: Any, name: str, fetch: Fetch) -> BinaryIO:
-    if isinstance(source, (bytes, bytearray)):
-        return BytesIO(source)
-    if not (isinstance(source, str) or hasattr(source, "__fspath__")):
-        raise ImageUnreadable(name, "it is no path, address, bytes or PIL.Image", FROM_ARRAY)
-    if source == STDIN:
-        return _standard_input(name)
-    if isinstance(source, str):
-        return _named(source, name, fetch)
-    return _path(Path(source), name)
 
 
 def without_blanks(source: str) -> str:
     """An address without the blanks around it; the name of a file keeps them."""
     return source.strip() if ADDRESS.match(source) else source
-
-
-def _named(source: str, name: str, fetch: Fetch) -> BinaryIO:
-    source = without_blanks(source)
-    scheme = source[:8].partition(":")[0].lower()
-    if scheme in ("http", "https"):
-        return BytesIO(fetch(source))
-    if scheme == "data":
-        return BytesIO(data_uri(source, name))
-    if scheme == "file":
-        return _path(file_address(source, name), name)
-    if source == "":
-        raise ImageUnreadable(name, "it has no name")
-    path = Path(source)
-    if OTHER_ADDRESS.match(source) and not _exists(path):
-        raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
-    return _path(path if _exists(path) else _from_home(source), name)
 
 
 def file_address(source: str, name: str) -> Path:
@@ -209,21 +237,6 @@ def _limited(pipe: BinaryIO, name: str) -> BinaryIO:
     return BytesIO(data)
 
 
-def _path(path: Path, name: str) -> BinaryIO:
-    try:
-        file = path.open("rb")
-    except IsADirectoryError as error:
-        raise ImageUnreadable(name, "it is a folder") from error
-    except PermissionError as error:
-        raise ImageUnreadable(name, "no permission to read it", "Check the file's permissions.") from error
-    except (OSError, ValueError) as error:  # missing, a name too long, a NUL
-        raise ImageNotFound(name) from error
-    if file.seekable():
-        return file
-    with file:  # a named pipe
-        return _limited(file, name)
-
-
 def data_uri(uri: str, name: str) -> bytes:
     """What a data: URI holds. Raises ImageUnreadable."""
     head, comma, body = uri.partition(",")
@@ -241,20 +254,6 @@ def data_uri(uri: str, name: str) -> bytes:
 
 
 @contextmanager
-def _pil_set_up() -> Iterator[None]:
-    """PIL's own size check off (ours states both numbers), and no warnings of odd metadata, which nobody can mend."""
-    from PIL import Image
-
-    with PIL_SETTINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-@contextmanager
 def _sentences(name: str) -> Iterator[None]:
     """Decoders of damaged files raise nearly anything; all of it means that the picture cannot be read."""
     from PIL import UnidentifiedImageError
@@ -269,8 +268,8 @@ def _sentences(name: str) -> Iterator[None]:
         raise ImageDamaged(name, f"it is damaged or cut short ({reason_of(error)})") from error
 
 
-def _open(file: BinaryIO, name: str) -> Image.Image:
-    """Read the header."""
+def _header(file: BinaryIO, name: str) -> Image.Image:
+    """The image, of which only the header has been read."""
     from PIL import Image
 
     if not file.read(1):

@@ -1,15 +1,15 @@
-"""A conversation in, token ids by Mistral's own rules out, one mark per picture; knows no Jinja and no pixels.
+"""A conversation in, token ids by Mistral's own rules out, one mark per image; knows no Jinja and no pixels.
 
 Source: mistral-common `protocol/instruct/normalize.py` and `tokens/tokenizers/instruct.py`. V3 (Pixtral-12B, NeMo)
-writes the system text into the last user turn; V7 and later have a turn for it. Tools stand before the last user turn,
-from V13 on before the first. How calls are written is in `tool_calls.py`. An assistant's last turn is continued: it
-has no end, as with mistral-common's `prefix`.
+writes the system text into the last user message; V7 and later have a message for it. Tools stand before the last user
+message, from V13 on before the first. How calls are written is in `tool_calls.py`. An assistant's last message is
+continued: it has no end, as with mistral-common's `prefix`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,16 +20,19 @@ from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, ToolCall, value_of
 
 NEEDED = ("[INST]", "[/INST]")
-FOR_TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+FOR_TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", CALLS, "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 PIXTRAL = 3
-SYSTEM_TURNS = 7
+"""The version of Pixtral-12B. Below: the first versions with a rule."""
+SYSTEM_MESSAGES = 7
+"""System messages stand by themselves."""
 NAMED_CALLS = 11
+"""Calls are no JSON list, and results come in the order of their calls."""
 TOOLS_FIRST = 13
+"""Tools stand before the first user message, and calls have no ids."""
 TEXTS_TOUCH = 15
+"""Nothing stands between the texts of one message."""
 RESULTS_SHOW = 15
-"""Pixtral's version, and the first ones with system turns, with calls that are no JSON list and results in the order of
-their calls, with tools before the first user turn and calls without ids, with nothing between the texts of one message,
-and with pictures in results."""
+"""Results can hold images."""
 
 
 def knows_tools(tokenizer: Tokenizer) -> bool:
@@ -51,7 +54,7 @@ def version_of(template: str | None, written: int | None) -> int:
     """
     if template is None or "system" not in template.lower():
         return written or PIXTRAL
-    return max(SYSTEM_TURNS, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
+    return max(SYSTEM_MESSAGES, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
 
 
 @dataclass
@@ -69,36 +72,36 @@ class MistralFormat:
     @property
     def call_form(self) -> CallForm:
         """How the model writes its calls of tools."""
-        if "[TOOL_CALLS]" not in self.tokenizer.controls:
+        if CALLS not in self.tokenizer.controls:
             return "text"
         if self.version < NAMED_CALLS:
             return "list"
         return "named with id" if self.version < TOOLS_FIRST else "named"
 
     def arranged(self, conversation: Conversation) -> Conversation:
-        """The turns, pictures included, in the order in which they are written."""
+        """The conversation as `encode` takes it: all messages, and images, in the order in which they are written."""
         if self.version < RESULTS_SHOW:
             conversation = conversation.images_after_results()
-        turns = conversation.merged(apart=("system",)).messages
-        return Conversation(tuple(_results_in_order(turns) if self.version >= NAMED_CALLS else turns))
+        messages = conversation.merged(apart=("system",)).messages
+        return Conversation(_results_in_order(messages) if self.version >= NAMED_CALLS else messages)
 
     def encode(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
-        """Token ids up to where the answer begins; every picture is one image token."""
-        ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        turns = list(self.arranged(conversation).messages)
+        """Token ids of an `arranged` conversation, up to where the answer begins; every image is one image token."""
+        messages = list(conversation.messages)
         system = ""
-        if self.version < SYSTEM_TURNS:
-            texts = [self._joined(turn.parts) for turn in turns if turn.role == "system"]
+        if self.version < SYSTEM_MESSAGES:
+            texts = [self._joined(message.parts) for message in messages if message.role == "system"]
             system = JOIN.join(text for text in texts if text)
-            turns = user_first([turn for turn in turns if turn.role != "system"])
-        elif tools and all(turn.role != "user" for turn in turns):  # tools need one to stand before
-            start = 1 if turns[0].role == "system" else 0
-            turns = turns[:start] + user_first(turns[start:])
-        users = [index for index, turn in enumerate(turns) if turn.role == "user"] or [-1]
-        for index, turn in enumerate(turns):
+            messages = user_first([message for message in messages if message.role != "system"])
+        elif tools and all(message.role != "user" for message in messages):  # tools need one to stand before
+            start = 1 if messages[0].role == "system" else 0
+            messages = messages[:start] + user_first(messages[start:])
+        users = [index for index, message in enumerate(messages) if message.role == "user"] or [-1]
+        ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        for index, message in enumerate(messages):
             if index == users[0 if self.version >= TOOLS_FIRST else -1]:
                 ids += self._tools(tools)
-            ids += self._turn(turn, system if index == users[-1] else "")
+            ids += self._message(message, system if index == users[-1] else "")
         return ids[:-1] if conversation.is_continued else ids
 
     def _tools(self, tools: Sequence[Tool]) -> list[int]:
@@ -106,15 +109,46 @@ class MistralFormat:
             return []
         return self._between("[AVAILABLE_TOOLS]", self._json([tool.described for tool in tools]), "[/AVAILABLE_TOOLS]")
 
-    def _turn(self, turn: Message, system: str) -> list[int]:
-        if turn.role == "system":
-            return self._between("[SYSTEM_PROMPT]", self._text(self._joined(turn.parts)), "[/SYSTEM_PROMPT]")
-        if turn.role == "assistant":
-            said = [*self._text(self._joined(turn.parts).rstrip(" ")), *self._calls(turn.tool_calls)]
-            return [*said, self.tokenizer.eos_id]  # type: ignore[list-item]
-        if turn.role == "tool":
-            return self._between("[TOOL_RESULTS]", self._result(turn), "[/TOOL_RESULTS]")
-        return self._between("[INST]", self._user(turn, system), "[/INST]")
+    def _message(self, message: Message, system: str) -> list[int]:
+        if message.role == "system":
+            return self._between("[SYSTEM_PROMPT]", self._text(self._joined(message.parts)), "[/SYSTEM_PROMPT]")
+        if message.role == "tool":
+            return self._between("[TOOL_RESULTS]", self._result(message), "[/TOOL_RESULTS]")
+        if message.role == "user":
+            return self._between("[INST]", self._user(message, system), "[/INST]")
+        said = self._text(self._joined(message.parts).rstrip(" "))
+        assert self.tokenizer.eos_id is not None, "see `can_chat`"
+        return [*said, *self._calls(message.tool_calls), self.tokenizer.eos_id]
+
+    def _user(self, message: Message, system: str) -> list[int]:
+        """Text alone is tokenised in one with the system text; with images, part by part."""
+        lead = system + JOIN if system else ""
+        if not message.has_images:
+            return self._text(lead + self._joined(message.parts))
+        parts = [part for part in message.parts if part != TextPart("")]
+        if len(message.images) == 1 and isinstance(parts[-1], ImagePart):  # a single image after texts comes first
+            parts = [parts[-1], *parts[:-1]]
+        return self._text(lead) + self._parts(parts)
+
+    def _result(self, message: Message) -> list[int]:
+        text = self._joined(message.parts)
+        if self.version < SYSTEM_MESSAGES:
+            return self._json({"content": value_of(text), "call_id": message.call_id})
+        if self.version < TOOLS_FIRST:
+            return [*self._text(message.call_id), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
+        return self._parts(message.parts)
+
+    def _calls(self, calls: Sequence[ToolCall]) -> list[int]:
+        if calls and self.call_form in ("list", "text"):
+            listed = [{"name": call.name, "arguments": value_of(call.arguments), "id": call.id} for call in calls]
+            return [*self._mark(CALLS), *self._json(listed)]
+        ids: list[int] = []
+        for call in calls:
+            ids += [*self._mark(CALLS), *self._text(call.name)]
+            if self.call_form == "named with id":
+                ids += [*self._mark(CALL_ID), *self._text(call.id)]
+            ids += [*self._mark(ARGS), *self._json(value_of(call.arguments))]
+        return ids
 
     def _between(self, begin: str, ids: list[int], end: str) -> list[int]:
         return [*self._mark(begin), *ids, *self._mark(end)]
@@ -123,74 +157,35 @@ class MistralFormat:
         """Nothing where the vocabulary is older than this control token."""
         return [self.tokenizer.control(name)] if name in self.tokenizer.controls else []
 
-    def _calls(self, calls: tuple[ToolCall, ...]) -> list[int]:
-        if not calls:
-            return []
-        if self.call_form in ("list", "text"):
-            listed = [{"name": call.name, "arguments": value_of(call.arguments), "id": call.id} for call in calls]
-            return [*self._mark(CALLS), *self._json(listed)]
-        return [id for call in calls for id in self._named(call)]
+    def _parts(self, parts: Sequence[Part]) -> list[int]:
+        """Neighbouring texts are tokenised in one."""
+        ids: list[int] = []
+        for is_text, group in groupby(parts, key=lambda part: isinstance(part, TextPart)):
+            neighbours = list(group)
+            ids += self._text(self._joined(neighbours)) if is_text else self._mark("[IMG]") * len(neighbours)
+        return ids
 
-    def _named(self, call: ToolCall) -> list[int]:
-        id = [*self._mark(CALL_ID), *self._text(call.id)] if self.call_form == "named with id" else []
-        arguments = self._json(value_of(call.arguments))
-        return [*self._mark(CALLS), *self._text(call.name), *id, *self._mark(ARGS), *arguments]
-
-    def _result(self, turn: Message) -> list[int]:
-        text = self._joined(turn.parts)
-        if self.version < SYSTEM_TURNS:
-            return self._json({"content": value_of(text), "call_id": turn.call_id})
-        if self.version < TOOLS_FIRST:
-            return [*self._text(turn.call_id), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
-        return self._in_pieces(self._pieces(turn.parts)) if turn.has_images else self._text(text)
-
-    def _json(self, value: Any) -> list[int]:
-        return self._text(json.dumps(value, ensure_ascii=False))
-
-    def _user(self, turn: Message, system: str) -> list[int]:
-        """Text alone is tokenised in one with the system text; with pictures, piece by piece."""
-        lead = system + JOIN if system else ""
-        if not turn.has_images:
-            return self._text(lead + self._joined(turn.parts))
-        pieces = self._pieces(turn.parts)
-        if isinstance(pieces[-1], ImagePart) and all(isinstance(piece, TextPart) for piece in pieces[:-1]):
-            pieces = [pieces[-1], *pieces[:-1]]  # a single picture at the end of only texts
-        return self._text(lead) + self._in_pieces(pieces)
-
-    def _pieces(self, parts: Iterable[Part]) -> list[Part]:
-        """The parts with neighbouring texts joined."""
-        pieces: list[Part] = []
-        for part in parts:
-            if isinstance(part, TextPart) and pieces and isinstance(pieces[-1], TextPart):
-                pieces[-1] = TextPart(self._joined((pieces[-1], part)))
-            elif part != TextPart(""):
-                pieces.append(part)
-        return pieces
-
-    def _in_pieces(self, pieces: Iterable[Part]) -> list[int]:
-        return [id for piece in pieces for id in self._part(piece)]
-
-    def _joined(self, parts: tuple[Part, ...]) -> str:
+    def _joined(self, parts: Sequence[Part]) -> str:
         join = "" if self.version >= TEXTS_TOUCH else JOIN
         return join.join(part.text for part in parts if isinstance(part, TextPart) and part.text)
 
-    def _part(self, part: Part) -> list[int]:
-        return [self.tokenizer.control("[IMG]")] if isinstance(part, ImagePart) else self._text(part.text)
+    def _json(self, value: Any) -> list[int]:
+        return self._text(json.dumps(value, ensure_ascii=False))
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) if text else []
 
 
-def _results_in_order(turns: Iterable[Message]) -> list[Message]:
+def _results_in_order(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Neighbouring results of tools in the order in which their calls were made."""
     ordered: list[Message] = []
     called: dict[str, int] = {}
-    for is_result, group in groupby(turns, key=lambda turn: turn.role == "tool"):
+    for is_result, group in groupby(messages, key=lambda message: message.role == "tool"):
         if is_result:
-            ordered += sorted(group, key=lambda turn: called.get(turn.call_id, len(called)))
+            ordered += sorted(group, key=lambda message: called.get(message.call_id, len(called)))
             called = {}
             continue
-        for turn in group:
-            ordered.append(turn)
-            called |= {call.id: len(called) + place for place, call in enumerate(turn.tool_calls)}
-    return ordered
+        for message in group:
+            ordered.append(message)
+            called |= {call.id: len(called) + place for place, call in enumerate(message.tool_calls)}
+    return tuple(ordered)

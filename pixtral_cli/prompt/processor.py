@@ -23,16 +23,16 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare
 from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
 
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
-GIVE_PICTURES = 'Write images=["a.png", "b.png"].'
+GIVE_IMAGES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
-OpenPicture = Callable[[Any], AbstractContextManager[Any]]
+OpenImage = Callable[[Any], AbstractContextManager[Any]]
 """A picture's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
 
 
@@ -75,7 +75,7 @@ class ImageTokens:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, config: Settings) -> ImageTokens | None:
+    def of(cls, tokenizer: Tokenizer, config: SideFile) -> ImageTokens | None:
         """Their names are Pixtral's unless processor_config.json has others."""
         names = (
             config.token("image_token", None) or "[IMG]",
@@ -107,7 +107,7 @@ class Processor:
     image_tokens: ImageTokens | None
     recipe: Recipe
     spec: ImageSpec
-    open_picture: OpenPicture = media.opened
+    open_image: OpenImage = media.opened
     sizes_only: bool = False
     """Whether nobody will ask for pixels."""
 
@@ -120,7 +120,7 @@ class Processor:
         patch_size: int = 16,
         image_size: int = 1024,
         spatial_merge: int = 1,
-        open_picture: OpenPicture = media.opened,
+        open_image: OpenImage = media.opened,
     ) -> Processor:
         """Read the tokenizer, template and picture settings of a checkpoint.
 
@@ -128,11 +128,11 @@ class Processor:
             image_preprocessing: "hf" or "native"; by default the checkpoint's form, and "hf" for a GGUF.
             patch_size, image_size: of the vision tower, in pixels; the preprocessor's own longest side wins.
             spatial_merge: patches that become one token, along each side.
-            open_picture: makes a picture's source an RGB PIL.Image, for as long as it is needed.
+            open_image: makes a picture's source an RGB PIL.Image, for as long as it is needed.
 
         Raises:
             TokenizerUnreadable: no tokenizer, or a damaged one.
-            SettingsUnreadable: a damaged file of settings.
+            SideFileUnreadable: a damaged file of settings.
             PromptError: an unknown `image_preprocessing`.
         """
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
@@ -140,18 +140,18 @@ class Processor:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
         written = getattr(checkpoint, "written_tokenizer", None)
         tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
-        processor_config = Settings.read(checkpoint.file("processor_config.json"))
+        processor_config = SideFile.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
             spec = spec.with_preprocessor(processor_config.section("image_processor"))
-            spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
+            spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
             _chat_format(checkpoint, tokenizer, written),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
-            open_picture,
+            open_image,
         )
 
     def chat(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> Prompt:
@@ -160,73 +160,75 @@ class Processor:
         Raises:
             NoChatTemplate, TemplateFailed, ImagesUnsupported, ImageError.
         """
-        if self.chat_format is None:
-            raise NoChatTemplate
-        has_tools = tools or conversation.has_tool_messages
-        chat_format = self._format_for_tools(self.chat_format) if has_tools else self.chat_format
-        images = self._prepare(chat_format.arranged(conversation).images)
+        chat_format = self._format_for(bool(tools) or conversation.has_tool_messages)
+        conversation = chat_format.arranged(conversation)
+        images = self._prepare(conversation.images)
         ids = self._filled(chat_format.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         return Prompt(ids, images, not in_text, tuple(tools), chat_format.call_form)
 
-    def _format_for_tools(self, chat_format: ChatTemplate | MistralFormat) -> ChatTemplate | MistralFormat:
-        """Mistral's own rules in place of a template that passes over tools, as Pixtral-12B's does."""
-        if isinstance(chat_format, ChatTemplate) and not chat_format.knows_tools and knows_tools(self.tokenizer):
-            return MistralFormat(self.tokenizer, chat_format.source)
-        return chat_format
-
-    def complete(self, text: str, pictures: Sequence[Any] = ()) -> Prompt:
+    def complete(self, text: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.
 
         Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``. Texts of
-        strangers therefore belong in a chat, where they stay text. Each ``[IMG]`` stands for a picture; with pictures
-        and no ``[IMG]`` they come first. Without pictures ``[IMG]`` is text: an image token always has an image.
+        strangers therefore belong in a chat, where they stay text. Each ``[IMG]`` stands for an image; with images
+        and no ``[IMG]`` they come first. Without images ``[IMG]`` is text: an image token always has an image.
 
         Raises:
-            ImagesMisplaced: as many ``[IMG]`` as pictures are needed, or none.
-            PromptError: `text` is no text, or `pictures` no list of pictures.
+            ImagesMisplaced: as many ``[IMG]`` as images are needed, or none.
+            PromptError: `text` is no text, or `images` no list of images.
         """
         if not isinstance(text, str):
             raise PromptError(f"The text to continue should be a string, not {type(text).__name__}.", GIVE_TEXT)
-        pictures = _listed(pictures)
-        pieces = text.split(IMAGE_MARK) if pictures else [text]
-        if len(pieces) == 1:
-            pieces = [""] * len(pictures) + pieces
-        if len(pieces) != len(pictures) + 1:
-            raise ImagesMisplaced(len(pieces) - 1, len(pictures))
-        images = self._prepare(map(ImagePart, pictures))
-        ids: list[int] = []
-        for index, piece in enumerate(pieces):
-            if index:
-                ids += self.image_tokens.grid(images[index - 1].rows, images[index - 1].columns)
-            ids += self._raw_ids(piece, at_start=not ids)
+        sources = _as_list(images)
+        parts = text.split(IMAGE_MARK) if sources else [text]
+        if len(parts) == 1:
+            parts = [""] * len(sources) + parts
+        if len(parts) != len(sources) + 1:
+            raise ImagesMisplaced(len(parts) - 1, len(sources))
+        prepared = self._prepare([ImagePart(source) for source in sources])
+        ids = self._filled(self._raw_ids(parts), prepared)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return Prompt(ids, images, answer_starts_text=not (text or images), text=text)
+        return Prompt(ids, prepared, answer_starts_text=not (text or prepared), text=text)
 
-    def _raw_ids(self, text: str, at_start: bool) -> list[int]:
-        image = self.image_tokens.patch if self.image_tokens else None
+    def _format_for(self, has_tools: bool) -> ChatTemplate | MistralFormat:
+        """Mistral's own rules stand in for a template that passes over tools, as Pixtral-12B's does."""
+        chosen = self.chat_format
+        if chosen is None:
+            raise NoChatTemplate
+        if has_tools and isinstance(chosen, ChatTemplate) and not chosen.knows_tools and knows_tools(self.tokenizer):
+            return MistralFormat(self.tokenizer, chosen.source)
+        return chosen
+
+    def _raw_ids(self, parts: Sequence[str]) -> list[int]:
+        """The ids of a raw text, with one image token between each two parts of it."""
+        mark = self.image_tokens.patch if self.image_tokens else None
         ids: list[int] = []
-        for part in self.tokenizer.split_controls(text, but=image):
-            ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, at_start=at_start and not ids)
+        for number, part in enumerate(parts):
+            if number and mark is not None:
+                ids.append(mark)
+            for piece in self.tokenizer.split_controls(part, but=mark):
+                ids += [piece] if isinstance(piece, int) else self.tokenizer.encode(piece, at_start=not ids)
         return ids
 
-    def _prepare(self, pictures: Iterable[ImagePart]) -> list[PreparedImage]:
-        pictures = list(pictures)
-        if pictures and self.image_tokens is None:
+    def _prepare(self, images: Sequence[ImagePart]) -> list[PreparedImage]:
+        if images and self.image_tokens is None:
             raise ImagesUnsupported
-        return [self._prepared(picture) for picture in pictures]
+        return [self._prepared(image) for image in images]
 
-    def _prepared(self, picture: ImagePart) -> PreparedImage:
-        """The picture is made small before the next one is opened."""
-        with self.open_picture(picture.source) as opened:
-            image = prepare(opened, self.recipe, self.spec.at(picture.detail))
+    def _prepared(self, part: ImagePart) -> PreparedImage:
+        """The image is made small, and the large one let go of, before the next one is opened."""
+        with self.open_image(part.source) as opened:
+            image = prepare(opened, self.recipe, self.spec.at(part.detail))
             return replace(image, source=None) if self.sizes_only else image.compact()
 
     def _filled(self, ids: list[int], images: list[PreparedImage]) -> list[int]:
         """`ids` with each image's tokens in place of its mark."""
         tokens = self.image_tokens
-        marks = ids.count(tokens.patch) if tokens else 0
+        if tokens is None:
+            return ids
+        marks = ids.count(tokens.patch)
         if marks != len(images):
             raise ImagesPassedOver(marks, len(images))
         filled: list[int] = []
@@ -238,13 +240,13 @@ class Processor:
         return filled + ids[start:]
 
 
-def _listed(pictures: Any) -> list[Any]:
-    """The pictures in a list; a single one is meant so."""
-    if isinstance(pictures, (str, bytes, PathLike)) or hasattr(pictures, "convert"):
-        return [pictures]
-    if not isinstance(pictures, Iterable):
-        raise PromptError(f"The pictures should be a list, not {type(pictures).__name__}.", GIVE_PICTURES)
-    return list(pictures)
+def _as_list(images: Any) -> list[Any]:
+    """The images in a list; a single one is meant so."""
+    if isinstance(images, (str, bytes, PathLike)) or hasattr(images, "convert"):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise PromptError(f"The pictures should be a list, not {type(images).__name__}.", GIVE_IMAGES)
+    return list(images)
 
 
 def _chat_format(

@@ -1,170 +1,234 @@
-"""HTTP in, HTTP out: the routes of `pixtral serve`. Knows no tokens and no template."""
+"""The routes of `pixtral serve`, from which FastAPI makes /openapi.json. Knows no tokens and no template."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Body, Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from pixtral_cli import __version__
-from pixtral_cli.server import openapi, page, responses, wire
+from pixtral_cli.server import docs, page, responses, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
 from pixtral_cli.server.errors import ApiError, refusal_of, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from pixtral_cli.server.middleware import remember
-from pixtral_cli.server.openapi import OPERATIONS
-from pixtral_cli.server.request_body import parse_json
+from pixtral_cli.server.request_body import JsonRoute
+from pixtral_cli.server.request_schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    PredictRequest,
+    TokenizeRequest,
+)
+from pixtral_cli.server.response_schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Detokenized,
+    Error,
+    Model,
+    Models,
+    Status,
+    Tokenized,
+    Version,
+)
 from pixtral_cli.server.responses import Chunks, Envelope, takes_pieces
 from pixtral_cli.server.service import Service
 from pixtral_cli.server.wire import AnswerRequest
 
-LARGE_BODY = 256 * 1024
+REF = "#/components/schemas/{model}"
+HELLO = [{"role": "user", "content": "What can you do?"}]
+CHAT = {"model": "tiny", "messages": HELLO, "max_tokens": 64}
+STREAMED = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+WHY = {
+    400: "The body is not what it should be; the sentence names the field.",
+    401: "A key is needed, or this one is not known.",
+    404: "The model is not served here.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    415: "The body is not declared to be JSON.",
+    429: "The queue is full.",
+    500: "The server failed.",
+    503: "The server is not ready, is stopping, or holds too much.",
+}
+NO_KEY: dict[str, Any] = {"security": []}
+OF_TOKENS = 400, 401, 404, 408, 413, 415, 500
+OF_ANSWERS = *OF_TOKENS, 429, 503
 
 
-def create_app(service: Service) -> FastAPI:
-    """The app; what guards it is put around it (`middleware.guarded`)."""
-    app = FastAPI(title="pixtral", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    routes = Routes(service)
-    for operation in OPERATIONS:
-        methods = ["GET", "HEAD"] if operation.method == "GET" else [operation.method]
-        path, endpoint = operation.path.replace("{name}", "{name:path}"), getattr(routes, operation.name)
-        app.add_api_route(path, endpoint, methods=methods, response_model=None)
-    app.add_route("/openapi.json", routes.openapi)
-    app.add_route("/docs", routes.docs)
-    app.router.routes.extend(page.routes())
-    for kind, handler in HANDLERS:
-        app.add_exception_handler(kind, handler)
-    return app
+def refusals(*statuses: int, events: type | None = None) -> dict[int | str, dict[str, Any]]:
+    """What a route answers but its result: these errors, and a stream of `events` where the body asks for one."""
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"model": Error, "description": WHY[status]} for status in statuses
+    }
+    if events is not None:
+        data = {"type": "string", "description": f"JSON of {events.__name__}; the last event's is [DONE]."}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        described[200] = {"content": {"text/event-stream": {"schema": event}}}
+    return described
 
 
-class Routes:
-    """Each takes a request and gives its response; what is refused is raised as ApiError."""
+def examples(*bodies: dict[str, Any]) -> Any:
+    return Body(openapi_examples={f"example {number}": {"value": body} for number, body in enumerate(bodies, 1)})
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
 
-    async def chat(self, request: Request) -> Response:
-        return await self.respond(request, await self._parsed(request, wire.chat))
+async def _service(request: Request) -> Service:
+    return request.app.state.service
 
-    async def completions(self, request: Request) -> Response:
-        return await self.respond(request, await self._parsed(request, wire.completion))
 
-    async def predict(self, request: Request) -> Response:
-        return await self.respond(request, await self._parsed(request, wire.predict))
+Serving = Annotated[Service, Depends(_service)]
+router = APIRouter(route_class=JsonRoute)
 
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.service.names]})
 
-    async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        self.service.check_name(name)
-        return JSONResponse(self._model(name))
+@router.post(
+    "/v1/chat/completions", response_model=ChatCompletion, responses=refusals(*OF_ANSWERS, events=ChatCompletionChunk)
+)
+async def chat(request: Request, service: Serving, body: Annotated[ChatRequest, examples(CHAT, STREAMED)]) -> Response:
+    """The next message of a conversation, which may hold pictures."""
+    return await _answered(request, service, wire.chat(body))
 
-    async def tokenize(self, request: Request) -> Response:
-        given = await self._parsed(request, wire.tokenize)
-        self.service.check_name(given.model)
-        body = given.model_dump(exclude_none=True, by_alias=True)
-        made = self.service.prompt(given.prompt, body.get("messages"), body.get("tools"))
-        prompt = await while_there(request.receive, made)
-        answer: dict[str, Any] = {
-            "tokens": prompt.token_ids,
-            "count": len(prompt.token_ids),
-            "max_model_len": self.service.model.max_length,
-        }
-        if prompt.images:
-            answer["images"] = [
-                {"width": image.width, "height": image.height, "tokens": image.tokens} for image in prompt.images
-            ]
-        return JSONResponse(answer)
 
-    async def detokenize(self, request: Request) -> Response:
-        given = await self._parsed(request, wire.detokenize)
-        self.service.check_name(given.model)
-        return JSONResponse({"prompt": await self.service.text_of(given.tokens)})
+TEXT = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16}
 
-    async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
 
-    async def ready(self, request: Request) -> Response:
-        if not self.service.ready:
-            raise unavailable("The server is not ready.", "not_ready")
-        return JSONResponse({"status": "ready"})
+@router.post("/v1/completions", response_model=Completion, responses=refusals(*OF_ANSWERS, events=Completion))
+async def completions(
+    request: Request, service: Serving, body: Annotated[CompletionRequest, examples(TEXT)]
+) -> Response:
+    """The continuation of a text."""
+    return await _answered(request, service, wire.completion(body))
 
-    async def metrics(self, request: Request) -> Response:
-        return PlainTextResponse(self.service.metrics.exposition(), media_type=METRICS_TYPE)
 
-    async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": __version__})
+@router.get("/v1/models", responses=refusals(401))
+async def models(service: Serving) -> Models:
+    """The names of the model."""
+    return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
-    async def openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi.document(OPERATIONS, "pixtral", __version__))
 
-    async def docs(self, request: Request) -> Response:
-        return HTMLResponse(openapi.page(OPERATIONS, "pixtral", __version__), headers=openapi.DOCS_HEADERS)
+@router.get("/v1/models/{name:path}", responses=refusals(401, 404))
+async def model(name: str, service: Serving) -> Model:
+    """One of them."""
+    service.check_name(name)
+    return _model(service, name)
 
-    async def respond(self, request: Request, ask: AnswerRequest) -> Response:
-        """The answer as one object or as a stream.
 
-        A stream begins with the first token: what fails before that has an HTTP status of its own.
-        """
-        service = self.service
-        service.check_name(ask.model)
-        state = request.scope.setdefault("state", {})
-        events = service.answer(ask, state.get("key_salt", b""))
-        envelope = Envelope.new(ask.kind, ask.model or service.names[0], self.fingerprint, ask.older_calls)
-        token_bytes = service.model.processor.tokenizer.token_bytes
-        if ask.stream:
-            first = await while_there(request.receive, anext(events))
-            in_pieces = takes_pieces(request.headers.get("user-agent", ""))
-            usage = ask.include_usage, ask.usage_in_each
-            chunks = Chunks(envelope, ask.answers, ask.n, token_bytes, *usage, in_pieces)
-            return EventStream(first, events, chunks, service.metrics, service.work)
-        told = await while_there(request.receive, whole(events, ask.answers))
-        used = responses.usage([reply.usage for reply in told], ask.n)
-        state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
+@router.post("/predict", response_model=ChatCompletion, responses=refusals(*OF_ANSWERS, events=ChatCompletionChunk))
+async def predict(
+    request: Request, service: Serving, body: Annotated[PredictRequest, examples({"messages": HELLO})]
+) -> Response:
+    """A chat completion whose body needs no model, with 512 tokens and temperature 0.7 unless it says otherwise."""
+    return await _answered(request, service, wire.predict(body))
 
-        def written() -> Response:
-            return JSONResponse(responses.answer(envelope, told, ask.n, token_bytes))
 
-        return await service.work(written) if ask.scores_prompts else written()
+@router.post("/tokenize", responses=refusals(*OF_TOKENS))
+async def tokenize(
+    request: Request,
+    service: Serving,
+    body: Annotated[TokenizeRequest, examples({"prompt": "How many tokens is this?"}, {"messages": HELLO})],
+) -> Tokenized:
+    """The tokens of a text or a conversation, and what its pictures cost."""
+    wire.check_tokenize(body)
+    service.check_name(body.model)
+    prompt = await while_there(request.receive, service.prompt(body.prompt, body.messages, body.tools))
+    tokens = prompt.token_ids
+    answer: Tokenized = {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.max_length}
+    if prompt.images:
+        answer["images"] = [
+            {"width": image.width, "height": image.height, "tokens": image.tokens} for image in prompt.images
+        ]
+    return answer
 
-    async def _parsed(self, request: Request, parse: Any) -> Any:
-        body = b"".join([piece async for piece in request.stream() if piece])  # `request.body()` would keep it
-        if len(body) < LARGE_BODY:
-            return parse(parse_json(body))
-        return await self.service.work(lambda: parse(parse_json(body)))
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.service.started_at,
-            "owned_by": "pixtral",
-            "max_model_len": self.service.model.max_length,
-            "type": "base",
-            "capabilities": self._capabilities(),
-        }
+@router.post("/detokenize", responses=refusals(*OF_TOKENS))
+async def detokenize(
+    service: Serving, body: Annotated[DetokenizeRequest, examples({"tokens": [1, 71, 437, 110]})]
+) -> Detokenized:
+    """The text of tokens."""
+    service.check_name(body.model)
+    return {"prompt": await service.text_of(body.tokens)}
 
-    def _capabilities(self) -> dict[str, bool]:
-        """In the words of Mistral's API, whose client asks for them."""
-        source = self.service.model.source
-        chats = source.processor.chat_format is not None
-        return {
+
+@router.get("/health", openapi_extra=NO_KEY)
+async def health() -> Status:
+    """Whether the process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", responses=refusals(503), openapi_extra=NO_KEY)
+async def ready(service: Serving) -> Status:
+    """Whether requests are worked on."""
+    if not service.ready:
+        raise unavailable("The server is not ready.", "not_ready")
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=refusals(401))
+async def metrics(service: Serving) -> Response:
+    """Counters for Prometheus."""
+    return PlainTextResponse(service.metrics.exposition(), media_type=METRICS_TYPE)
+
+
+@router.get("/version", responses=refusals(401))
+async def version() -> Version:
+    """The version of pixtral."""
+    return {"version": __version__}
+
+
+async def _answered(request: Request, service: Service, answer_request: AnswerRequest) -> Response:
+    """The answer as one object or as a stream.
+
+    A stream begins with the first token: what fails before that has an HTTP status of its own.
+    """
+    service.check_name(answer_request.model)
+    state = request.scope.setdefault("state", {})
+    events = service.answer(answer_request, state.get("key_salt", b""))
+    fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
+    envelope = Envelope(answer_request, answer_request.model or service.names[0], fingerprint)
+    token_bytes = service.model.processor.tokenizer.token_bytes
+    if answer_request.stream:
+        first = await while_there(request.receive, anext(events))
+        chunks = Chunks(envelope, token_bytes, takes_pieces(request.headers.get("user-agent", "")))
+        return EventStream(first, events, chunks, service.metrics, service.work)
+    replies = await while_there(request.receive, whole(events, answer_request.answers))
+    used = responses.usage([reply.usage for reply in replies], answer_request.n)
+    state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
+
+    def written() -> Response:
+        return JSONResponse(responses.answer(envelope, replies, token_bytes))
+
+    return await service.work(written) if answer_request.scores_prompts else written()
+
+
+def _model(service: Service, name: str) -> Model:
+    """In the words of Mistral's API, whose client asks for capabilities."""
+    source = service.model.source
+    chats = source.processor.chat_format is not None
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started_at,
+        "owned_by": "pixtral",
+        "max_model_len": service.model.max_length,
+        "type": "base",
+        "capabilities": {
             "completion_chat": chats,
             "completion_fim": False,
             "function_calling": chats,
             "fine_tuning": False,
             "vision": source.config.vision is not None,
-        }
+        },
+    }
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _told(request, error)
+async def _failed(request: Request, error: Exception) -> Response:
+    refusal = refusal_of(error)
+    remember(request.scope, refusal)
+    return refusal.as_response()
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -175,20 +239,55 @@ async def _not_routed(request: Request, error: Exception) -> Response:
         refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
-    return _told(request, refusal)
+    return await _failed(request, refusal)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
     return NoResponse()
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return _told(request, refusal_of(error))
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's document, with the keys, which are asked for before the app, and without its own kind of error."""
+        if self.openapi_schema is None:
+            document = get_openapi(
+                title=self.title, version=self.version, description=self.description, routes=self.routes
+            )
+            schemas = document["components"]["schemas"]
+            chunk = TypeAdapter(ChatCompletionChunk).json_schema(ref_template=REF)
+            schemas |= chunk.pop("$defs") | {"ChatCompletionChunk": chunk}
+            del schemas["HTTPValidationError"], schemas["ValidationError"]
+            for operation in (each for operations in document["paths"].values() for each in operations.values()):
+                operation["summary"] = operation.pop("description")
+                operation["responses"].pop("422", None)
+            document["components"]["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "apiKey": {"type": "apiKey", "in": "header", "name": "Api-Key"},
+            }
+            self.openapi_schema = document | {"security": [{}, {"bearer": []}, {"apiKey": []}]}
+        return self.openapi_schema
 
 
-def _told(request: Request, error: ApiError) -> Response:
-    remember(request.scope, error)
-    return error.as_response()
+def create_app(service: Service) -> FastAPI:
+    """The app; what guards it is put around it (`middleware.guarded`)."""
+    app = _App(
+        title="pixtral",
+        version=__version__,
+        description="A key is needed if the server has one.",
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+        exception_handlers={ApiError: _failed, HTTPException: _not_routed, ClientLeft: _nobody, Exception: _failed},
+    )
+    app.state.service, app.state.work = service, service.work
+    app.include_router(router)
+    for route in router.routes:
+        if isinstance(route, JsonRoute) and route.methods == {"GET"}:
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+    app.router.routes.extend(page.routes())
 
+    async def show_docs(request: Request) -> Response:
+        return HTMLResponse(docs.page(app.openapi()), headers=docs.HEADERS)
 
-HANDLERS = ((ApiError, _refused), (HTTPException, _not_routed), (ClientLeft, _nobody), (Exception, _failed))
+    app.add_route("/docs", show_docs, include_in_schema=False)
+    return app

@@ -9,11 +9,12 @@ from functools import partial
 from typing import TypeVar
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from pixtral_cli.generation import Reply
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.metrics import Metrics
-from pixtral_cli.server.middleware import Receive, Scope, Send, remember
+from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.responses import Chunks
 from pixtral_cli.server.service import Events
 
@@ -57,7 +58,7 @@ class EventStream(Response):
         except ApiError as error:
             self.metrics.failed(error.status)
             remember(scope, error)
-            await _write(send, b"data: " + error.as_response().body + b"\n\n")
+            await _write(send, error.as_event())
         else:
             used = self.chunks.usage()
             scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]

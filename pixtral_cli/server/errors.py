@@ -31,9 +31,14 @@ ErrorType = Literal[
 Header = tuple[str, str]
 RETRY: tuple[Header, ...] = (("Retry-After", "5"),)
 """In seconds: for what is refused now and may be answered then."""
-RAW = "Use /v1/completions to write the prompt yourself."
-NO_PICTURES = "Leave the pictures out: this model's template has no place for them."
-DATA = "The picture itself can be sent, as a data: URI."
+HINTS: dict[type[PixtralError], str] = {
+    ImagesPassedOver: "Leave the pictures out: this model's template has no place for them.",
+    TemplateFailed: "Use /v1/completions to write the prompt yourself.",
+    NoChatTemplate: "Use /v1/completions to write the prompt yourself.",
+    ImageFetchFailed: "The picture itself can be sent, as a data: URI.",
+    ImageNotFound: "The picture itself can be sent, as a data: URI.",
+}
+"""Over HTTP, instead of those for Python and the command line; the first that fits."""
 
 
 class ApiError(Exception):
@@ -57,11 +62,15 @@ class ApiError(Exception):
         self.headers = dict(headers)
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer; in a stream, that of the event which ends it."""
+        """The JSON of the answer."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def as_response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+    def as_event(self) -> bytes:
+        """The event that ends a stream."""
+        return b"data: " + bytes(self.as_response().body) + b"\n\n"
 
 
 def unavailable(message: str, code: str) -> ApiError:
@@ -84,18 +93,18 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
     return ApiError(404, sentence, param="model", code="model_not_found")
 
 
-def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
+def refusal_of(error: Exception, param: str = "prompt") -> ApiError:
     """400 for what the sender can change, with the sentence and the hint; else 500, which tells nothing of inside.
 
-    `asked` is the field that holds the question: clients shorten it when it is too long.
+    `param` is the field that holds the question: clients shorten it when it is too long.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong | TextTooLong):
-        return ApiError(400, _joined(error), param=asked, code="context_length_exceeded")
+        return ApiError(400, _joined(error), param=param, code="context_length_exceeded")
     if isinstance(error, RequestError | PromptError) and not isinstance(error, TokenizerUnreadable):
-        param = error.where if isinstance(error, InvalidEntry) else None
-        return ApiError(400, _joined(error), param=param, code="invalid_value")
+        where = error.where if isinstance(error, InvalidEntry) else None
+        return ApiError(400, _joined(error), param=where, code="invalid_value")
     if is_out_of_memory(error):
         sentence = "The server has not enough memory for this request. Send a shorter one, or try again later."
         return ApiError(500, sentence, "server_error", code="out_of_memory")
@@ -105,12 +114,7 @@ def refusal_of(error: Exception, asked: str = "prompt") -> ApiError:
 
 
 def _joined(error: PixtralError) -> str:
-    """Hints for Python and the command line give way to those for HTTP."""
-    hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
-    if isinstance(error, ImagesPassedOver):
-        hint = NO_PICTURES
-    if isinstance(error, ImageFetchFailed | ImageNotFound):
-        hint = DATA
+    hint = next((hint for kind, hint in HINTS.items() if isinstance(error, kind)), error.hint)
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
         hint = None
     return f"{error} {hint}" if hint else str(error)

@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
     except (OSError, UnicodeError):
         return False
-    return bool(found) and all(ip_address(entry[4][0].partition("%")[0]).is_loopback for entry in found)
+    return bool(found) and all(ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
 def listen(host: str, port: int) -> socket.socket:

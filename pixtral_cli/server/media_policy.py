@@ -1,7 +1,9 @@
-"""What a request calls an image in, an RGB image out, as far as the server's policy lets it; knows no requests.
+"""Which images an HTTP request may name, and how they are read: what guards a server from its clients' images.
 
-A request may bring a picture as a data: URI, name one on the web, or one below the server's media path. Nothing else
-is looked at: not the server's standard input, not its home folder, not its network.
+A request may bring an image as a data: URI, name one on the web, or one below the server's media path. Nothing else
+is looked at: not the server's standard input, not its home folder, not its network. A host's name is looked up once,
+every address that it has is checked, and the connection goes to one of those, so that a second answer of the name's
+owner changes nothing. Addresses, not spellings, are judged: 0x7f.1 is whatever the look-up makes of it.
 """
 
 from __future__ import annotations
@@ -13,37 +15,38 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.prompt import fetch, media
-from pixtral_cli.prompt.errors import (
-    ImageDamaged,
-    ImageNotFound,
-    ImageRefused,
-    ImageTooLarge,
-    ImageUnreadable,
-)
-from pixtral_cli.server.structure import check_structure
-from pixtral_cli.server.threads import WeightedSemaphore, check_waited_for
+from pixtral_cli.prompt import media
+from pixtral_cli.prompt.errors import ImageDamaged, ImageNotFound, ImageRefused, ImageTooLarge, ImageUnreadable
+from pixtral_cli.prompt.fetch import FetchLimits, fetch
+from pixtral_cli.server.threads import WeightedSemaphore, raise_if_abandoned
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 LARGE_PIXELS = 16_000_000
 PIXELS_AT_ONCE = 64_000_000
-"""Pixels in memory at one time, of small pictures and again of large ones, from decoding until they are scaled. PIL
-takes 4 bytes for each, and 4 more while it turns a picture or puts it on white. A picture with more goes alone."""
+"""Pixels in memory at one time, of small images and again of large ones, from decoding until they are scaled. PIL
+takes 4 bytes for each, and 4 more while it turns an image or puts it on white. An image with more goes alone."""
 WAIT_SECONDS = 60.0
 BLOCK_BYTES = 64 * 2**20
 """In which PIL takes memory. What is below 32 MiB, as its own 16 are, glibc may keep for good when it is let go of."""
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 MEDIA_PATH_HINT = "Send the picture itself, as a data: URI; the server's --media-path says which files it may read."
+MAX_SCANS = 100
+"""Programs write some ten. Each takes 5.6 ms for 169 million grey pixels, and can be as short as 340 bytes."""
+MAX_PIECES = 50_000
+"""JPEG segments or PNG chunks; of 32 MiB, programs make some four thousand."""
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+"""Restart markers and escaped bytes are part of a scan."""
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 LookUp = Callable[..., list[tuple]]
@@ -77,9 +80,16 @@ LOW_PORTS = (80, 443)
 HIGH_PORT = 1024
 
 
+class ConnectionRefusedByPolicy(OSError):
+    """The policy does not let this host be reached; the text is the reason."""
+
+
 @dataclass(frozen=True)
-class MediaPolicy:
-    """What pictures a server's clients may make it read."""
+class MediaPolicy(FetchLimits):
+    """What images a server's clients may make it read.
+
+    `max_bytes` is of one image, downloaded or in a file; what a data: URI brings is bounded by the request's body.
+    """
 
     allowed_domains: tuple[str, ...] = ()
     """The only hosts, if any are given: a name means itself, "*.example.org" or ".example.org" the names below it."""
@@ -88,122 +98,6 @@ class MediaPolicy:
     media_path: Path | None = None
     """The folder whose files may be named; None for no files."""
     max_pixels: int = media.MAX_PIXELS
-    max_bytes: int = fetch.MAX_BYTES
-    """Of one picture, downloaded or in a file; what a data: URI brings is bounded by the request's body."""
-    connect_seconds: float = fetch.CONNECT_SECONDS
-    total_seconds: float = fetch.TOTAL_SECONDS
-    redirects: int = 3
-
-
-class RequestMedia:
-    """`opened` is for `Processor.open_picture`: it blocks, so it belongs on a worker thread; any number may call it."""
-
-    def __init__(self, policy: MediaPolicy, look_up: LookUp | None = None) -> None:
-        from PIL import Image
-
-        Image.MAX_IMAGE_PIXELS = None  # `media.decoded` checks; per picture, a lock would let one hold up all others
-        Image.core.set_block_size(BLOCK_BYTES)
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        self.policy = policy
-        known = {"look_up": look_up} if look_up else {}
-        network = NetworkPolicy(policy.allowed_domains, policy.private_networks, **known)
-        self.guard = fetch.Guard(network.dial, policy.redirects)
-        self.media_path = policy.media_path.resolve() if policy.media_path else None
-        self.small, self.large = WeightedSemaphore(PIXELS_AT_ONCE), WeightedSemaphore(PIXELS_AT_ONCE)
-
-    @contextmanager
-    def opened(self, source: Any) -> Iterator[Image.Image]:
-        """The picture, upright, on white, 8-bit RGB. Others wait for their turn until it is let go of.
-
-        Raises:
-            ImageError: its text has nothing in it that the client did not send, or should not know.
-            NobodyWaits: the client has left.
-        """
-        name = media.name_of(source)
-        check_waited_for()
-        data = self._bytes(source, name)
-        check_structure(data, name)
-        turn = partial(self._turn, name)
-        try:
-            with media.decoded(BytesIO(data), name, max_pixels=self.policy.max_pixels, turn=turn) as picture:
-                yield picture
-        except ImageDamaged:
-            raise ImageUnreadable(name, "it is damaged or cut short", ImageDamaged.default_hint) from None
-
-    def _bytes(self, source: Any, name: str) -> bytes:
-        if not isinstance(source, str) or not source:
-            raise ImageUnreadable(name, "it should be an address or a data: URI")
-        known = SCHEME.match(source[:16])
-        scheme = known[1].lower() if known else ""
-        if scheme == "data":
-            return media.data_uri(source, name)
-        if scheme in ("http", "https"):
-            return self._download(source)
-        if scheme == "file":
-            return self._local(media.file_address(source, name), name)
-        if scheme or source == media.STDIN or source.startswith(("~", "/")):
-            raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
-        return self._local(Path(source), name)
-
-    def _download(self, url: str) -> bytes:
-        policy = self.policy
-        return fetch.fetch(
-            url,
-            connect=policy.connect_seconds,
-            total=policy.total_seconds,
-            max_bytes=policy.max_bytes,
-            guard=self.guard,
-        )
-
-    def _local(self, path: Path, name: str) -> bytes:
-        """The bytes of a regular file below the media path, wherever links on the way lead."""
-        if self.media_path is None:
-            raise ImageRefused(name, "this server reads no files of its own for a request", MEDIA_PATH_HINT)
-        try:
-            real = (self.media_path / path).resolve()
-            self._check_below(real, name)
-            if not stat.S_ISREG(real.stat().st_mode):  # a device could be harmed by being opened
-                raise ImageNotFound(name)
-            with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                self._check_below(Path(os.readlink(f"/proc/self/fd/{file.fileno()}")), name)  # swapped meanwhile?
-                data = file.read(self.policy.max_bytes + 1)
-        except (OSError, ValueError, RuntimeError):  # missing, not permitted, a NUL, links in a circle
-            raise ImageNotFound(name) from None
-        if len(data) > self.policy.max_bytes:
-            limit = f"{self.policy.max_bytes / 2**20:g} MiB"
-            raise ImageTooLarge(name, f"The picture {name} is larger than {limit}.")
-        return data
-
-    def _check_below(self, path: Path, name: str) -> None:
-        if not path.is_relative_to(self.media_path):
-            raise ImageRefused(name, "it is not below the server's media path", MEDIA_PATH_HINT)
-
-    @contextmanager
-    def _turn(self, name: str, pixels: int) -> Iterator[None]:
-        """Large pictures take memory and time: they wait for each other, and the small ones do not wait for them."""
-        room = self.large if pixels > LARGE_PIXELS else self.small
-        with ExitStack() as held:
-            try:
-                held.enter_context(room.held(pixels, WAIT_SECONDS))
-            except TimeoutError:
-                reason = "the server is decoding too many others"
-                raise ImageRefused(name, reason, "Try again, or send it smaller.") from None
-            check_waited_for()
-            yield
-
-
-class ConnectionRefusedByPolicy(OSError):
-    """The policy does not let this host be reached; the text is the reason."""
-
-
-@dataclass(frozen=True)
-class NetworkPolicy:
-    """Which hosts may be reached."""
-
-    domains: tuple[str, ...] = ()
-    """If any: the only host names, each exact, or "*.example.org" (".example.org") for all names below it."""
-    private_networks: tuple[Network, ...] = ()
-    """Reachable beside the public addresses."""
     look_up: LookUp = socket.getaddrinfo
 
     def dial(self, host: str, port: int, seconds: float) -> socket.socket:
@@ -213,16 +107,13 @@ class NetworkPolicy:
             ConnectionRefusedByPolicy: its name, its port or one of its addresses is not allowed.
             OSError: unknown, or out of reach.
         """
-        self._check_name(host)
+        name = host.lower().rstrip(".")
+        if self.allowed_domains and not any(_matches(name, rule.lower()) for rule in self.allowed_domains):
+            raise ConnectionRefusedByPolicy("pictures from this host are not allowed on this server")
         found = self.look_up(host, port, type=socket.SOCK_STREAM)
         for *_, target in found:
             self._check_address(ip_address(target[0]), port)
         return _first_to_answer(found, time.monotonic() + seconds)
-
-    def _check_name(self, host: str) -> None:
-        name = host.lower().rstrip(".")
-        if self.domains and not any(_matches(name, rule.lower()) for rule in self.domains):
-            raise ConnectionRefusedByPolicy("pictures from this host are not allowed on this server")
 
     def _check_address(self, address: Address, port: int) -> None:
         inner = _ipv4_in(address)
@@ -236,14 +127,96 @@ class NetworkPolicy:
             raise ConnectionRefusedByPolicy(f"port {port} is not one for pictures")
 
 
+class RequestImages(media.ImageReader):
+    """`opened` blocks, so it belongs on a worker thread; any number may call it.
+
+    What it raises has nothing in its text that the client did not send, or should not know. Abandoned: it has left.
+    """
+
+    def __init__(self, policy: MediaPolicy) -> None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = None  # `decode` checks; per image, a lock would let one hold up all others
+        Image.core.set_block_size(BLOCK_BYTES)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        self.policy, self.max_pixels = policy, policy.max_pixels
+        self.media_path = policy.media_path.resolve() if policy.media_path else None
+        self.small, self.large = WeightedSemaphore(PIXELS_AT_ONCE), WeightedSemaphore(PIXELS_AT_ONCE)
+
+    def read(self, source: Any, name: str) -> AbstractContextManager[Any]:
+        raise_if_abandoned()
+        if not isinstance(source, str) or not source:
+            raise ImageUnreadable(name, "it should be an address or a data: URI")
+        return super().read(source, name)
+
+    def read_other(self, source: Any, name: str) -> BytesIO:
+        """A name relative to the media path."""
+        if SCHEME.match(source[:16]) or source == media.STDIN or source.startswith(("~", "/")):
+            raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+        return self.read_path(Path(source), name)
+
+    def read_path(self, path: Path, name: str) -> BytesIO:
+        """A regular file below the media path, wherever links on the way lead."""
+        if self.media_path is None:
+            raise ImageRefused(name, "this server reads no files of its own for a request", MEDIA_PATH_HINT)
+        try:
+            real = (self.media_path / path).resolve()
+            _check_below(real, self.media_path, name)
+            if not stat.S_ISREG(real.stat().st_mode):  # a device could be harmed by being opened
+                raise ImageNotFound(name)
+            with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                opened = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # it may have been swapped meanwhile
+                _check_below(opened, self.media_path, name)
+                data = file.read(self.policy.max_bytes + 1)
+        except (OSError, ValueError, RuntimeError):  # missing, not permitted, a NUL, links in a circle
+            raise ImageNotFound(name) from None
+        if len(data) > self.policy.max_bytes:
+            raise ImageTooLarge(name, f"The picture {name} is larger than {self.policy.max_bytes / 2**20:g} MiB.")
+        return BytesIO(data)
+
+    def download(self, url: str) -> bytes:
+        return fetch(url, self.policy, self.policy.dial)
+
+    def decode(self, file: Any, name: str, memory: ExitStack) -> Image.Image:
+        check_structure(file.getvalue(), name)
+        try:
+            return super().decode(file, name, memory)
+        except ImageDamaged:
+            raise ImageUnreadable(name, "it is damaged or cut short", ImageDamaged.default_hint) from None
+
+    @contextmanager
+    def pil_settings(self) -> Iterator[None]:
+        """Made once, for the whole process."""
+        yield
+
+    @contextmanager
+    def memory(self, pixels: int, name: str) -> Iterator[None]:
+        """Large images take memory and time: they wait for each other, and the small ones do not wait for them."""
+        semaphore = self.large if pixels > LARGE_PIXELS else self.small
+        with ExitStack() as held:
+            try:
+                held.enter_context(semaphore.held(pixels, WAIT_SECONDS))
+            except TimeoutError:
+                reason = "the server is decoding too many others"
+                raise ImageRefused(name, reason, "Try again, or send it smaller.") from None
+            raise_if_abandoned()
+            yield
+
+
+def _check_below(path: Path, folder: Path, name: str) -> None:
+    if not path.is_relative_to(folder):
+        raise ImageRefused(name, "it is not below the server's media path", MEDIA_PATH_HINT)
+
+
 def is_public(address: Address) -> bool:
     """Whether anybody on the internet could reach `address`.
 
     Of IPv6 only global unicast counts, and IPv4 through NAT64 if that is public; the other ways to write IPv4 in IPv6
     (mapped, compatible, 6to4, Teredo) are nobody's real address.
     """
-    if address in NAT64:
-        return is_public(_ipv4_in(address))
+    inner = _ipv4_in(address)
+    if inner and address in NAT64:
+        return is_public(inner)
     if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
         return False
     special = address.is_private or address.is_multicast or address.is_reserved or address.is_unspecified
@@ -281,3 +254,36 @@ def _first_to_answer(found: list[tuple], deadline: float) -> socket.socket:
             connection.close()
             last = error
     raise last
+
+
+def check_structure(data: bytes, name: str) -> None:
+    """Raise ImageUnreadable for a file with more scans or pieces than any program would write."""
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data, name)
+    elif data.startswith(b"\x89PNG"):
+        _check_png(data, name)
+
+
+def _check_jpeg(data: bytes, name: str) -> None:
+    place = scans = pieces = 0
+    while found := JPEG_MARKER.search(data, place + 2):
+        marker, place = found[1][0], found.end()
+        scans, pieces = scans + (marker == START_OF_SCAN), pieces + 1
+        if scans > MAX_SCANS or pieces > MAX_PIECES:
+            raise _too_many(name, "scans" if scans > MAX_SCANS else "segments")
+        if marker == END_OF_IMAGE:
+            return
+        place += max(0, int.from_bytes(data[place : place + 2], "big") - 2)
+
+
+def _check_png(data: bytes, name: str) -> None:
+    place = 8
+    for _ in range(MAX_PIECES):
+        if place >= len(data):
+            return
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    raise _too_many(name, "chunks")
+
+
+def _too_many(name: str, parts: str) -> ImageUnreadable:
+    return ImageUnreadable(name, f"it is made of too many {parts}", "Open and save it with another program.")

@@ -16,16 +16,17 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixtral_cli.prompt.settings import reason_of
+from pixtral_cli.errors import reason_of
 from pixtral_cli.server.errors import ApiError, leaving, unavailable
-from pixtral_cli.server.middleware import MAX_BODY_BYTES, App, Message, Receive, Scope, Send, guarded, refuse, remember
+from pixtral_cli.server.middleware import MAX_BODY_BYTES, guarded, refuse, remember
 from pixtral_cli.server.protocol import connections_allowed, guarded_protocol
 from pixtral_cli.server.threads import Threads
 
@@ -66,7 +67,7 @@ class Settings:
 class Loaded:
     """What there is once the model is loaded. `greeting` is said once requests are answered."""
 
-    app: App
+    app: ASGIApp
     service: Service
     greeting: str
 
@@ -74,10 +75,10 @@ class Loaded:
 def assemble(model: Pixtral, settings: Settings, greeting: str) -> Loaded:
     """Put the model behind HTTP."""
     from pixtral_cli.server.app import create_app
-    from pixtral_cli.server.media_policy import RequestMedia
+    from pixtral_cli.server.media_policy import RequestImages
     from pixtral_cli.server.service import Service
 
-    model.processor.open_picture = RequestMedia(settings.media).opened
+    model.processor.open_image = RequestImages(settings.media).opened
     service = Service(model, settings.names, settings.defaults, settings.limits)
     app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
     return Loaded(app, service, greeting)
@@ -217,8 +218,7 @@ class TrackedRequest:
             await refuse(error, self.scope, receive, self.send)
         elif self.streams_events and not self.ended:
             remember(self.scope, error)
-            event = b"data: " + error.as_response().body + b"\n\n"
-            await self.send({"type": "http.response.body", "body": event, "more_body": False})
+            await self.send({"type": "http.response.body", "body": error.as_event(), "more_body": False})
 
     def __str__(self) -> str:
         """The line of the log."""
@@ -244,14 +244,15 @@ class RequestTracker:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.app: App | None = None
+        self.app: ASGIApp | None = None
         self.draining = False
         self.running: set[TrackedRequest] = set()
         self._answered: Callable[[str, int], None] = lambda route, status: None
         self._say = say
+        self._ended = asyncio.Event()
         self._cutting = False
 
-    def begin(self, app: App, answered: Callable[[str, int], None]) -> None:
+    def begin(self, app: ASGIApp, answered: Callable[[str, int], None]) -> None:
         """From now on `app` answers, and `answered` is told each answer's route and status."""
         self.app, self._answered = app, answered
 
@@ -272,6 +273,7 @@ class RequestTracker:
             await request.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
         finally:
             self.running.discard(request)
+            self._ended.set()
         self._answered(getattr(scope.get("route"), "path", "other"), request.status or LEFT)
         if not (watched and request.status in (200, 503)):
             self._say(str(request))
@@ -289,9 +291,11 @@ class RequestTracker:
 
     async def idle(self, seconds: float) -> bool:
         """Wait, so long at most, until nothing runs -> whether that is so."""
-        deadline = time.monotonic() + seconds
-        while self.running and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.running:
+                    self._ended.clear()
+                    await self._ended.wait()
         return not self.running
 
     def cut(self) -> None:

@@ -84,7 +84,7 @@ class GuardedProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             phrase = HTTPStatus(error.status).phrase.encode()
             head = h11.Response(status_code=error.status, headers=headers, reason=phrase)
-            for event in (head, h11.Data(data=response.body), h11.EndOfMessage()):
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -106,6 +106,8 @@ def connections_allowed(wanted: int = 4096) -> int:
     return max(1, min(wanted, room))
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """None, in the place of a timer that no longer runs."""
     if timer is not None:
         timer.cancel()
+    return None

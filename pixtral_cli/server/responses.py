@@ -10,105 +10,129 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal
 
-from pixtral_cli.generation import Echo, Reply, TextEvent, TokenLogprob, Usage, characters
-from pixtral_cli.prompt.tool_calls import ToolCallDelta, whole_deltas
+from pixtral_cli import generation
+from pixtral_cli.generation import Echo, Reply, TextEvent, TokenLogprob, characters
+from pixtral_cli.prompt import tool_calls, tools
+from pixtral_cli.prompt.tool_calls import whole_deltas
+from pixtral_cli.server.response_schemas import (
+    AnswerHead,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    Completion,
+    FinishReason,
+    FunctionCallDelta,
+    Logprob,
+    TextChoice,
+    TextLogprobs,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+from pixtral_cli.server.wire import AnswerRequest
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""
-Json = dict[str, Any]
 TokenBytes = Callable[[int], bytes]
+DONE = b"data: [DONE]\n\n"
+compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""In ASCII: many a client takes U+2028 and its like for the end of a line."""
+WHOLE_CALLS = ("mistral-client-", "python-httpx/")
+"""How user agents begin of clients that need each call whole, as Mistral's own servers send it. Mistral's packages
+refuse a piece without a name. langchain-mistralai, which says that it is httpx, takes each piece for another call.
+"""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What every part of one answer carries."""
+    """What every part of the answer to `request` carries."""
 
-    kind: Literal["chat", "text"]
+    request: AnswerRequest
     model: str
     fingerprint: str
-    id: str
-    created: int
-    older_calls: bool = False
-    """Whether a call is a `function_call`, as before there were tools."""
+    number: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
 
-    @classmethod
-    def new(cls, kind: Literal["chat", "text"], model: str, fingerprint: str, older_calls: bool = False) -> Envelope:
-        prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        return cls(kind, model, fingerprint, f"{prefix}-{secrets.token_hex(12)}", int(time.time()), older_calls)
-
-    def head(self, chunk: bool = False) -> Json:
-        name = ("chat.completion.chunk" if chunk else "chat.completion") if self.kind == "chat" else "text_completion"
+    @property
+    def head(self) -> AnswerHead:
         return {
-            "id": self.id,
-            "object": name,
+            "id": f"{'chatcmpl' if self.request.kind == 'chat' else 'cmpl'}-{self.number}",
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
 
 
-def answer(envelope: Envelope, replies: Sequence[Reply], n: int, token_bytes: TokenBytes) -> Json:
-    """A whole answer; `replies` in order, `n` to each prompt."""
-    choice = chat_choice if envelope.kind == "chat" else text_choice
-    choices = [choice(index, reply, token_bytes) for index, reply in enumerate(replies)]
-    if envelope.older_calls:
-        choices = [_with_function_call(each) for each in choices]
-    return {**envelope.head(), "choices": choices, "usage": usage([reply.usage for reply in replies], n)}
+def answer(envelope: Envelope, replies: Sequence[Reply], token_bytes: TokenBytes) -> ChatCompletion | Completion:
+    """A whole answer; `replies` in the order of the prompts, `n` to each."""
+    request, used = envelope.request, usage([reply.usage for reply in replies], envelope.request.n)
+    if request.kind == "text":
+        texts = [text_choice(index, reply, token_bytes) for index, reply in enumerate(replies)]
+        return {"object": "text_completion", **envelope.head, "choices": texts, "usage": used}
+    choices = [chat_choice(index, reply, token_bytes, request.older_calls) for index, reply in enumerate(replies)]
+    return {"object": "chat.completion", **envelope.head, "choices": choices, "usage": used}
 
 
-def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
-    message: Json = {"role": "assistant", "content": reply.text, "refusal": None}
+def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes, older_calls: bool) -> ChatChoice:
+    message: ChatMessage = {"role": "assistant", "content": reply.text, "refusal": None}
     if reply.tool_calls:
         message["content"] = reply.text or None
+    if reply.tool_calls and older_calls:
+        message["function_call"] = tool_call(reply.tool_calls[0])["function"]
+    elif reply.tool_calls:
         message["tool_calls"] = [tool_call(call) for call in reply.tool_calls]
-    logprobs = None if reply.logprobs is None else chat_logprobs(reply.logprobs, token_bytes)
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish_reason}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None if reply.logprobs is None else chat_logprobs(reply.logprobs, token_bytes),
+        "finish_reason": older_reason(reply.finish_reason) if older_calls else reply.finish_reason,
+    }
 
 
-def _with_function_call(choice: Json) -> Json:
-    """A chat's choice with its one call in the older form."""
-    message = dict(choice["message"])
-    for call in message.pop("tool_calls", ()):
-        message["function_call"] = call["function"]
-    return {**choice, "message": message, "finish_reason": older_reason(choice["finish_reason"])}
-
-
-def older_reason(finish_reason: str) -> str:
+def older_reason(finish_reason: FinishReason) -> FinishReason:
     return "function_call" if finish_reason == "tool_calls" else finish_reason
 
 
-def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> Json:
+def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> TextChoice:
     echoed = "" if reply.echo is None else reply.echo.text
     logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, len(echoed), token_bytes)
-    if reply.echo is not None and (before := echo_logprobs(reply.echo)) is not None:
-        logprobs = {name: told + logprobs[name] for name, told in before.items()}
+    if reply.echo is not None and logprobs is not None and (before := echo_logprobs(reply.echo)) is not None:
+        logprobs = {
+            "tokens": before["tokens"] + logprobs["tokens"],
+            "token_logprobs": before["token_logprobs"] + logprobs["token_logprobs"],
+            "top_logprobs": before["top_logprobs"] + logprobs["top_logprobs"],
+            "text_offset": before["text_offset"] + logprobs["text_offset"],
+        }
     return {"index": index, "text": echoed + reply.text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
 
-def tool_call(call: Any) -> Json:
+def tool_call(call: tools.ToolCall) -> ToolCall:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def tool_call_delta(delta: ToolCallDelta) -> Json:
+def tool_call_delta(delta: tool_calls.ToolCallDelta) -> ToolCallDelta:
     """What tells a client of a new call has its id and name; what goes on with one has neither."""
-    if delta.name is None:
+    if delta.id is None or delta.name is None:
         return {"index": delta.index, "function": {"arguments": delta.arguments}}
-    return {"index": delta.index, **tool_call(delta)}
+    function: FunctionCallDelta = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
-def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> Json:
-    content = [
-        {**_logprob(entry, token_bytes), "top_logprobs": [_logprob(other, token_bytes) for other in entry.top]}
-        for entry in logprobs
-    ]
-    return {"content": content, "refusal": None}
+def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChatLogprobs:
+    return {
+        "content": [
+            {**_logprob(entry, token_bytes), "top_logprobs": [_logprob(other, token_bytes) for other in entry.top]}
+            for entry in logprobs
+        ],
+        "refusal": None,
+    }
 
 
-def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> Json:
+def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> Logprob:
     data = list(token_bytes(entry.token_id))
     return {"token": entry.token, "logprob": _number(entry), "bytes": data}
 
@@ -117,18 +141,18 @@ def _number(entry: TokenLogprob) -> float | None:
     return None if entry.logprob is None else max(entry.logprob, LOWEST_LOGPROB)
 
 
-def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, token_bytes: TokenBytes) -> Json:
+def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, token_bytes: TokenBytes) -> TextLogprobs:
     """`offset`: characters of the text before the first of them."""
     rooms = [characters(token_bytes(entry.token_id)) for entry in logprobs]
     return _text_logprobs(logprobs, list(accumulate(rooms, initial=offset))[:-1])
 
 
-def echo_logprobs(echo: Echo) -> Json | None:
+def echo_logprobs(echo: Echo) -> TextLogprobs | None:
     """Of the prompt that comes before an answer, if they were asked for."""
     return None if echo.logprobs is None else _text_logprobs(echo.logprobs, echo.offsets)
 
 
-def _text_logprobs(logprobs: Sequence[TokenLogprob], offsets: list[int]) -> Json:
+def _text_logprobs(logprobs: Sequence[TokenLogprob], offsets: list[int]) -> TextLogprobs:
     return {
         "tokens": [entry.token for entry in logprobs],
         "token_logprobs": [_number(entry) for entry in logprobs],
@@ -147,7 +171,7 @@ def _alternatives(entry: TokenLogprob) -> dict[str, float | None] | None:
     return found
 
 
-def usage(answers: Sequence[Usage], n: int) -> Json:
+def usage(answers: Sequence[generation.Usage], n: int) -> Usage:
     """Of all answers; a prompt counts once, however many answers it has."""
     prompts = answers[::n]
     prompt_tokens = sum(each.prompt_tokens for each in prompts)
@@ -163,53 +187,35 @@ def usage(answers: Sequence[Usage], n: int) -> Json:
     }
 
 
-DONE = b"data: [DONE]\n\n"
-compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-"""In ASCII: many a client takes U+2028 and its like for the end of a line."""
-WHOLE_CALLS = ("mistral-client-", "python-httpx/")
-"""How user agents begin of clients that need each call whole, as Mistral's own servers send it. Mistral's packages
-refuse a piece without a name. langchain-mistralai, which says that it is httpx, takes each piece for another call.
-"""
-
-
 def takes_pieces(user_agent: str) -> bool:
     """Whether a client can put a call together that comes in pieces, as OpenAI sends it."""
     return not user_agent.startswith(WHOLE_CALLS)
 
 
 class Chunks:
-    """Turns the events of `answers` answers into bytes of a stream.
+    """Turns the text events of an answer into bytes of a stream.
 
     With `in_pieces` calls come in pieces, as from OpenAI. Else each call comes whole, and the last choice has the
     usage, as from Mistral.
     """
 
-    def __init__(
-        self,
-        envelope: Envelope,
-        answers: int,
-        n: int,
-        token_bytes: TokenBytes,
-        include_usage: bool,
-        usage_in_each: bool = False,
-        in_pieces: bool = True,
-    ) -> None:
-        self.envelope, self.n, self.token_bytes, self.include_usage = envelope, n, token_bytes, include_usage
-        self.usage_in_each, self.in_pieces = usage_in_each, in_pieces
-        head = compact(envelope.head(chunk=True))[:-1]
-        self.head = f'data: {head},"choices":['
-        self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
-        self.replies: list[Reply | None] = [None] * answers
-        self.held: list[list[TokenLogprob]] = [[] for _ in range(answers)]
-        self.offsets = [0] * answers
+    def __init__(self, envelope: Envelope, token_bytes: TokenBytes, in_pieces: bool = True) -> None:
+        request = self.request = envelope.request
+        self.token_bytes, self.in_pieces, self.is_chat = token_bytes, in_pieces, request.kind == "chat"
+        name = "chat.completion.chunk" if self.is_chat else "text_completion"
+        self.head = f'data: {compact({"object": name, **envelope.head})[:-1]},"choices":['
+        self.tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
+        self.replies: list[Reply | None] = [None] * request.answers
+        self.held: list[list[TokenLogprob]] = [[] for _ in self.replies]
+        self.offsets = [0] * len(self.replies)
         """Characters of the tokens whose log-probabilities were told."""
-        self.is_chat = envelope.kind == "chat"
 
     def opening(self, first: Sequence[tuple[int, TextEvent]]) -> bytes:
         """A chat's first chunk of each answer, which has the role. The `first` events give the usage of the prompt."""
         if not self.is_chat:
             return b""
-        used = replace(first[0][1].usage, completion_tokens=0) if self.usage_in_each else None
+        used = first[0][1].usage if self.request.usage_in_each else None
+        used = used and replace(used, completion_tokens=0)
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         choices = [f'{{"index":{place},{delta}}}' for place in range(len(self.replies))]
         return "".join(self._chunk(choice, used) for choice in choices).encode()
@@ -220,16 +226,16 @@ class Chunks:
 
     def closing(self) -> bytes:
         """After the last event."""
-        if not self.include_usage:
+        if not self.request.include_usage:
             return DONE
         return self._with_usage("", self.usage()).encode() + DONE
 
-    def usage(self) -> Json:
+    def usage(self) -> Usage:
         """Of all answers, when they have ended."""
-        return usage([reply.usage for reply in self.replies if reply is not None], self.n)
+        return usage([reply.usage for reply in self.replies if reply is not None], self.request.n)
 
     def _event(self, place: int, event: TextEvent) -> str:
-        used = event.usage if self.usage_in_each else None
+        used = event.usage if self.request.usage_in_each else None
         chunks = "".join([self._chunk(choice, used) for choice in self._choices(place, event)])
         if event.finish_reason:
             self.replies[place] = event.reply
@@ -253,12 +259,12 @@ class Chunks:
 
     def _text(self, place: int, text: str) -> str:
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
-        return self._said(place, said)
+        return self._choice(place, said)
 
-    def _call(self, place: int, delta: ToolCallDelta) -> str:
+    def _call(self, place: int, delta: tool_calls.ToolCallDelta) -> str:
         told = tool_call_delta(delta)
-        calls = {"function_call": told["function"]} if self.envelope.older_calls else {"tool_calls": [told]}
-        return self._said(place, f'"delta":{compact(calls)}')
+        calls = {"function_call": told["function"]} if self.request.older_calls else {"tool_calls": [told]}
+        return self._choice(place, f'"delta":{compact(calls)}')
 
     def _echo(self, place: int, echo: Echo) -> str:
         """The prompt, which comes before the answer."""
@@ -266,16 +272,16 @@ class Chunks:
         said, logprobs = compact(echo.text), compact(echo_logprobs(echo))
         return f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}'
 
-    def _said(self, place: int, said: str) -> str:
+    def _choice(self, place: int, content: str) -> str:
         logprobs = self._logprobs(place) if self.held[place] else "null"
-        return f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}'
+        return f'{{"index":{place},{content},"logprobs":{logprobs},"finish_reason":null}}'
 
-    def _end(self, place: int, finish_reason: str, used: Usage | None) -> str:
+    def _end(self, place: int, finish_reason: FinishReason, used: generation.Usage | None) -> str:
         """The last chunk of an answer. The last of all answers has their usage, for clients that want calls whole."""
         said = '"delta":{}' if self.is_chat else '"text":""'
-        reason = older_reason(finish_reason) if self.envelope.older_calls else finish_reason
+        reason = older_reason(finish_reason) if self.request.older_calls else finish_reason
         choice = f'{{"index":{place},{said},"logprobs":null,"finish_reason":"{reason}"}}'
-        if self.in_pieces or self.include_usage or None in self.replies:
+        if self.in_pieces or self.request.include_usage or None in self.replies:
             return self._chunk(choice, used)
         return self._with_usage(choice, self.usage())
 
@@ -288,9 +294,9 @@ class Chunks:
         self.offsets[place] += sum(characters(self.token_bytes(entry.token_id)) for entry in held)
         return compact(text_logprobs(held, offset, self.token_bytes))
 
-    def _chunk(self, choice: str, used: Usage | None) -> str:
+    def _chunk(self, choice: str, used: generation.Usage | None) -> str:
         """`used` is told only where each chunk tells the usage so far."""
         return f"{self.head}{choice}{self.tail}" if used is None else self._with_usage(choice, usage([used], 1))
 
-    def _with_usage(self, choice: str, usage: Json) -> str:
+    def _with_usage(self, choice: str, usage: Usage) -> str:
         return f'{self.head}{choice}],"usage":{compact(usage)}}}\n\n'

@@ -1,4 +1,4 @@
-"""OpenAI's JSON in, what is asked of the engine out; knows no HTTP and no event loop.
+"""A checked body in, what is asked of the engine out; knows no HTTP and no event loop.
 
 A field that is not supported is refused, and so is a value that would be ignored.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, Literal
 
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.request_body import invalid
-from pixtral_cli.server.schemas import (
+from pixtral_cli.server.request_schemas import (
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     GenerationFields,
+    Json,
     PredictRequest,
+    SamplingFields,
     StreamOptions,
     TokenizeRequest,
 )
@@ -26,26 +24,9 @@ from pixtral_cli.server.schemas import (
 COMPLETION_TOKENS = 16
 PREDICTED = {"max_tokens": 512, "temperature": 0.7}
 MAX_TOGETHER = 128
-"""Subscription to one request."""
-SAMPLED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "logit_bias",
-    "ignore_eos",
-    "response_format",
-    "tool_choice",
-    "parallel_tool_calls",
-)
+"""Answers to one request."""
+OPTIONS = {*SamplingFields.model_fields, "response_format", "tool_choice", "parallel_tool_calls"} - {"random_seed"}
 """Fields that are options of the same name."""
-Model = TypeVar("Model", bound=BaseModel)
-Json = dict[str, Any]
 TextOrTokens = str | list[int]
 
 
@@ -81,7 +62,7 @@ class AnswerRequest:
         return "echo" in self.options and "logprobs" in self.options
 
     @property
-    def asked(self) -> str:
+    def param(self) -> str:
         """The field that holds the question."""
         return "messages" if self.kind == "chat" else "prompt"
 
@@ -91,63 +72,8 @@ class AnswerRequest:
         return bool(self.tools or "response_format" in self.options or count_images(self.messages))
 
 
-def chat(body: Json) -> AnswerRequest:
+def chat(given: ChatRequest | PredictRequest) -> AnswerRequest:
     """The request of /v1/chat/completions. Raises ApiError."""
-    return _chat(body, validated(ChatRequest, body))
-
-
-def predict(body: Json) -> AnswerRequest:
-    """The request of /predict. Raises ApiError."""
-    given = validated(PredictRequest, body)
-    for name, default in PREDICTED.items():
-        if getattr(given, name) is None and not (name == "max_tokens" and given.max_completion_tokens):
-            setattr(given, name, default)
-    return _chat(body, given)
-
-
-def completion(body: Json) -> AnswerRequest:
-    """The request of /v1/completions. Raises ApiError."""
-    given = validated(CompletionRequest, body)
-    options = _options(given)
-    options["max_new_tokens"] = COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens
-    if given.echo:
-        options["echo"] = True
-    elif given.max_tokens == 0:
-        raise ApiError(400, "max_tokens should be above 0, or 0 with echo: true.", param="max_tokens")
-    if given.logprobs is not None:
-        options["logprobs"] = given.logprobs
-    several = isinstance(given.prompt, list) and not isinstance(given.prompt[0], int)
-    prompts = given.prompt if several else [given.prompt]
-    request = AnswerRequest("text", given.model, options, prompts=prompts, **_form(given))
-    if request.answers > MAX_TOGETHER:
-        raise ApiError(400, f"Prompts times n should be at most {MAX_TOGETHER}, not {request.answers}.", param="n")
-    return request
-
-
-def tokenize(body: Json) -> TokenizeRequest:
-    """Raises ApiError."""
-    given = validated(TokenizeRequest, body)
-    if (given.prompt is None) == (given.messages is None):
-        raise ApiError(400, "Give either prompt or messages.", param="prompt")
-    if given.tools and given.messages is None:
-        raise ApiError(400, "tools are for messages.", param="tools")
-    return given
-
-
-def detokenize(body: Json) -> DetokenizeRequest:
-    """Raises ApiError."""
-    return validated(DetokenizeRequest, body)
-
-
-def validated(model: type[Model], body: Json) -> Model:
-    """`body` as `model`. Raises ApiError, which names the first field that is wrong."""
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise invalid(error, body) from None
-
-
-def _chat(body: Json, given: PredictRequest) -> AnswerRequest:
     if given.max_completion_tokens is not None and given.max_tokens not in (None, given.max_completion_tokens):
         raise ApiError(
             400, "max_tokens and max_completion_tokens mean the same, and differ.", param="max_completion_tokens"
@@ -160,10 +86,44 @@ def _chat(body: Json, given: PredictRequest) -> AnswerRequest:
     if given.logprobs:
         options["logprobs"] = given.top_logprobs or True
     older = given.functions is not None or given.function_call is not None
-    tools = _newer_form(given, options) if older else body.get("tools")
+    tools = _newer_form(given, options) if older else given.tools
     if options.get("tool_choice") == "any":
         options["tool_choice"] = "required"
-    return AnswerRequest("chat", given.model, options, body["messages"], tools, older_calls=older, **_form(given))
+    return AnswerRequest("chat", given.model, options, given.messages, tools, older_calls=older, **_form(given))
+
+
+def predict(given: PredictRequest) -> AnswerRequest:
+    """The request of /predict. Raises ApiError."""
+    defaults = {name: value for name, value in PREDICTED.items() if getattr(given, name) is None}
+    if given.max_completion_tokens:
+        defaults.pop("max_tokens", None)
+    return chat(given.model_copy(update=defaults))
+
+
+def completion(given: CompletionRequest) -> AnswerRequest:
+    """The request of /v1/completions. Raises ApiError."""
+    options = _options(given)
+    options["max_new_tokens"] = COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens
+    if given.echo:
+        options["echo"] = True
+    elif given.max_tokens == 0:
+        raise ApiError(400, "max_tokens should be above 0, or 0 with echo: true.", param="max_tokens")
+    if given.logprobs is not None:
+        options["logprobs"] = given.logprobs
+    several = isinstance(given.prompt, list) and not isinstance(given.prompt[0], int)
+    prompts: Any = given.prompt if several else [given.prompt]
+    request = AnswerRequest("text", given.model, options, prompts=prompts, **_form(given))
+    if request.answers > MAX_TOGETHER:
+        raise ApiError(400, f"Prompts times n should be at most {MAX_TOGETHER}, not {request.answers}.", param="n")
+    return request
+
+
+def check_tokenize(given: TokenizeRequest) -> None:
+    """Raise ApiError unless either a prompt or messages are given."""
+    if (given.prompt is None) == (given.messages is None):
+        raise ApiError(400, "Give either prompt or messages.", param="prompt")
+    if given.tools and given.messages is None:
+        raise ApiError(400, "tools are for messages.", param="tools")
 
 
 def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
@@ -183,7 +143,7 @@ def _newer_form(given: PredictRequest, options: Json) -> list[Json]:
 def _options(given: GenerationFields) -> Json:
     if given.random_seed is not None and given.seed not in (None, given.random_seed):
         raise ApiError(400, "seed and random_seed mean the same, and differ.", param="random_seed")
-    options = given.model_dump(include=set(SAMPLED), exclude_none=True, by_alias=True)
+    options = given.model_dump(include=OPTIONS, exclude_none=True, by_alias=True)
     return options if given.random_seed is None else options | {"seed": given.random_seed}
 
 

@@ -190,7 +190,7 @@ def test_an_interrupt_while_waiting_for_input_leaves_with_130(start_fake):
 
 
 @pytest.mark.parametrize(
-    "module", ["pixtral_cli.cli.main", "typer", "pydantic", "weights_cache.errors", "pixtral_cli.cli.progress"]
+    "module", ["pixtral_cli.cli.main", "typer", "pydantic", "weights_cache.errors", "pixtral_cli.cli.progress_bars"]
 )
 def test_an_interrupt_in_the_middle_of_an_import_gives_no_traceback(terminal, module):
     shown = terminal("run", "-p", "bug", env={"FAKE_INTERRUPT_AT": module})

@@ -9,12 +9,12 @@ from pixtral_cli.encodings import find
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import memory
 from pixtral_cli.model.families import read_config
-from pixtral_cli.model.kernels import int4
-from pixtral_cli.model.kernels.int4 import Int4Linear
+from pixtral_cli.model.kernels import KernelLinear, int4, nf4
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
 from weights_cache.errors import TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.packed import PackedWeight
 
 CPU = torch.device("cpu")
 
@@ -99,19 +99,22 @@ def test_an_unknown_encoding_lists_the_known():
 
 def held_bytes(model):
     """Bytes of all weights of a model, packed ones included, each once."""
-    ordered = [each.weight for each in model.modules() if isinstance(each, Int4Linear)]
-    codes = [part for weight in ordered for part in (weight.codes, weight.scales)]
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers(), *codes)}
-    return sum(tensors.values())
+    found = {*model.parameters(), *model.buffers()}
+    for layer in model.modules():
+        if isinstance(getattr(layer, "weight", None), PackedWeight):
+            found |= {*layer.weight.tensors().values()}
+        for beside in vars(layer.kernel).values() if isinstance(layer, KernelLinear) else ():
+            found |= {part for part in (beside, getattr(beside, "absmax", None)) if isinstance(part, torch.Tensor)}
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in found}.values())
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "q4_0"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "q4_0", "nf4"])
 def test_the_plan_counts_the_bytes_that_loading_takes(folder, name):
     tensors = checkpoint.open(folder).tensors
     placement, model = place(tensors, find(name)), open_model(folder, name)
     beside = memory.kernel_bytes(tensors, placement)
-    assert (beside > 0) == (name == "q4_0")
-    if not int4.supported():
+    assert (beside > 0) == (name in ("q4_0", "nf4"))
+    if not (nf4.bitsandbytes().functional.has_avx512bf16() if name == "nf4" else int4.supported()):
         beside = 0
     assert memory.weight_bytes(tensors, placement) + beside == held_bytes(model)
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pixtral_cli.prompt.errors import ImageFetchFailed, ImageTooLarge
-from pixtral_cli.prompt.fetch import fetch
+from pixtral_cli.prompt.fetch import FetchLimits, fetch
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(1000)
 
@@ -95,7 +95,7 @@ def test_a_picture_is_fetched(site, page):
 )
 def test_each_failure_says_why(site, page, reason, connect, total):
     with pytest.raises(ImageFetchFailed, match=reason) as caught:
-        fetch(f"{site}/{page}", connect=connect, total=total)
+        fetch(f"{site}/{page}", FetchLimits(connect, total))
     assert page in str(caught.value)
     assert caught.value.hint
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_a_missing_page_says_404(site, monkeypatch):
 
 def test_a_download_has_a_limit(site):
     with pytest.raises(ImageTooLarge):
-        fetch(f"{site}/picture", max_bytes=1000)
+        fetch(f"{site}/picture", FetchLimits(max_bytes=1000))
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_a_download_has_a_limit(site):
 )
 def test_an_address_that_leads_nowhere_is_one_sentence(url):
     with pytest.raises(ImageFetchFailed) as caught:
-        fetch(url, connect=2, total=4)
+        fetch(url, FetchLimits(2, 4))
     assert "\n" not in str(caught.value)

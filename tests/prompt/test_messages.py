@@ -173,7 +173,8 @@ def test_a_text_part_may_have_its_text_under_content_as_in_transformers_examples
 def test_a_picture_may_be_bare_base64(start):
     Image.new("RGB", (2, 1)).save(file := BytesIO(), "PNG")
     (picture,) = parse(user({"type": "image", "base64": start + b64encode(file.getvalue()).decode()})).images
-    assert media.load(picture.source).size == (2, 1)
+    with media.opened(picture.source) as image:
+        assert image.size == (2, 1)
 
 
 @pytest.mark.parametrize("address", ["data:,x", "https://example.org/a.png", "HTTP://example.org", "file:///a.png"])

@@ -11,11 +11,10 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
+from support.prompts import chat_ids
 from support.tool_builders import KINDS, arguments, call, json_values
 
-from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
-from pixtral_cli.prompt.tools import parse_tools
 
 ROLES = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
 SCHEMA = {"type": "object", "properties": {"a [/AVAILABLE_TOOLS]": {"type": "integer", "description": "é 何"}}}
@@ -34,7 +33,7 @@ def assert_equal_ids(both, version, messages, tools):
         tools=[Tool.from_openai(tool) for tool in tools] or None,
     )
     expected = kind(theirs).encode_instruct(get_normalizer(name).from_chat_completion_request(request)).tokens
-    assert MistralFormat(ours).encode(parse(messages), parse_tools(tools)) == expected
+    assert chat_ids(MistralFormat(ours), messages, tools) == expected
 
 
 def result(id, content="3"):

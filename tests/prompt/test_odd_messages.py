@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.prompts import chat_ids
 
 from pixtral_cli.prompt.errors import InvalidMessages, InvalidTools, PromptError, TemplateFailed
 from pixtral_cli.prompt.messages import parse
@@ -64,7 +65,7 @@ def test_whatever_json_comes_there_is_a_prompt_or_a_sentence(formats, messages):
         return
     for chat_format in formats:
         try:
-            assert chat_format.encode(conversation)
+            assert chat_ids(chat_format, conversation)
         except TemplateFailed as error:
             assert error.hint
 
@@ -81,4 +82,4 @@ def test_what_is_nested_without_end_is_text_or_refused(formats, deep):
             parse_tools([{"function": {"name": "add", "parameters": deep}}])
         return
     for chat_format in formats:
-        assert chat_format.encode(parse(messages))
+        assert chat_ids(chat_format, messages)

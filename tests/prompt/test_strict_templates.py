@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.prompts import chat_ids
 from support.tool_builders import call
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.errors import TemplateFailed
-from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.template import ChatTemplate
 from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 
@@ -60,7 +60,7 @@ WANTED = {
 @pytest.fixture
 def ids(byte_level_json):
     def made(template, messages):
-        return ChatTemplate(template, load_tokenizer({"tokenizer.json": byte_level_json}.get)).encode(parse(messages))
+        return chat_ids(ChatTemplate(template, load_tokenizer({"tokenizer.json": byte_level_json}.get)), messages)
 
     return made
 
@@ -103,6 +103,6 @@ def test_pictures_of_a_result_follow_it_in_a_turn_of_the_users(byte_level_json):
     template = template.replace("is string", "is string and m.content[0].type != 'image'")
     tokenizer = load_tokenizer({"tokenizer.json": byte_level_json}.get)
     shown = SUNNY | {"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "a.png"}]}
-    ids = ChatTemplate(template, tokenizer).encode(parse([W, CALLS, shown]))
+    ids = chat_ids(ChatTemplate(template, tokenizer), [W, CALLS, shown])
     text = tokenizer.encode
     assert ids[-8:] == [9, *text("now"), 2, 7, *text("a"), 8, 2, 3, 10, 4][-8:]

@@ -9,6 +9,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMess
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
 from support.builders import CONTROLS
+from support.prompts import chat_ids
 from support.tool_builders import arguments, call
 from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +59,7 @@ def test_ids_are_those_of_transformers(byte_level_json, objects, said, result):
     text = tokenizer.apply_chat_template(messages, tools=TOOLS, chat_template=LISTED, tokenize=False)
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     ours = ChatTemplate(LISTED, load_tokenizer({"tokenizer.json": byte_level_json}.get))
-    assert ours.encode(parse(messages), parse_tools(TOOLS)) == expected
+    assert chat_ids(ours, messages, TOOLS) == expected
 
 
 def test_control_strings_in_tools_calls_and_results_are_text(byte_level_json):
@@ -70,7 +71,7 @@ def test_control_strings_in_tools_calls_and_results_are_text(byte_level_json):
         {"role": "assistant", "tool_calls": [call("1", arguments={evil: [evil, {"a": evil}]})]},
         {"role": "tool", "tool_call_id": "1", "name": evil, "content": evil},
     ]
-    ids = ChatTemplate(LISTED, tokenizer).encode(parse(messages), parse_tools(tools))
+    ids = chat_ids(ChatTemplate(LISTED, tokenizer), messages, tools)
     assert [ids.count(tokenizer.control(name)) for name in ("</s>", "[INST]")] == [1, 1]
     shown = b"".join(map(tokenizer.token_bytes, ids)).decode()
     assert shown.count(evil) == 8
@@ -80,7 +81,7 @@ def test_ids_that_a_template_would_refuse_are_made_to_fit(byte_level_json):
     template = ChatTemplate(LISTED, load_tokenizer({"tokenizer.json": byte_level_json}.get))
     turns = [USER, {"role": "assistant", "tool_calls": [call("call_of-a-client")]}]
     result = {"role": "tool", "tool_call_id": "call_of-a-client", "content": "3"}
-    ids = template.encode(parse([*turns, result]))
+    ids = chat_ids(template, [*turns, result])
     shown = b"".join(map(template.tokenizer.token_bytes, ids)).decode()
     id = parse([*turns, result]).messages[2].call_id
     assert f"{id}function" in shown and f"{id}:3" in shown
@@ -90,7 +91,7 @@ def test_a_template_that_passes_over_tools_gives_way_to_mistrals_rules(checkpoin
     processor = Processor.from_checkpoint(checkpoint("hf", tekken_json=tekken_file, chat_template_jinja=PASSES_OVER))
     assert isinstance(processor.chat_format, ChatTemplate)
     plain = processor.chat(parse([USER]))
-    assert plain.token_ids == processor.chat_format.encode(parse([USER])) and plain.tools == ()
+    assert plain.token_ids == chat_ids(processor.chat_format, [USER]) and plain.tools == ()
 
     prompt = processor.chat(parse([USER]), parse_tools(TOOLS))
     theirs = ChatCompletionRequest(messages=[UserMessage(**USER)], tools=[Tool.from_openai(tool) for tool in TOOLS])
@@ -125,5 +126,5 @@ def test_a_template_that_writes_the_word_type_for_tools_alone_still_gets_content
         "{% for m in messages %}" + described + "{{ m['content'] + eos_token }}{% endfor %}",
         load_tokenizer({"tokenizer.json": byte_level_json}.get),
     )
-    ids = template.encode(parse([USER]))
+    ids = chat_ids(template, [USER])
     assert b"".join(map(template.tokenizer.token_bytes, ids)).endswith(b'"function": What is 1 + 2?')

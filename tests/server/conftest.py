@@ -4,7 +4,7 @@ import pytest
 from support.serving import serving
 
 from pixtral_cli import Pixtral
-from pixtral_cli.server.media_policy import MediaPolicy, RequestMedia
+from pixtral_cli.server.media_policy import MediaPolicy, RequestImages
 from pixtral_cli.server.service import Service
 
 
@@ -12,7 +12,7 @@ from pixtral_cli.server.service import Service
 def tiny():
     """In float32, where an answer does not depend on what else is asked."""
     model = Pixtral.load("tiny", max_batch_size=16, quantization_encoding="float32")
-    model.processor.open_picture = RequestMedia(MediaPolicy()).opened
+    model.processor.open_image = RequestImages(MediaPolicy()).opened
     return model
 
 

@@ -272,7 +272,7 @@ def test_a_client_that_leaves_while_its_picture_is_fetched_is_forgotten_at_once(
         go_on.wait(2 * PATIENCE)
         raise AssertionError("nobody waits for it")
 
-    monkeypatch.setattr(tiny.processor, "open_picture", load)
+    monkeypatch.setattr(tiny.processor, "open_image", load)
     body = {**LONG, "messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
     leave_after(running, body, fetching.is_set)
     assert wait_for(lambda: running.service.accepted == 0)
@@ -315,7 +315,7 @@ def test_who_waits_when_the_server_drains_is_503_and_who_runs_is_finished(own):
 def test_who_waits_for_a_picture_when_the_server_drains_is_503_at_once(own, tiny, monkeypatch):
     running = own()
     fetching, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(tiny.processor, "open_picture", lambda source: fetching.set() or go_on.wait(2 * PATIENCE))
+    monkeypatch.setattr(tiny.processor, "open_image", lambda source: fetching.set() or go_on.wait(2 * PATIENCE))
     body = {"messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=60)

@@ -18,7 +18,7 @@ from support.processes import PATIENCE
 from support.web_server import names, web
 
 from pixtral_cli.prompt.errors import ImageFetchFailed
-from pixtral_cli.server.media_policy import MediaPolicy, NetworkPolicy, RequestMedia, is_public
+from pixtral_cli.server.media_policy import MediaPolicy, RequestImages, is_public
 
 ALLOWED = (ip_network("127.0.0.1/32"),)
 BMP = b"BM:\0\0\0\0\0\0\0006\0\0\0(\0\0\0\1\0\0\0\1\0\0\0\1\0\x18\0\0\0\0\0\4\0\0\0" + bytes(20)
@@ -43,12 +43,13 @@ def secret(site):
         assert secret.seen == []
 
 
-def load(url, look_up=None, **policy):
-    with RequestMedia(MediaPolicy(**{"private_networks": ALLOWED, **policy}), look_up).opened(url) as picture:
+def load(url, look_up=socket.getaddrinfo, **policy):
+    policy = MediaPolicy(**{"private_networks": ALLOWED, "look_up": look_up, **policy})
+    with RequestImages(policy).opened(url) as picture:
         return picture
 
 
-def refused(url, look_up=None, match=None, **policy):
+def refused(url, look_up=socket.getaddrinfo, match=None, **policy):
     with pytest.raises(ImageFetchFailed, match=match) as caught:
         load(url, look_up, **policy)
     return str(caught.value)
@@ -103,13 +104,13 @@ def test_services_that_give_away_a_machines_keys_stay_out_of_reach_however_much_
     everything = (ip_network("0.0.0.0/0"), ip_network("::/0"))
     look_up = names(cloud_example=address)
     with pytest.raises(OSError, match="never allowed"):
-        NetworkPolicy((), everything, look_up).dial("cloud.example", 80, 1)
+        MediaPolicy(private_networks=everything, look_up=look_up).dial("cloud.example", 80, 1)
 
 
 @pytest.mark.parametrize("port", [1, 22, 25, 443 - 1, 1023])
 def test_public_hosts_are_asked_on_ports_for_the_web_only(port):
     with pytest.raises(OSError, match="not one for pictures"):
-        NetworkPolicy((), (), names(site_example="8.8.8.8")).dial("site.example", port, 1)
+        MediaPolicy(look_up=names(site_example="8.8.8.8")).dial("site.example", port, 1)
 
 
 def test_a_name_with_one_forbidden_address_among_good_ones_is_refused(site, secret):

@@ -18,10 +18,10 @@ READ = """
 import base64, json, resource, sys, time
 from support import bombs
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.server.media_policy import RequestMedia, MediaPolicy
+from pixtral_cli.server.media_policy import RequestImages, MediaPolicy
 import PIL.Image
 name, arguments = json.loads(sys.argv[1])
-opened = RequestMedia(MediaPolicy()).opened
+opened = RequestImages(MediaPolicy()).opened
 uri = "data:;base64," + base64.b64encode(getattr(bombs, name)(*arguments)).decode()
 def taken():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
@@ -106,10 +106,10 @@ RESIDENT = """
 import base64, sys
 from concurrent.futures import ThreadPoolExecutor
 from support import bombs
-from pixtral_cli.server.media_policy import RequestMedia, MediaPolicy
+from pixtral_cli.server.media_policy import RequestImages, MediaPolicy
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
-opened = RequestMedia(MediaPolicy()).opened
+opened = RequestImages(MediaPolicy()).opened
 def small(uri):
     with opened(uri) as picture:
         return picture.resize((64, 64)).size

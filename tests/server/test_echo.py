@@ -14,6 +14,7 @@ from pixtral_cli.server import service
 from pixtral_cli.server.delivery import EventStream
 from pixtral_cli.server.responses import Chunks, Envelope
 from pixtral_cli.server.threads import Threads
+from pixtral_cli.server.wire import AnswerRequest
 from pixtral_cli.tiny import FOLDER
 
 PROMPT = "Where is the star? 🧀 é"
@@ -138,7 +139,7 @@ def test_prompts_of_many_lengths_together_are_each_as_alone(complete):
 
 
 def test_more_than_memory_should_hold_is_refused(complete, monkeypatch):
-    monkeypatch.setattr(service, "MOST_TOLD", 100)
+    monkeypatch.setattr(service, "MAX_LOGPROBS", 100)
     told = complete([[1] * 10, [1] * 15], echo=True, logprobs=3, max_tokens=0).choices
     assert [len(choice.logprobs.tokens) for choice in told] == [10, 15]
     assert complete([[1] * 26], echo=True, max_tokens=0).choices[0].logprobs is None
@@ -174,7 +175,7 @@ async def test_a_prompt_is_written_into_a_stream_on_a_thread_and_not_in_the_even
 
     echo = Echo("Hi", [1], tiny.processor.tokenizer, ())
     first = [(0, TextEvent("", None, echo=echo))]
-    chunks = Writer(Envelope.new("text", "m", "f"), 1, 1, lambda token: b"", include_usage=False)
+    chunks = Writer(Envelope(AnswerRequest("text", "m", {}), "m", "f"), lambda token: b"")
     stream = EventStream(first, no_more(), chunks, None, Threads(1, "writer").run)
     await stream({"type": "http", "state": {}}, asyncio.Future, send)
     assert writers == ["writer"]

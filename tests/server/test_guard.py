@@ -109,7 +109,7 @@ def test_a_key_is_compared_with_all_keys_by_digests_of_one_length(monkeypatch, g
         compared.append((len(one), len(other)))
         return hmac.compare_digest(one, other)
 
-    keys = ApiKeys(None, KEYS)
+    keys = ApiKeys(KEYS)
     monkeypatch.setattr(middleware, "hmac", type("", (), {"compare_digest": staticmethod(counting)}))
     assert keys.knows(given) == (given.decode() in KEYS)
     assert compared == [(32, 32)] * len(KEYS)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import os
+import socket
 import threading
 from ipaddress import ip_network
 
@@ -25,7 +26,7 @@ from pixtral_cli.prompt.errors import (
     ImageUnreadable,
 )
 from pixtral_cli.server.errors import refusal_of
-from pixtral_cli.server.media_policy import MediaPolicy, RequestMedia
+from pixtral_cli.server.media_policy import MediaPolicy, RequestImages
 from pixtral_cli.server.threads import Threads
 
 NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -52,14 +53,14 @@ def same(picture):
     return picture.mode == "RGB" and picture.tobytes() == NOISE.tobytes()
 
 
-def loader(policy, look_up=None):
+def loader(policy):
     """A function that gives the picture, and its turn to the next."""
 
     def load(source):
         with pictures.opened(source) as picture:
             return picture
 
-    pictures = RequestMedia(policy, look_up)
+    pictures = RequestImages(policy)
     return load
 
 
@@ -167,8 +168,8 @@ def test_pixels_have_a_limit():
 
 def test_what_a_decoder_says_stays_here():
     damaged = "data:image/png;base64," + base64.b64encode(PNG[:-200]).decode()
-    with pytest.raises(ImageDamaged) as inside:
-        media.load(damaged)
+    with pytest.raises(ImageDamaged) as inside, media.opened(damaged):
+        pass
     with pytest.raises(ImageUnreadable) as caught:
         loader(MediaPolicy())(damaged)
     assert inside.value.reason not in str(caught.value)
@@ -216,7 +217,7 @@ def test_a_picture_that_takes_long_does_not_hold_up_small_ones(monkeypatch):
 def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.media_policy.PIXELS_AT_ONCE", 1000)
     monkeypatch.setattr("pixtral_cli.server.media_policy.WAIT_SECONDS", 0.05)
-    pictures = RequestMedia(MediaPolicy())
+    pictures = RequestImages(MediaPolicy())
     with pictures.opened(URI), pytest.raises(ImageRefused, match="too many"), pictures.opened(URI):
         pass
     with pictures.opened(URI) as picture:
@@ -226,7 +227,7 @@ def test_a_picture_has_its_turn_until_it_is_let_go_of(monkeypatch):
 def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
     monkeypatch.setattr("pixtral_cli.server.media_policy.PIXELS_AT_ONCE", 1000)
     monkeypatch.setattr("pixtral_cli.server.media_policy.WAIT_SECONDS", 0.05)
-    pictures = RequestMedia(MediaPolicy())
+    pictures = RequestImages(MediaPolicy())
     damaged = "data:image/png;base64," + base64.b64encode(PNG[:-200]).decode()
     for _ in range(3):
         with pytest.raises(ImageUnreadable), pictures.opened(damaged):
@@ -238,7 +239,7 @@ def test_what_goes_wrong_with_a_picture_ends_its_turn(monkeypatch):
 
 
 def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
-    pictures, begun, go_on, decoded = RequestMedia(MediaPolicy()), threading.Event(), threading.Event(), []
+    pictures, begun, go_on, decoded = RequestImages(MediaPolicy()), threading.Event(), threading.Event(), []
     monkeypatch.setattr(media, "to_rgb", lambda image: decoded.append(image) or image)
 
     def three():
@@ -260,8 +261,8 @@ def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
     assert len(decoded) == 1
 
 
-def fetching(look_up=None, **policy):
-    return loader(MediaPolicy(**{"private_networks": LOOPBACK, **policy}), look_up)
+def fetching(look_up=socket.getaddrinfo, **policy):
+    return loader(MediaPolicy(**{"private_networks": LOOPBACK, "look_up": look_up, **policy}))
 
 
 def test_a_picture_on_the_web_is_fetched_politely():
@@ -304,9 +305,9 @@ def test_only_what_is_said_to_be_a_picture_is_taken(answer, taken):
 
 
 def test_a_download_ends_at_the_limit_in_bytes_whatever_was_promised():
-    with web(PNG, x={"pieces": [PNG] * 500, "headers": {"Content-Length": None}}) as site:
-        with pytest.raises(ImageTooLarge):
-            fetching(max_bytes=10_000)(f"http://127.0.0.1:{site.server_port}/x")
+    endless = {"pieces": [PNG] * 500, "headers": {"Content-Length": None}}
+    with web(PNG, x=endless) as site, pytest.raises(ImageTooLarge):
+        fetching(max_bytes=10_000)(f"http://127.0.0.1:{site.server_port}/x")
 
 
 @pytest.mark.parametrize(

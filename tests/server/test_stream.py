@@ -12,6 +12,7 @@ from pixtral_cli.prompt.tool_calls import ToolCallDelta
 from pixtral_cli.prompt.tools import ToolCall
 from pixtral_cli.server import responses
 from pixtral_cli.server.responses import DONE, Chunks, Envelope, takes_pieces
+from pixtral_cli.server.wire import AnswerRequest
 
 letters = st.characters(exclude_categories=["Cs"]) | st.sampled_from('\r\n\u2028\x85"\\\0')
 texts = st.lists(st.text(letters, max_size=5))
@@ -31,9 +32,10 @@ def with_usage(events):
     return [replace(event, usage=Usage(7, count, 2, 1)) for count, event in enumerate(events, 1)]
 
 
-def streamed(kind, answers, batch=1, **options):
+def streamed(kind, answers, batch=1, in_pieces=True, **options):
     """The data of every event but the last, which is [DONE]; `answers` are lists of events."""
-    chunks = Chunks(Envelope.new(kind, "m", "f"), len(answers), 1, lambda token: b"x", **options)
+    request = AnswerRequest(kind, "m", {}, prompts=["a"] * len(answers), **options)
+    chunks = Chunks(Envelope(request, "m", "f"), lambda token: b"x", in_pieces)
     together = [(place, event) for place, answer in enumerate(answers) for event in answer]
     body = chunks.opening(together)
     for start in range(0, len(together), batch):

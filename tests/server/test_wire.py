@@ -6,7 +6,8 @@ import pytest
 
 from pixtral_cli.server import wire
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.schemas import CompletionRequest
+from pixtral_cli.server.request_body import validated
+from pixtral_cli.server.request_schemas import ChatRequest, CompletionRequest, PredictRequest, TokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -14,11 +15,21 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 
 def chat(**fields):
-    return wire.chat({"model": "m", "messages": HELLO, **fields})
+    return wire.chat(validated(ChatRequest, {"model": "m", "messages": HELLO, **fields}))
 
 
 def completion(**fields):
-    return wire.completion({"model": "m", "prompt": "Hello", **fields})
+    return wire.completion(validated(CompletionRequest, {"model": "m", "prompt": "Hello", **fields}))
+
+
+def predict(**fields):
+    return wire.predict(validated(PredictRequest, {"messages": HELLO, **fields}))
+
+
+def tokenize(body):
+    given = validated(TokenizeRequest, body)
+    wire.check_tokenize(given)
+    return given
 
 
 def refused(make, *args, **fields):
@@ -165,10 +176,10 @@ def test_a_bias_names_token_ids_and_scores_within_reason(bias):
 
 
 def test_what_is_missing_is_named():
-    assert refused(wire.chat, {"model": "m"}).param == "messages"
-    assert refused(wire.chat, {"messages": HELLO}).param == "model"
-    assert refused(wire.completion, {"model": "m"}).param == "prompt"
-    assert refused(wire.chat, {"model": "m", "messages": [{"role": "tool", "content": "3"}]}).param == (
+    assert refused(validated, ChatRequest, {"model": "m"}).param == "messages"
+    assert refused(validated, ChatRequest, {"messages": HELLO}).param == "model"
+    assert refused(validated, CompletionRequest, {"model": "m"}).param == "prompt"
+    assert refused(validated, ChatRequest, {"model": "m", "messages": [{"role": "tool", "content": "3"}]}).param == (
         "messages[0].tool_call_id"
     )
 
@@ -280,11 +291,11 @@ def test_answers_of_one_request_are_bounded():
 
 
 def test_a_prediction_is_a_chat_with_its_own_defaults():
-    ask = wire.predict({"messages": HELLO})
+    ask = predict()
     assert ask.model is None
     assert ask.options == {"temperature": 0.7, "max_new_tokens": 512}
-    assert wire.predict({"messages": HELLO, "max_completion_tokens": 5}).options["max_new_tokens"] == 5
-    assert wire.predict({"messages": HELLO, "temperature": 0, "max_tokens": 9}).options == {
+    assert predict(max_completion_tokens=5).options["max_new_tokens"] == 5
+    assert predict(temperature=0, max_tokens=9).options == {
         "temperature": 0,
         "max_new_tokens": 9,
     }
@@ -329,6 +340,6 @@ def test_pictures_are_counted_over_all_messages():
 
 @pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": HELLO}, {"prompt": "a", "tools": [TOOL]}])
 def test_tokens_are_counted_of_a_prompt_or_of_messages(body):
-    refused(wire.tokenize, body)
-    assert wire.tokenize({"prompt": ""}).prompt == ""
-    assert wire.tokenize({"messages": HELLO, "tools": [TOOL]}).tools
+    refused(tokenize, body)
+    assert tokenize({"prompt": ""}).prompt == ""
+    assert tokenize({"messages": HELLO, "tools": [TOOL]}).tools

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from weights_cache import checkpoint, layout
+from weights_cache import checkpoint, weight_files
 from weights_cache.errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsError, WeightsNotFound
 
 WEIGHTS = {
@@ -147,7 +147,7 @@ def test_a_folder_without_weights_opens_and_says_so_when_they_are_asked_for(fold
 def test_a_folder_without_weights_says_which_its_form_has_and_what_to_do(tmp_path: Path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(WeightsNotFound, match=r"looked for consolidated\.safetensors") as caught:
-        layout.weight_files(tmp_path, "native")
+        weight_files.in_folder(tmp_path, "native")
     assert caught.value.hint
 
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from weights_cache import checkpoint, store
+from weights_cache import cache, checkpoint
+from weights_cache.cache import CachedRepo
 from weights_cache.errors import (
     DiskFull,
     DownloadFailed,
@@ -146,7 +147,7 @@ def test_what_the_hubs_own_library_downloaded_is_used(hub):
     from huggingface_hub import hf_hub_download
 
     for name in sorted(WHOLE):
-        path = hf_hub_download(REPO, name, cache_dir=store.cache_folder(), endpoint=hub.url)
+        path = hf_hub_download(REPO, name, cache_dir=cache.hub_cache_folder(), endpoint=hub.url)
     hub.requests.clear()
     assert fetch(REPO) == Path(path).parent
     assert hub.requests == []
@@ -156,7 +157,7 @@ def test_what_was_downloaded_here_is_found_by_the_hubs_own_library(hub):
     from huggingface_hub import hf_hub_download
 
     folder = fetch(REPO)
-    found = hf_hub_download(REPO, SECOND, cache_dir=store.cache_folder(), local_files_only=True)
+    found = hf_hub_download(REPO, SECOND, cache_dir=cache.hub_cache_folder(), local_files_only=True)
     assert Path(found) == folder / SECOND
 
 
@@ -182,7 +183,7 @@ def test_a_shard_of_the_wrong_length_in_the_cache_is_fetched_again(hub):
 
 def test_a_listing_left_by_the_library_tells_that_a_side_file_is_missing(hub):
     folder = fetch(REPO)
-    listing = store.repo_folder(REPO) / "trees" / f"{folder.name}.json"
+    listing = CachedRepo(REPO).folder / "trees" / f"{folder.name}.json"
     listing.parent.mkdir()
     listing.write_text('{"format_version": 1, "files": {"chat_template.jinja": {}, "config.json": {}}}')
     hub.requests.clear()
@@ -220,8 +221,8 @@ def test_force_moves_to_the_hubs_newer_version_and_plain_fetch_stays(hub):
 )
 def test_the_cache_folder_is_the_one_that_the_hubs_library_uses(environment: dict[str, str], expected: str):
     code = (
-        "from weights_cache import store; from huggingface_hub import constants as theirs; "
-        "print(store.cache_folder(), theirs.HF_HUB_CACHE)"
+        "from weights_cache import cache; from huggingface_hub import constants as theirs; "
+        "print(cache.hub_cache_folder(), theirs.HF_HUB_CACHE)"
     )
     environment = {"PATH": os.environ["PATH"], **environment}
     done = subprocess.run(
@@ -323,7 +324,7 @@ def test_a_server_that_is_not_there_is_reported(hub, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("where", ["/api/", FIRST])
 def test_a_server_that_does_not_answer_is_given_up(hub, monkeypatch: pytest.MonkeyPatch, where: str):
-    monkeypatch.setattr("weights_cache.transfer.LISTING_TIMEOUT", 0.05)
+    monkeypatch.setattr("weights_cache.download.LISTING_TIMEOUT", 0.05)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
     failing(hub, lambda method, path: method == "GET" and where in path, wait=0.3)
     assert "did not answer in time" in str(failure(DownloadFailed))
@@ -354,7 +355,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub, monkeypatch: pytest.Mon
 def test_a_download_that_broke_off_is_never_taken_for_whole_and_goes_on_with_the_rest(hub):
     failing(hub, body_of(SECOND), cut=0)
     failure(DownloadFailed)
-    assert store.find(REPO, "main", weights=True) is None
+    assert cache.find(REPO, "main", weights=True) is None
     hub.fault = lambda method, path: None
     hub.requests.clear()
     assert names(fetch(REPO)) == WHOLE
@@ -365,8 +366,8 @@ def test_a_download_that_broke_off_is_never_taken_for_whole_and_goes_on_with_the
 def test_small_files_that_broke_off_are_never_taken_for_whole(hub, broken: str):
     failing(hub, body_of(broken), status=500)
     failure(DownloadFailed)
-    assert store.find(REPO, "main", weights=False) is None
-    assert store.find(REPO, hub.commit(REPO), weights=False) is None
+    assert cache.find(REPO, "main", weights=False) is None
+    assert cache.find(REPO, hub.commit(REPO), weights=False) is None
     hub.fault = lambda method, path: None
     assert names(fetch(REPO)) == WHOLE
 
@@ -375,7 +376,7 @@ def test_a_file_shorter_than_its_header_says_is_not_taken_though_the_server_call
     good = hub.repos[REPO][SECOND]
     hub.repos[REPO][SECOND] = good[:-100]
     assert SECOND in str(failure(DownloadFailed))
-    assert store.find(REPO, "main", weights=True) is None
+    assert cache.find(REPO, "main", weights=True) is None
     assert SECOND in str(failure(DownloadFailed))
 
 
@@ -386,7 +387,7 @@ def test_an_index_that_names_an_absent_shard_is_reported(hub):
 
 def test_offline_and_not_cached_is_one_sentence_and_no_request(hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert str(store.cache_folder()) in str(failure(Offline))
+    assert str(cache.hub_cache_folder()) in str(failure(Offline))
     assert hub.requests == []
 
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from pixtral_cli.cli.main import run_program
-from weights_cache import inventory, store
+from weights_cache import cache, inventory
+from weights_cache.cache import CachedRepo
 from weights_cache.errors import DiskFull, DownloadFailed
 from weights_cache.hub import fetch
 
@@ -47,7 +48,11 @@ class Disk:
 
     def replace(self, patched: pytest.MonkeyPatch) -> None:
         """From now on, every file that is opened by its Path lies on this disk."""
-        patched.setattr(Path, "open", self._open)
+
+        def opened(path: Path, *options: object, **named: object):  # a function, which a Path binds, as no method is
+            return self._open(path, *options, **named)
+
+        patched.setattr(Path, "open", opened)
 
     def _open(self, path: Path, mode: str = "r", *options: object, **named: object):
         if not set(mode) & set("wax"):
@@ -95,8 +100,8 @@ def test_a_disk_that_fills_while_files_arrive_is_a_sentence_and_what_arrived_is_
         with pytest.raises(DownloadFailed, match="No space left on device") as caught:
             fetch(REPO)
     assert "HF_HUB_CACHE" in caught.value.hint and "\n" not in str(caught.value)
-    assert disk.room == 0 and store.find(REPO, "main", weights=True) is None
-    assert debris(store.cache_folder()) == []
+    assert disk.room == 0 and cache.find(REPO, "main", weights=True) is None
+    assert debris(cache.hub_cache_folder()) == []
 
     repo.requests.clear()
     folder = fetch(REPO)
@@ -115,7 +120,7 @@ def test_the_part_that_a_full_disk_left_is_listed_and_can_be_cleared(repo, monke
     (model,) = inventory.models()
     assert (model.name, model.format) == (REPO, "incomplete") and model.nbytes > room - 20_000
     assert run_program(["cache", *command, "--yes", "--quiet"]) == 0
-    assert inventory.models() == [] and not store.repo_folder(REPO).exists()
+    assert inventory.models() == [] and not CachedRepo(REPO).folder.exists()
 
 
 def test_the_kernels_own_refusal_reads_the_same(repo):
@@ -128,7 +133,7 @@ import sys; from pixtral_cli.cli.main import run_program; sys.exit(run_program([
     done = subprocess.run([sys.executable, "-c", code], env=kept, cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == ""
     assert "File too large" in done.stderr and "HF_HUB_CACHE" in done.stderr and len(done.stderr.splitlines()) == 2
-    assert debris(store.cache_folder()) == []
+    assert debris(cache.hub_cache_folder()) == []
 
 
 def test_what_does_not_fit_is_refused_before_the_first_byte(repo, monkeypatch):
@@ -145,4 +150,4 @@ def test_small_files_without_weights_are_listed_too_and_can_be_cleared(repo):
     fetch(REPO, weights=False)
     assert [(model.name, model.format) for model in inventory.models()] == [(REPO, "incomplete")]
     assert run_program(["cache", "prune", "--older-than", "0h", "--yes", "--quiet"]) == 0
-    assert inventory.models() == [] and not store.repo_folder(REPO).exists()
+    assert inventory.models() == [] and not CachedRepo(REPO).folder.exists()

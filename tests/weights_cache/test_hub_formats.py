@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from weights_cache import checkpoint, own_cache, store
+from weights_cache import cache, checkpoint
 from weights_cache.errors import DownloadFailed, ModelNotFound, Offline, WeightsError, WeightsNotFound
 from weights_cache.hub import fetch
 
@@ -198,12 +198,12 @@ def test_our_own_cache_is_where_the_environment_says(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert str(own_cache.own_cache_folder()) == expected
+    assert str(cache.own_cache_folder()) == expected
 
 
 def test_a_revision_is_found_by_its_commit_as_well(repo):
     fetch(REPO)
-    assert store.find(REPO, repo.commit(REPO), weights=True) is not None
+    assert cache.find(REPO, repo.commit(REPO), weights=True) is not None
 
 
 # --- a quantisation as the name of a file, as llama.cpp and Ollama have it

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save
 
-from weights_cache import checkpoint, store
+from weights_cache import cache, checkpoint
 from weights_cache.errors import DownloadFailed, Gated, Offline
 from weights_cache.hub import fetch, fetch_headers
 
@@ -68,7 +68,7 @@ def test_the_headers_are_those_of_the_whole_model_and_no_weights_are_fetched(rep
     seen = described(folder)
     assert folder.is_relative_to(tmp_path / "skeleton") and len(seen) == 4
     assert asked_bytes(repo) <= 2 * 2**18 < sum(map(len, repo.repos[REPO].values())) / 10
-    assert store.find(REPO, "main", weights=True) is None
+    assert cache.find(REPO, "main", weights=True) is None
     assert seen == described(fetch(REPO))
 
 
@@ -83,7 +83,7 @@ def test_a_server_without_ranges_is_left_after_the_headers(repo, tmp_path: Path)
 
 
 def test_a_header_longer_than_the_first_piece_is_fetched_to_its_end(repo, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("weights_cache.headers.FIRST", {".safetensors": 20})
+    monkeypatch.setattr("weights_cache.download.HEADER_BYTES", {".safetensors": 20})
     assert described(fetch_headers(REPO, tmp_path / "skeleton")) == described(fetch(REPO))
 
 
@@ -92,7 +92,7 @@ def test_a_gguf_and_its_long_list_of_words_are_read_without_its_weights(repo, tm
 
     content = gguf(tmp_path / "x.gguf", 5000)
     repo.repos["acme/gguf"] = {"x.gguf": content}
-    monkeypatch.setattr("weights_cache.headers.FIRST", {".gguf": 2**12})
+    monkeypatch.setattr("weights_cache.download.HEADER_BYTES", {".gguf": 2**12})
     file = GgufFile(fetch_headers("acme/gguf:x.gguf", tmp_path / "skeleton"))
     assert file.tensors["output.weight"].shape == (2000, 512) and len(file.metadata["tokenizer.ggml.tokens"]) == 5000
     assert asked_bytes(repo) < len(content) / 4
@@ -120,14 +120,14 @@ def test_tokens_of_a_remote_gguf_cost_its_headers_only_and_the_second_time_nothi
     from pixtral_cli.source import Source
 
     put_gguf(repo, tmp_path, name, "mmproj/mmproj.gguf")
-    monkeypatch.setattr("weights_cache.headers.FIRST", {".gguf": 2**12})
+    monkeypatch.setattr("weights_cache.download.HEADER_BYTES", {".gguf": 2**12})
     content = repo.repos["acme/whole"]
     message = [{"role": "user", "content": "what is in the picture?"}]
 
     found = Source.open(f"acme/whole:{name}", weights=False)
     ids = found.chat(message).token_ids
     assert found.config.vision is not None and 0 < asked_bytes(repo) < sum(map(len, content.values())) / 4
-    assert store.find("acme/whole", "main", weights=True, file=name) is None
+    assert cache.find("acme/whole", "main", weights=True, file=name) is None
     repo.requests.clear()
     assert Source.open(f"acme/whole:{name}", weights=False).chat(message).token_ids == ids and repo.requests == []
 
@@ -148,7 +148,7 @@ def test_the_headers_of_a_gguf_in_parts_are_read_each_from_its_own(repo, tmp_pat
     content = gguf(tmp_path / "x.gguf", 50)
     other = content.replace(b"output.weight", b"outpux.weight")
     repo.repos["acme/parts"] = {"x-00001-of-00002.gguf": content, "x-00002-of-00002.gguf": other}
-    monkeypatch.setattr("weights_cache.headers.FIRST", {".gguf": 2**12})
+    monkeypatch.setattr("weights_cache.download.HEADER_BYTES", {".gguf": 2**12})
     assert fetch("acme/parts", weights=False, headers=True).stat().st_size == len(content)
     assert asked_bytes(repo) < len(content) / 4
 

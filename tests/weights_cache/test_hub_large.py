@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weights_cache import store
+from weights_cache import cache
+from weights_cache.cache import CachedRepo
 from weights_cache.errors import DownloadFailed
 from weights_cache.hub import fetch
 
@@ -37,7 +38,7 @@ def content(repo) -> bytes:
 def partial(repo) -> Path:
     from support import fake_hub
 
-    return store.partial_blob(REPO, fake_hub.sha256(content(repo)))
+    return CachedRepo(REPO).partial_blob(fake_hub.sha256(content(repo)))
 
 
 def on_weights(repo, *faults: dict) -> None:
@@ -105,7 +106,7 @@ def test_a_file_with_one_altered_byte_is_refused_and_leaves_nothing(repo, name: 
     for _ in range(2):
         with pytest.raises(DownloadFailed, match=f"{name} arrived altered"):
             fetch(REPO)
-        assert store.find(REPO, "main", weights=True) is None and not partial(repo).exists()
+        assert cache.find(REPO, "main", weights=True) is None and not partial(repo).exists()
     repo.fault = lambda method, path: None
     assert (fetch(REPO) / name).read_bytes() == repo.repos[REPO][name]
 
@@ -116,7 +117,7 @@ def test_a_file_of_another_length_than_the_listing_says_is_refused(repo, listed)
     for _ in range(2):
         with pytest.raises(DownloadFailed, match=NAME):
             fetch(REPO)
-        assert store.find(REPO, "main", weights=True) is None
+        assert cache.find(REPO, "main", weights=True) is None
 
 
 def test_a_server_that_ignores_ranges_gives_a_whole_file_all_the_same(repo):
@@ -157,7 +158,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_half_that_is_used(repo):
         wait_for(lambda enough=at_least: partial(repo).is_file() and partial(repo).stat().st_size >= enough)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert store.find(REPO, "main", weights=True) is None
+        assert cache.find(REPO, "main", weights=True) is None
     repo.fault = lambda method, path: None
     assert (fetch(REPO) / NAME).read_bytes() == content(repo)
     asked = [int(each.removeprefix("bytes=").rstrip("-")) for each in ranges(repo) if each]

@@ -16,20 +16,21 @@ import huggingface_hub.constants as constants
 constants.DOWNLOAD_CHUNK_SIZE = 20_000
 import huggingface_hub.file_download
 from support import kill_points
-from weights_cache import inventory, store
+from weights_cache import inventory, cache
+from weights_cache.cache import CachedRepo
 from weights_cache.hub import fetch
 watched, repo, sizes = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
 fetching = lambda step: fetch(repo, progress=step)
 at = 0
 while not kill_points.run(fetching, watched, at):
-    found = store.find(repo, "main", weights=True)
-    snapshots = list(store.repo_folder(repo).glob("snapshots/*/*"))
+    found = cache.find(repo, "main", weights=True)
+    snapshots = list(CachedRepo(repo).folder.glob("snapshots/*/*"))
     for path in snapshots:
         assert path.name.startswith(".") or path.stat().st_size == sizes[path.name], (at, path)
     assert found is None or len(snapshots) == len(sizes), at
     list(inventory.models())
     assert kill_points.run(fetching, watched), at
-    found = store.find(repo, "main", weights=True)
+    found = cache.find(repo, "main", weights=True)
     assert found and {name: (found / name).stat().st_size for name in sizes} == sizes, at
     assert all(not inventory.altered(model) for model in inventory.models()), at
     assert [model.format for model in inventory.models()] == ["hf"], at

@@ -68,6 +68,7 @@ def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> Visio
         intermediate_size=fields.size("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
+        head_dim=hidden // heads,
         num_channels=fields.size("num_channels"),
         image_size=fields.size("image_size"),
         patch_size=fields.size("patch_size"),

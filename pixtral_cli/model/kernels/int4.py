@@ -1,6 +1,6 @@
-"""Linear layers in q4_k or q4_0 on torch's 4-bit kernel for the CPU: weights in its order in, products out.
+"""Multiplying with q4_k or q4_0 by torch's 4-bit kernel for the CPU. Knows no checkpoint.
 
-Knows no checkpoint. Letters: N tokens, C columns (inputs), R rows (outputs).
+Letters: N rows of x, C columns, R rows of the weight.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights_cache.codecs import Codec, get
-from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4, fits
+from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4
+from weights_cache.encodings import ENCODINGS
+from weights_cache.packed import PackedRows, PackedWeight
 
-FUSED_TOKENS = 48  # tokens from which on decoding the weights once is quicker than the kernel for few tokens
+DECODED_FROM = 48  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
 TILE = 16  # times 64 rows decoded at a time
 AT_ONCE = 128  # columns of a tile decoded at a time: they stay in a core's cache
 
@@ -31,57 +32,43 @@ def supported() -> bool:
     return torch.equal(expected.flatten(), Int4.from_rows("q4_0", rows).codes.flatten())
 
 
-def takes(encoding: str, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel can multiply with such a matrix: it computes in bfloat16, on the CPU."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and fits(encoding, rows) and supported()
-
-
-class Int4Linear(nn.Module):
-    """y = x W^T + b with W [R, C] in q4_k or q4_0, computed in bfloat16.
+class Int4Kernel:
+    """W [R, C] in q4_k or q4_0 and whole 64 rows, x in bfloat16, on the CPU.
 
     The scales are rounded to bfloat16, once, for the kernel, which has them beside the exact ones: a bit a weight.
     """
 
-    def __init__(self, weight: Int4, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.register_buffer("scales_and_zeros", weight.scales_and_zeros())
+    def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
+        assert isinstance(weight, PackedRows | Int4)
+        self.weight = weight if isinstance(weight, Int4) else Int4.from_rows(weight.encoding, weight.rows)
+        self.products = {1: self._fused, DECODED_FROM: self._decoded}
+        self._scales_and_zeros = self.weight.scales_and_zeros()
 
-    @property
-    def codec(self) -> Codec:
-        return get(self.weight.encoding)
+    @classmethod
+    def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
+        fitting = isinstance(weight, Int4) or (
+            isinstance(weight, PackedRows)
+            and weight.encoding in LAYOUTS
+            and ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0])
+        )
+        return fitting and dtype == torch.bfloat16 and device.type == "cpu" and supported()
 
-    @property
-    def packed(self) -> Tensor:
-        """The exact bytes as the codec has them, made for this call: uint8 [R, bytes of a row]."""
-        return self.weight.rows()
+    def _fused(self, x: Tensor) -> Tensor:
+        codes, narrow = self.weight.codes.view(self.weight.shape[0], -1), x.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, codes, GROUP, self._scales_and_zeros).to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C] -> [N, R]."""
-        product = self._product if len(x) < FUSED_TOKENS else self._decoded_product
-        y = product(x.to(torch.bfloat16).contiguous()).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-    def _product(self, x: Tensor) -> Tensor:
-        codes = self.weight.codes.view(self.weight.shape[0], -1)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, self.scales_and_zeros)
-
-    def _decoded_product(self, x: Tensor) -> Tensor:
-        """Tile by tile of rows, each decoded once for all tokens."""
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Tile by tile of rows, each decoded once for all rows of x."""
         rows, columns = self.weight.shape
-        y = x.new_empty(len(x), rows)
-        tile = x.new_empty(columns, min(rows, TILE * ROWS))
+        y, narrow = x.new_empty(len(x), rows), x.to(torch.bfloat16)
+        tile = narrow.new_empty(columns, min(rows, TILE * ROWS))
         products = y.split(tile.shape[1], 1)
-        scales = self.scales_and_zeros.split(tile.shape[1], 1)
+        scales = self._scales_and_zeros.split(tile.shape[1], 1)
         for product, codes, units in zip(products, self.weight.codes.split(TILE), scales, strict=True):
             weights = tile if product.shape[1] == tile.shape[1] else tile.new_empty(columns, product.shape[1])
             _decode(codes, units, weights)
-            product[:] = x @ weights
+            product[:] = narrow @ weights
         return y
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.encoding}, rows={self.weight.shape[0]}, columns={self.weight.shape[1]}"
 
 
 def _decode(codes: Tensor, scales_and_zeros: Tensor, weights: Tensor) -> None:

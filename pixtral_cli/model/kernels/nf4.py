@@ -1,6 +1,7 @@
-"""Linear layers in bitsandbytes' NF4: weights in and encoded, or encoded ones in, products out. Knows no checkpoint.
+"""Encoding into bitsandbytes' NF4, and multiplying with it by bitsandbytes' kernels. Knows no checkpoint.
 
-bitsandbytes is imported when the first layer is made, and only what multiplies and encodes of it.
+bitsandbytes is imported when the first weight is encoded or multiplied with, and only what does that of it.
+Letters: N rows of x, C columns, R rows of the weight.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weights_cache.codecs.nf4 import BLOCK, NESTED_BLOCK, NF4, ROWS, TABLE
+from weights_cache.packed import PackedWeight
 
 ENCODED_AT_ONCE = 2**20  # weights: many more, and bitsandbytes spends its time on fresh memory
-FUSED_TOKENS = 64  # tokens from which on decoding the weights once is quicker than the kernel for few tokens
+DECODED_FROM = 64  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
 TILE = 1024  # rows decoded at a time: a multiple of ROWS
 
 
@@ -82,32 +84,57 @@ def encode(weight: Tensor, double: bool = False) -> NF4:
     return NF4(rows, absmax, nested.absmax, nested.code, offset.view(1))
 
 
-class NF4Linear(nn.Module):
-    """y = x W^T + b with W [R, C] in NF4, computed in bfloat16 by bitsandbytes' kernels on the device of the weights.
+class NF4Kernel:
+    """W [R, C] in NF4, multiplied in bfloat16 by bitsandbytes' kernels, on the device of the weights.
 
     On a CPU that multiplies bfloat16 the weights are put into the order of its kernel, and the magnitudes rounded to
-    bfloat16 for it. Matrices whose rows are no whole number of blocks are decoded here: bitsandbytes' decoder for
-    the CPU (0.50.2) takes each row for whole blocks and gives wrong weights.
+    bfloat16 for it. Matrices whose rows are no whole number of blocks are left to the reference: bitsandbytes' decoder
+    for the CPU (0.50.2) takes each row for whole blocks and gives wrong weights.
     """
 
-    def __init__(self, weight: NF4, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.bias = bias
-        rows, columns = self.shape = weight.shape
-        self.whole = columns % weight.block == 0
-        on_cpu = weight.codes.device.type == "cpu" and bitsandbytes().functional.has_avx512bf16()
-        self.fused = bool(on_cpu and self.whole and rows % ROWS == 0)
+    def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
+        assert isinstance(weight, NF4)
+        weight = weight.to(device)
+        self.fused = bool(
+            device.type == "cpu" and weight.shape[0] % ROWS == 0 and bitsandbytes().functional.has_avx512bf16()
+        )
         self.weight = weight.interleaved() if self.fused else weight.in_rows()
-        self._state = self._kernel_state()
+        self.products = {1: self._fused, DECODED_FROM: self._decoded} if self.fused else {1: self._plain}
+        self._state = self._fused_state() if self.fused else self._plain_state()
 
-    def _kernel_state(self) -> Any:
-        """The magnitudes as the kernel of this layer wants them."""
-        weight = self.weight
-        if self.fused:
-            return self._state_of(weight.magnitudes().view(self.shape[0], -1).T.to(torch.bfloat16).contiguous())
+    @classmethod
+    def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
+        return isinstance(weight, NF4) and weight.shape[1] % weight.block == 0
+
+    def _fused(self, x: Tensor) -> Tensor:
+        codes = self.weight.codes.view(self.weight.shape[0], -1)
+        y = bitsandbytes().functional.gemv_4bit(x.to(torch.bfloat16).contiguous(), codes, state=self._state)
+        return y.to(x.dtype)
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Tile by tile of rows, each decoded once for all rows of x."""
+        y = x.new_empty(len(x), self.weight.shape[0])
+        magnitudes = self.weight.magnitudes().view(self.weight.shape[0], -1)
+        for start in range(0, self.weight.shape[0], TILE):
+            units = magnitudes[start : start + TILE]
+            tile = NF4(self.weight.codes[start // ROWS : (start + TILE) // ROWS], units.flatten()).in_rows()
+            state = self._state_of(tile.absmax, len(units))
+            weights = bitsandbytes().functional.dequantize_4bit(tile.codes.view(-1, 1), state)
+            y[:, start : start + TILE] = x.to(torch.bfloat16) @ weights.T
+        return y
+
+    def _plain(self, x: Tensor) -> Tensor:
+        codes = self.weight.codes.view(-1, 1)
+        return bitsandbytes().matmul_4bit(x.to(torch.bfloat16).contiguous(), codes, self._state).to(x.dtype)
+
+    def _fused_state(self) -> Any:
+        magnitudes = self.weight.magnitudes().view(self.weight.shape[0], -1)
+        return self._state_of(magnitudes.T.to(torch.bfloat16).contiguous())
+
+    def _plain_state(self) -> Any:
+        weight, state = self.weight, self._state_of(self.weight.absmax)
         if weight.nested_absmax is None or weight.nested_quant_map is None or weight.nested_offset is None:
-            return self._state_of(weight.absmax)
-        state = self._state_of(weight.absmax)
+            return state
         state.state2 = bitsandbytes().functional.QuantState(
             weight.nested_absmax, code=weight.nested_quant_map, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
@@ -115,45 +142,12 @@ class NF4Linear(nn.Module):
         return state
 
     def _state_of(self, absmax: Tensor, rows: int | None = None) -> Any:
+        """What bitsandbytes wants to know of codes beside the codes."""
         return bitsandbytes().functional.QuantState(
             absmax,
-            shape=torch.Size((rows or self.shape[0], self.shape[1])),
+            shape=torch.Size((rows or self.weight.shape[0], self.weight.shape[1])),
             code=torch.tensor(TABLE, device=absmax.device),
             blocksize=self.weight.block,
             quant_type="nf4",
             dtype=torch.bfloat16,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C] -> [N, R]."""
-        y = self._product(x.to(torch.bfloat16).contiguous()).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-    def _product(self, x: Tensor) -> Tensor:
-        package, codes = bitsandbytes(), self.weight.codes
-        if not self.whole:
-            return x @ self.weight.decoded(x.dtype).T
-        if not self.fused:
-            return package.matmul_4bit(x, codes.view(-1, 1), self._state)
-        if len(x) < FUSED_TOKENS:
-            return package.functional.gemv_4bit(x, codes.view(self.shape[0], -1), state=self._state)
-        return self._decoded_product(x)
-
-    def _decoded_product(self, x: Tensor) -> Tensor:
-        """Tile by tile of rows, each decoded once for all tokens."""
-        y = x.new_empty(len(x), self.shape[0])
-        magnitudes = self.weight.magnitudes().view(self.shape[0], -1)
-        for start in range(0, self.shape[0], TILE):
-            units = magnitudes[start : start + TILE]
-            tile = NF4(self.weight.codes[start // ROWS : (start + TILE) // ROWS], units.flatten()).in_rows()
-            state = self._state_of(tile.absmax, len(units))
-            weights = bitsandbytes().functional.dequantize_4bit(tile.codes.view(-1, 1), state)
-            y[:, start : start + TILE] = x @ weights.T
-        return y
-
-    def to_tensors(self, name: str) -> dict[str, Tensor]:
-        """Everything but the bias as plain tensors, to make `NF4.from_tensors` of: nothing is encoded again."""
-        return self.weight.to_tensors(name)
-
-    def extra_repr(self) -> str:
-        return f"nf4, rows={self.shape[0]}, columns={self.shape[1]}"

@@ -1,55 +1,63 @@
-"""Linear layers and embeddings whose weights stay packed in memory. Knows codecs, and no checkpoint.
+"""Multiplying with any packed weight, and looking rows up in one: decoded as they are needed, on every device.
 
-This is the reference path: it decodes a tile of rows into ordinary numbers and multiplies, which every codec and
-device can do. What a kernel does instead, where there is one, is in int4.py and nf4.py. Letters: N tokens,
-C columns (inputs), R rows (outputs).
+The other kernels are compared with this one, and this one with the codecs. Letters: N rows of x, C columns, R rows of
+the weight, V rows of a table.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from weights_cache.codecs import Codec
+from weights_cache import codecs
+from weights_cache.packed import PackedRows, PackedWeight
 
 TILE = 2**22  # weights decoded at a time, into the same memory: fresh memory is dear
 
 
-class PackedLinear(nn.Module):
-    """y = x W^T + b with W packed by `codec`: uint8 [R, codec.row_bytes(C)]."""
+class ReferenceKernel:
+    """Rows are decoded tile by tile; what is no `PackedRows` is decoded whole."""
 
-    def __init__(self, codec: Codec, packed: Tensor, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.codec = codec
-        self.bias = bias
-        self.register_buffer("packed", packed)
+    def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
+        assert not isinstance(weight, Tensor)
+        self.weight = weight = weight.in_rows().to(device)
+        self.products = {1: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C] -> [N, R]."""
-        rows, columns = self.packed.shape[0], x.shape[1]
-        y = x.new_empty(x.shape[0], rows)
-        tile = x.new_empty(max(1, min(rows, TILE // columns)), columns)
-        for part, packed in zip(y.split(len(tile), 1), self.packed.split(len(tile)), strict=True):
-            part[:] = x @ self.codec.decode(packed, out=tile[: len(packed)]).T
-        return y if self.bias is None else y + self.bias
+    @classmethod
+    def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
+        return not isinstance(weight, Tensor)
 
-    def extra_repr(self) -> str:
-        return f"{self.codec.name}, rows={self.packed.shape[0]}"
+
+def _tiled(weight: PackedRows, x: Tensor) -> Tensor:
+    """x [N, C] -> [N, R], a tile of rows of the weight after the other."""
+    codec, (rows, columns) = codecs.get(weight.encoding), weight.shape
+    y = x.new_empty(len(x), rows)
+    tile = x.new_empty(max(1, min(rows, TILE // columns)), columns)
+    for part, packed in zip(y.split(len(tile), 1), weight.rows.split(len(tile)), strict=True):
+        part[:] = x @ codec.decode(packed, out=tile[: len(packed)]).T
+    return y
+
+
+def _whole(weight: PackedWeight, x: Tensor) -> Tensor:
+    return x @ weight.decoded(x.dtype).T
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed table [V, codec.row_bytes(C)], decoded into `dtype` as they are looked up."""
+    """Rows of a packed table [V, C], decoded into `dtype` as they are looked up."""
 
-    def __init__(self, codec: Codec, packed: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.codec = codec
+        rows = weight.in_rows().to(device)
+        assert isinstance(rows, PackedRows), f"nothing looks rows up in {weight.encoding}"
+        self.weight = rows
         self.dtype = dtype
-        self.register_buffer("packed", packed)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, C]."""
         unique, places = token_ids.unique(return_inverse=True)
-        return self.codec.decode(self.packed[unique], self.dtype)[places]
+        return codecs.get(self.weight.encoding).decode(self.weight.rows[unique], self.dtype)[places]
 
     def extra_repr(self) -> str:
-        return f"{self.codec.name}, rows={self.packed.shape[0]}"
+        return f"{self.weight.encoding}, shape={self.weight.shape}"

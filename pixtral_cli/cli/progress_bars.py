@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-Bars = Callable[[str, int, int | None], None]
-"""Called with a label, the bytes done, and the bytes in all (None when nobody knows)."""
+from weights_cache.progress import Progress
 
 
 @contextmanager
-def bars(first_label: str, *, styled: bool) -> Iterator[Bars]:
+def bars(first_label: str, *, styled: bool) -> Iterator[Progress]:
     """One bar per label, gone when the block ends. `first_label` is shown until the first step."""
-    label = TextColumn("{task.description}", markup=False)
-    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = _console(styled)
     waiting = console.status(first_label)
-    shown = Progress(*columns, console=console, transient=True)
-    tasks: dict[str, TaskID] = {}
+    shown = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    tasks: dict[str, progress.TaskID] = {}
 
     def step(label: str, done: int, total: int | None) -> None:
         if not tasks:

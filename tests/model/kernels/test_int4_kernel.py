@@ -1,4 +1,4 @@
-"""Layers on torch's 4-bit kernel, against the same weights decoded exactly and multiplied in float32."""
+"""Torch's 4-bit kernel, against the same weights decoded exactly and multiplied in float32."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ import torch
 from support import builders
 from torch import nn
 
-from pixtral_cli.model.kernels import int4
-from pixtral_cli.model.kernels.int4 import FUSED_TOKENS, Int4Linear
+from pixtral_cli.model.kernels import KernelLinear, int4
+from pixtral_cli.model.kernels.int4 import DECODED_FROM, Int4Kernel
 from weights_cache import codecs
-from weights_cache.codecs.int4 import Int4
+from weights_cache.packed import PackedRows
 
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +28,7 @@ def layer(encoding, rows, columns, bias=None):
     """A layer of random weights, not centred, and the same in float32 as gguf-py decodes them."""
     packed = codecs.get(encoding).encode(random(rows, columns) + 0.01)
     exact = torch.from_numpy(gguf.quants.dequantize(packed.numpy(), TYPES[encoding]))
-    return Int4Linear(Int4.from_rows(encoding, packed), bias), exact
+    return KernelLinear(Int4Kernel(PackedRows(encoding, packed), CPU), bias), exact
 
 
 def difference(found, expected):
@@ -36,7 +36,7 @@ def difference(found, expected):
 
 
 @pytest.mark.parametrize("encoding", TYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 31, FUSED_TOKENS - 1, FUSED_TOKENS, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 31, DECODED_FROM - 1, DECODED_FROM, 200])
 @pytest.mark.parametrize(
     "shape", [(64, 256), (192, 512), (1088, 2304)], ids=["one block", "several", "more than a tile"]
 )
@@ -70,11 +70,15 @@ def test_an_input_need_not_be_contiguous(tokens):
 
 
 def test_the_kernel_is_taken_for_whole_64_rows_in_bfloat16_on_the_cpu_only():
-    assert int4.takes("q4_k", 128, torch.bfloat16, CPU)
-    assert not int4.takes("q4_k", 96, torch.bfloat16, CPU)
-    assert not int4.takes("q6_k", 128, torch.bfloat16, CPU)
-    assert not int4.takes("q4_k", 128, torch.float32, CPU)
-    assert not int4.takes("q4_k", 128, torch.bfloat16, GPU)
+    def takes(encoding, rows, dtype, device):
+        return Int4Kernel.takes(PackedRows(encoding, codecs.get(encoding).encode(random(rows, 256))), dtype, device)
+
+    assert takes("q4_k", 128, torch.bfloat16, CPU) and takes("q4_0", 128, torch.bfloat16, CPU)
+    assert not takes("q4_k", 96, torch.bfloat16, CPU)
+    assert not takes("q6_k", 128, torch.bfloat16, CPU)
+    assert not takes("q4_k", 128, torch.float32, CPU)
+    assert not takes("q4_k", 128, torch.bfloat16, GPU)
+    assert not Int4Kernel.takes(random(128, 256).bfloat16(), torch.bfloat16, CPU)
 
 
 def test_a_processor_on_which_torch_orders_codes_otherwise_runs_without_the_kernel(tmp_path):
@@ -85,10 +89,10 @@ def test_a_processor_on_which_torch_orders_codes_otherwise_runs_without_the_kern
 import torch
 from pixtral_cli import Pixtral
 from pixtral_cli.model.kernels import int4
-from pixtral_cli.model.kernels.reference import PackedLinear
+from pixtral_cli.model.kernels.reference import ReferenceKernel
 assert torch.backends.cpu.get_cpu_capability() == "AVX2" and not int4.supported()
 model = Pixtral.load({str(tmp_path / "hf")!r}, quantization_encoding="q4_k")
-assert isinstance(model.engine.model.language_model.layers[0].mlp.up_proj, PackedLinear)
+assert isinstance(model.engine.model.language_model.layers[0].mlp.up_proj.kernel, ReferenceKernel)
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

@@ -1,9 +1,14 @@
-"""A file that someone named in, what it is by its first bytes out: a name may say anything, or nothing."""
+"""A file in, what it is by its first bytes out: a name may say anything, or nothing. Knows no format's inside.
 
+`git clone` without Git LFS leaves a pointer, three lines of text, in the place of every large file
+(https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+"""
+
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from . import lfs
+from .errors import LfsPointer
 
 Kind = Literal["gguf", "safetensors", "pickle"]
 GGUF_MAGIC = b"GGUF"
@@ -14,6 +19,8 @@ SUFFIXES: dict[str, Kind] = {
     ".safetensors": "safetensors",
     **dict.fromkeys((".bin", ".pt", ".pth", ".pkl", ".ckpt"), "pickle"),
 }
+LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+LFS_BYTES = 1024  # a pointer has fewer
 
 
 def of(path: Path) -> Kind | None:
@@ -24,13 +31,26 @@ def of(path: Path) -> Kind | None:
     return _by_header(path) or SUFFIXES.get(path.suffix)
 
 
+def refuse_pointer(path: Path, start: bytes | None = None) -> None:
+    """Raise LfsPointer if the file `path`, which begins with the bytes `start`, is a pointer of Git LFS.
+
+    A file that cannot be opened is left to its reader.
+    """
+    if start is None:
+        start = b""
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(LFS_BYTES)
+    if start.startswith(LFS_MAGIC):
+        raise LfsPointer(path)
+
+
 def _by_header(path: Path) -> Kind | None:
     try:
         with path.open("rb") as file:
-            start = file.read(lfs.MOST_BYTES)
+            start = file.read(LFS_BYTES)
     except OSError:
         return None
-    lfs.refuse_pointer(path, start)
+    refuse_pointer(path, start)
     if start.startswith(GGUF_MAGIC):
         return "gguf"
     if start.startswith(PICKLE_MAGICS):

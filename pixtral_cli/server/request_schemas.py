@@ -1,4 +1,4 @@
-"""The JSON of requests and of answers, as pydantic models; knows no HTTP and nothing of what is done with them.
+"""The JSON of requests, as pydantic models that check and describe it; knows no HTTP and no engine.
 
 Names and ranges are those of https://platform.openai.com/docs/api-reference; what has no meaning there (`top_k`,
 `min_p`, `repetition_penalty`, `ignore_eos`) has vLLM's, and `random_seed`, `safe_prompt` and `prefix` are those of
@@ -7,10 +7,14 @@ https://docs.mistral.ai/api. Types are strict: "5" is no number, and true is non
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
+from pixtral_cli.option_ranges import OPTION_RANGES
 from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.tools import NAME
 
@@ -20,10 +24,13 @@ MAX_LIST = 10_000
 """Messages, and parts of one."""
 MAX_PROMPTS = 64
 MAX_ALTERNATIVES = 20
+MAX_TEMPERATURE = 2
 MAX_ID = 2**31 - 1
 
+Json = dict[str, Any]
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+Bias = Annotated[float, Field(ge=OPTION_RANGES["logit_bias"].low, le=OPTION_RANGES["logit_bias"].high)]
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
@@ -46,10 +53,25 @@ class Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name in known}
 
 
+class AsGiven:
+    """Marks a field that is checked as `kind` and stays what it was: lists and dictionaries, not models."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(_checked, handler.generate_schema(self.kind))
+
+
+def _checked(value: Any, check: Callable[[Any], Any]) -> Any:
+    check(value)
+    return value
+
+
 class Marked(Strict):
     """What clients may mark for a prompt cache. Ours keeps everything, so the mark changes nothing."""
 
-    cache_control: dict[str, Any] | None = Field(None, description=NO_CHANGE)
+    cache_control: Json | None = Field(None, description=NO_CHANGE)
 
 
 class TextPart(Marked):
@@ -79,7 +101,7 @@ SaidPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 class CalledFunction(Strict):
     name: str
-    arguments: str | dict[str, Any] = Field("", description="JSON text, or an object.")
+    arguments: str | Json = Field("", description="JSON text, or an object.")
 
 
 class Call(Strict):
@@ -132,19 +154,24 @@ Message = Annotated[
     SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")
 ]
 HELLO = {"role": "user", "content": "Hello"}
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, examples=[[HELLO]])]
+_Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST, examples=[[HELLO]])]
+Messages = Annotated[list[Json], AsGiven(_Messages)]
+"""Checked here for their form; `prompt.messages` says what they mean and whether they go together."""
 
 
 class ToolFunction(Strict):
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments.")
+    parameters: Json | None = Field(None, description="A JSON schema of the arguments.")
     strict: bool | None = Field(None, description="A forced call keeps to the parameters, strict or not.")
 
 
 class ToolEntry(Marked):
     type: Literal["function"]
     function: ToolFunction
+
+
+Tools = Annotated[list[Json], AsGiven(list[ToolEntry])]
 
 
 class FunctionName(Strict):
@@ -168,7 +195,7 @@ class NamedSchema(Strict):
     model_config = ConfigDict(extra="forbid", strict=True, serialize_by_alias=True)
 
     name: Name
-    described_by: dict[str, Any] = Field(alias="schema", description="The JSON schema that the answer keeps to.")
+    described_by: Json = Field(alias="schema", description="The JSON schema that the answer keeps to.")
     description: str | None = None
     strict: bool | None = None
 
@@ -187,20 +214,26 @@ class StreamOptions(Strict):
     include_obfuscation: bool = Field(False, description="Changes no answer; nothing is padded.")
 
 
+def option(name: str, high: float = math.inf, description: str | None = None) -> Any:
+    """A generation option's field in its range, or up to `high` where HTTP takes less."""
+    bounds = OPTION_RANGES[name]
+    return Field(None, ge=bounds.low, le=min(bounds.high, high), description=description)
+
+
 class SamplingFields(Strict):
     """How tokens are chosen. What is not given: the server's flags, the checkpoint's own settings, else greedy."""
 
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy.")
-    top_k: int | None = Field(None, ge=-1, le=MAX_ID, description="0 and -1 are off.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
-    seed: int | None = Field(None, gt=-(2**63), lt=2**63, description="Below 0: a fresh one.")
-    random_seed: int | None = Field(None, gt=-(2**63), lt=2**63, description="Another name of seed.")
+    temperature: float | None = option("temperature", MAX_TEMPERATURE)
+    top_p: float | None = option("top_p", description="0 is greedy.")
+    top_k: int | None = option("top_k", MAX_ID, "0 and -1 are off.")
+    min_p: float | None = option("min_p")
+    frequency_penalty: float | None = option("frequency_penalty")
+    presence_penalty: float | None = option("presence_penalty")
+    repetition_penalty: float | None = option("repetition_penalty")
+    seed: int | None = option("seed", description="Below 0: a fresh one.")
+    random_seed: int | None = option("seed", description="Another name of seed.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    logit_bias: dict[IdText, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[IdText, Bias] | None = Field(
         None, description="Token ids, as strings, and what is added to their scores.", examples=[{"42": -100}]
     )
     ignore_eos: bool | None = Field(None, description="Go on after the model's end-of-answer token.")
@@ -216,7 +249,7 @@ class GenerationFields(SamplingFields):
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     user: str | None = Field(None, description=NO_CHANGE)
     safety_identifier: str | None = Field(None, description=NO_CHANGE)
-    metadata: dict[str, Any] | None = Field(None, description=NO_CHANGE)
+    metadata: Json | None = Field(None, description=NO_CHANGE)
     store: bool | None = Field(None, description="Changes no answer; nothing is stored.")
     service_tier: str | None = Field(None, description=NO_CHANGE)
     cache_prompt: bool | None = Field(None, description="Changes no answer; prompts are always cached.")
@@ -231,11 +264,11 @@ class PredictRequest(GenerationFields):
     messages: Messages
     max_tokens: int | None = Field(None, ge=1, le=MAX_ID, description="512 if not given.")
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_ID, description="Another name of max_tokens.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0.7 if not given.")
+    temperature: float | None = option("temperature", MAX_TEMPERATURE, "0.7 if not given.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES, description="Above 0, only with logprobs.")
     response_format: Format | None = None
-    tools: list[ToolEntry] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "any", "required"] | NamedTool | None = Field(
         None, description="any is another name of required."
     )
@@ -245,7 +278,7 @@ class PredictRequest(GenerationFields):
         None, description="The older form of tool_choice."
     )
     modalities: list[Literal["text"]] | None = None
-    prediction: dict[str, Any] | None = Field(None, description=NO_CHANGE)
+    prediction: Json | None = Field(None, description=NO_CHANGE)
     reasoning_effort: str | None = Field(None, description=NO_CHANGE)
     verbosity: str | None = Field(None, description=NO_CHANGE)
     safe_prompt: Literal[False] | None = None
@@ -256,7 +289,7 @@ class ChatRequest(PredictRequest):
 
     model: str
     max_tokens: int | None = Field(None, ge=1, le=MAX_ID, description="The rest of the context if not given.")
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = option("temperature", MAX_TEMPERATURE)
 
 
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -286,203 +319,9 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = Field(None, description="A text for /v1/completions.")
     messages: Messages | None = None
-    tools: list[ToolEntry] | None = Field(None, description="Only with messages.")
+    tools: Tools | None = Field(None, description="Only with messages.")
 
 
 class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: list[TokenId]
-
-
-FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
-
-
-class TokenDetails(BaseModel):
-    cached_tokens: int
-    image_tokens: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: TokenDetails
-
-
-class Alternative(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(Alternative):
-    top_logprobs: list[Alternative]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatLogprob]
-    refusal: None
-
-
-class FunctionCall(BaseModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(BaseModel):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class FunctionCallPart(BaseModel):
-    name: str | None = None
-    arguments: str
-
-
-class ToolCallPart(BaseModel):
-    """The first of each `index` has id, type and name; the arguments are those of all of them joined."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionCallPart
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    tool_calls: list[ToolCall] = []
-    function_call: FunctionCall | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    tool_calls: list[ToolCallPart] = []
-    function_call: FunctionCall | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class AnswerFields(BaseModel):
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-
-
-class ChatCompletion(AnswerFields):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatCompletionChunk(AnswerFields):
-    """The data of one event of a stream; after the last comes ``[DONE]``."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class TextLogprobs(BaseModel):
-    """Of an echoed prompt the first token has none."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class Completion(AnswerFields):
-    """Also the data of one event of a stream, where `finish_reason` is null but in the last."""
-
-    object: Literal["text_completion"]
-    choices: list[TextChoice]
-    usage: Usage | None = None
-
-
-class Capabilities(BaseModel):
-    """As Mistral's API tells them."""
-
-    completion_chat: bool
-    completion_fim: bool
-    function_calling: bool
-    fine_tuning: bool
-    vision: bool
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-    type: Literal["base"]
-    capabilities: Capabilities
-
-
-class Models(BaseModel):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class ImageCost(BaseModel):
-    """In pixels as the model sees it, and in tokens."""
-
-    width: int
-    height: int
-    tokens: int
-
-
-class Tokenized(BaseModel):
-    tokens: list[int]
-    count: int
-    max_model_len: int
-    images: list[ImageCost] = []
-
-
-class Detokenized(BaseModel):
-    prompt: str
-
-
-class Status(BaseModel):
-    status: str
-
-
-class Version(BaseModel):
-    version: str
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: Literal[
-        "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
-    ]
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    error: ErrorDetail
