@@ -13,6 +13,7 @@ from pixtral_cli.engine import sampler
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
 from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
+from pixtral_cli.engine.sampler import TokenScores
 from pixtral_cli.engine.scheduler import Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
@@ -123,9 +124,10 @@ class Engine:
             if isinstance(computed, Exception):
                 events += [Failure(chunk.sequence.id, computed) for chunk in chunks]
                 continue
-            sequences = self._advance(chunks, computed)
-            choices = sampler.sample(computed.logits, [sequence.row for sequence in sequences])
-            events += map(self._event, sequences, choices, computed.logits)
+            logits, scores = computed
+            sequences = self._advance(chunks, scores)
+            choices = sampler.sample(logits, [sequence.row for sequence in sequences])
+            events += map(self._event, sequences, choices, logits)
         for event in events:
             if isinstance(event, Failure) or event.finish_reason is not None:
                 self.scheduler.remove(event.request_id)
@@ -143,12 +145,12 @@ class Engine:
             for chunk in chunks:
                 yield from self._run([chunk])
 
-    def _advance(self, chunks: list[Chunk], computed: Computed) -> list[Sequence]:
+    def _advance(self, chunks: list[Chunk], scores: dict[int, TokenScores]) -> list[Sequence]:
         """The chunks are computed -> the sequences whose next token can be chosen, one for each row of logits."""
         completed = [chunk.sequence for chunk in chunks if chunk.completes]
         for chunk in chunks:
-            if chunk.sequence.id in computed.scores:
-                chunk.sequence.score(computed.scores[chunk.sequence.id])
+            if chunk.sequence.id in scores:
+                chunk.sequence.score(scores[chunk.sequence.id])
             self.scheduler.computed(chunk)
         return completed
 
