@@ -17,8 +17,7 @@ from pixtral_cli.engine import request
 from pixtral_cli.engine.request import Failure, ImageInput, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
-from pixtral_cli.prompt.stops import StopMatcher
-from pixtral_cli.prompt.tokenizer import ByteStream
+from pixtral_cli.prompt.tokenizer import ByteStream, StopMatcher
 from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
 from pixtral_cli.prompt.tools import ToolCall
 

@@ -23,7 +23,7 @@ from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
 from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
-from weights_cache.formats import serialized
+from weights_cache.formats import serialized, serialized_writer
 from weights_cache.progress import Progress
 
 
@@ -143,7 +143,7 @@ class Source:
             )
         placed = place(opened.tensors, wanted, quantize_vision)
         kept = next((name for name, info in opened.tensors.items() if info.encoding == "nf4"), None)
-        if placed.double_quantization and kept and not opened.nf4(kept).nested:
+        if placed.double_quantization and kept and not getattr(opened.weight(kept), "nested", False):
             raise ModelError(
                 f"The weights of {opened.folder} are in nf4 already, and their scales are not packed.",
                 hint="Leave --double-quantization out, or encode the model's own weights, which are not packed.",
@@ -170,7 +170,7 @@ class Source:
         names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()
-        serialized.write(
+        serialized_writer.write(
             path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
         )
         cache.write_stamp(path, serialized.SerializedFile(path).seal)

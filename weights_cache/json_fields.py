@@ -1,7 +1,7 @@
 """A JSON object that nobody vouches for in, checked values out. Knows no meaning of a key, and no model.
 
 `Fields` is the typed access. What an error says, and its class, is its subclass's: `CheckpointFields` here,
-`Settings` for a prompt's files, `ConfigFields` for a model's sizes.
+`SideFile` for a prompt's files, `ConfigFields` for a model's sizes.
 """
 
 import json

@@ -22,7 +22,7 @@ from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.names import HEAD
-from weights_cache.packed import PackedRows, PackedWeight
+from weights_cache.packed import PackedRows
 from weights_cache.progress import Progress
 
 ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
@@ -77,19 +77,13 @@ def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Weight:
     """One tensor in the encoding that it is to have: the file's own bytes if it has it there."""
     stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
     if target == stored and target not in DTYPES:
-        return _packed(checkpoint, name, target)
+        return checkpoint.weight(name)
     weight = checkpoint.tensor(name)
     with ENCODING_THREADS.chosen(1, weight.numel() * STEPS_A_WEIGHT):
         converted = _converted(weight, target, placement.double_quantization)
     if converted is not weight:
         checkpoint.release(name)  # so that peak memory stays near the final size
     return converted
-
-
-def _packed(checkpoint: Checkpoint, name: str, encoding: str) -> PackedWeight:
-    if encoding == "nf4":
-        return checkpoint.nf4(name)
-    return checkpoint.int4(name) or PackedRows(encoding, checkpoint.packed(name))
 
 
 def _converted(weight: Tensor, target: str, double_quantization: bool) -> Weight:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import (
     PASSWORD,
     ImageDamaged,
@@ -27,7 +28,6 @@ from pixtral_cli.prompt.errors import (
     ImageUnreadable,
 )
 from pixtral_cli.prompt.image import to_rgb
-from pixtral_cli.prompt.settings import reason_of
 
 if TYPE_CHECKING:
     from PIL import Image

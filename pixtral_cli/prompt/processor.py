@@ -23,7 +23,7 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare
 from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
@@ -75,7 +75,7 @@ class ImageTokens:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, config: Settings) -> ImageTokens | None:
+    def of(cls, tokenizer: Tokenizer, config: SideFile) -> ImageTokens | None:
         """Their names are Pixtral's unless processor_config.json has others."""
         names = (
             config.token("image_token", None) or "[IMG]",
@@ -132,7 +132,7 @@ class Processor:
 
         Raises:
             TokenizerUnreadable: no tokenizer, or a damaged one.
-            SettingsUnreadable: a damaged file of settings.
+            SideFileUnreadable: a damaged file of settings.
             PromptError: an unknown `image_preprocessing`.
         """
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
@@ -140,11 +140,11 @@ class Processor:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
         written = getattr(checkpoint, "written_tokenizer", None)
         tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
-        processor_config = Settings.read(checkpoint.file("processor_config.json"))
+        processor_config = SideFile.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
             spec = spec.with_preprocessor(processor_config.section("image_processor"))
-            spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
+            spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
             _chat_format(checkpoint, tokenizer, written),

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, Message, TextPart
-from pixtral_cli.prompt.settings import Settings, reason_of
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
@@ -46,7 +47,7 @@ def find_template(file: Files) -> str | None:
         if template := written_template(text):
             return template
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if template := written_template(Settings.read(file(name)).get("chat_template")):
+        if template := written_template(SideFile.read(file(name)).get("chat_template")):
             return template
     return None
 
@@ -323,7 +324,7 @@ def _sandbox() -> Any:
     class Generation(Extension):
         """``{% generation %}…{% endgeneration %}``, which some templates put around answers, shows its body."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -1,7 +1,7 @@
-"""Text in, token ids out, and ids back to bytes; knows no files, no messages and no templates.
+"""Text in, token ids out, and the ids of an answer back to text, as they come; knows no files and no templates.
 
 A control string in text is text: only `control` and `split_controls` give control ids, and only a template's
-own words and raw prompts go through the latter.
+own words and raw prompts go through the latter. An answer's way back is `token_bytes`, `ByteStream`, `StopMatcher`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -188,7 +188,7 @@ class Tokenizer:
     def _words_stand_alone(self) -> bool:
         """Whether a text can be cut before the space between two words, as in every byte-level vocabulary."""
         before = self.text_model.pre_tokenizer
-        return before is not None and [word for word, _ in before.pre_tokenize_str("a b")] == ["a", byte_level(b" b")]
+        return before is not None and [word for word, _ in before.pre_tokenize_str("a b")] == ["a", "\u0120b"]
 
     @cached_property
     def _inner_model(self) -> tokenizers.Tokenizer:
@@ -241,6 +241,41 @@ class ByteStream:
     def finish(self) -> str:
         """What an unfinished character at the very end becomes: U+FFFD, or nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+class StopMatcher:
+    """Find the first of several stop strings in streamed text, however it is cut.
+
+    The first stop is the one that is complete first; of two complete at once, the longer. Neither it nor what follows
+    is shown. Text that might be the beginning of a stop is held back until it is decided.
+
+    >>> matcher = StopMatcher(["END"])
+    >>> matcher.push("the E"), matcher.push("Nd"), matcher.push(" END x")
+    (('the ', False), ('ENd', False), (' ', True))
+    """
+
+    def __init__(self, stops: Iterable[str] = ()):
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self._stopped = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take the next text; give what is now safe to show, and whether a stop was met."""
+        if self._stopped:
+            return "", True
+        text = self._held + text
+        if found := [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]:
+            self._held, self._stopped = "", True
+            return text[: min(found)[1]], True
+        begun = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        safe = len(text) - max(begun, default=0)
+        self._held = text[safe:]
+        return text[:safe], False
+
+    def flush(self) -> str:
+        """The text still held back, when no more will come."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _parts(text: str) -> Iterator[str]:

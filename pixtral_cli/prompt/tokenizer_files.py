@@ -18,8 +18,9 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PromptError, TokenizerUnreadable
-from pixtral_cli.prompt.settings import Settings, reason_of
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer import Control, Tokenizer, byte_level
 from weights_cache.errors import GetAgain
 
@@ -38,7 +39,7 @@ def load(file: Files) -> Tokenizer:
 
     Raises:
         TokenizerUnreadable: neither is there, or the one that is cannot be read.
-        SettingsUnreadable: tokenizer_config.json is damaged.
+        SideFileUnreadable: tokenizer_config.json is damaged.
     """
     path = file("tekken.json")
     read = _from_tekken if path else _from_json
@@ -55,7 +56,7 @@ def load(file: Files) -> Tokenizer:
         raise
     except Exception as error:
         raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
-    config = Settings.read(file("tokenizer_config.json"))
+    config = SideFile.read(file("tokenizer_config.json"))
     bos, eos = config.token("bos_token", "<s>"), config.token("eos_token", "</s>")
     known = tokenizer.controls
     return replace(tokenizer, bos=bos if bos in known else None, eos=eos if eos in known else None)
@@ -105,7 +106,7 @@ def _from_tekken(path: Path) -> Tokenizer:
     else:
         controls = {entry["token_str"]: entry["rank"] for entry in listed}
     controls |= {f"<SPECIAL_{rank}>": rank for rank in range(len(controls), special)}
-    image = Settings(data, str(path)).section("image" if data.get("image") else "multimodal")
+    image = SideFile(data, str(path)).section("image" if data.get("image") else "multimodal")
     return Tokenizer(
         byte_level_bpe(ids, every_merge(ids), config["pattern"], ignore_merges=True),
         {text: Control(text, id) for text, id in controls.items()},

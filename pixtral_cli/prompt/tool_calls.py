@@ -89,12 +89,14 @@ class ToolCallReader:
         self._tokenizer, self._at_start = tokenizer, at_start
         self._marks = {id: name for name, id in call_marks(tokenizer).items()} if reads_calls else {}
         self._stream = ByteStream(tokenizer, at_start=at_start)
-        self._parser = _CallParser()
-        if only_calls:
+        self._parser = _CallParser() if reads_calls or only_calls else None
+        if self._parser and only_calls:
             self._parser.begin()
 
     def push(self, token_id: int) -> AnswerDelta:
         """What this token adds to the answer; it may be nothing."""
+        if self._parser is None:
+            return AnswerDelta(self._stream.push(token_id))
         mark = self._marks.get(token_id)
         if mark is None:
             self._parser.push(self._stream.push(token_id))
@@ -110,6 +112,8 @@ class ToolCallReader:
         `cut`: the answer was cut off, and not ended by the model. A call whose name is known is then told, with what
         there is of its arguments; one whose name is not whole is dropped. Neither leaves anything in the text.
         """
+        if self._parser is None:
+            return AnswerDelta(self._stream.finish())
         self._parser.push(self._stream.finish())
         self._parser.end(cut)
         return self._parser.take()

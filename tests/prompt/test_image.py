@@ -21,7 +21,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import (
 
 from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare
 from pixtral_cli.prompt.processor import ImageTokens
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 
 SIZES = [(1, 1), (1, 2), (16, 16), (17, 15), (300, 200), (90, 700), (3000, 400), (1025, 1023), (1024, 1024), (2000, 9)]
 THIN = [(1, 3000), (3000, 1)]
@@ -151,7 +151,7 @@ def test_no_picture_takes_more_than_4160_tokens(width, height, recipe):
 def test_a_preprocessor_config_changes_the_recipe():
     config = {"size": {"longest_edge": 64}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
     image = picture(100, 90)
-    prepared = prepare(image, "hf", ImageSpec(patch_size=8).with_preprocessor(Settings(config)))
+    prepared = prepare(image, "hf", ImageSpec(patch_size=8).with_preprocessor(SideFile(config)))
     theirs = transformers_pixels(image, patch_size={"height": 8, "width": 8}, **config)
     assert (prepared.pixels() - torch.tensor(theirs)).abs().max() <= 2 * LEVEL / 0.5
 
@@ -159,7 +159,7 @@ def test_a_preprocessor_config_changes_the_recipe():
 @pytest.mark.parametrize("switch", ["do_rescale", "do_normalize"])
 def test_a_step_switched_off_is_left_out(switch):
     image = picture(33, 20)
-    ours = prepare(image, "hf", ImageSpec().with_preprocessor(Settings({switch: False}))).pixels()
+    ours = prepare(image, "hf", ImageSpec().with_preprocessor(SideFile({switch: False}))).pixels()
     theirs = transformers_pixels(image, **{switch: False})
     assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 

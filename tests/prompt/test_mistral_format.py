@@ -21,7 +21,7 @@ from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.prompt.tools import parse_tools
 
@@ -51,7 +51,7 @@ def mistral_ids(mistral, messages):
 
 @pytest.fixture(scope="session")
 def native(tekken) -> Processor:
-    return Processor(tekken, MistralFormat(tekken), ImageTokens.of(tekken, Settings()), "native", ImageSpec())
+    return Processor(tekken, MistralFormat(tekken), ImageTokens.of(tekken, SideFile()), "native", ImageSpec())
 
 
 CONVERSATIONS = {
@@ -215,5 +215,5 @@ def fifteen(tekken_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("fifteen") / "tekken.json"
     path.write_text(json.dumps(data))
     ours = load_tokenizer({"tekken.json": path}.get)
-    made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, Settings()), "native", ImageSpec())
+    made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, SideFile()), "native", ImageSpec())
     return made, MistralTokenizer.from_file(str(path))

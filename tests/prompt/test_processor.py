@@ -23,7 +23,7 @@ from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
-from pixtral_cli.prompt.settings import Settings, SettingsUnreadable
+from pixtral_cli.prompt.side_file import SideFile, SideFileUnreadable
 
 SMALL = Image.new("RGB", (20, 40), "red")
 SMALL_IDS = [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -146,7 +146,7 @@ def test_a_byte_order_mark_before_side_files_is_passed_over(checkpoint, byte_lev
 
 
 def raw_tokens(made):
-    return ImageTokens.of(made.tokenizer, Settings())
+    return ImageTokens.of(made.tokenizer, SideFile())
 
 
 def test_an_hf_folder_without_a_template_follows_mistrals_rules(raw):
@@ -228,7 +228,7 @@ def test_pictures_are_opened_by_the_function_given(checkpoint, byte_level_json):
 
 @pytest.mark.parametrize("name", ["tokenizer_config_json", "processor_config_json", "preprocessor_config_json"])
 def test_a_damaged_side_file_is_one_sentence(checkpoint, byte_level_json, name):
-    with pytest.raises(SettingsUnreadable, match="Cannot read"):
+    with pytest.raises(SideFileUnreadable, match="Cannot read"):
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{name: "{"}))
 
 
@@ -278,7 +278,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("file", "key", "value"), DAMAGED)
 def test_a_setting_that_cannot_be_meant_names_file_and_key(checkpoint, byte_level_json, file, key, value):
     written = f'{{"{key.rpartition(" ")[2]}": {value}}}'
-    with pytest.raises(SettingsUnreadable) as caught:
+    with pytest.raises(SideFileUnreadable) as caught:
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{f"{file}_json": written}))
     assert str(caught.value).startswith(f"{key} in ") and f"{file}.json" in str(caught.value)
     assert caught.value.hint and "\n" not in str(caught.value)
@@ -286,7 +286,7 @@ def test_a_setting_that_cannot_be_meant_names_file_and_key(checkpoint, byte_leve
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", "\x00", "[" * 100_000])
 def test_settings_that_are_no_object_name_their_file(checkpoint, byte_level_json, content):
-    with pytest.raises(SettingsUnreadable, match=r"preprocessor_config\.json") as caught:
+    with pytest.raises(SideFileUnreadable, match=r"preprocessor_config\.json") as caught:
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, preprocessor_config_json=content))
     assert caught.value.hint
 

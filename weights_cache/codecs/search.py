@@ -248,7 +248,8 @@ def _free_offsets(x: Groups) -> tuple[Tensor, Tensor]:
     dot += offset * plain
     scale = dot * inverted(square)
     error = offset * (2 * total + 32 * offset) - scale * dot  # less the weights' own squares, the same for all
-    return tuple(pick(error, scale, offset)[1:])
+    _, scale, offset = pick(error, scale, offset)
+    return scale, offset
 
 
 def _whole_offsets(
