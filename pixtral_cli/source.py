@@ -10,7 +10,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
 from pixtral_cli.model import families, memory
@@ -22,8 +21,9 @@ from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
+from weights_cache.encodings import Encoding
 from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
-from weights_cache.formats import serialized
+from weights_cache.formats import serialized, serialized_writer
 from weights_cache.progress import Progress
 
 
@@ -143,7 +143,7 @@ class Source:
             )
         placed = place(opened.tensors, wanted, quantize_vision)
         kept = next((name for name, info in opened.tensors.items() if info.encoding == "nf4"), None)
-        if placed.double_quantization and kept and not opened.nf4(kept).nested:
+        if placed.double_quantization and kept and not getattr(opened.weight(kept), "nested", False):
             raise ModelError(
                 f"The weights of {opened.folder} are in nf4 already, and their scales are not packed.",
                 hint="Leave --double-quantization out, or encode the model's own weights, which are not packed.",
@@ -170,7 +170,7 @@ class Source:
         names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()
-        serialized.write(
+        serialized_writer.write(
             path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
         )
         cache.write_stamp(path, serialized.SerializedFile(path).seal)
@@ -181,14 +181,14 @@ class Source:
             return self._processor()
 
     def _processor(self) -> Processor:
-        vision, recipe = self.config.vision, self.image_preprocessing
-        if vision is None:
+        layout, recipe = self.config.image_layout, self.image_preprocessing
+        if layout is None:
             return Processor.from_checkpoint(self.checkpoint, image_preprocessing=recipe)
         processor = Processor.from_checkpoint(
             self.checkpoint,
             image_preprocessing=recipe,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
+            patch_size=layout.token_size,
+            image_size=layout.longest_side,
         )
         tokens = processor.image_tokens
         if tokens is None or tokens.patch != self.config.image_token_id:

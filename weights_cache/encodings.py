@@ -50,6 +50,10 @@ class Encoding:
         """Whether a row of `columns` weights is a whole number of blocks."""
         return columns % self.block == 0
 
+    def has_kernel_order(self, rows: int) -> bool:
+        """Whether a matrix of `rows` rows can be put into the order of the CPU's 4-bit kernel."""
+        return self.kernel_rows > 0 and rows > 0 and rows % self.kernel_rows == 0
+
     def for_width(self, columns: int) -> Encoding:
         """This, or the neighbour that rows of `columns` weights fit into."""
         if self.fits(columns) or self.fallback is None:

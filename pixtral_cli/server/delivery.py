@@ -58,7 +58,7 @@ class EventStream(Response):
         except ApiError as error:
             self.metrics.failed(error.status)
             remember(scope, error)
-            await _write(send, b"data: " + error.as_response().body + b"\n\n")
+            await _write(send, error.as_event())
         else:
             used = self.chunks.usage()
             scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]

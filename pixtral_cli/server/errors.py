@@ -31,9 +31,14 @@ ErrorType = Literal[
 Header = tuple[str, str]
 RETRY: tuple[Header, ...] = (("Retry-After", "5"),)
 """In seconds: for what is refused now and may be answered then."""
-RAW = "Use /v1/completions to write the prompt yourself."
-NO_PICTURES = "Leave the pictures out: this model's template has no place for them."
-DATA = "The picture itself can be sent, as a data: URI."
+HINTS: dict[type[PixtralError], str] = {
+    ImagesPassedOver: "Leave the pictures out: this model's template has no place for them.",
+    TemplateFailed: "Use /v1/completions to write the prompt yourself.",
+    NoChatTemplate: "Use /v1/completions to write the prompt yourself.",
+    ImageFetchFailed: "The picture itself can be sent, as a data: URI.",
+    ImageNotFound: "The picture itself can be sent, as a data: URI.",
+}
+"""Over HTTP, instead of those for Python and the command line; the first that fits."""
 
 
 class ApiError(Exception):
@@ -57,11 +62,15 @@ class ApiError(Exception):
         self.headers = dict(headers)
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer; in a stream, that of the event which ends it."""
+        """The JSON of the answer."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def as_response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+    def as_event(self) -> bytes:
+        """The event that ends a stream."""
+        return b"data: " + bytes(self.as_response().body) + b"\n\n"
 
 
 def unavailable(message: str, code: str) -> ApiError:
@@ -105,12 +114,7 @@ def refusal_of(error: Exception, param: str = "prompt") -> ApiError:
 
 
 def _joined(error: PixtralError) -> str:
-    """Hints for Python and the command line give way to those for HTTP."""
-    hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
-    if isinstance(error, ImagesPassedOver):
-        hint = NO_PICTURES
-    if isinstance(error, ImageFetchFailed | ImageNotFound):
-        hint = DATA
+    hint = next((hint for kind, hint in HINTS.items() if isinstance(error, kind)), error.hint)
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
         hint = None
     return f"{error} {hint}" if hint else str(error)

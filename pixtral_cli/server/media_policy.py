@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pixtral_cli.prompt import media
 from pixtral_cli.prompt.errors import ImageDamaged, ImageNotFound, ImageRefused, ImageTooLarge, ImageUnreadable
 from pixtral_cli.prompt.fetch import FetchLimits, fetch
-from pixtral_cli.server.threads import WeightedSemaphore, check_waited_for
+from pixtral_cli.server.threads import WeightedSemaphore, raise_if_abandoned
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -130,7 +130,7 @@ class MediaPolicy(FetchLimits):
 class RequestImages(media.ImageReader):
     """`opened` blocks, so it belongs on a worker thread; any number may call it.
 
-    What it raises has nothing in its text that the client did not send, or should not know. NobodyWaits: it has left.
+    What it raises has nothing in its text that the client did not send, or should not know. Abandoned: it has left.
     """
 
     def __init__(self, policy: MediaPolicy) -> None:
@@ -144,7 +144,7 @@ class RequestImages(media.ImageReader):
         self.small, self.large = WeightedSemaphore(PIXELS_AT_ONCE), WeightedSemaphore(PIXELS_AT_ONCE)
 
     def read(self, source: Any, name: str) -> AbstractContextManager[Any]:
-        check_waited_for()
+        raise_if_abandoned()
         if not isinstance(source, str) or not source:
             raise ImageUnreadable(name, "it should be an address or a data: URI")
         return super().read(source, name)
@@ -199,7 +199,7 @@ class RequestImages(media.ImageReader):
             except TimeoutError:
                 reason = "the server is decoding too many others"
                 raise ImageRefused(name, reason, "Try again, or send it smaller.") from None
-            check_waited_for()
+            raise_if_abandoned()
             yield
 
 

@@ -16,7 +16,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -219,8 +219,7 @@ class TrackedRequest:
             await refuse(error, self.scope, receive, self.send)
         elif self.streams_events and not self.ended:
             remember(self.scope, error)
-            event = b"data: " + error.as_response().body + b"\n\n"
-            await self.send({"type": "http.response.body", "body": event, "more_body": False})
+            await self.send({"type": "http.response.body", "body": error.as_event(), "more_body": False})
 
     def __str__(self) -> str:
         """The line of the log."""
@@ -251,6 +250,7 @@ class RequestTracker:
         self.running: set[TrackedRequest] = set()
         self._answered: Callable[[str, int], None] = lambda route, status: None
         self._say = say
+        self._ended = asyncio.Event()
         self._cutting = False
 
     def begin(self, app: ASGIApp, answered: Callable[[str, int], None]) -> None:
@@ -274,6 +274,7 @@ class RequestTracker:
             await request.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
         finally:
             self.running.discard(request)
+            self._ended.set()
         self._answered(getattr(scope.get("route"), "path", "other"), request.status or LEFT)
         if not (watched and request.status in (200, 503)):
             self._say(str(request))
@@ -291,9 +292,11 @@ class RequestTracker:
 
     async def idle(self, seconds: float) -> bool:
         """Wait, so long at most, until nothing runs -> whether that is so."""
-        deadline = time.monotonic() + seconds
-        while self.running and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.running:
+                    self._ended.clear()
+                    await self._ended.wait()
         return not self.running
 
     def cut(self) -> None:

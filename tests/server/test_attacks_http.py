@@ -137,8 +137,7 @@ def test_bodies_together_have_a_limit_and_give_their_room_back():
 
     async def waiting(scope, receive, send):
         inside.append(scope)
-        while not release.is_set():
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(release.wait, PATIENCE)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 

@@ -1,5 +1,7 @@
 """`/metrics` says what was done, in the words of the answers themselves."""
 
+from types import SimpleNamespace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.serving import hello, served
@@ -84,14 +86,9 @@ class FullEngine:
 
     running, waiting = 3, 5
 
-    class table:
-        in_use, count = 7, 28
-
-    class counters:
-        prompt_tokens, cached_tokens, generated_tokens = 1100, 13, 17
-
-    class scheduler:
-        preemptions = 19
+    table = SimpleNamespace(in_use=7, count=28)
+    counters = SimpleNamespace(prompt_tokens=1100, cached_tokens=13, generated_tokens=17)
+    scheduler = SimpleNamespace(preemptions=19)
 
 
 def test_each_figure_of_the_engine_has_its_own_name():

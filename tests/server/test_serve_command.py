@@ -193,7 +193,7 @@ def test_an_address_that_is_not_this_machines_is_a_sentence(host):
 
 
 def test_a_kv_cache_that_holds_next_to_nothing_is_refused_with_what_would_do():
-    with pytest.raises(PixtralError, match="--kv-cache-memory has room for [0-9]+ tokens") as refused:
+    with pytest.raises(PixtralError, match=r"--kv-cache-memory has room for \d+ tokens") as refused:
         Pixtral.load("tiny", kv_cache_memory=1024)
     enough = int(re.search(r"(\d+)MiB", refused.value.hint)[1]) * 2**20
     assert Pixtral.load("tiny", kv_cache_memory=enough).max_length >= 256

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4, fits
+from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4
+from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows, PackedWeight
 
 DECODED_FROM = 48  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
@@ -45,7 +46,11 @@ class Int4Kernel:
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
-        fitting = isinstance(weight, PackedRows | Int4) and fits(weight.encoding, weight.shape[0])
+        fitting = isinstance(weight, Int4) or (
+            isinstance(weight, PackedRows)
+            and weight.encoding in LAYOUTS
+            and ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0])
+        )
         return fitting and dtype == torch.bfloat16 and device.type == "cpu" and supported()
 
     def _fused(self, x: Tensor) -> Tensor:
