@@ -126,8 +126,8 @@ turns = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_ids_of_any_conversation_are_those_of_mistral_common(native, mistral, system, contents):
     messages = [message("system", system)] if system else []
-    for given in contents:
-        content = given if isinstance(given, str) else [part(value) for value in given]
+    for values in contents:
+        content = values if isinstance(values, str) else [part(value) for value in values]
         messages += [message("assistant", "ok")] * (len(messages) > 1) + [message("user", content)]
     assert native.chat(parse(messages)).token_ids == mistral_ids(mistral, messages)
 
