@@ -43,11 +43,11 @@ def serve(
     console = Console(quiet=listen.quiet)
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
-    from pixtral_cli.server import listening, process
+    from pixtral_cli.server import process
 
-    listening.check_binding(listen.host, guard.api_key or (), guard.insecure)
-    listener = listening.listen(listen.host, listen.port)
-    address = listening.url(listen.host, listener)
+    process.check_binding(listen.host, guard.api_key or (), guard.insecure)
+    listener = process.listen(listen.host, listen.port)
+    address = process.url(listen.host, listener)
 
     def start() -> Loaded:
         console.notice(f"loading {label(source, weights)}")

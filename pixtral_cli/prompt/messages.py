@@ -27,6 +27,15 @@ ROLES = {
 TEXTS = {"text": ("text", "content"), "refusal": ("refusal",)}
 IMAGES = {"image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
 """The type of a part -> the keys under which its text or picture may stand, as OpenAI and transformers have them."""
+KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 GIVE_RESULTS = "Give the result of each call in a message of the role tool, or leave the calls out."
 OTHER = {"user": "assistant", "assistant": "user"}
 
@@ -158,8 +167,10 @@ class Conversation:
                 given = ()
             if message.role == "tool" and message.has_images:
                 given += message.images
-                message = replace(message, parts=tuple(c for c in message.parts if isinstance(c, TextPart)))
-            result.append(message)
+                texts = tuple(part for part in message.parts if isinstance(part, TextPart))
+                result.append(replace(message, parts=texts))
+            else:
+                result.append(message)
         return Conversation((*result, *([Message("user", given, is_string=False)] if given else [])))
 
 
@@ -349,7 +360,4 @@ def _quoted(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    if isinstance(value, str) and not value:
-        return "an empty string"
-    return names.get(type(value), {list: "a list", dict: "an object"}.get(type(value), type(value).__name__))
+    return "an empty string" if isinstance(value, str) and not value else KINDS.get(type(value), type(value).__name__)

@@ -14,9 +14,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from pixtral_cli import __version__
 from pixtral_cli.server import docs, page, responses, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
-from pixtral_cli.server.errors import ApiError, refusal_of, unavailable
+from pixtral_cli.server.errors import ApiError, refusal_of, remember, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
-from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.request_body import JsonRoute
 from pixtral_cli.server.request_schemas import (
     ChatRequest,
@@ -179,28 +178,29 @@ async def version() -> Version:
     return {"version": __version__}
 
 
-async def _answered(request: Request, service: Service, asked: AnswerRequest) -> Response:
+async def _answered(request: Request, service: Service, answer_request: AnswerRequest) -> Response:
     """The answer as one object or as a stream.
 
     A stream begins with the first token: what fails before that has an HTTP status of its own.
     """
-    service.check_name(asked.model)
+    service.check_name(answer_request.model)
     state = request.scope.setdefault("state", {})
-    events = service.answer(asked, state.get("key_salt", b""))
-    envelope = Envelope(asked, asked.model or service.names[0], f"pixtral-{__version__}-{service.model.encoding}")
+    events = service.answer(answer_request, state.get("key_salt", b""))
+    fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
+    envelope = Envelope(answer_request, answer_request.model or service.names[0], fingerprint)
     token_bytes = service.model.processor.tokenizer.token_bytes
-    if asked.stream:
+    if answer_request.stream:
         first = await while_there(request.receive, anext(events))
         chunks = Chunks(envelope, token_bytes, takes_pieces(request.headers.get("user-agent", "")))
         return EventStream(first, events, chunks, service.metrics, service.work)
-    replies = await while_there(request.receive, whole(events, asked.answers))
-    used = responses.usage([reply.usage for reply in replies], asked.n)
+    replies = await while_there(request.receive, whole(events, answer_request.answers))
+    used = responses.usage([reply.usage for reply in replies], answer_request.n)
     state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
 
     def written() -> Response:
         return JSONResponse(responses.answer(envelope, replies, token_bytes))
 
-    return await service.work(written) if asked.scores_prompts else written()
+    return await service.work(written) if answer_request.scores_prompts else written()
 
 
 def _model(service: Service, name: str) -> Model:
@@ -224,9 +224,10 @@ def _model(service: Service, name: str) -> Model:
     }
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _told(request, error)
+async def _failed(request: Request, error: Exception) -> Response:
+    refusal = refusal_of(error)
+    remember(request.scope, refusal)
+    return refusal.as_response()
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -237,20 +238,11 @@ async def _not_routed(request: Request, error: Exception) -> Response:
         refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
-    return _told(request, refusal)
+    return await _failed(request, refusal)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
     return NoResponse()
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return _told(request, refusal_of(error))
-
-
-def _told(request: Request, error: ApiError) -> Response:
-    remember(request.scope, error)
-    return error.as_response()
 
 
 class _App(FastAPI):
@@ -284,7 +276,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
-        exception_handlers={ApiError: _refused, HTTPException: _not_routed, ClientLeft: _nobody, Exception: _failed},
+        exception_handlers={ApiError: _failed, HTTPException: _not_routed, ClientLeft: _nobody, Exception: _failed},
     )
     app.state.service, app.state.work = service, service.work
     app.include_router(router)
