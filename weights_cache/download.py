@@ -19,8 +19,7 @@ from . import cache, hub_errors, layout, repo_name
 from .cache import CachedRepo, replacing
 from .errors import CheckpointCorrupt, DownloadFailed
 from .file_kind import MAX_HEADER_BYTES
-from .formats.gguf import LEAST_BYTES, Header
-from .formats.reader import map_file
+from .formats.gguf import Header
 from .formats.safetensors import LENGTH_BYTES
 from .progress import DownloadProgress, Progress
 from .repo_name import Repo
@@ -264,7 +263,7 @@ def _header_bytes(name: str, path: Path, have: int) -> int:
         with path.open("rb") as file:
             return LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
     try:
-        Header(path, map_file(path, LEAST_BYTES, "GGUF"))
+        Header(path)
     except CheckpointCorrupt:
         return 2 * have
     return have
