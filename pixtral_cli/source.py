@@ -10,7 +10,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
 from pixtral_cli.model import families, memory
@@ -22,6 +21,7 @@ from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
+from weights_cache.encodings import Encoding
 from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
 from weights_cache.formats import serialized, serialized_writer
 from weights_cache.progress import Progress
@@ -181,14 +181,14 @@ class Source:
             return self._processor()
 
     def _processor(self) -> Processor:
-        vision, recipe = self.config.vision, self.image_preprocessing
-        if vision is None:
+        layout, recipe = self.config.image_layout, self.image_preprocessing
+        if layout is None:
             return Processor.from_checkpoint(self.checkpoint, image_preprocessing=recipe)
         processor = Processor.from_checkpoint(
             self.checkpoint,
             image_preprocessing=recipe,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
+            patch_size=layout.token_size,
+            image_size=layout.longest_side,
         )
         tokens = processor.image_tokens
         if tokens is None or tokens.patch != self.config.image_token_id:

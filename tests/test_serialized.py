@@ -311,7 +311,7 @@ def test_a_newer_version_says_so(folder, tmp_path, monkeypatch):
 
 
 def test_another_encoding_than_asked_for_is_refused(saved):
-    with pytest.raises(PixtralError, match="q4_k.*q6_k"):
+    with pytest.raises(PixtralError, match=r"q4_k.*q6_k"):
         Pixtral.load(serialized_model_path=saved, quantization_encoding="q6_k")
     assert Pixtral.load(serialized_model_path=saved, quantization_encoding="q4_k").encoding == "q4_k"
 

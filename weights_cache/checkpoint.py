@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cache, configs, file_kind, layout, names, quantization, tensors, weight_files
+from . import cache, configs, file_kind, layout, names, quantized_elsewhere, tensors, weight_files
 from .errors import PickleRefused, WeightsNotFound, listed
 from .formats.gguf import GgufFile
 from .formats.reader import TensorInfo
@@ -193,8 +193,7 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
         file_kind.refuse_pointer(folder / name)
     described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
     if weights:
-        other = next((each for each in layout.forms(present) if each != form), None)
-        quantization.refuse(folder, described, present if form == "hf" else (), other)
+        quantized_elsewhere.refuse(folder, described, present, form)
         note = layout.joined(note, layout.index_note(folder, present, form))
     config = configs.from_native(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
     return Checkpoint(folder, config, _with_vision(weight_paths, config), form=form, note=note)
@@ -204,7 +203,7 @@ def _refuse_quantized(folder: Path) -> None:
     """Raise QuantizedElsewhere if a config beside the weights in `folder`, which another model borrows, says so."""
     present = weight_files.file_names(folder)
     if "hf" in layout.forms(present):
-        quantization.refuse(folder, read_json_object(folder / layout.CONFIG), present)
+        quantized_elsewhere.refuse(folder, read_json_object(folder / layout.CONFIG), present)
 
 
 def _require_gguf(path: Path) -> None:

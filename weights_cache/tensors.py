@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import configs, file_kind, layout, names, quantization, weight_files
+from . import configs, file_kind, layout, names, quantized_elsewhere, weight_files
 from .errors import CheckpointCorrupt, FilesMismatch, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
@@ -89,7 +89,7 @@ def _native_naming(path: Path) -> Naming:
         advice = f"{path.name} is in Mistral's own form, which takes its sizes from {params.name}: put it there."
         raise WeightsNotFound(path.parent, params.name, advice)
     described = read_json_object(params)
-    quantization.refuse(path.parent, described, ())
+    quantized_elsewhere.refuse(path.parent, described)
     return Naming(names.from_native, configs.head_dims(configs.from_native(params, described)))
 
 

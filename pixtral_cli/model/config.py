@@ -36,7 +36,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the Pixtral tower; lengths of images and patches in pixels. `feature_layer` counts layers to run."""
+    """Sizes of the Pixtral tower; lengths in pixels. `feature_layer` counts layers to run."""
 
     hidden_size: int
     intermediate_size: int
@@ -44,7 +44,6 @@ class VisionConfig:
     num_heads: int
     head_dim: int
     num_channels: int
-    image_size: int
     patch_size: int
     rope_theta: float
     feature_layer: int
@@ -52,12 +51,22 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class ImageLayout:
+    """How images become tokens, in pixels: each square of side `token_size` is an image token, in raster order; an
+    image is resized so that no side is longer than `longest_side`."""
+
+    token_size: int
+    longest_side: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """What the checkpoint is: a decoder and, in a Pixtral, a vision tower with its projector."""
+    """What the checkpoint is: a decoder and, where it sees, a vision tower with its projector."""
 
     architecture: str
     text: TextConfig
     vision: VisionConfig | None = None
+    image_layout: ImageLayout | None = None
     image_token_id: int | None = None
     projector_bias: bool = True
 

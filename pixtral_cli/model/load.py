@@ -6,8 +6,6 @@ device and encoding agree, converted one at a time where they do not, so that pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -66,10 +64,19 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
 
     A head of its own counts, whatever the config says of tied ones (as in transformers since 5.24).
     """
+    tensors, where = checkpoint.tensors, next(iter(checkpoint.weight_paths), checkpoint.folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if model.config.text.tied_embeddings and HEAD not in checkpoint.tensors:
+    if model.config.text.tied_embeddings and HEAD not in tensors:
         del shapes[HEAD]
-    check_tensors(shapes, checkpoint)
+    if missing := [name for name in shapes if name not in tensors]:
+        raise TensorsMissing(missing, where)
+    if unexpected := [name for name in tensors if name not in shapes]:
+        raise TensorsUnexpected(unexpected, where)
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise TensorShapeMismatch(name, shape, tensors[name].shape)
+        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
+            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")
     return list(shapes)
 
 
@@ -115,17 +122,3 @@ def _tie(model: LanguageModel) -> None:
         model.lm_head = KernelLinear(ReferenceKernel(table.weight, model.device))
     else:
         model.lm_head.weight = table.weight
-
-
-def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
-    """Every tensor there, none left over, each of its shape."""
-    tensors, where = checkpoint.tensors, next(iter(checkpoint.weight_paths), checkpoint.folder)
-    if missing := [name for name in shapes if name not in tensors]:
-        raise TensorsMissing(missing, where)
-    if unexpected := [name for name in tensors if name not in shapes]:
-        raise TensorsUnexpected(unexpected, where)
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise TensorShapeMismatch(name, shape, tensors[name].shape)
-        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
-            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")

@@ -72,8 +72,8 @@ def needs(tensors: Mapping[str, TensorInfo], config: TextConfig) -> list[Need]:
 
 
 def _need(tensors: Mapping[str, TensorInfo], config: TextConfig, placement: Placement) -> Need:
-    bits = int(ENCODINGS[placement.dtype].bits)
-    cache = {tokens: kv_bytes(config, tokens, bits // 8) for tokens in lengths(config)}
+    width = ENCODINGS[placement.dtype].block_bytes
+    cache = {tokens: kv_bytes(config, tokens, width) for tokens in lengths(config)}
     return Need(placement.label, weight_bytes(tensors, placement), kernel_bytes(tensors, placement), cache)
 
 
@@ -184,18 +184,31 @@ def _bytes_needed(tensors: Mapping[str, TensorInfo], placement: Placement, devic
 
 
 def kv_tokens(
-    tensors: Mapping[str, TensorInfo], placement: Placement, config: TextConfig, device: torch.device, wanted: int
+    tensors: Mapping[str, TensorInfo],
+    placement: Placement,
+    config: TextConfig,
+    device: torch.device,
+    wanted: int,
+    memory: int | None = None,
 ) -> int:
-    """Tokens whose keys and values fit on `device` beside weights that are not loaded yet: `wanted`, or fewer.
+    """Tokens whose keys and values there is room for: `wanted`, or as many as `memory` bytes hold; without such a
+    bound as many as fit on `device` beside weights that are not loaded yet.
 
     Raises ModelError when there is no room for as many as LEAST.
     """
+    token = kv_bytes(config, 1, ENCODINGS[placement.dtype].block_bytes)
+    if memory is not None:
+        if memory // token < min(LEAST, wanted):
+            raise ModelError(
+                f"--kv-cache-memory has room for {memory // token} tokens.",
+                hint=f"Give at least {-(-LEAST * token // 2**20)}MiB; the longest prompt and its answer must fit.",
+            )
+        return min(memory // token, wanted)
     free = free_bytes(device)
     if free is None:
         return wanted
-    width = int(ENCODINGS[placement.dtype].bits) // 8
     left = int((free - _bytes_needed(tensors, placement, device)) * KV_SHARE)
-    room = left // kv_bytes(config, 1, width)
+    room = left // token
     if room < min(LEAST, wanted):
         raise ModelError(
             f"The weights leave {max(left, 0) / GIB:.1f} GiB on {device} for keys and values: {max(room, 0)} tokens.",

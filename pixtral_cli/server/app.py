@@ -14,9 +14,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from pixtral_cli import __version__
 from pixtral_cli.server import docs, page, responses, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
-from pixtral_cli.server.errors import ApiError, refusal_of, unavailable
+from pixtral_cli.server.errors import ApiError, refusal_of, remember, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
-from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.request_body import JsonRoute
 from pixtral_cli.server.request_schemas import (
     ChatRequest,

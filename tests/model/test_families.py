@@ -45,7 +45,7 @@ class ScaledModel(LanguageModel):
 def read_config(architecture, raw):
     fields = ConfigFields(raw)
     scales = fields.number("embedding_multiplier"), fields.number("logits_scaling")
-    return Scaled(architecture, read_text_config({"sliding_window": None, **raw}), None, None, True, *scales)
+    return Scaled(architecture, read_text_config({"sliding_window": None, **raw}), None, None, None, True, *scales)
 
 
 # What would be families/granite.py.

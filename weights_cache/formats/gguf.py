@@ -56,8 +56,8 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._parts = [_Part(each) for each in weight_files.gguf_shards(path)]
-        self._part_of: dict[str, _Part] = {}
+        self._parts = [Header(each) for each in weight_files.gguf_shards(path)]
+        self._part_of: dict[str, Header] = {}
         for part in self._parts:
             for name in part.entries:
                 if name in self._part_of:
@@ -110,17 +110,6 @@ class GgufFile:
             )
 
 
-class _Part:
-    """One file on the disk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.buffer = map_file(path, LEAST_BYTES, "GGUF")
-        header = Header(path, self.buffer)
-        self.metadata: Metadata = header.metadata
-        self.entries: Mapping[str, Entry] = header.entries
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A checked tensor: its bytes begin at `begin` in the file."""
@@ -130,17 +119,20 @@ class Entry:
 
 
 class Header:
-    """What stands before a GGUF's data. Raises CheckpointCorrupt or NotYetSupported."""
+    """What stands before the data of one GGUF file, which is mapped. Raises CheckpointCorrupt or NotYetSupported."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap | bytes):
-        cursor = _Cursor(path, buffer)
+    def __init__(self, path: Path):
+        self.path = path
+        self.buffer = map_file(path, LEAST_BYTES, "GGUF")
+        cursor = _Cursor(path, self.buffer)
         tensors, pairs = _counts(cursor)
-        self.metadata = Metadata(_pairs(cursor, pairs))
+        values = _unique(cursor, ((cursor.name(), _value(cursor)) for _ in range(pairs)), "metadata key")
+        self.metadata = Metadata(values)
         described = _unique(cursor, (_described(cursor) for _ in range(tensors)), "tensor")
         alignment = _alignment(path, self.metadata)
         data = -(-cursor.at // alignment) * alignment
         self.entries = {name: _entry(path, name, found, data, alignment) for name, found in described.items()}
-        _check_layout(path, self.entries, len(buffer))
+        _check_layout(path, self.entries, len(self.buffer))
 
 
 class Metadata(Mapping[str, Any]):
@@ -168,7 +160,7 @@ class Metadata(Mapping[str, Any]):
 class _Cursor:
     """Goes forward through untrusted bytes; reaching past their end is an error, before anything is read."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap | bytes):
+    def __init__(self, path: Path, buffer: mmap.mmap):
         self.path, self.buffer, self.at = path, buffer, 0
 
     @cached_property
@@ -272,10 +264,6 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     cursor.many(pairs, LEAST_PAIR, "metadata entries")
     cursor.many(tensors, LEAST_TENSOR, "tensors")
     return tensors, pairs
-
-
-def _pairs(cursor: _Cursor, count: int) -> dict[str, Any]:
-    return _unique(cursor, ((cursor.name(), _value(cursor)) for _ in range(count)), "metadata key")
 
 
 def _unique(cursor: _Cursor, pairs: Iterator[tuple[str, Any]], what: str) -> dict[str, Any]:

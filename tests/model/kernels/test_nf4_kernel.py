@@ -134,7 +134,7 @@ def test_a_prompt_of_several_chunks_is_answered():
     program = """
 from pixtral_cli import Pixtral
 model = Pixtral.load("tiny", devices="cpu", quantization_encoding="nf4")
-model.chat([{"role": "user", "content": "what is " * 3000}], max_new_tokens=2)
+model.chat([{"role": "user", "content": "what is " * 1500}], max_new_tokens=2)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     tensors, _ = layer(GATE, (96, 320))
     found = opened(tmp_path, tensors, {f"{GATE}.absmax": tensors[f"{GATE}.absmax"]})
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointCorrupt, match="absmax.* too"):
+    with pytest.raises(CheckpointCorrupt, match=r"absmax.* too"):
         _ = found.tensors
 
 

@@ -143,7 +143,7 @@ def test_headers_are_read_without_torch(path):
         "import sys, pathlib; from weights_cache.formats.gguf import GgufFile; "
         f"assert len(GgufFile(pathlib.Path({str(path)!r})).tensors) == 2; print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.stdout.strip() == "False", done.stderr
 
 
