@@ -10,8 +10,8 @@ SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
-    "commands": {"cli", "server", "source", "weights_cache"},
-    "cli": {"api", "prompt", "weights_cache"},
+    "commands": {"cli", "prompt", "server", "source", "weights_cache"},
+    "cli": {"api", "generation", "prompt", "weights_cache"},
     "server": {"api", "engine", "generation", "prompt"},
     "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
     "generation": {"constraints", "generation_options", "engine", "prompt"},

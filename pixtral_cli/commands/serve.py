@@ -9,8 +9,8 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pixtral_cli.cli import console as printing
-from pixtral_cli.cli.console import Console
-from pixtral_cli.cli.loading import NO_REMOTE_CODE, load, model_path
+from pixtral_cli.cli.console import Console, table
+from pixtral_cli.cli.loading import NO_REMOTE_CODE, label, load
 from pixtral_cli.cli.options import SourceFlags
 from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
 
@@ -43,14 +43,14 @@ def serve(
     console = Console(quiet=listen.quiet)
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
-    from pixtral_cli.server import listening, process
+    from pixtral_cli.server import process
 
-    listening.check_binding(listen.host, guard.api_key or (), guard.insecure)
-    listener = listening.listen(listen.host, listen.port)
-    address = listening.url(listen.host, listener)
+    process.check_binding(listen.host, guard.api_key or (), guard.insecure)
+    listener = process.listen(listen.host, listen.port)
+    address = process.url(listen.host, listener)
 
     def start() -> Loaded:
-        console.notice(f"loading {weights.serialized_model_path or model_path(source, weights) or 'a GGUF'}")
+        console.notice(f"loading {label(source, weights)}")
         wanted = {"kv_cache_memory": weights.kv_cache_memory, "image_cache_memory": weights.image_cache_memory}
         memory = {name: size for name, size in wanted.items() if size is not None}
         model = load(source, weights, console, **memory)
@@ -76,7 +76,7 @@ def _banner(model: Any, address: str, settings: Settings, batch: int) -> str:
         "key": "needed, but not by the page itself, /health and /ready" if needs_key else "none is asked for",
         "try": _curl_line(address, settings.names[0], needs_key),
     }
-    return "\n".join(f"{name:8} {text}" for name, text in rows.items())
+    return "\n".join(table([*rows.items()]))
 
 
 def _curl_line(address: str, name: str, needs_key: bool) -> str:

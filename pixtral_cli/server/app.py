@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, FastAPI
+from fastapi import APIRouter, Body, Depends, FastAPI, Path
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
@@ -14,9 +14,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from pixtral_cli import __version__
 from pixtral_cli.server import docs, page, responses, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
-from pixtral_cli.server.errors import ApiError, refusal_of, unavailable
+from pixtral_cli.server.errors import ApiError, refusal_of, remember, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
-from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.request_body import JsonRoute
 from pixtral_cli.server.request_schemas import (
     ChatRequest,
@@ -45,6 +44,7 @@ REF = "#/components/schemas/{model}"
 HELLO = [{"role": "user", "content": "What can you do?"}]
 CHAT = {"model": "tiny", "messages": HELLO, "max_tokens": 64}
 STREAMED = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+TEXT = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16}
 WHY = {
     400: "The body is not what it should be; the sentence names the field.",
     401: "A key is needed, or this one is not known.",
@@ -63,8 +63,9 @@ OF_ANSWERS = *OF_TOKENS, 429, 503
 
 def refusals(*statuses: int, events: type | None = None) -> dict[int | str, dict[str, Any]]:
     """What a route answers but its result: these errors, and a stream of `events` where the body asks for one."""
+    error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}  # cheaper than a model for each
     described: dict[int | str, dict[str, Any]] = {
-        status: {"model": Error, "description": WHY[status]} for status in statuses
+        status: {"description": WHY[status], "content": error} for status in statuses
     }
     if events is not None:
         data = {"type": "string", "description": f"JSON of {events.__name__}; the last event's is [DONE]."}
@@ -93,9 +94,6 @@ async def chat(request: Request, service: Serving, body: Annotated[ChatRequest, 
     return await _answered(request, service, wire.chat(body))
 
 
-TEXT = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16}
-
-
 @router.post("/v1/completions", response_model=Completion, responses=refusals(*OF_ANSWERS, events=Completion))
 async def completions(
     request: Request, service: Serving, body: Annotated[CompletionRequest, examples(TEXT)]
@@ -111,7 +109,7 @@ async def models(service: Serving) -> Models:
 
 
 @router.get("/v1/models/{name:path}", responses=refusals(401, 404))
-async def model(name: str, service: Serving) -> Model:
+async def model(name: Annotated[str, Path(examples=["tiny"])], service: Serving) -> Model:
     """One of them."""
     service.check_name(name)
     return _model(service, name)
@@ -248,14 +246,14 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's document, with the keys, which are asked for before the app, and without its own kind of error."""
+        """FastAPI's document, with the errors and keys of all that stands before the app, instead of its own errors."""
         if self.openapi_schema is None:
             document = get_openapi(
                 title=self.title, version=self.version, description=self.description, routes=self.routes
             )
             schemas = document["components"]["schemas"]
-            chunk = TypeAdapter(ChatCompletionChunk).json_schema(ref_template=REF)
-            schemas |= chunk.pop("$defs") | {"ChatCompletionChunk": chunk}
+            unnamed: list[Any] = [(kind, "serialization", TypeAdapter(kind)) for kind in (ChatCompletionChunk, Error)]
+            schemas |= TypeAdapter.json_schemas(unnamed, ref_template=REF)[1]["$defs"]
             del schemas["HTTPValidationError"], schemas["ValidationError"]
             for operation in (each for operations in document["paths"].values() for each in operations.values()):
                 operation["summary"] = operation.pop("description")

@@ -15,7 +15,7 @@ import pytest
 from support.guarded_server import Client, ask, serving
 from support.processes import PATIENCE
 
-from pixtral_cli.server import middleware
+from pixtral_cli.server import errors
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.request_body import parse_json
 
@@ -26,7 +26,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def port():
     with pytest.MonkeyPatch.context() as patch, serving(max_body_bytes=MIB, body_seconds=0.5, head_seconds=0.5) as port:
-        patch.setattr(middleware, "LINGER_SECONDS", 0.5)
+        patch.setattr(errors, "LINGER_SECONDS", 0.5)
         yield port
 
 

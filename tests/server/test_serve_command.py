@@ -17,7 +17,7 @@ from support.serving import hello, served
 
 from pixtral_cli import Pixtral
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.server.listening import listen, url
+from pixtral_cli.server.process import listen, url
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER_MODULES = ["fastapi", "prometheus_client", "starlette", "uvicorn"]
