@@ -152,7 +152,7 @@ class RequestImages(media.ImageReader):
     def read_other(self, source: Any, name: str) -> BytesIO:
         """A name relative to the media path."""
         if SCHEME.match(source[:16]) or source == media.STDIN or source.startswith(("~", "/")):
-            raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+            raise media.unknown_address(name)
         return self.read_path(Path(source), name)
 
     def read_path(self, path: Path, name: str) -> BytesIO:
@@ -257,7 +257,12 @@ def _first_to_answer(found: list[tuple], deadline: float) -> socket.socket:
 
 
 def check_structure(data: bytes, name: str) -> None:
-    """Raise ImageUnreadable for a file with more scans or pieces than any program would write."""
+    """Raise ImageUnreadable for a file with more scans or pieces than any program would write.
+
+    A file can stay within every limit on bytes and pixels and still keep a decoder busy for minutes: a JPEG may go
+    over all its pixels in each of thousands of scans, and files may be cut into millions of pieces. Other formats and
+    other tricks are held by Pillow's own limits, which tests/server/test_attacks_pictures.py measures.
+    """
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data, name)
     elif data.startswith(b"\x89PNG"):
