@@ -16,6 +16,7 @@ import torch
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
 from pixtral_cli.encodings import asked_for
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
@@ -49,6 +50,7 @@ class Pixtral:
         self.source = source
         self.placement = placement
         self.engine = engine
+        self.driver = Driver(engine)
         self.load_seconds = load_seconds
 
     @classmethod
@@ -224,7 +226,7 @@ class Pixtral:
 
     def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Generator[tuple[int, TextEvent]]:
         jobs = [job for prompt in prompts for job in self.jobs(prompt, options)]
-        return generation.run(self.engine, jobs)
+        return generation.run(self.driver, jobs)
 
 
 def _only(events: Generator[tuple[int, TextEvent]]) -> Generator[TextEvent]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pixtral_cli import constraints
-from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.errors import RequestError
 
 

@@ -1,4 +1,4 @@
-"""Pieces of sequences in, logits out: flattens them into one forward pass. Knows no scheduling and chooses no token."""
+"""Chunks of sequences in, logits out: flattens them into one forward pass. Knows no scheduling and chooses no token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.request import ImageInput, TokenScores
+from pixtral_cli.engine.request import ImageInput
+from pixtral_cli.engine.sampler import TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache

@@ -7,10 +7,10 @@ import json
 import jsonschema
 import pytest
 import torch
+from support.engines import choose
 
 from pixtral_cli import constraints
-from pixtral_cli.engine.request import Sampling
-from pixtral_cli.engine.sampler import choose
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
 from pixtral_cli.prompt.tools import Tool
