@@ -155,10 +155,10 @@ def test_flags_and_commands_are_described_where_the_shell_can(shell):
     shell.offers("pixtral cache ", "Remove models by name")
 
 
-@pytest.mark.parametrize("asked", completions.ANSWERS)
-def test_what_the_scripts_ask_imports_nothing_heavy(asked, caches):
+@pytest.mark.parametrize("name", completions.LISTINGS)
+def test_what_the_scripts_ask_imports_nothing_heavy(name, caches):
     put(caches, "acme/pixie", HF | {"model.safetensors": weights()})
-    assert imported_by("completions", asked, HF_HUB_CACHE=str(caches)) == []
+    assert imported_by("completions", name, HF_HUB_CACHE=str(caches)) == []
 
 
 def test_names_are_those_that_the_list_of_models_prints(caches, call, tmp_path):
