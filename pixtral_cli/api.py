@@ -208,8 +208,10 @@ class Pixtral:
 
         Each makes its own choices: of answers with a seed, the next has the next seed. Raises RequestError.
         """
-        tokenizer = self.processor.tokenizer
-        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, self.vocabulary)
+        tokenizer, constraint = self.processor.tokenizer, None
+        if prompt.tools or options.must_call or options.schema is not None:
+            constraint = constraints.constraint(prompt, options, tokenizer, self.vocabulary)
+        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, constraint)
         self.engine.check(request)
         request = replace(request, cache_salt=cache_salt)
         return [

@@ -24,7 +24,7 @@ from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
     from pixtral_cli.engine.driver import Driver
-    from pixtral_cli.engine.grammar import Vocabulary
+    from pixtral_cli.engine.grammar import Constraint
     from pixtral_cli.engine.sampler import TokenScores
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
@@ -179,7 +179,7 @@ class TextStream:
             tokenizer,
             at_start=prompt.answer_starts_text,
             reads_calls=bool(prompt.tools) and options.tool_choice != "none",
-            only_calls=prompt.call_form == "text" and constraints.is_forced(options.tool_choice),
+            only_calls=prompt.call_form == "text" and options.must_call,
         )
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
@@ -265,17 +265,17 @@ class TextStream:
 
 
 def engine_request(
-    prompt: Prompt, options: GenerationOptions, ends: frozenset[int], tokenizer: Tokenizer, vocabulary: Vocabulary
+    prompt: Prompt,
+    options: GenerationOptions,
+    ends: frozenset[int],
+    tokenizer: Tokenizer,
+    constraint: Constraint | None,
 ) -> Request:
-    """The engine's form of a prompt. Pictures become pixels when the engine gets to them.
-
-    A schema is compiled here, which may take seconds: not on the engine's thread. Of several answers to one prompt,
-    each needs a constraint of its own, `constraint.fresh()`. Raises RequestError.
-    """
-    banned = constraints.banned(prompt, options.tool_choice, tokenizer)
-    if outside := [token_id for token_id in options.sampling.logit_bias if token_id >= vocabulary.size]:
-        raise RequestError(f"logit_bias has token {outside[0]}, and the model knows {vocabulary.size}.")
-    sampling = options.sampling
+    """The engine's form of a prompt. Images become pixels when the engine gets to them. Raises RequestError."""
+    sampling, known = options.sampling, tokenizer.id_limit
+    if outside := [token_id for token_id in sampling.logit_bias if token_id >= known]:
+        raise RequestError(f"logit_bias has token {outside[0]}, and the model knows {known}.")
+    banned = constraints.banned(prompt, options, tokenizer) if prompt.tools else {}
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
@@ -284,9 +284,7 @@ def engine_request(
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
         prompt_logprobs=options.alternatives if options.echo else None,
-        constraint=constraints.constraint(
-            prompt, options.response_format, options.tool_choice, options.parallel_tool_calls, tokenizer, vocabulary
-        ),
+        constraint=constraint,
     )
 
 

@@ -166,7 +166,8 @@ class Engine:
             return Failure(sequence.id, error)
 
     def _token_event(self, sequence: Sequence, token_id: int, logits: Tensor) -> TokenEvent:
-        request, chosen, logprob, alternatives = sequence.request, None, None, ()
+        request, chosen, logprob = sequence.request, None, None
+        alternatives: tuple[tuple[int, float], ...] = ()
         if not sequence.generated:
             self.counters.prompt_tokens += sequence.prompt_length
             self.counters.cached_tokens += sequence.cached_tokens

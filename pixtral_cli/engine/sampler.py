@@ -116,7 +116,7 @@ def _check_finite(best: Tensor) -> None:
 def altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Logits [N, V] after constraints, bias and penalties; only the answer counts for frequency and presence."""
     settings = [row.sampling for row in rows]
-    logits = keep_allowed(logits, [row.constraint and row.constraint.mask() for row in rows])
+    logits = keep_allowed(logits, [None if row.constraint is None else row.constraint.mask() for row in rows])
     logits = add_bias(logits, [each.logit_bias for each in settings])
     repeating = [row.token_ids if row.sampling.repetition_penalty != 1 else () for row in rows]
     logits = penalise_repetition(logits, repeating, [each.repetition_penalty for each in settings])

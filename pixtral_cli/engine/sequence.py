@@ -16,7 +16,7 @@ class Sequence:
     It ends after `max_tokens` new tokens at the latest. The first `scored` tokens of the prompt need no more scores.
     """
 
-    def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int) -> None:
+    def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int | None) -> None:
         self.id = request_id
         self.request = request
         self.max_tokens = max_tokens

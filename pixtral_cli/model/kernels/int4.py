@@ -46,11 +46,10 @@ class Int4Kernel:
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
-        if not isinstance(weight, PackedRows | Int4) or not ENCODINGS[weight.encoding].has_kernel_order(
-            weight.shape[0]
-        ):
+        if not isinstance(weight, PackedRows | Int4):
             return False
-        return dtype == torch.bfloat16 and device.type == "cpu" and supported()
+        ordered = ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0])
+        return ordered and dtype == torch.bfloat16 and device.type == "cpu" and supported()
 
     def _fused(self, x: Tensor) -> Tensor:
         codes, narrow = self.weight.codes.view(self.weight.shape[0], -1), x.to(torch.bfloat16).contiguous()
