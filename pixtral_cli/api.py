@@ -16,6 +16,7 @@ import torch
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
 from pixtral_cli.encodings import asked_for
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
@@ -49,6 +50,7 @@ class Pixtral:
         self.source = source
         self.placement = placement
         self.engine = engine
+        self.driver = Driver(engine)
         self.load_seconds = load_seconds
 
     @classmethod
@@ -206,8 +208,10 @@ class Pixtral:
 
         Each makes its own choices: of answers with a seed, the next has the next seed. Raises RequestError.
         """
-        tokenizer = self.processor.tokenizer
-        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, self.vocabulary)
+        tokenizer, constraint = self.processor.tokenizer, None
+        if prompt.tools or options.must_call or options.schema is not None:
+            constraint = constraints.constraint(prompt, options, tokenizer, self.vocabulary)
+        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, constraint)
         self.engine.check(request)
         request = replace(request, cache_salt=cache_salt)
         return [
@@ -224,7 +228,7 @@ class Pixtral:
 
     def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Generator[tuple[int, TextEvent]]:
         jobs = [job for prompt in prompts for job in self.jobs(prompt, options)]
-        return generation.run(self.engine, jobs)
+        return generation.run(self.driver, jobs)
 
 
 def _only(events: Generator[tuple[int, TextEvent]]) -> Generator[TextEvent]:

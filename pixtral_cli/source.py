@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
@@ -16,6 +16,7 @@ from pixtral_cli.model import families, memory
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.memory import Device, Need
 from pixtral_cli.model.placement import Placement, place
+from pixtral_cli.prompt.image import Recipe
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
@@ -54,12 +55,22 @@ class Source:
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
         weight_files.check_present(paths)  # before anything is asked of the Hub
-        folder, notes = None, []
+        folder: Path | None = None
+        notes: list[str] = []
         if name == BUILT_IN:
-            from pixtral_cli.tiny import FOLDER as folder
+            from pixtral_cli.tiny import FOLDER
+
+            folder = FOLDER
         elif name is not None:
-            wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
-            folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
+            folder = hub.fetch(
+                name,
+                weights=weights and not paths,
+                headers=not weights and not paths,
+                form=weights_format,
+                force=force_download,
+                progress=progress,
+                tell=notes.append,
+            )
         opened = checkpoint.open(folder, paths, weights_format, weights=weights)
         opened.note = " ".join(notes) or opened.note  # of the same choice, if both tell of one
         return cls(name or opened.folder.name, opened, image_preprocessing)
@@ -181,7 +192,8 @@ class Source:
             return self._processor()
 
     def _processor(self) -> Processor:
-        layout, recipe = self.config.image_layout, self.image_preprocessing
+        layout = self.config.image_layout
+        recipe = cast("Recipe | None", self.image_preprocessing)  # the processor refuses what is none
         if layout is None:
             return Processor.from_checkpoint(self.checkpoint, image_preprocessing=recipe)
         processor = Processor.from_checkpoint(

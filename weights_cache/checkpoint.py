@@ -161,7 +161,7 @@ def open(
     """The checkpoint at `path`: a folder, or a GGUF file; None for the GGUF file among `weight_paths`.
 
     Files or folders in `weight_paths` replace a folder's own weights; its config and tokenizer stay. Beside a GGUF
-    file they add what it lacks, its picture part (mmproj), which is also looked for beside the file itself.
+    file they add what it lacks, its vision part (an mmproj file), which is also looked for beside the file itself.
     `form` chooses where a folder holds several; by default the first of "hf", "native", "gguf", and `note` says so.
     Without `weights`, nobody will ask for the folder's own, which may then be of a kind that is not read here.
 
@@ -220,7 +220,7 @@ def _require_gguf(path: Path) -> None:
 
 
 def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> Checkpoint:
-    """The one model of text among `paths`, with the picture part among them or beside it. Headers say which is which;
+    """The one model of text among `paths`, with the mmproj file among them or beside it. Headers say which is which;
     `where` is what errors name."""
     given = list(dict.fromkeys(path.with_name(layout.first_shard(path.name)) for path in paths))
     files = [GgufFile(path) for path in given if file_kind.of(path) == "gguf" and not path.is_dir()]
@@ -248,16 +248,16 @@ def _no_single_model(where: Path, models: Sequence[str], vision: GgufFile | None
 
 
 def _vision_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
-    """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
+    """The mmproj file in the folder of `text`, or else in its repository, the best of those that fit; and what to
     say."""
-    paths = weight_files.picture_parts(text.path.parent)
+    paths = weight_files.mmproj_files(text.path.parent)
     if not paths and (snapshot := cache.snapshot_of(text.path)):
-        paths = weight_files.picture_parts(snapshot, deep=True)
+        paths = weight_files.mmproj_files(snapshot, deep=True)
     found = {str(path): GgufFile(path) for path in paths}
     fitting = {name: file for name, file in found.items() if configs.belong_together(text, file)}
     if not fitting:
         return None, f"No picture part beside {text.path.name} fits it." if found else None
-    best = fitting[layout.best_picture_part({name: file.path.stat().st_size for name, file in fitting.items()})]
+    best = fitting[layout.best_mmproj({name: file.path.stat().st_size for name, file in fitting.items()})]
     said = f"Of {len(fitting)} picture parts beside {text.path.name}, {best.path.name} is read."
     return best, said if len(fitting) > 1 else None
 

@@ -35,7 +35,7 @@ def fetch(
 
     A path that exists is returned as it is. Otherwise `name` is `owner/name` on the Hub, `owner/name@revision` for
     another branch, tag or commit, `owner/name:file.gguf` for a GGUF in it (or its quantisation, `owner/name:Q8_0`),
-    which brings its picture part along, or the address of such a page. Of several forms `form` is fetched, or else the
+    which brings its mmproj file along, or the address of such a page. Of several forms `form` is fetched, or else the
     first of "hf", "native", "gguf". What is cached completely is used without any network call: a newer version on the
     Hub is not looked for, unless `force` fetches everything anew. `weights=False` asks for the small files only. A
     GGUF has none, so all of it is fetched, or with `headers` a file of its length that holds its header only. `tell`
@@ -120,7 +120,7 @@ class _HubModel:
         """
         download, selection = self.download, self.selection
         download.cached.mark_used(download.commit)
-        # Without the listing a GGUF whose picture part is to come would look whole.
+        # Without the listing a GGUF whose mmproj file is to come would look whole.
         download.cached.write_listing(download.commit, download.sizes)
         large = self._weight_names() if weights or selection.entry else []
         folder = download.folder

@@ -309,7 +309,7 @@ def _size(path: Path) -> int:
 
 
 def _shared(model: Model, repo: CachedRepo) -> set[Path]:
-    """Files that another model in the same snapshot needs as well: a tokenizer, a picture part."""
+    """Files that another model in the same snapshot needs as well: a tokenizer, an mmproj file."""
     others = [each.model() for each in _stored_at(repo, model.commit)] if model.commit else []
     return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
 

@@ -28,16 +28,11 @@ class Attend(Protocol):
         ...
 
 
-class AttendWithin:
-    """Attention without order inside each segment: an image's patches see their own image only."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-        segments = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
+def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
+    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
@@ -77,14 +72,9 @@ def causal_mask(n: int, length: int, window: int | None, device: torch.device) -
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """float32 [D/2]: theta^(-2i/D), Su et al. 2021 (RoFormer), section 3.2.2."""
+    """float32 [D/2]: theta^(-2i/D), the angles of position 1 (Su et al. 2021, RoFormer, section 3.2.2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / theta**exponents
-
-
-def text_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Integer positions [N] -> float32 angles [N, D/2]."""
-    return positions.float()[:, None] * frequencies(head_dim, theta, positions.device)
 
 
 def grid_angles(rows: int, columns: int, head_dim: int, theta: float, device: torch.device) -> Tensor:

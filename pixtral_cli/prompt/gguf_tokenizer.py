@@ -69,8 +69,10 @@ def load(metadata: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(
         text_model,
         vocabulary.controls,
-        vocabulary.control("bos_token_id"),
-        vocabulary.control("eos_token_id"),
+        is_byte_level=kind == "gpt2",
+        drops_first_space=kind == "llama" and vocabulary.adds_space,
+        bos=vocabulary.control("bos_token_id"),
+        eos=vocabulary.control("eos_token_id"),
         adds_bos=adds_bos if isinstance(adds_bos, bool) else kind == "llama" or metadata.get("pre") != "gpt-2",
     )
 
@@ -91,6 +93,7 @@ class _Vocabulary:
             if type in (*HIDDEN, USER_DEFINED)
         }
         self.ids = {text: id for id, (text, type) in enumerate(entries) if type in (NORMAL, BYTE_TYPE)}
+        self.adds_space = bool(metadata.get("add_space_prefix", True))  # before a text
         self.unknown = next((text for text, type in entries if type == UNKNOWN), None)
 
     def control(self, key: str) -> str | None:
@@ -130,10 +133,9 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     unknown = vocabulary.unknown
     entries = vocabulary.ids if unknown is None else vocabulary.ids | {unknown: vocabulary.controls[unknown].id}
     bpe = tokenizers.Tokenizer(models.BPE(entries, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = vocabulary.metadata.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if vocabulary.adds_space else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.adds_space else []
     bpe.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return bpe
 

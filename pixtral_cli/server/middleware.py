@@ -33,16 +33,17 @@ WATCHED = ("/health", "/ready", "/metrics")
 """Asked for every few seconds by machines: told only where something is wrong with the asking."""
 LEFT = 499
 """nginx's status for a client that did not wait for an answer."""
-LONGEST_PATH = LONGEST_REASON = 200
+LONGEST_LOGGED = 200
 QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*?(?=[:.,]?(\s|$))")
 """Of an address: what follows may be a key."""
-EVENT_STREAM = b"text/event-stream"
 Check = Callable[[Scope, Headers], None]
 """Lets a request pass, or raises ApiError, from its head alone."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
 OPEN_PATHS = ("/", "/health", "/ready")
 OPEN_FOLDER = "/page/"
 KEY_SCHEMES = ("bearer", "api-key")
+BLANKS = " \t"
+"""Of HTTP; `str.strip` alone would take Latin-1's as well."""
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -187,9 +188,9 @@ class ApiKeys:
 
 def _presented(headers: Headers) -> bytes | None:
     """The key that a request shows; None without one."""
-    shown = (value.strip().partition(" ") for value in headers.getlist("authorization"))
+    shown = (value.strip(BLANKS).partition(" ") for value in headers.getlist("authorization"))
     keys = [key for scheme, _, key in shown if scheme.lower() in KEY_SCHEMES] + headers.getlist("api-key")
-    return next((key.strip().encode("latin-1") for key in keys if key.strip()), None)
+    return next((key.strip(BLANKS).encode("latin-1") for key in keys if key.strip(BLANKS)), None)
 
 
 def _digest(key: bytes) -> bytes:
@@ -209,7 +210,7 @@ def check_origin(scope: Scope, headers: Headers) -> None:
         return
     if _is_foreign(headers):
         raise ApiError(403, "Requests from another site's pages are refused.", "permission_error", code="cross_origin")
-    kind = ",".join(headers.getlist("content-type")).partition(";")[0].strip().lower()
+    kind = ",".join(headers.getlist("content-type")).partition(";")[0].strip(BLANKS).lower()
     if kind != "application/json":
         raise ApiError(415, "The body should be JSON, with the header Content-Type: application/json.")
 
@@ -241,10 +242,8 @@ class TrackedRequest:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self.streams_events = any(
-                name.lower() == b"content-type" and value.startswith(EVENT_STREAM)
-                for name, value in message.get("headers", ())
-            )
+            kind = Headers(raw=message.get("headers", [])).get("content-type", "")
+            self.streams_events = kind.startswith("text/event-stream")
         self.ended = message["type"] == "http.response.body" and not message.get("more_body")
         await self.send_on(message)
 
@@ -256,21 +255,20 @@ class TrackedRequest:
             remember(self.scope, error)
             await self.send({"type": "http.response.body", "body": error.as_event(), "more_body": False})
 
-    def __str__(self) -> str:
-        """The line of the log."""
-        path = self.scope["raw_path"][:LONGEST_PATH].decode("ascii", "backslashreplace")
+    def log_line(self) -> str:
+        path = self.scope["raw_path"][:LONGEST_LOGGED].decode("ascii", "backslashreplace")
         took = (time.perf_counter() - self.begun) * 1000
         state = self.scope.get("state", {})
         tokens, refused = state.get("tokens"), state.get("refused")
         used = f", {tokens[0]} + {tokens[1]} tokens" if tokens else ""
-        why = f": {in_log(refused)}" if refused else ""
+        why = f": {_short_reason(refused)}" if refused else ""
         return f"{self.scope['method']} {path} {self.status or LEFT}, {took:.0f} ms{used}{why}"
 
 
-def in_log(error: ApiError) -> str:
+def _short_reason(error: ApiError) -> str:
     """Why a request was refused, in a line: no more than a little of what it said, and no query of an address."""
     reason = QUERY.sub(r"\1?…", reason_of(error))
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
+    return reason if len(reason) <= LONGEST_LOGGED else f"{reason[:LONGEST_LOGGED]}…"
 
 
 class RequestTracker:
@@ -312,7 +310,7 @@ class RequestTracker:
             self._ended.set()
         self._answered(getattr(scope.get("route"), "path", "other"), request.status or LEFT)
         if not (watched and request.status in (200, 503)):
-            self._say(str(request))
+            self._say(request.log_line())
 
     async def _answer(self, request: TrackedRequest, receive: Receive) -> None:
         scope, path = request.scope, request.scope["path"]

@@ -115,14 +115,13 @@ class Loaded:
 
 
 def assemble(model: Pixtral, settings: Settings, greeting: str) -> Loaded:
-    """Put the model behind HTTP; from now on its engine runs on a thread of its own."""
-    from pixtral_cli.engine.driver import Driver
+    """Put the model behind HTTP."""
     from pixtral_cli.server.app import create_app
     from pixtral_cli.server.media_policy import RequestImages
     from pixtral_cli.server.service import Service
 
     model.processor.open_image = RequestImages(settings.media).opened
-    service = Service(model, Driver(model.engine), settings.names, settings.defaults, settings.limits)
+    service = Service(model, settings.names, settings.defaults, settings.limits)
     app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
     return Loaded(app, service, greeting)
 

@@ -51,14 +51,12 @@ class Service:
     """One model and those who ask it.
 
     Args:
-        driver: of the model's engine.
         names: what requests may call the model; the first is what it calls itself.
         defaults: options that the server's flags give. What a request says comes before them, and the checkpoint's
             own generation_config.json after them.
     """
 
     model: Pixtral
-    driver: Driver
     names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
@@ -67,7 +65,8 @@ class Service:
     def __post_init__(self) -> None:
         self.accepted = 0
         """Answers asked for and not ended, from before their prompts are made."""
-        self.metrics = Metrics(self.model.engine)
+        self.driver = self.model.driver
+        self.metrics = Metrics(self.driver)
         self.started_at = int(time.time())
         self.options = {**checkpoint_defaults(self.model.source.checkpoint.generation_config), **self.defaults}
         self.quick, self.slow = Threads(QUICK_THREADS, "prompts"), Threads(SLOW_THREADS, "pictures")
@@ -77,7 +76,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be worked on."""
-        return self.driver.alive and not self.draining
+        return not self.draining
 
     @property
     def preparing(self) -> bool:

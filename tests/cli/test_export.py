@@ -50,14 +50,19 @@ def test_run_saves_the_model_that_it_loaded(call, tmp_path):
     assert saved.read_bytes() == exported.read_bytes()
 
 
-def test_an_altered_file_is_refused_with_a_sentence(call, refused, tmp_path):
-    file = tmp_path / "tiny.bf16"
-    call("export", "tiny", str(file))
+def alter(file):
+    """One byte, in the middle and in place."""
     with file.open("r+b") as opened:
         opened.seek(file.stat().st_size // 2)
         byte = opened.read(1)
-        opened.seek(-1, 1)
+        opened.seek(-1, os.SEEK_CUR)
         opened.write(bytes([byte[0] ^ 1]))
+
+
+def test_an_altered_file_is_refused_with_a_sentence(call, refused, tmp_path):
+    file = tmp_path / "tiny.bf16"
+    call("export", "tiny", str(file))
+    alter(file)
     for arguments in (["verify", str(file)], ["run", "--serialized-model-path", str(file), *ASK]):
         assert "altered" in refused(*arguments)
 
@@ -66,11 +71,7 @@ def test_an_altered_file_whose_time_was_set_back_is_refused_too(call, tmp_path):
     file = tmp_path / "tiny.q4"
     call("export", "tiny", str(file))
     before = file.stat()
-    with file.open("r+b") as opened:
-        opened.seek(before.st_size // 2)
-        byte = opened.read(1)
-        opened.seek(-1, 1)
-        opened.write(bytes([byte[0] ^ 1]))
+    alter(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "altered" in call("run", "--serialized-model-path", str(file), *ASK)[2]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.attention import AttendWithin
+from pixtral_cli.model.attention import attend_within
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.kv_cache import PAGE, AttendPaged, KVCache, Span, pages_for
 
@@ -133,6 +133,6 @@ def test_pages_hold_their_tokens_and_no_page_more(tokens):
 def test_patches_see_all_of_their_own_image_and_nothing_of_others(lengths):
     q, k, v = random_qkv(sum(lengths), kv_heads=HEADS)
     image = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    found = AttendWithin(lengths)(0, q, k, v)
+    found = attend_within(lengths, 0, q, k, v)
     wanted = dense(q, k, v, image[:, None] == image[None])
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)

@@ -6,7 +6,7 @@ from transformers import MistralConfig, PixtralVisionConfig
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
-from pixtral_cli.model.attention import cos_sin, grid_angles, rotate, text_angles
+from pixtral_cli.model.attention import cos_sin, frequencies, grid_angles, rotate
 
 CPU = torch.device("cpu")
 HEAD_DIMS, THETAS = (16, 128), (1e4, 1e9)
@@ -14,6 +14,11 @@ HEAD_DIMS, THETAS = (16, 128), (1e4, 1e9)
 
 def random(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def text_rotary(positions, head_dim, theta, dtype=torch.float32):
+    """As the decoder has it."""
+    return cos_sin(positions.float()[:, None] * frequencies(head_dim, theta, CPU), dtype)
 
 
 def rotated_as_complex_numbers(x, angles):
@@ -32,7 +37,7 @@ def exact_angles(positions, head_dim, theta):
 @pytest.mark.parametrize("theta", THETAS)
 def test_tokens_are_rotated_by_their_position(head_dim, theta):
     positions, x = [0, 1, 2, 77, 4095], random(5, 3, head_dim)
-    found = rotate(x, *cos_sin(text_angles(torch.tensor(positions), head_dim, theta), torch.float32))
+    found = rotate(x, *text_rotary(torch.tensor(positions), head_dim, theta))
     wanted = rotated_as_complex_numbers(x, exact_angles(positions, head_dim, theta))
     torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)  # 4095 in float32 is exact to 2^-12
     torch.testing.assert_close(found[:4].double(), wanted[:4], atol=5e-5, rtol=0)
@@ -46,7 +51,7 @@ def test_text_rotations_are_those_of_transformers(head_dim, theta, dtype):
     positions = torch.tensor([0, 1, 13, 4095, 100_000])
     config = MistralConfig(head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta})
     cos, sin = MistralRotaryEmbedding(config)(torch.zeros(1, dtype=dtype), positions[None])
-    found = cos_sin(text_angles(positions, head_dim, theta), dtype)
+    found = text_rotary(positions, head_dim, theta, dtype)
     torch.testing.assert_close(found, (cos[0, :, None], sin[0, :, None]), atol=2e-7, rtol=0)
 
 
@@ -76,7 +81,7 @@ def test_scores_depend_on_the_distance_alone(shift):
     q, k = random(1, 1, 64), random(2, 1, 64)[1:]
 
     def score(of_q, of_k):
-        at = [cos_sin(text_angles(torch.tensor([place]), 64, 1e6), torch.float32) for place in (of_q, of_k)]
+        at = [text_rotary(torch.tensor([place]), 64, 1e6) for place in (of_q, of_k)]
         return (rotate(q, *at[0]) * rotate(k, *at[1])).sum()
 
     torch.testing.assert_close(score(9 + shift, 4 + shift), score(9, 4), atol=2e-3, rtol=0)

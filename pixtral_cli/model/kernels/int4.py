@@ -46,12 +46,10 @@ class Int4Kernel:
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
-        fitting = isinstance(weight, Int4) or (
-            isinstance(weight, PackedRows)
-            and weight.encoding in LAYOUTS
-            and ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0])
-        )
-        return fitting and dtype == torch.bfloat16 and device.type == "cpu" and supported()
+        if not isinstance(weight, PackedRows | Int4):
+            return False
+        ordered = ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0])
+        return ordered and dtype == torch.bfloat16 and device.type == "cpu" and supported()
 
     def _fused(self, x: Tensor) -> Tensor:
         codes, narrow = self.weight.codes.view(self.weight.shape[0], -1), x.to(torch.bfloat16).contiguous()
@@ -72,7 +70,7 @@ class Int4Kernel:
 
 
 def _decode(codes: Tensor, scales_and_zeros: Tensor, weights: Tensor) -> None:
-    """The weights of n times 64 rows, upright: uint8 [n, C, 32] and bfloat16 [C/32, 64 n, 2] into [C, 64 n]."""
+    """The weights of n times 64 rows, transposed: uint8 [n, C, 32] and bfloat16 [C/32, 64 n, 2] into [C, 64 n]."""
     scales, zeros = (part.contiguous() for part in scales_and_zeros.float().unbind(2))
     zeros.sub_(scales, alpha=8)
     half = codes.new_empty(len(codes), AT_ONCE, ROWS // 2)
