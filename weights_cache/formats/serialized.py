@@ -93,15 +93,7 @@ def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[in
     if kind is None or not kind.packed or info.dtype != "U8" or not shape:
         return None
     rows, columns = prod(shape[:-1]), shape[-1]
-    ordered = len(info.shape) == 3 and kind.kernel_rows and rows % kind.kernel_rows == 0
-    if encoding == "nf4":  # two codes in a byte; their scales are tensors of their own
-        whole, width, order = columns % 2 == 0, columns // 2, (columns // 2, kind.kernel_rows)
-    else:
-        whole, width = kind.fits(columns), columns // kind.block * kind.block_bytes
-        order = (columns, kind.kernel_rows // 2)
-    if not whole:
-        return None
-    return (rows // kind.kernel_rows, *order) if ordered else (rows, width)
+    return kind.stored_shape(rows, columns, kernel_order=len(info.shape) == 3 and kind.has_kernel_order(rows))
 
 
 class SerializedFile:
