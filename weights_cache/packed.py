@@ -64,26 +64,28 @@ def parts(
     `block` and `nested` are of nf4: the weights that share a magnitude, and whether the magnitudes are quantised too.
     """
     kernel_order = kernel_order and ENCODINGS[encoding].has_kernel_order(shape[0])
+    stored = ENCODINGS[encoding].stored_shape(*shape, kernel_order=kernel_order)
+    assert stored is not None, f"rows of {shape[1]} weights are none of {encoding}"
     if encoding == "nf4":
-        return nf4.parts(*shape, block=block, nested=nested, interleaved=kernel_order)
+        return {"codes": (torch.uint8, stored), **nf4.beside(*shape, block=block, nested=nested)}
     if kernel_order:
-        return int4.parts(encoding, *shape)
-    return {"rows": (torch.uint8, (shape[0], ENCODINGS[encoding].row_bytes(shape[1])))}
+        return {"codes": (torch.uint8, stored), **int4.beside(encoding, *shape)}
+    return {"rows": (torch.uint8, stored)}
 
 
 def from_parts(
     encoding: str, shape: tuple[int, int], first: Tensor, beside: Mapping[str, Tensor]
 ) -> PackedWeight | None:
     """The weight of that encoding and shape whose `tensors()` these are; None if they cannot be."""
-    if encoding != "nf4" and first.ndim == 2:
-        return PackedRows(encoding, first)
-    parts = {"codes": first, **beside}
-    found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
-    if encoding != "nf4":
-        return Int4(encoding, **parts) if found == int4.parts(encoding, *shape) else None
-    order = {"nested": len(beside) > 1, "interleaved": first.ndim == 3}
-    possible = (nf4.parts(*shape, block=block, **order) for block in nf4.BLOCKS)
-    return NF4(**parts) if found in possible else None
+    kernel_order, nested = first.ndim == 3, len(beside) > 1
+    tensors = {"codes" if encoding == "nf4" or kernel_order else "rows": first, **beside}
+    found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
+    sizes = (parts(encoding, shape, kernel_order=kernel_order, block=block, nested=nested) for block in nf4.BLOCKS)
+    if found not in sizes:
+        return None
+    if encoding == "nf4":
+        return NF4(**tensors)
+    return Int4(encoding, **tensors) if kernel_order else PackedRows(encoding, **tensors)
 
 
 def plain(weight: Tensor | PackedWeight) -> Tensor:

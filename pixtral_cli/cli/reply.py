@@ -57,9 +57,9 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
 def statistics(reply: Reply) -> str:
     """One line: how many tokens, how fast. Rates are in tokens a second."""
     usage, timings = reply.usage, reply.timings
-    pictures = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
+    images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
     parts = [
-        f"prompt {counted(usage.prompt_tokens, 'token')}{pictures}, {_rate(timings.prefill_tokens_per_s)}",
+        f"prompt {counted(usage.prompt_tokens, 'token')}{images}, {_rate(timings.prefill_tokens_per_s)}",
         f"answer {counted(usage.completion_tokens, 'token')}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",

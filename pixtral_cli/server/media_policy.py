@@ -70,8 +70,8 @@ NEVER = tuple(
     )
 )
 """Not reachable whatever is allowed: services that give a machine's keys to whoever asks from it."""
-NOT_PUBLIC = tuple(map(ip_network, ("100.64.0.0/10", "192.88.99.0/24", "2002::/16", "3fff::/20")))
-"""Carriers' shared addresses, 6to4 relays, 6to4, documentation: what `is_private` leaves out."""
+NOT_PUBLIC = tuple(map(ip_network, ("192.88.99.0/24", "2002::/16", "3fff::/20")))
+"""6to4 relays, 6to4, documentation: what `is_global` leaves out."""
 PUBLIC_IPV6 = ip_network("2000::/3")
 NAT64 = ip_network("64:ff9b::/96")
 LOW_BITS = (NAT64, *map(ip_network, ("64:ff9b:1::/48", "::ffff:0:0/96")))
@@ -219,8 +219,7 @@ def is_public(address: Address) -> bool:
         return is_public(inner)
     if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
         return False
-    special = address.is_private or address.is_multicast or address.is_reserved or address.is_unspecified
-    return not (special or _within(address, NOT_PUBLIC) or _within(address, NEVER))
+    return address.is_global and not address.is_multicast and not _within(address, (*NOT_PUBLIC, *NEVER))
 
 
 def _ipv4_in(address: Address) -> IPv4Address | None:

@@ -197,8 +197,8 @@ def test_pictures_are_the_files_that_can_be_read():
     from pixtral_cli.prompt.media import FORMATS
 
     known = {ending[1:] for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    offered = {Image.registered_extensions()[f".{ending}"] for ending in completions.PICTURES}
-    assert set(completions.PICTURES) <= known and offered == set(FORMATS)
+    offered = {Image.registered_extensions()[f".{ending}"] for ending in completions.IMAGE_ENDINGS}
+    assert set(completions.IMAGE_ENDINGS) <= known and offered == set(FORMATS)
 
 
 def whole_program():

@@ -119,11 +119,11 @@ class Int4:
         return found
 
 
-def parts(encoding: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of each part of a matrix that `fits`."""
+def beside(encoding: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of what stands beside the codes of a matrix in kernel order."""
     layout = LAYOUTS[encoding]
     scales = (columns // layout.encoding.block, layout.header // layout.word, rows, layout.word)
-    return {"codes": (torch.uint8, (rows // ROWS, columns, ROWS // 2)), "scales": (torch.uint8, scales)}
+    return {"scales": (torch.uint8, scales)}
 
 
 def _q4_0(words: Tensor, found: Tensor) -> None:

@@ -128,16 +128,14 @@ class NF4:
         return {part.name: tensor for part in fields(self) if (tensor := getattr(self, part.name)) is not None}
 
 
-def parts(
-    rows: int, columns: int, *, block: int = BLOCK, nested: bool = False, interleaved: bool = False
+def beside(
+    rows: int, columns: int, *, block: int = BLOCK, nested: bool = False
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of each part of a matrix in NF4."""
+    """The dtype and shape of what stands beside the codes of a matrix in NF4."""
     blocks = math.ceil(rows * columns / block)
-    codes = (rows // ROWS, columns // 2, ROWS) if interleaved else (rows, columns // 2)
     if not nested:
-        return {"codes": (torch.uint8, codes), "absmax": (torch.float32, (blocks,))}
+        return {"absmax": (torch.float32, (blocks,))}
     return {
-        "codes": (torch.uint8, codes),
         "absmax": (torch.uint8, (blocks,)),
         "nested_absmax": (torch.float32, (math.ceil(blocks / NESTED_BLOCK),)),
         "nested_quant_map": (torch.float32, (256,)),

@@ -144,10 +144,10 @@ def _is_size(value: Any) -> bool:
 
 def _beside(state: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """The tensors that stand beside a matrix's codes: of each its dtype, and how many numbers it has."""
-    parts = nf4.parts(*state["shape"], block=state["blocksize"], nested="nested_offset" in state)
+    parts = nf4.beside(*state["shape"], block=state["blocksize"], nested="nested_offset" in state)
     words = {
         part: (WORDS[str(dtype).removeprefix("torch.")], math.prod(shape))
         for part, (dtype, shape) in parts.items()
-        if part not in ("codes", "nested_offset")  # the state itself holds the offset
+        if part != "nested_offset"  # the state itself holds it
     }
     return {"quant_map": ("F32", len(TABLE)), **words}

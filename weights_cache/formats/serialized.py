@@ -25,7 +25,7 @@ from weights_cache import cache
 from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound, listed
 from weights_cache.json_fields import CheckpointFields, parse_json_object
-from weights_cache.layout import FORMS
+from weights_cache.layout import FORMS, Form
 from weights_cache.progress import Progress
 
 from .reader import TensorInfo
@@ -47,11 +47,11 @@ IN_PARTS = frozenset(name for name, encoding in ENCODINGS.items() if encoding.ke
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides the picture
-    recipe; `tensors` gives each tensor's encoding and true shape."""
+    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides how
+    images are prepared; `tensors` gives each tensor's encoding and true shape."""
 
     model: str
-    form: str
+    form: Form
     encoding: str
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     version: int = VERSION
@@ -60,9 +60,10 @@ class Manifest:
     def read(cls, path: Path, raw: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> Manifest:
         """The manifest `raw` of a file that has the tensors `stored`. Raises CheckpointCorrupt."""
         fields = CheckpointFields(raw, path)
-        model, form, encoding = (fields.text(key, "") for key in ("model", "form", "encoding"))
-        if form not in FORMS:
-            raise CheckpointCorrupt(path, f"its manifest names the form {form[:40]!r}, and there is none")
+        model, named, encoding = (fields.text(key, "") for key in ("model", "form", "encoding"))
+        form = next((form for form in FORMS if form == named), None)
+        if form is None:
+            raise CheckpointCorrupt(path, f"its manifest names the form {named[:40]!r}, and there is none")
         described = raw.get("tensors")
         if not isinstance(described, dict):
             raise CheckpointCorrupt(path, "its manifest does not say what its tensors are")
@@ -93,15 +94,7 @@ def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[in
     if kind is None or not kind.packed or info.dtype != "U8" or not shape:
         return None
     rows, columns = prod(shape[:-1]), shape[-1]
-    ordered = len(info.shape) == 3 and kind.kernel_rows and rows % kind.kernel_rows == 0
-    if encoding == "nf4":  # two codes in a byte; their scales are tensors of their own
-        whole, width, order = columns % 2 == 0, columns // 2, (columns // 2, kind.kernel_rows)
-    else:
-        whole, width = kind.fits(columns), columns // kind.block * kind.block_bytes
-        order = (columns, kind.kernel_rows // 2)
-    if not whole:
-        return None
-    return (rows // kind.kernel_rows, *order) if ordered else (rows, width)
+    return kind.stored_shape(rows, columns, kernel_order=len(info.shape) == 3 and kind.has_kernel_order(rows))
 
 
 class SerializedFile:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pixtral_cli.known_models import BUILT_IN, DEFAULT_MODEL
 
-PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 NVIDIA_GPU = re.compile(r"nvidia\d+")
 FOLDERS = ("/",)
 
@@ -79,7 +79,11 @@ LISTINGS: dict[str, Callable[[], Iterable[str]]] = {
     "devices": _devices,
 }
 FILES, FOLDER = Values(files=()), Values(files=FOLDERS)
-PICTURE, CONVERSATION, WEIGHTS = Values(files=PICTURES), Values(files=("json",)), Values(files=("safetensors", "gguf"))
+IMAGE, CONVERSATION, WEIGHTS = (
+    Values(files=IMAGE_ENDINGS),
+    Values(files=("json",)),
+    Values(files=("safetensors", "gguf")),
+)
 MODEL, ANY_MODEL = Values(listing="models", files=("gguf",)), Values(listing="all-models", files=())
 CACHED, SERIALIZED = Values(listing="cached"), Values(listing="serialized", files=())
 DEVICES = Values(listing="devices")

@@ -6,9 +6,9 @@ import torch
 
 from pixtral_cli.model.kernels import int4 as layers
 from weights_cache import codecs
-from weights_cache.codecs.int4 import LAYOUTS, Int4, parts
+from weights_cache.codecs.int4 import LAYOUTS, Int4
 from weights_cache.encodings import ENCODINGS
-from weights_cache.packed import from_parts
+from weights_cache.packed import from_parts, parts
 
 SHAPES = [(64, 256), (192, 512), (128, 2304)]
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}
@@ -51,7 +51,9 @@ def test_every_byte_comes_back(encoding, shape):
     ordered = Int4.from_rows(encoding, rows)
     assert ordered.shape == shape and torch.equal(ordered.in_rows().rows, rows)
     tensors = ordered.tensors()
-    assert {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()} == parts(encoding, *shape)
+    assert {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()} == parts(
+        encoding, shape, kernel_order=True
+    )
     assert ordered.nbytes == sum(tensor.nbytes for tensor in tensors.values()) == rows.nbytes
     again = from_parts(encoding, shape, tensors.pop("codes"), tensors)
     assert isinstance(again, Int4) and torch.equal(again.in_rows().rows, rows)

@@ -20,12 +20,11 @@ from safetensors.torch import save, save_file
 
 from weights_cache import checkpoint, inventory
 from weights_cache.checkpoint import SerializedCheckpoint
-from weights_cache.codecs import nf4
 from weights_cache.codecs.nf4 import NF4
-from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.errors import WeightsError
 from weights_cache.formats.serialized import verify_path
 from weights_cache.formats.serialized_writer import Weight, write
+from weights_cache.packed import PackedRows, parts
 
 EXTREMES = [0, 1, 7, 9, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**400]
 WORDS = [
@@ -75,7 +74,7 @@ def _write_serialized(path: Path) -> None:
     weights = [
         Weight("a.weight", "q4_0", (4, 32), {"rows": (torch.uint8, (4, 18))}, lambda: rows),
         Weight("n", "float32", (3,), {"": (torch.float32, (3,))}, lambda: torch.ones(3)),
-        Weight("b.weight", "nf4", (2, 64), nf4.parts(2, 64), lambda: codes),
+        Weight("b.weight", "nf4", (2, 64), parts("nf4", (2, 64), kernel_order=False), lambda: codes),
     ]
     files = {"config.json": b'{"architectures": ["x"]}', "tokenizer.json": b"{}"}
     write(path, weights, files, model="m", form="hf", encoding="q4_0")
