@@ -10,16 +10,7 @@ from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.errors import RequestError
 from pixtral_cli.option_ranges import OPTION_RANGES
 
-RANGED = (
-    "top_k",
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-)
+RANGED = [name for name in OPTION_RANGES if name not in ("logit_bias", "logprobs")]
 FORMATS = ("text", "json_object", "json_schema")
 CHOICES = ("auto", "none", "required")
 ANY_OBJECT = {"type": "object"}
