@@ -15,7 +15,8 @@ import torch
 
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
-from pixtral_cli.encodings import ENCODINGS, asked_for
+from pixtral_cli.encodings import asked_for
+from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
@@ -24,7 +25,7 @@ from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save
 from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
-from pixtral_cli.model.memory import LEAST, check_weights, kv_bytes, kv_tokens, weight_bytes
+from pixtral_cli.model.memory import check_weights, kv_bytes, kv_tokens, weight_bytes
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import Form, Progress, Source
@@ -49,6 +50,7 @@ class Pixtral:
         self.source = source
         self.placement = placement
         self.engine = engine
+        self.driver = Driver(engine)
         self.load_seconds = load_seconds
 
     @classmethod
@@ -99,7 +101,8 @@ class Pixtral:
         _ = source.end_token_ids  # what cannot be read fails now, not at the first question
         placement = source.placement(wanted, quantize_vision)
         check_weights(source.checkpoint.tensors, placement, device)
-        kv_tokens = _kv_tokens(source, placement, device, kv_cache_memory, pages_for(context) * PAGE * max_batch_size)
+        most = pages_for(context) * PAGE * max_batch_size
+        room = kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, most, kv_cache_memory)
         model = load(source.checkpoint, source.config, placement, device, progress)
         unasked = kv_cache_memory is None and device.type == "cpu"
         engine = Engine(
@@ -107,7 +110,7 @@ class Pixtral:
             context,
             max_batch_size,
             max_ce_batch_size,
-            kv_tokens=kv_tokens,
+            kv_tokens=room,
             kv_kept=KEPT_UNASKED if unasked else 1.0,
             image_cache=image_cache_memory,
         )
@@ -205,8 +208,10 @@ class Pixtral:
 
         Each makes its own choices: of answers with a seed, the next has the next seed. Raises RequestError.
         """
-        tokenizer = self.processor.tokenizer
-        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, self.vocabulary)
+        tokenizer, constraint = self.processor.tokenizer, None
+        if prompt.tools or options.must_call or options.schema is not None:
+            constraint = constraints.constraint(prompt, options, tokenizer, self.vocabulary)
+        request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, constraint)
         self.engine.check(request)
         request = replace(request, cache_salt=cache_salt)
         return [
@@ -223,7 +228,7 @@ class Pixtral:
 
     def _run(self, prompts: list[Prompt], options: GenerationOptions) -> Generator[tuple[int, TextEvent]]:
         jobs = [job for prompt in prompts for job in self.jobs(prompt, options)]
-        return generation.run(self.engine, jobs)
+        return generation.run(self.driver, jobs)
 
 
 def _only(events: Generator[tuple[int, TextEvent]]) -> Generator[TextEvent]:
@@ -241,19 +246,6 @@ def _positive(**numbers: int | None) -> None:
 def _device(text: str | None) -> str:
     gpus = torch.cuda.device_count()
     return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus)
-
-
-def _kv_tokens(source: Source, placement: Placement, device: torch.device, memory: int | None, wanted: int) -> int:
-    """Tokens of all requests that there is room for: what `memory` bytes hold, else what fits, at most `wanted`."""
-    if memory is None:
-        return kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, wanted)
-    token = kv_bytes(source.config.text, 1, int(ENCODINGS[placement.dtype].bits) // 8)
-    if memory // token < min(LEAST, wanted):
-        raise ModelError(
-            f"--kv-cache-memory has room for {memory // token} tokens.",
-            hint=f"Give at least {-(-LEAST * token // 2**20)}MiB; the longest prompt and its answer must fit.",
-        )
-    return min(memory // token, wanted)
 
 
 def _context(model: int, wanted: int | None) -> int:

@@ -6,7 +6,7 @@ A forced call is written as the model writes its own: in which form, the prompt 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pixtral_cli.engine import grammar
 from pixtral_cli.engine.grammar import Constraint, Vocabulary
@@ -15,15 +15,11 @@ from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, call_marks
 from pixtral_cli.prompt.tools import Tool
 
 if TYPE_CHECKING:
+    from pixtral_cli.generation_options import GenerationOptions
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
 
-FORMATS = ("text", "json_object", "json_schema")
-CHOICES = ("auto", "none", "required")
 MOST_CALLS = 16
-ANY_OBJECT = {"type": "object"}
-FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}.'
-CHOICE_HINT = 'Give "auto", "none", "required" or {"type": "function", "function": {"name": "…"}}.'
 
 
 def vocabulary(tokenizer: Tokenizer, end_ids: Collection[int]) -> Vocabulary:
@@ -37,83 +33,43 @@ def vocabulary(tokenizer: Tokenizer, end_ids: Collection[int]) -> Vocabulary:
     )
 
 
-def schema_of(response_format: Any) -> Mapping[str, Any] | None:
-    """The schema that OpenAI's `response_format` asks for; None for plain text. Raises RequestError."""
-    if response_format is None:
-        return None
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind not in FORMATS:
-        raise RequestError(f"The type of response_format should be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return ANY_OBJECT
-    described = response_format.get("json_schema")
-    schema = described.get("schema") if isinstance(described, Mapping) else None
-    if not isinstance(schema, dict):
-        raise RequestError("response_format.json_schema.schema should be an object: a JSON schema.", hint=FORMAT_HINT)
-    return schema
-
-
-def check_choice(tool_choice: Any) -> None:
-    """Raise RequestError for what is no `tool_choice` of OpenAI's."""
-    if tool_choice not in CHOICES and _chosen_name(tool_choice) is None:
-        raise RequestError(f"tool_choice should be {', '.join(CHOICES)} or name a function.", hint=CHOICE_HINT)
-
-
-def _chosen_name(tool_choice: Any) -> str | None:
-    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return name if isinstance(name, str) else None
-
-
-def is_forced(tool_choice: Any) -> bool:
-    """Whether the answer must be a call."""
-    return tool_choice not in ("auto", "none")
-
-
-def banned(prompt: Prompt, tool_choice: Any, tokenizer: Tokenizer) -> dict[int, float]:
+def banned(prompt: Prompt, options: GenerationOptions, tokenizer: Tokenizer) -> dict[int, float]:
     """The bias that keeps a model from calling the tools that it knows of: minus infinity for what begins a call."""
     marks = call_marks(tokenizer)
-    return {marks[CALLS]: float("-inf")} if prompt.tools and tool_choice == "none" and CALLS in marks else {}
+    return {marks[CALLS]: float("-inf")} if options.tool_choice == "none" and CALLS in marks else {}
 
 
 def constraint(
-    prompt: Prompt,
-    response_format: Any,
-    tool_choice: Any,
-    several_calls: bool,
-    tokenizer: Tokenizer,
-    vocabulary: Vocabulary,
+    prompt: Prompt, options: GenerationOptions, tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> Constraint | None:
-    """What the answer is bound to; None when it is free.
+    """What the answer is bound to; None when it is free. This may take seconds.
 
     Raises:
         RequestError: a schema cannot be followed or is too large, or `tool_choice` and the tools do not match.
     """
-    schema = schema_of(response_format)
-    tools = _callable(prompt.tools, tool_choice)
-    several = several_calls and _chosen_name(tool_choice) is None
+    schema, tools = options.schema, _callable(prompt.tools, options)
+    several = options.parallel_tool_calls and options.chosen_tool is None
     calls = CallRules(prompt, tools, several, call_marks(tokenizer)) if tools else None
-    if calls and is_forced(tool_choice):
+    if calls and options.must_call:
         return calls.compile(vocabulary, "start: calls")
-    can_call = calls is not None and prompt.call_form != "text"
-    if schema is not None:
-        grammar.check_schemas([schema], "response_format")
-        answer = f"answer: {grammar.json_rule(schema)}"
-        if can_call:
-            return calls.compile(vocabulary, f"start: answer | calls\n{answer}", "response_format or tools")
-        return grammar.compile(vocabulary, f"start: answer\n{answer}", "response_format")
-    return calls.when_begun(vocabulary) if can_call else None
+    if prompt.call_form == "text":
+        calls = None  # such a model calls only when it must
+    if schema is None:
+        return None if calls is None else calls.when_begun(vocabulary)
+    grammar.check_schemas([schema], "response_format")
+    answer = f"answer: {grammar.json_rule(schema)}"
+    if calls:
+        return calls.compile(vocabulary, f"start: answer | calls\n{answer}", "response_format or tools")
+    return grammar.compile(vocabulary, f"start: answer\n{answer}", "response_format")
 
 
-def _callable(tools: tuple[Tool, ...], tool_choice: Any) -> tuple[Tool, ...]:
-    """Those that the choice leaves."""
-    if tool_choice == "none":
+def _callable(tools: tuple[Tool, ...], options: GenerationOptions) -> tuple[Tool, ...]:
+    """Those that `tool_choice` leaves."""
+    if options.tool_choice == "none":
         return ()
-    if is_forced(tool_choice) and not tools:
+    if options.must_call and not tools:
         raise RequestError("tool_choice asks for a call, and there are no tools.", hint="Give tools as well.")
-    name = _chosen_name(tool_choice)
+    name = options.chosen_tool
     chosen = tuple(tool for tool in tools if name in (None, tool.name))
     if tools and not chosen:
         raise RequestError(f"tool_choice names {name}, which is none of the tools.", hint="Name one of them.")

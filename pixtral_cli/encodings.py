@@ -8,8 +8,6 @@ from dataclasses import replace
 from pixtral_cli.errors import ModelError
 from weights_cache.encodings import ENCODINGS, Encoding
 
-__all__ = ["CHOICES", "ENCODINGS", "Encoding", "asked_for", "find"]
-
 CHOICES = ("float32", "bfloat16", "q6_k", "q4_0", "q4_k", "nf4")
 
 

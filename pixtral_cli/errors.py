@@ -53,3 +53,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     words = "out of memory", "not enough memory", "can't allocate memory"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in words))
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, on one line and without a full stop."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    visible = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(visible.split()).rstrip(".") or type(error).__name__

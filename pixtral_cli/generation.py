@@ -7,25 +7,25 @@ event carries the whole reply.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from pixtral_cli import constraints
 from pixtral_cli.engine import request
-from pixtral_cli.engine.request import Failure, ImageInput, Request, TokenEvent
+from pixtral_cli.engine.request import Event, Failure, ImageInput, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
-from pixtral_cli.prompt.stops import StopMatcher
-from pixtral_cli.prompt.tokenizer import ByteStream
+from pixtral_cli.prompt.tokenizer import ByteStream, StopMatcher
 from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
 from pixtral_cli.prompt.tools import ToolCall
 
 if TYPE_CHECKING:
-    from pixtral_cli.engine.engine import Engine
-    from pixtral_cli.engine.grammar import Vocabulary
-    from pixtral_cli.engine.request import TokenScores
+    from pixtral_cli.engine.driver import Driver
+    from pixtral_cli.engine.grammar import Constraint
+    from pixtral_cli.engine.sampler import TokenScores
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
 
@@ -179,7 +179,7 @@ class TextStream:
             tokenizer,
             at_start=prompt.answer_starts_text,
             reads_calls=bool(prompt.tools) and options.tool_choice != "none",
-            only_calls=prompt.call_form == "text" and constraints.is_forced(options.tool_choice),
+            only_calls=prompt.call_form == "text" and options.must_call,
         )
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
@@ -265,17 +265,17 @@ class TextStream:
 
 
 def engine_request(
-    prompt: Prompt, options: GenerationOptions, ends: frozenset[int], tokenizer: Tokenizer, vocabulary: Vocabulary
+    prompt: Prompt,
+    options: GenerationOptions,
+    ends: frozenset[int],
+    tokenizer: Tokenizer,
+    constraint: Constraint | None,
 ) -> Request:
-    """The engine's form of a prompt. Pictures become pixels when the engine gets to them.
-
-    A schema is compiled here, which may take seconds: not on the engine's thread. Of several answers to one prompt,
-    each needs a constraint of its own, `constraint.fresh()`. Raises RequestError.
-    """
-    banned = constraints.banned(prompt, options.tool_choice, tokenizer)
-    if outside := [token_id for token_id in options.sampling.logit_bias if token_id >= vocabulary.size]:
-        raise RequestError(f"logit_bias has token {outside[0]}, and the model knows {vocabulary.size}.")
-    sampling = options.sampling
+    """The engine's form of a prompt. Images become pixels when the engine gets to them. Raises RequestError."""
+    sampling, known = options.sampling, tokenizer.id_limit
+    if outside := [token_id for token_id in sampling.logit_bias if token_id >= known]:
+        raise RequestError(f"logit_bias has token {outside[0]}, and the model knows {known}.")
+    banned = constraints.banned(prompt, options, tokenizer) if prompt.tools else {}
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
@@ -284,9 +284,7 @@ def engine_request(
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,
         prompt_logprobs=options.alternatives if options.echo else None,
-        constraint=constraints.constraint(
-            prompt, options.response_format, options.tool_choice, options.parallel_tool_calls, tokenizer, vocabulary
-        ),
+        constraint=constraint,
     )
 
 
@@ -298,35 +296,35 @@ def nth(request: Request, place: int) -> Request:
     return replace(request, sampling=sampling, constraint=constraint and constraint.fresh())
 
 
-def run(engine: Engine, jobs: Sequence[tuple[Request, TextStream]]) -> Generator[tuple[int, TextEvent]]:
+def run(driver: Driver, jobs: list[tuple[Request, TextStream]]) -> Generator[tuple[int, TextEvent]]:
     """Run the requests together -> (place in `jobs`, event) as they come, until all have ended.
 
-    Raises RequestError at once when one cannot be run. Whoever stops listening early frees the engine: what still
-    runs is cancelled.
+    Raises what the engine fails with. Whoever stops listening early frees the engine: what still runs is cancelled.
     """
-    engine.check(*(request for request, _ in jobs))
-    return _events(engine, list(jobs))
-
-
-def _events(engine: Engine, jobs: list[tuple[Request, TextStream]]) -> Generator[tuple[int, TextEvent]]:
-    answers: dict[int, tuple[int, TextStream]] = {}
+    arrived: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+    streams = [stream for _, stream in jobs]
+    running: dict[int, int] = {}
     try:
-        for place, (request, answering) in enumerate(jobs):
-            answers[engine.submit(request)] = place, answering
-        jobs.clear()  # the engine lets go of the pictures once they are computed, and so must we
-        while answers:
-            for token in engine.take(answers):
-                if isinstance(token, Failure):
-                    raise token.error
-                place, answering = answers[token.request_id]
-                event = answering.push(token)
-                if event.finish_reason:
-                    del answers[token.request_id]
-                    engine.cancel(token.request_id)
-                yield place, event
+        running.update(
+            (place, driver.submit(request, partial(_put, arrived, place))) for place, (request, _) in enumerate(jobs)
+        )
+        jobs.clear()  # the engine lets go of the images once they are computed, and so must we
+        while running:
+            place, event = arrived.get()
+            if isinstance(event, Failure):
+                raise event.error
+            if place in running:  # else a stop string has ended it
+                text_event = streams[place].push(event)
+                if text_event.finish_reason:
+                    driver.cancel(running.pop(place))
+                yield place, text_event
     finally:
-        for request_id in answers:
-            engine.cancel(request_id)
+        for request_id in running.values():
+            driver.cancel(request_id)
+
+
+def _put(arrived: SimpleQueue[tuple[int, Event]], place: int, event: Event) -> None:
+    arrived.put((place, event))
 
 
 def characters(data: bytes) -> int:

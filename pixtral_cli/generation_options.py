@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pixtral_cli import constraints
-from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.errors import RequestError
+from pixtral_cli.option_ranges import OPTION_RANGES
+
+RANGED = (
+    "top_k",
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
+FORMATS = ("text", "json_object", "json_schema")
+CHOICES = ("auto", "none", "required")
+ANY_OBJECT = {"type": "object"}
+FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}.'
+CHOICE_HINT = 'Give "auto", "none", "required" or {"type": "function", "function": {"name": "…"}}.'
 
 
 @dataclass(frozen=True)
@@ -54,30 +69,41 @@ class GenerationOptions:
     parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.echo, bool):
-            raise RequestError(f"echo should be true or false, not {self.echo!r}.")
-        if not (self.echo and self.max_new_tokens == 0):
-            wanted = "-1 or a whole number above 0"
-            _check("max_new_tokens", self.max_new_tokens, int, lambda n: n == -1 or n > 0, wanted)
-        _check("top_k", self.top_k, int, lambda k: k >= -1, "a whole number, -1 or above", optional=True)
-        _check("temperature", self.temperature, float, lambda t: 0 <= t < math.inf, "0 or above", optional=True)
-        _check("top_p", self.top_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
-        _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "from 0 to 1")
-        _check("repetition_penalty", self.repetition_penalty, float, lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1000")
-        _check("frequency_penalty", self.frequency_penalty, float, lambda x: -2 <= x <= 2, "from -2 to 2")
-        _check("presence_penalty", self.presence_penalty, float, lambda x: -2 <= x <= 2, "from -2 to 2")
-        _check_bias(self.logit_bias)
-        _check("seed", self.seed, int, lambda n: abs(n) < 2**63, "a whole number up to 2^63 - 1", optional=True)
-        if not isinstance(self.logprobs, bool):
-            _check("logprobs", self.logprobs, int, lambda n: n >= 0, "True, False or a number of alternatives")
+        for name in ("echo", "parallel_tool_calls"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(f"{name} should be true or false, not {value!r}.")
+        self._check_length()
+        for name in RANGED:
+            value, wanted = getattr(self, name), OPTION_RANGES[name]
+            optional = type(self).__dataclass_fields__[name].default is None
+            said = "a whole number up to 2^63 - 1" if name == "seed" else str(wanted)
+            _check(name, value, value in wanted or (optional and value is None), said)
+        self._check_bias()
+        counted = isinstance(self.logprobs, bool) or self.logprobs in OPTION_RANGES["logprobs"]
+        _check("logprobs", self.logprobs, counted, "True, False or a number of alternatives")
         if not isinstance(self.stop, str | list | tuple | None):
             raise RequestError(f"stop should be a text or a list of texts, not {self.stop!r}.")
         for stop in self.stops:
-            _check("stop", stop, str, bool, "texts, none of them empty")
-        constraints.schema_of(self.response_format)
-        constraints.check_choice(self.tool_choice)
-        if not isinstance(self.parallel_tool_calls, bool):
-            raise RequestError(f"parallel_tool_calls should be true or false, not {self.parallel_tool_calls!r}.")
+            _check("stop", stop, isinstance(stop, str) and stop != "", "texts, none of them empty")
+        _ = self.schema  # which raises for what it is not
+        if self.tool_choice not in CHOICES and self.chosen_tool is None:
+            raise RequestError(f"tool_choice should be {', '.join(CHOICES)} or name a function.", hint=CHOICE_HINT)
+
+    def _check_length(self) -> None:
+        length = self.max_new_tokens
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        holds = whole and (length == -1 or length > 0 or (length == 0 and self.echo))
+        _check("max_new_tokens", length, holds, "-1 or a whole number above 0")
+
+    def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise RequestError(f"logit_bias should be an object of token ids and numbers, not {self.logit_bias!r}.")
+        for token_id, value in (self.logit_bias or {}).items():
+            known = isinstance(token_id, int) or (isinstance(token_id, str) and token_id.isdecimal())
+            if not known or int(token_id) < 0:
+                raise RequestError(f"The keys of logit_bias should be token ids, not {token_id!r}.")
+            wanted = OPTION_RANGES["logit_bias"]
+            _check("logit_bias", value, value in wanted, f"numbers {wanted}")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
@@ -115,22 +141,37 @@ class GenerationOptions:
             return None
         return 0 if self.logprobs is True else self.logprobs
 
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema that `response_format` asks for; None for plain text. Raises RequestError."""
+        asked = self.response_format
+        if asked is None:
+            return None
+        kind = asked.get("type") if isinstance(asked, Mapping) else None
+        if kind not in FORMATS:
+            raise RequestError(f"The type of response_format should be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
+        if kind != "json_schema":
+            return ANY_OBJECT if kind == "json_object" else None
+        described = asked.get("json_schema")
+        schema = described.get("schema") if isinstance(described, Mapping) else None
+        if not isinstance(schema, dict):
+            wanted = "response_format.json_schema.schema should be an object: a JSON schema."
+            raise RequestError(wanted, hint=FORMAT_HINT)
+        return schema
 
-def _check(
-    name: str, value: Any, kind: type, holds: Callable[[Any], bool], wanted: str, optional: bool = False
-) -> None:
-    """Raise RequestError unless `value` is of `kind` (a whole number passes for a float) and `holds`."""
-    if optional and value is None:
-        return
-    kinds = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+    @property
+    def chosen_tool(self) -> str | None:
+        """The name of the one function that `tool_choice` names."""
+        function = self.tool_choice.get("function") if isinstance(self.tool_choice, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in ("auto", "none")
+
+
+def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
         raise RequestError(f"{name} should be {wanted}, not {value!r}.", hint=f"Change {name}, or leave it out.")
-
-
-def _check_bias(bias: Any) -> None:
-    if not isinstance(bias, Mapping | None):
-        raise RequestError(f"logit_bias should be an object of token ids and numbers, not {bias!r}.")
-    for token_id, value in (bias or {}).items():
-        if not (isinstance(token_id, int) or (isinstance(token_id, str) and token_id.isdecimal())) or int(token_id) < 0:
-            raise RequestError(f"The keys of logit_bias should be token ids, not {token_id!r}.")
-        _check("logit_bias", value, float, lambda x: -100 <= x <= 100, "numbers from -100 to 100")

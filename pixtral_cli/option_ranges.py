@@ -20,7 +20,7 @@ class Range:
         kinds = int if self.whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
-        return self.low <= value <= self.high and math.isfinite(value)
+        return self.low <= value <= self.high and value < math.inf
 
     def __str__(self) -> str:
         """As in "top_p should be …"."""

@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pixtral_cli.encodings import Encoding
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
 from pixtral_cli.model import families, memory
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.memory import Device, Need
 from pixtral_cli.model.placement import Placement, place
+from pixtral_cli.prompt.image import Recipe
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
+from weights_cache.encodings import Encoding
 from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
-from weights_cache.formats import serialized
+from weights_cache.formats import serialized, serialized_writer
 from weights_cache.progress import Progress
 
 
@@ -54,12 +55,22 @@ class Source:
         """
         name, paths = None if model_path is None else fspath(model_path), [Path(path) for path in weight_paths]
         weight_files.check_present(paths)  # before anything is asked of the Hub
-        folder, notes = None, []
+        folder: Path | None = None
+        notes: list[str] = []
         if name == BUILT_IN:
-            from pixtral_cli.tiny import FOLDER as folder
+            from pixtral_cli.tiny import FOLDER
+
+            folder = FOLDER
         elif name is not None:
-            wanted = {"weights": weights and not paths, "headers": not weights and not paths, "form": weights_format}
-            folder = hub.fetch(name, force=force_download, progress=progress, tell=notes.append, **wanted)
+            folder = hub.fetch(
+                name,
+                weights=weights and not paths,
+                headers=not weights and not paths,
+                form=weights_format,
+                force=force_download,
+                progress=progress,
+                tell=notes.append,
+            )
         opened = checkpoint.open(folder, paths, weights_format, weights=weights)
         opened.note = " ".join(notes) or opened.note  # of the same choice, if both tell of one
         return cls(name or opened.folder.name, opened, image_preprocessing)
@@ -143,7 +154,7 @@ class Source:
             )
         placed = place(opened.tensors, wanted, quantize_vision)
         kept = next((name for name, info in opened.tensors.items() if info.encoding == "nf4"), None)
-        if placed.double_quantization and kept and not opened.nf4(kept).nested:
+        if placed.double_quantization and kept and not getattr(opened.weight(kept), "nested", False):
             raise ModelError(
                 f"The weights of {opened.folder} are in nf4 already, and their scales are not packed.",
                 hint="Leave --double-quantization out, or encode the model's own weights, which are not packed.",
@@ -170,7 +181,7 @@ class Source:
         names = check_names(empty(self.config), opened)
         weights = save.weights(opened, names, placement, tensor_of or (lambda name: encoded(opened, name, placement)))
         files = opened.side_files()
-        serialized.write(
+        serialized_writer.write(
             path, weights, files, model=self.name, form=opened.form, encoding=placement.label, progress=progress
         )
         cache.write_stamp(path, serialized.SerializedFile(path).seal)
@@ -181,14 +192,15 @@ class Source:
             return self._processor()
 
     def _processor(self) -> Processor:
-        vision, recipe = self.config.vision, self.image_preprocessing
-        if vision is None:
+        layout = self.config.image_layout
+        recipe = cast("Recipe | None", self.image_preprocessing)  # the processor refuses what is none
+        if layout is None:
             return Processor.from_checkpoint(self.checkpoint, image_preprocessing=recipe)
         processor = Processor.from_checkpoint(
             self.checkpoint,
             image_preprocessing=recipe,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
+            patch_size=layout.token_size,
+            image_size=layout.longest_side,
         )
         tokens = processor.image_tokens
         if tokens is None or tokens.patch != self.config.image_token_id:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support import builders
+from support.engines import wait_until
 
 from pixtral_cli import GenerationOptions, Pixtral, PixtralError
 from pixtral_cli.errors import ModelError, RequestError
@@ -127,10 +128,12 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(ours):
 
 
 def test_leaving_a_stream_early_frees_the_engine(ours):
+    before = ours.engine.counters.generated_tokens
     stream = ours.stream(CONVERSATIONS["picture"], max_new_tokens=500, ignore_eos=True)
     next(stream)
     stream.close()
-    assert not ours.engine.busy
+    wait_until(lambda: not ours.engine.busy)
+    assert ours.engine.table.in_use == 0 and ours.engine.counters.generated_tokens - before < 500
 
 
 def test_streams_open_at_once_each_get_what_they_get_alone(ours):

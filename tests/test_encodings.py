@@ -3,8 +3,9 @@
 import gguf
 import pytest
 
-from pixtral_cli.encodings import CHOICES, ENCODINGS
+from pixtral_cli.encodings import CHOICES
 from weights_cache import codecs
+from weights_cache.encodings import ENCODINGS
 
 SIZES = {kind.name.lower(): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
 SIZES |= {"float32": SIZES["f32"], "float16": SIZES["f16"], "bfloat16": SIZES["bf16"]}

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from pixtral_cli.source import Source
 from weights_cache import codecs
 from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import NF4
+from weights_cache.encodings import Encoding
 from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
-from weights_cache.formats import serialized
+from weights_cache.formats import serialized, serialized_writer
 from weights_cache.formats.serialized import verify_path
 from weights_cache.packed import PackedWeight
 
@@ -154,7 +156,7 @@ def test_any_safetensors_tool_opens_it_and_finds_the_packed_bytes(folder, tmp_pa
     with safe_open(path, "pt") as file:
         packed = file.get_tensor(name)
         if encoding != "q6_k":
-            packed = Int4(encoding, packed, file.get_tensor(f"{name}.scales")).rows()
+            packed = Int4(encoding, packed, file.get_tensor(f"{name}.scales")).in_rows().rows
         manifest = json.loads(file.metadata()["pixtral"])
     exact = Pixtral.load(folder, quantization_encoding="float32").engine.model.get_parameter(name)
     assert torch.equal(packed, codecs.get(encoding).encode(exact))
@@ -176,7 +178,7 @@ def write_version_1(monkeypatch, model, path):
     """As the first release wrote it: every packed matrix row by row, and the version 1."""
     initialised = serialized.Manifest.__init__
     with monkeypatch.context() as patched:
-        patched.setattr(save, "fits", lambda *_: False)
+        patched.setattr(Encoding, "has_kernel_order", lambda *_: False)
         patched.setattr(
             serialized.Manifest, "__init__", lambda self, *a, **k: initialised(self, *a, **{"version": 1} | k)
         )
@@ -227,13 +229,20 @@ def test_a_file_loads_where_the_kernel_is_absent(folder, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("fault", ["missing", "of another matrix"])
 def test_codes_without_their_scales_are_refused(folder, tmp_path, monkeypatch, fault):
     """In a file whose hashes and seal are right: its writer meant ill."""
-    whole, gone = save.weights, "language_model.layers.0.mlp.up_proj.weight.scales"
+    weights_of = save.weights
 
     def without(*arguments):
-        weights = whole(*arguments)
-        other = next(each for each in weights if each.name.endswith("q_proj.weight.scales"))
-        replaced = [] if fault == "missing" else [dataclasses.replace(other, name=gone)]
-        return [each for each in weights if each.name != gone] + replaced
+        weights = {weight.name: weight for weight in weights_of(*arguments)}
+        robbed, other = (
+            weights[f"language_model.layers.0.{path}.weight"] for path in ("mlp.up_proj", "self_attn.q_proj")
+        )
+        parts = {"codes": robbed.parts["codes"]}
+        tensors = {"codes": robbed.make().tensors()["codes"]}
+        if fault != "missing":
+            parts["scales"], tensors["scales"] = other.parts["scales"], other.make().tensors()["scales"]
+        made = SimpleNamespace(tensors=lambda: tensors)
+        weights[robbed.name] = dataclasses.replace(robbed, parts=parts, make=lambda: made)
+        return list(weights.values())
 
     monkeypatch.setattr(save, "weights", without)
     Pixtral.load(folder, quantization_encoding="q4_k").save(tmp_path / "model")
@@ -302,7 +311,7 @@ def test_a_newer_version_says_so(folder, tmp_path, monkeypatch):
 
 
 def test_another_encoding_than_asked_for_is_refused(saved):
-    with pytest.raises(PixtralError, match="q4_k.*q6_k"):
+    with pytest.raises(PixtralError, match=r"q4_k.*q6_k"):
         Pixtral.load(serialized_model_path=saved, quantization_encoding="q6_k")
     assert Pixtral.load(serialized_model_path=saved, quantization_encoding="q4_k").encoding == "q4_k"
 
@@ -318,7 +327,7 @@ def test_a_full_disk_is_told_before_the_first_byte_and_leaves_nothing(folder, tm
     model = Pixtral.load(folder)
     place = tmp_path / "full"
     place.mkdir()
-    monkeypatch.setattr(serialized.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(serialized_writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(DiskFull):
         model.save(place / "model.pixtral")
     monkeypatch.undo()
@@ -345,7 +354,7 @@ def test_threads_that_save_to_one_path_at_once_leave_one_whole_file(folder, tmp_
 
 
 def test_a_file_taken_for_abandoned_before_it_was_locked_is_begun_anew(folder, tmp_path, monkeypatch):
-    lock, taken = serialized._lock, []
+    lock, taken = serialized_writer._lock, []
 
     def late(file, **wait):
         if not taken:
@@ -353,7 +362,7 @@ def test_a_file_taken_for_abandoned_before_it_was_locked_is_begun_anew(folder, t
             [path.unlink() for path in taken]
         lock(file, **wait)
 
-    monkeypatch.setattr(serialized, "_lock", late)
+    monkeypatch.setattr(serialized_writer, "_lock", late)
     source = Source.open(folder)
     source.save(tmp_path / "model", source.placement(None))
     assert len(taken) == 1 and verify_path(tmp_path / "model")
@@ -366,7 +375,7 @@ def test_a_failed_save_keeps_the_file_that_was_there(folder, saved, monkeypatch)
     def broken(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(serialized, "_write_header", broken)
+    monkeypatch.setattr(serialized_writer, "_write_header", broken)
     with pytest.raises(WriteFailed, match="No space left"):
         model.save(saved)
     assert saved.read_bytes() == before

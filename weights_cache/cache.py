@@ -34,6 +34,7 @@ from .json_fields import read_json_object
 from .layout import Form, Listing, Selection
 
 SNAPSHOTS = "snapshots"
+PARTIAL = ".pixtral.incomplete"
 STAMPS = "stamps"
 CHUNK = 2**22  # bytes read at once
 STAMP_FIELDS = 4  # before the path
@@ -91,7 +92,7 @@ class CachedRepo:
 
     def partial_blob(self, sha256: str) -> Path:
         """Where the part of it lies that has arrived; the Hub's own library neither reads nor removes it."""
-        return self.blob(f"{sha256}.pixtral.incomplete")
+        return self.blob(sha256 + PARTIAL)
 
     def lock(self, sha256: str) -> Path:
         """Of the content's download, beside the locks of the Hub's library."""

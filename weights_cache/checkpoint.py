@@ -1,46 +1,36 @@
 """A model's folder or file in; its config, side files and tensors under our names out. Knows no architecture.
 
 Headers are read when tensors are first asked for, so that a folder without weights serves whoever needs only
-the tokenizer. What readers.py opens meets here under one set of names.
+the tokenizer.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from . import cache, configs, file_kind, layout, names, quantization, readers, weight_files
-from .errors import CheckpointCorrupt, FilesMismatch, PickleRefused, WeightsNotFound, listed
+from . import cache, configs, file_kind, layout, names, quantized_elsewhere, tensors, weight_files
+from .errors import PickleRefused, WeightsNotFound, listed
 from .formats.gguf import GgufFile
-from .formats.reader import Reader, TensorInfo
-from .formats.serialized import SerializedFile, SideFile, check
+from .formats.reader import TensorInfo
+from .formats.serialized import SerializedFile, SideFile
 from .json_fields import parse_json_object, read_json_object
 from .layout import Form
 from .progress import Progress
+from .tensors import Stored
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-    from .codecs.int4 import Int4
-    from .codecs.nf4 import NF4
+    from .packed import PackedWeight
 
 GENERATION_CONFIG = "generation_config.json"
 WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
-
-
-class Stored(NamedTuple):
-    """Where a tensor of ours lies: in which file, under which name; `head_dim` if its rows are to be reordered."""
-
-    reader: Reader
-    name: str
-    head_dim: int | None = None
-
-    @property
-    def info(self) -> TensorInfo:
-        return self.reader.tensors[self.name]
 
 
 class Checkpoint:
@@ -94,36 +84,16 @@ class Checkpoint:
         """Our names -> TensorInfo, from headers only. Raises a WeightsError for what cannot be trusted."""
         return {ours: replace(stored.info, name=ours) for ours, stored in self._stored.items()}
 
-    def tensor(self, name: str) -> "torch.Tensor":
-        """The tensor that we call `name`, in the file's shape. KeyError if unknown.
+    def weight(self, name: str) -> Tensor | PackedWeight:
+        """The weight that we call `name`, in the file's shape and encoding: memory-mapped, or copied if its rows are
+        reordered. KeyError if unknown."""
+        return self._stored[name].weight()
 
-        In the file's dtype and memory-mapped; decoded to float32 if it is packed; copied if its rows are reordered.
-        """
-        stored = self._stored[name]
-        return _ordered(stored, stored.reader.tensor(stored.name))
+    def tensor(self, name: str) -> Tensor:
+        """As `weight`, in the file's dtype; decoded to float32 if it is packed."""
+        from .packed import plain
 
-    def packed(self, name: str) -> "torch.Tensor":
-        """The bytes of the tensor that we call `name`, as its encoding has them: uint8 [rows, bytes of a row].
-
-        Memory-mapped; copied if its rows are reordered. KeyError if unknown.
-        """
-        stored = self._stored[name]
-        return _ordered(stored, stored.reader.packed(stored.name))
-
-    def nf4(self, name: str) -> "NF4":
-        """The tensor that we call `name`, whose encoding is nf4, as it is encoded; memory-mapped. KeyError if unknown.
-
-        Such tensors are only in Hugging Face's form, so that no rows are reordered.
-        """
-        stored = self._stored[name]
-        return stored.reader.nf4(stored.name)  # type: ignore[attr-defined]
-
-    def int4(self, name: str) -> "Int4 | None":
-        """The tensor that we call `name`, if the file has it in the order of torch's 4-bit kernel: memory-mapped.
-
-        Only serialized models have such; others are asked for `packed`.
-        """
-        return None
+        return plain(self.weight(name))
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor has taken, once it has been converted. KeyError if unknown."""
@@ -141,18 +111,10 @@ class Checkpoint:
         chosen = weight_files.chosen(given) if given else weight_files.in_folder(self.folder, self.form)
         for folder in filter(Path.is_dir, given):
             _refuse_quantized(folder)
-        found: dict[str, Stored] = {}
-        for reader, naming in readers.opened(chosen):
-            for name in reader.tensors:
-                if ours := naming.ours(name):
-                    _put(found, ours, Stored(reader, name, naming.head_dims.get(names.rotary_part(ours) or "")))
+        found = tensors.stored(chosen)
         if names.EMBEDDING not in found and names.HEAD in found and configs.ties_embeddings(self.config):
             found[names.EMBEDDING] = found.pop(names.HEAD)  # of two tied tensors a file may have kept either
         return found
-
-
-SEVERAL = ("nf4", "q4_0", "q4_k")
-"""Encodings of matrices that have other tensors beside them in the file, named after them."""
 
 
 class SerializedCheckpoint(Checkpoint):
@@ -165,8 +127,8 @@ class SerializedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, weights: bool = True, progress: Progress | None = None) -> None:
         self._file = SerializedFile(path)
-        if not cache.is_stamped(path, self._file.seal):
-            check(self._file, weights=weights, progress=progress)
+        if not self._file.known:
+            self._file.check(weights=weights, progress=progress)
         manifest = self._file.manifest
         super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
         self.written_tokenizer = self._json(WRITTEN_TOKENIZER)
@@ -185,73 +147,12 @@ class SerializedCheckpoint(Checkpoint):
         return {name: self._file.read(name) or b"" for name in self._file.file_names}
 
     @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """A matrix in one of SEVERAL is one tensor here."""
-        found: dict[str, TensorInfo] = {}
-        for name, info in sorted(self._file.tensors.items()):
-            matrix = found.get(name.rpartition(".")[0])
-            if matrix is not None and matrix.encoding in SEVERAL:
-                found[matrix.name] = replace(matrix, nbytes=matrix.nbytes + info.nbytes)
-            else:
-                found[name] = info
-        return found
-
-    def tensor(self, name: str) -> "torch.Tensor":
-        info = self._file.tensors[name]
-        if info.encoding == "nf4":
-            return self.nf4(name).decoded()
-        if info.dtype != "U8":
-            return self._file.tensor(name)
-        from . import codecs
-
-        return codecs.get(info.encoding).decode(self.packed(name))
-
-    def nf4(self, name: str) -> "NF4":
-        from .codecs.nf4 import NF4
-
-        names = [each for each in self._file.tensors if each == name or each.startswith(f"{name}.")]
-        parts = {each: self._file.tensor(each) for each in names}
-        if not _fit(name, parts):
-            raise self._incomplete(name)
-        return NF4.from_tensors(name, parts)
-
-    def int4(self, name: str) -> "Int4 | None":
-        from .codecs.int4 import SCALES, Int4, stored_shapes
-
-        info = self._file.tensors[name]
-        if info.encoding == "nf4" or self._file.tensor(name).ndim != 3:
-            return None
-        parts = {each: self._file.tensor(each) for each in (name, name + SCALES) if each in self._file.tensors}
-        if [tuple(part.shape) for part in parts.values()] != [*stored_shapes(info.encoding, *info.shape)]:
-            raise self._incomplete(name)
-        return Int4.from_tensors(name, info.encoding, parts)
-
-    def packed(self, name: str) -> "torch.Tensor":
-        """As `Checkpoint.packed`; what lies in the order of a kernel is put into rows, in memory."""
-        ordered = self.int4(name)
-        return self._file.packed(name) if ordered is None else ordered.rows()
-
-    def release(self, name: str) -> None:
-        for each in self._file.tensors:
-            if each == name or each.startswith(f"{name}."):
-                self._file.release(each)
-
-    def _incomplete(self, name: str) -> CheckpointCorrupt:
-        return CheckpointCorrupt(self._file.path, f"what belongs to {name[:200]!r} is missing or of another size")
+    def _stored(self) -> dict[str, Stored]:
+        return {name: Stored(self._file, name) for name in self._file.tensors}
 
     def _json(self, name: str) -> dict[str, Any] | None:
         data = self._file.read(name)
         return None if data is None else parse_json_object(self._file.path, data, f"its {name}")
-
-
-def _fit(name: str, parts: Mapping[str, "torch.Tensor"]) -> bool:
-    """Whether the tensors beside a matrix's codes are those that its size asks for (see `nf4.NF4`)."""
-    from .codecs.nf4 import BLOCKS, parts_beside
-
-    found = {each.removeprefix(f"{name}."): (part.dtype, part.numel()) for each, part in parts.items() if each != name}
-    blocks = found["absmax"][1] if "absmax" in found else 0
-    possible = {-(-2 * parts[name].numel() // size) for size in BLOCKS}
-    return blocks in possible and found == parts_beside(blocks, nested=len(found) > 1)
 
 
 def open(
@@ -260,7 +161,7 @@ def open(
     """The checkpoint at `path`: a folder, or a GGUF file; None for the GGUF file among `weight_paths`.
 
     Files or folders in `weight_paths` replace a folder's own weights; its config and tokenizer stay. Beside a GGUF
-    file they add what it lacks, its picture part (mmproj), which is also looked for beside the file itself.
+    file they add what it lacks, its vision part (an mmproj file), which is also looked for beside the file itself.
     `form` chooses where a folder holds several; by default the first of "hf", "native", "gguf", and `note` says so.
     Without `weights`, nobody will ask for the folder's own, which may then be of a kind that is not read here.
 
@@ -292,18 +193,17 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
         file_kind.refuse_pointer(folder / name)
     described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
     if weights:
-        other = next((each for each in layout.forms(present) if each != form), None)
-        quantization.refuse(folder, described, present if form == "hf" else (), other)
+        quantized_elsewhere.refuse(folder, described, present, form)
         note = layout.joined(note, layout.index_note(folder, present, form))
     config = configs.from_native(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
-    return Checkpoint(folder, config, _with_pictures(weight_paths, config), form=form, note=note)
+    return Checkpoint(folder, config, _with_vision(weight_paths, config), form=form, note=note)
 
 
 def _refuse_quantized(folder: Path) -> None:
     """Raise QuantizedElsewhere if a config beside the weights in `folder`, which another model borrows, says so."""
     present = weight_files.file_names(folder)
     if "hf" in layout.forms(present):
-        quantization.refuse(folder, read_json_object(folder / layout.CONFIG), present)
+        quantized_elsewhere.refuse(folder, read_json_object(folder / layout.CONFIG), present)
 
 
 def _require_gguf(path: Path) -> None:
@@ -320,75 +220,53 @@ def _require_gguf(path: Path) -> None:
 
 
 def _open_ggufs(paths: Sequence[Path], where: Path, note: str | None = None) -> Checkpoint:
-    """The one model of text among `paths`, with the picture part among them or beside it. Headers say which is which;
+    """The one model of text among `paths`, with the mmproj file among them or beside it. Headers say which is which;
     `where` is what errors name."""
     given = list(dict.fromkeys(path.with_name(layout.first_shard(path.name)) for path in paths))
     files = [GgufFile(path) for path in given if file_kind.of(path) == "gguf" and not path.is_dir()]
     texts = [file for file in files if not configs.is_vision_gguf(file)]
-    pictures = next((file for file in files if configs.is_vision_gguf(file)), None)
+    vision = next((file for file in files if configs.is_vision_gguf(file)), None)
     if len(texts) != 1:
-        raise _no_single_model(where, [file.path.name for file in texts], pictures)
+        raise _no_single_model(where, [file.path.name for file in texts], vision)
     text = texts[0]
-    if pictures is None:
-        pictures, said = _pictures_beside(text)
-        given += [pictures.path] if pictures else []
+    if vision is None:
+        vision, said = _vision_beside(text)
+        given += [vision.path] if vision else []
         note = layout.joined(note, said)
-    config = configs.from_gguf(text, pictures)
+    config = configs.from_gguf(text, vision)
     return Checkpoint(text.path, config, given, form="gguf", note=note, written_tokenizer=configs.gguf_tokenizer(text))
 
 
-def _no_single_model(where: Path, models: Sequence[str], pictures: GgufFile | None) -> WeightsNotFound:
+def _no_single_model(where: Path, models: Sequence[str], vision: GgufFile | None) -> WeightsNotFound:
     if models:
         looked_for = f"single GGUF model (there are {listed(models)})"
         return WeightsNotFound(where, looked_for, "Give the path of the .gguf file itself.")
-    if pictures:
+    if vision:
         looked_for = "text model: it is the picture part of one"
-        return WeightsNotFound(pictures.path, looked_for, "Give the model's own .gguf as well.")
+        return WeightsNotFound(vision.path, looked_for, "Give the model's own .gguf as well.")
     return WeightsNotFound(where, "GGUF model", "Give the model's folder or its .gguf file.")
 
 
-def _pictures_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
-    """The picture part in the folder of `text`, or else in its repository, the best of those that fit; and what to
+def _vision_beside(text: GgufFile) -> tuple[GgufFile | None, str | None]:
+    """The mmproj file in the folder of `text`, or else in its repository, the best of those that fit; and what to
     say."""
-    paths = weight_files.picture_parts(text.path.parent)
+    paths = weight_files.mmproj_files(text.path.parent)
     if not paths and (snapshot := cache.snapshot_of(text.path)):
-        paths = weight_files.picture_parts(snapshot, deep=True)
+        paths = weight_files.mmproj_files(snapshot, deep=True)
     found = {str(path): GgufFile(path) for path in paths}
     fitting = {name: file for name, file in found.items() if configs.belong_together(text, file)}
     if not fitting:
         return None, f"No picture part beside {text.path.name} fits it." if found else None
-    best = fitting[layout.best_picture_part({name: file.path.stat().st_size for name, file in fitting.items()})]
+    best = fitting[layout.best_mmproj({name: file.path.stat().st_size for name, file in fitting.items()})]
     said = f"Of {len(fitting)} picture parts beside {text.path.name}, {best.path.name} is read."
     return best, said if len(fitting) > 1 else None
 
 
-def _with_pictures(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:
+def _with_vision(weight_paths: Sequence[Path], config: Mapping[str, Any]) -> list[Path]:
     """`weight_paths`, and what lies beside a GGUF among them and sees, if the model does."""
     paths = list(weight_paths)
     ggufs = [GgufFile(path) for path in paths if file_kind.of(path) == "gguf" and path.is_file()]
     if not ggufs or "vision_config" not in config or any(map(configs.is_vision_gguf, ggufs)):
         return paths
-    pictures, _ = _pictures_beside(ggufs[0])
-    return [*paths, pictures.path] if pictures else paths
-
-
-def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:
-    if other := found.get(ours):
-        path, first = stored.info.file, other.info.file
-        if path == first:
-            raise CheckpointCorrupt(path, f"its {stored.name!r} is the same tensor as its {other.name!r}")
-        reason = f"{stored.name!r} of the first is the same tensor as {other.name!r} of the second"
-        raise FilesMismatch(path, reason, first)
-    found[ours] = stored
-
-
-def _ordered(stored: Stored, rows: "torch.Tensor") -> "torch.Tensor":
-    """`rows` in our order; a copy gives the memory of the original back, which nobody needs beside it."""
-    if stored.head_dim is None:
-        return rows
-    if stored.head_dim < 2 or stored.head_dim % 2 or rows.shape[0] % stored.head_dim:
-        reason = f"tensor {stored.name!r} has {rows.shape[0]} rows, and its heads have {stored.head_dim}"
-        raise CheckpointCorrupt(stored.info.file, reason)
-    ordered = names.halves(rows, stored.head_dim)
-    stored.reader.release(stored.name)
-    return ordered
+    vision, _ = _vision_beside(ggufs[0])
+    return [*paths, vision.path] if vision else paths

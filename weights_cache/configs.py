@@ -266,7 +266,11 @@ def _refuse_scaled_positions(file: GgufFile, fields: CheckpointFields) -> None:
         raise ModelUnsupported(file.path, f"rotary positions that are scaled ({kind[:60]})")
     if factor != 1.0:
         raise ModelUnsupported(file.path, f"rotary positions that are scaled by {factor}")
-    if "rope_freqs.weight" in file.tensors and not file.tensor("rope_freqs.weight").eq(1).all():
+    if "rope_freqs.weight" in file.tensors:
+        from .packed import plain
+
+        if plain(file.weight("rope_freqs.weight")).eq(1).all():
+            return
         raise ModelUnsupported(file.path, "rotary positions that are scaled by a table (rope_freqs)")
 
 

@@ -19,8 +19,7 @@ from . import cache, hub_errors, layout, repo_name
 from .cache import CachedRepo, replacing
 from .errors import CheckpointCorrupt, DownloadFailed
 from .file_kind import MAX_HEADER_BYTES
-from .formats.gguf import LEAST_BYTES, Header
-from .formats.reader import map_file
+from .formats.gguf import Header
 from .formats.safetensors import LENGTH_BYTES
 from .progress import DownloadProgress, Progress
 from .repo_name import Repo
@@ -107,12 +106,17 @@ class Download:
         return DownloadProgress(self.label, None if None in sizes else sum(size or 0 for size in sizes), self._progress)
 
     def get(self, names: Iterable[str], progress: DownloadProgress | None = None, *, force: bool = False) -> None:
-        """Fetch `names` one after the other, in this order. What the snapshot has already is fetched anew; what the
-        cache has from another revision is linked, unless `force`. Raises DownloadFailed for altered content."""
+        """Fetch `names` one after the other, in this order.
+
+        What the snapshot has already is fetched anew; what the cache has from another revision is linked, unless
+        `force`. Raises DownloadFailed, also for content that was altered on the way or has a wrong length.
+        """
         progress = progress or DownloadProgress(self.label, None, None)
         for name in names:
             with hub_errors.translated(self.repo):
                 self._get(name, progress, force or (self.folder / name).exists())  # it is there: it is damaged
+            if not cache.is_whole(self.folder / name):
+                raise DownloadFailed(self.label, f"{name} arrived with another length than its header says")
             progress.finish_file(self.contents[name].size)
 
     def get_headers(self, names: Iterable[str], folder: Path) -> None:
@@ -259,7 +263,7 @@ def _header_bytes(name: str, path: Path, have: int) -> int:
         with path.open("rb") as file:
             return LENGTH_BYTES + int.from_bytes(file.read(LENGTH_BYTES), "little")
     try:
-        Header(path, map_file(path, LEAST_BYTES, "GGUF"))
+        Header(path)
     except CheckpointCorrupt:
         return 2 * have
     return have

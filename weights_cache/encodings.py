@@ -50,6 +50,23 @@ class Encoding:
         """Whether a row of `columns` weights is a whole number of blocks."""
         return columns % self.block == 0
 
+    def has_kernel_order(self, rows: int) -> bool:
+        """Whether a matrix of `rows` rows can be put into the order of the CPU's 4-bit kernel."""
+        return self.kernel_rows > 0 and rows > 0 and rows % self.kernel_rows == 0
+
+    def stored_shape(self, rows: int, columns: int, *, kernel_order: bool = False) -> tuple[int, ...] | None:
+        """The shape of a matrix's bytes in a file, None if its rows are no whole number of them: [rows, row_bytes].
+
+        In kernel order they are the codes alone, two in a byte and 32 bytes together: those of 64 rows of a column
+        (q4_0, q4_k), or of 32 rows of two columns (nf4). nf4's are the codes alone in either order.
+        """
+        codes_alone = self.name == "nf4"
+        if columns % 2 if codes_alone else not self.fits(columns):
+            return None
+        if kernel_order:
+            return rows // self.kernel_rows, columns * self.kernel_rows // 64, 32
+        return rows, columns // 2 if codes_alone else self.row_bytes(columns)
+
     def for_width(self, columns: int) -> Encoding:
         """This, or the neighbour that rows of `columns` weights fit into."""
         if self.fits(columns) or self.fallback is None:

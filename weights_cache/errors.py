@@ -29,13 +29,15 @@ WeightsError
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 NAMES_SHOWN = 3
 FETCH_AGAIN = "Fetch the model again with --force-download"
 COPY_AGAIN = "Copy the model's files here again"
 EXPORT_AGAIN = "Export the model again"
+OTHER_MODEL = "Its config and its weights may be of different models."
+KNOWN_MODELS = "Use a Pixtral or Mistral checkpoint."
 
 
 class GetAgain(str):
@@ -73,11 +75,20 @@ def size(nbytes: float) -> str:
 
 
 class WeightsError(Exception):
-    """Base of all errors here: `str()` is one sentence, `hint` the next thing to do (or None)."""
+    """Base of all errors here: `str()` is one sentence, `hint` the next thing to do (or None).
+
+    Both are templates over the fields of the error; a class whose words depend on more writes them itself.
+    """
+
+    sentence = ""
+    next_step: str | None = None
+
+    def __str__(self) -> str:
+        return self.sentence.format_map(vars(self))
 
     @property
     def hint(self) -> str | None:
-        return None
+        return self.next_step and self.next_step.format_map(vars(self))
 
 
 @dataclass(eq=False)
@@ -87,9 +98,7 @@ class ModelNotFound(WeightsError):
     name: str
     reason: str
     advice: str | None = None
-
-    def __str__(self) -> str:
-        return f"There is no model {self.name!r}: {self.reason}."
+    sentence = "There is no model {name!r}: {reason}."
 
     @property
     def hint(self) -> str | None:
@@ -103,14 +112,11 @@ class Offline(WeightsError):
     name: str
     cache: Path
     forced: bool = False
+    next_step = "There is no folder of that name either. Unset HF_HUB_OFFLINE once to download it, or check the path."
 
     def __str__(self) -> str:
         why = "was asked for anew" if self.forced else f"is not completely in {self.cache}"
         return f"{self.name!r} {why}, and HF_HUB_OFFLINE forbids downloading it."
-
-    @property
-    def hint(self) -> str:
-        return "There is no folder of that name either. Unset HF_HUB_OFFLINE once to download it, or check the path."
 
 
 @dataclass(eq=False)
@@ -120,13 +126,8 @@ class Gated(WeightsError):
     name: str
     page: str
     status: int | None = None
-
-    def __str__(self) -> str:
-        return f"The Hub gives {self.name!r} only to people whom its owner has let in."
-
-    @property
-    def hint(self) -> str:
-        return f"Ask for access at {self.page}, then set HF_TOKEN (or run `hf auth login`) and run this again."
+    sentence = "The Hub gives {name!r} only to people whom its owner has let in."
+    next_step = "Ask for access at {page}, then set HF_TOKEN (or run `hf auth login`) and run this again."
 
 
 @dataclass(eq=False)
@@ -156,15 +157,11 @@ class DiskFull(WeightsError):
     folder: Path
     needed: int
     free: int
+    next_step = "Make room there, or take another disk: HF_HUB_CACHE says where downloads go."
 
     def __str__(self) -> str:
-        return (
-            f"{self.name!r} needs {size(self.needed)} more, and the disk of {self.folder} has {size(self.free)} free."
-        )
-
-    @property
-    def hint(self) -> str:
-        return "Make room there, or take another disk: HF_HUB_CACHE says where downloads go."
+        room = f"the disk of {self.folder} has {size(self.free)} free"
+        return f"{self.name!r} needs {size(self.needed)} more, and {room}."
 
 
 @dataclass(eq=False)
@@ -174,9 +171,7 @@ class WeightsNotFound(WeightsError):
     path: Path | str
     looked_for: str
     advice: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path} has no {self.looked_for}."
+    sentence = "{path} has no {looked_for}."
 
     @property
     def hint(self) -> str:
@@ -189,13 +184,8 @@ class NotYetSupported(WeightsError):
 
     path: Path | str
     what: str
-
-    def __str__(self) -> str:
-        return f"{self.path} is {self.what}, which cannot be read yet."
-
-    @property
-    def hint(self) -> str:
-        return "Use the model's Hugging Face form: a folder with config.json and *.safetensors."
+    sentence = "{path} is {what}, which cannot be read yet."
+    next_step = "Use the model's Hugging Face form: a folder with config.json and *.safetensors."
 
 
 @dataclass(eq=False)
@@ -203,13 +193,8 @@ class PickleRefused(WeightsError):
     """`path` is a pickle: opening one can run any code, so it is never opened."""
 
     path: Path | str
-
-    def __str__(self) -> str:
-        return f"{self.path} is a pickle, which can run code when opened, so it is never opened."
-
-    @property
-    def hint(self) -> str:
-        return "Use the model's safetensors files."
+    sentence = "{path} is a pickle, which can run code when opened, so it is never opened."
+    next_step = "Use the model's safetensors files."
 
 
 @dataclass(eq=False)
@@ -219,14 +204,11 @@ class AdapterOnly(WeightsError):
     path: Path | str
     kind: str | None = None
     base: str | None = None
+    next_step = "Merge it into its base with peft (merge_and_unload, then save_pretrained) and give that folder."
 
     def __str__(self) -> str:
         kind = "a LoRA adapter" if self.kind in (None, "LORA") else f"an adapter ({self.kind})"
         return f"{self.path} is {kind} of {self.base or 'a model that it does not name'}, and no whole model."
-
-    @property
-    def hint(self) -> str:
-        return "Merge it into its base with peft (merge_and_unload, then save_pretrained) and give that folder."
 
 
 @dataclass(eq=False)
@@ -234,13 +216,8 @@ class TokenUnusable(WeightsError):
     """The token that stands in `source` has characters that no header of a request may have."""
 
     source: str
-
-    def __str__(self) -> str:
-        return f"The token in {self.source} has characters that no token has."
-
-    @property
-    def hint(self) -> str:
-        return "Copy it again from the Hub's page of access tokens: it begins with hf_, and letters and digits follow."
+    sentence = "The token in {source} has characters that no token has."
+    next_step = "Copy it again from the Hub's page of access tokens: it begins with hf_, and letters and digits follow."
 
 
 @dataclass(eq=False)
@@ -249,13 +226,11 @@ class CheckpointCorrupt(WeightsError):
 
     path: Path
     reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path} is damaged: {self.reason}."
+    sentence = "{path} is damaged: {reason}."
 
     @property
-    def hint(self) -> str:
-        return f"{get_again(self.path)}, or export it again."
+    def hint(self) -> str | None:
+        return super().hint or f"{get_again(self.path)}, or export it again."
 
 
 @dataclass(eq=False)
@@ -263,25 +238,16 @@ class LfsPointer(CheckpointCorrupt):
     """`path` is the few lines that stand for a large file in a git repository."""
 
     reason: str = "it is a pointer of Git LFS"
-
-    def __str__(self) -> str:
-        return f"{self.path} is only a pointer of Git LFS: the file itself was not fetched."
-
-    @property
-    def hint(self) -> str:
-        return f"Run `git lfs pull` in {self.path.parent}."
+    sentence = "{path} is only a pointer of Git LFS: the file itself was not fetched."
+    next_step = "Run `git lfs pull` in {path.parent}."
 
 
 @dataclass(eq=False)
 class Unreadable(CheckpointCorrupt):
     """The system does not let `path` be read, for `reason`."""
 
-    def __str__(self) -> str:
-        return f"{self.path} cannot be read ({self.reason})."
-
-    @property
-    def hint(self) -> str:
-        return "Check the path, and who may read it."
+    sentence = "{path} cannot be read ({reason})."
+    next_step = "Check the path, and who may read it."
 
 
 @dataclass(eq=False)
@@ -289,13 +255,8 @@ class FilesMismatch(CheckpointCorrupt):
     """The file `path` does not go together with the file `other`, for `reason`."""
 
     other: Path
-
-    def __str__(self) -> str:
-        return f"{self.path} and {self.other} do not go together: {self.reason}."
-
-    @property
-    def hint(self) -> str:
-        return "Give files of one model, and each part of it once."
+    sentence = "{path} and {other} do not go together: {reason}."
+    next_step = "Give files of one model, and each part of it once."
 
 
 @dataclass(eq=False)
@@ -304,14 +265,10 @@ class TensorsMissing(WeightsError):
 
     names: Sequence[str]
     path: Path | None = None
+    next_step = "Its config and its weights may be of different models, or a shard may be missing."
 
     def __str__(self) -> str:
-        where = f" {self.path}" if self.path else ""
-        return f"The checkpoint{where} lacks {_count(self.names)}: {listed(self.names)}."
-
-    @property
-    def hint(self) -> str:
-        return "Its config and its weights may be of different models, or a shard may be missing."
+        return f"{_the_checkpoint(self.path)} lacks {_tensors(self.names)}: {listed(self.names)}."
 
 
 @dataclass(eq=False)
@@ -320,15 +277,11 @@ class TensorsUnexpected(WeightsError):
 
     names: Sequence[str]
     path: Path | None = None
+    next_step = OTHER_MODEL
 
     def __str__(self) -> str:
-        where = f" {self.path}" if self.path else ""
-        many = _count(self.names)
-        return f"The checkpoint{where} has {many} that its config has no place for: {listed(self.names)}."
-
-    @property
-    def hint(self) -> str:
-        return "Its config and its weights may be of different models."
+        found = f"{_the_checkpoint(self.path)} has {_tensors(self.names)}"
+        return f"{found} that its config has no place for: {listed(self.names)}."
 
 
 @dataclass(eq=False)
@@ -338,14 +291,11 @@ class TensorShapeMismatch(WeightsError):
     name: str
     expected: tuple[int, ...]
     found: tuple[int, ...]
+    next_step = OTHER_MODEL
 
     def __str__(self) -> str:
         found, expected = list(self.found), list(self.expected)
         return f"Tensor {self.name} has shape {found}, and its config makes it {expected}."
-
-    @property
-    def hint(self) -> str:
-        return "Its config and its weights may be of different models."
 
 
 @dataclass(eq=False)
@@ -354,9 +304,7 @@ class UnknownEncoding(WeightsError):
 
     name: str
     known: Sequence[str]
-
-    def __str__(self) -> str:
-        return f"The encoding {self.name!r} is not known."
+    sentence = "The encoding {name!r} is not known."
 
     @property
     def hint(self) -> str:
@@ -371,13 +319,8 @@ class WidthNotDivisible(WeightsError):
     width: int
     block: int
     unit: str = "weights"
-
-    def __str__(self) -> str:
-        return f"A row of {self.width} {self.unit} is no whole number of {self.name} blocks of {self.block}."
-
-    @property
-    def hint(self) -> str:
-        return "Choose an encoding with smaller blocks, such as q4_0 or bfloat16."
+    sentence = "A row of {width} {unit} is no whole number of {name} blocks of {block}."
+    next_step = "Choose an encoding with smaller blocks, such as q4_0 or bfloat16."
 
 
 @dataclass(eq=False)
@@ -386,13 +329,8 @@ class NotEncodable(WeightsError):
 
     name: str
     reason: str
-
-    def __str__(self) -> str:
-        return f"These weights cannot be encoded as {self.name}: {self.reason}."
-
-    @property
-    def hint(self) -> str:
-        return "Choose another encoding."
+    sentence = "These weights cannot be encoded as {name}: {reason}."
+    next_step = "Choose another encoding."
 
 
 @dataclass(eq=False)
@@ -402,15 +340,8 @@ class SerializedTooNew(WeightsError):
     path: Path
     found: object
     known: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path} is a serialized model of version {self.found}, and this program reads version {self.known}."
-        )
-
-    @property
-    def hint(self) -> str:
-        return "Upgrade pixtral-cli, or export the model again."
+    sentence = "{path} is a serialized model of version {found}, and this program reads version {known}."
+    next_step = "Upgrade pixtral-cli, or export the model again."
 
 
 @dataclass(eq=False)
@@ -419,13 +350,8 @@ class WriteFailed(WeightsError):
 
     path: Path
     reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path} cannot be written: {self.reason}."
-
-    @property
-    def hint(self) -> str:
-        return "Choose another place, or make room there."
+    sentence = "{path} cannot be written: {reason}."
+    next_step = "Choose another place, or make room there."
 
 
 @dataclass(eq=False)
@@ -433,14 +359,11 @@ class UnknownArchitecture(WeightsError):
     """A config names the architecture `found`; `known` are those that can be run."""
 
     found: str
-    known: Sequence[str] = field(default_factory=tuple)
+    known: Sequence[str] = ()
+    next_step = KNOWN_MODELS
 
     def __str__(self) -> str:
         return f"The architecture {self.found!r} is not known; known are {', '.join(self.known)}."
-
-    @property
-    def hint(self) -> str:
-        return "Use a Pixtral or Mistral checkpoint."
 
 
 @dataclass(eq=False)
@@ -449,13 +372,8 @@ class ModelUnsupported(WeightsError):
 
     path: Path | str
     what: str
-
-    def __str__(self) -> str:
-        return f"{self.path} is a model with {self.what}, which is not known here."
-
-    @property
-    def hint(self) -> str:
-        return "Use a Pixtral or Mistral checkpoint."
+    sentence = "{path} is a model with {what}, which is not known here."
+    next_step = KNOWN_MODELS
 
 
 @dataclass(eq=False)
@@ -463,9 +381,7 @@ class QuantizedElsewhere(ModelUnsupported):
     """The weights of `path` were quantised with the method `what`; `other` is another form that is there as well."""
 
     other: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path} was quantised with {self.what}, which is not known here."
+    sentence = "{path} was quantised with {what}, which is not known here."
 
     @property
     def hint(self) -> str:
@@ -477,5 +393,9 @@ class QuantizedElsewhere(ModelUnsupported):
         )
 
 
-def _count(names: Sequence[str]) -> str:
+def _the_checkpoint(path: Path | None) -> str:
+    return f"The checkpoint {path}" if path else "The checkpoint"
+
+
+def _tensors(names: Sequence[str]) -> str:
     return "a tensor" if len(names) == 1 else f"{len(names)} tensors"

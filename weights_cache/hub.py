@@ -6,16 +6,16 @@ network is needed. One format is fetched, never two, and never a file that no on
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import cache, layout, quantization, weight_files
+from . import cache, layout, quantized_elsewhere, weight_files
 from .download import Download
 from .errors import AdapterOnly, DiskFull, DownloadFailed, Offline
 from .hub_errors import translated
 from .json_fields import read_json_object
-from .layout import Form, Selection, select
-from .progress import DownloadProgress, Progress
+from .layout import Form, Selection
+from .progress import Progress
 from .repo_name import Repo, parse
 
 TRUE = {"1", "ON", "YES", "TRUE"}
@@ -35,7 +35,7 @@ def fetch(
 
     A path that exists is returned as it is. Otherwise `name` is `owner/name` on the Hub, `owner/name@revision` for
     another branch, tag or commit, `owner/name:file.gguf` for a GGUF in it (or its quantisation, `owner/name:Q8_0`),
-    which brings its picture part along, or the address of such a page. Of several forms `form` is fetched, or else the
+    which brings its mmproj file along, or the address of such a page. Of several forms `form` is fetched, or else the
     first of "hf", "native", "gguf". What is cached completely is used without any network call: a newer version on the
     Hub is not looked for, unless `force` fetches everything anew. `weights=False` asks for the small files only. A
     GGUF has none, so all of it is fetched, or with `headers` a file of its length that holds its header only. `tell`
@@ -45,15 +45,10 @@ def fetch(
     large is fetched, WeightsNotFound, PickleRefused, AdapterOnly or QuantizedElsewhere for a repository that has no
     weights or no tokenizer that can be read.
     """
-    path = os.path.expanduser(name)
-    if os.path.exists(path):  # unlike Path.exists, False for what can be no path at all
-        return Path(path)
-    repo = parse(name)
-    if not force and (found := _cached(repo, weights, form, headers)):
+    if found := _present(name, form, weights=weights, headers=headers, force=force):
         return found
-    if is_offline():
-        raise Offline(str(repo), cache.hub_cache_folder(), forced=force)
-    return _download(repo, weights, force, form, headers, progress=progress, tell=tell)
+    model = _HubModel(parse(name), form, weights=weights, force=force, progress=progress, tell=tell)
+    return model.fetch(weights=weights, headers=headers)
 
 
 def fetch_headers(
@@ -69,29 +64,9 @@ def fetch_headers(
     A skeleton has the small files (which are cached) and, for every weights file, a file as long as the real one that
     holds its header and nothing else; on a disk it takes the header's room. Raises as `fetch`.
     """
-    path = os.path.expanduser(name)
-    if os.path.exists(path):
-        return Path(path)
-    repo = parse(name)
-    if found := _cached(repo, True, form):
+    if found := _present(name, form):
         return found
-    if is_offline():
-        raise Offline(str(repo), cache.hub_cache_folder())
-    download = Download(repo, progress)
-    download.listing()
-    selection = _select(download, repo, form)
-    if selection.note and tell:
-        tell(selection.note)
-    folder = folder / cache.SNAPSHOTS / download.commit
-    weights = _weight_names(download, selection, force=False)
-    small = [*selection.side, *([selection.index] if selection.index else [])]
-    _get(download, selection, (), force=False)
-    _refuse_quantized(download, selection)
-    with translated(repo):
-        for small_file in small:
-            cache.link(download.folder / small_file, folder / small_file)
-    download.get_headers(weights, folder)
-    return selection.path(folder)
+    return _HubModel(parse(name), form, progress=progress, tell=tell).fetch_headers(folder)
 
 
 def is_offline() -> bool:
@@ -100,105 +75,125 @@ def is_offline() -> bool:
     return value.upper() in TRUE
 
 
-def _cached(repo: Repo, weights: bool, form: Form | None, headers: bool = False) -> Path | None:
-    """What is here completely; without a network, a form that is here rather than the preferred one that is not."""
+def _present(
+    name: str, form: Form | None, *, weights: bool = True, headers: bool = False, force: bool = False
+) -> Path | None:
+    """The path itself, or what is cached completely, unless `force`; without a network, a form that is here rather than
+    the preferred one that is not. Raises ModelNotFound for what is no name, and Offline instead of None."""
+    path = os.path.expanduser(name)
+    if os.path.exists(path):  # unlike Path.exists, False for what can be no path at all
+        return Path(path)
+    repo = parse(name)
     others = layout.FORMS if form is None and repo.file is None and is_offline() else ()
-    for each in (form, *others):
+    for each in () if force else (form, *others):
         if found := cache.find(repo.name, repo.revision, weights=weights, form=each, file=repo.file, headers=headers):
             return found
+    if is_offline():
+        raise Offline(str(repo), cache.hub_cache_folder(), forced=force)
     return None
 
 
-def _download(
-    repo: Repo,
-    weights: bool,
-    force: bool,
-    form: Form | None,
-    headers: bool,
-    *,
-    progress: Progress | None,
-    tell: Callable[[str], None] | None,
-) -> Path:
-    """Small files first, the config the last of them, then the weights; then only does the revision point here.
+class _HubModel:
+    """A model in a repository of the Hub: `selection` is what is needed of it. Asks for the listing at once."""
 
-    An index comes before all: it says which weights there are, and so how many bytes.
-    """
-    download = Download(repo, progress)
-    sizes = download.listing()
-    selection = _select(download, repo, form, weights=weights)
-    if selection.note and tell:
-        tell(selection.note)
-    download.cached.mark_used(download.commit)
-    download.cached.write_listing(download.commit, sizes)  # else a GGUF whose picture part is to come looks whole
-    large = _weight_names(download, selection, force) if weights or selection.entry else []
-    folder = download.folder
-    if headers and selection.entry:
-        folder = download.cached.headers(download.commit)
-        download.get_headers(large, folder)
-    else:
-        _get(download, selection, large, force)
-    with translated(repo):
-        download.cached.write_ref(repo.revision, download.commit)
-    return selection.path(folder)
+    def __init__(
+        self,
+        repo: Repo,
+        form: Form | None,
+        *,
+        weights: bool = True,
+        force: bool = False,
+        progress: Progress | None = None,
+        tell: Callable[[str], None] | None = None,
+    ):
+        self.repo, self.force = repo, force
+        self.download = Download(repo, progress)
+        self.download.listing()
+        self.selection = self._select(form, weights)
+        if self.selection.note and tell:
+            tell(self.selection.note)
 
+    def fetch(self, *, weights: bool, headers: bool) -> Path:
+        """Small files first, the config the last of them, then the weights; then only does the revision point here.
 
-def _select(download: Download, repo: Repo, form: Form | None, weights: bool = True) -> Selection:
-    """What of the repository is needed. Raises as `select`, and for one without a tokenizer that is read here."""
-    label, names = download.label, download.sizes
-    try:
-        selection = select(label, names, form=form, file=repo.file, weights=weights)
-    except AdapterOnly:
-        download.get([layout.ADAPTER])
+        An index comes before all: it says which weights there are, and so how many bytes.
+        """
+        download, selection = self.download, self.selection
+        download.cached.mark_used(download.commit)
+        # Without the listing a GGUF whose mmproj file is to come would look whole.
+        download.cached.write_listing(download.commit, download.sizes)
+        large = self._weight_names() if weights or selection.entry else []
         folder = download.folder
-        raise layout.adapter(label, read_json_object(folder / layout.ADAPTER)) from None
-    if selection.form != "gguf" and not names.keys() & set(layout.TOKENIZERS):
-        raise layout.no_tokenizer(label, names)
-    return selection
+        if headers and selection.entry:
+            folder = download.cached.headers(download.commit)
+            download.get_headers(large, folder)
+        else:
+            self._get(large)
+        with translated(self.repo):
+            download.cached.write_ref(self.repo.revision, download.commit)
+        return selection.path(folder)
 
+    def fetch_headers(self, folder: Path) -> Path:
+        """The small files, and of the weights a skeleton in `folder`."""
+        download, selection = self.download, self.selection
+        folder = folder / cache.SNAPSHOTS / download.commit
+        weights = self._weight_names()
+        self._get(())
+        self._refuse_quantized()
+        with translated(self.repo):
+            for name in (*selection.side, *([selection.index] if selection.index else [])):
+                cache.link(download.folder / name, folder / name)
+        download.get_headers(weights, folder)
+        return selection.path(folder)
 
-def _refuse_quantized(download: Download, selection: Selection) -> None:
-    """Raise QuantizedElsewhere by the config, which has arrived, before anything large is asked for."""
-    if selection.form == "gguf":
-        return
-    config = read_json_object(download.folder / layout.FOLDER_FORMS[selection.form].config)
-    other = next((form for form in layout.forms(download.sizes) if form != selection.form), None)
-    quantization.refuse(download.label, config, download.sizes if selection.form == "hf" else (), other)
+    def _select(self, form: Form | None, weights: bool) -> Selection:
+        """Raises as `layout.select`, and for a repository without a tokenizer that is read here."""
+        label, names = self.download.label, self.download.sizes
+        try:
+            selection = layout.select(label, names, form=form, file=self.repo.file, weights=weights)
+        except AdapterOnly:
+            self.download.get([layout.ADAPTER])
+            raise layout.adapter(label, read_json_object(self.download.folder / layout.ADAPTER)) from None
+        if selection.form != "gguf" and not names.keys() & set(layout.TOKENIZERS):
+            raise layout.no_tokenizer(label, names)
+        return selection
 
+    def _weight_names(self) -> list[str]:
+        """The weights files to fetch; with an index, which is fetched at once, the shards that it names."""
+        download, index = self.download, self.selection.index
+        if index and (self.force or not (download.folder / index).is_file()):
+            download.get([index], force=self.force)
+        names = weight_files.selected(self.selection, download.folder)
+        if absent := [name for name in names if name not in download.contents]:
+            advice = "Tell the model's owner, or try another revision: owner/name@revision."
+            why = "its index" if index else f"{names[0]} is one of {len(names)} files, which"
+            raise DownloadFailed(download.label, f"{why} names {absent[0]}, which the repository lacks", advice)
+        return names
 
-def _weight_names(download: Download, selection: Selection, force: bool) -> list[str]:
-    """The weights files to fetch; with an index, which is fetched at once, the shards that it names."""
-    if selection.index and (force or not (download.folder / selection.index).is_file()):
-        download.get([selection.index], force=force)
-    names = weight_files.selected(selection, download.folder)
-    if absent := [name for name in names if name not in download.sizes]:
-        advice = "Tell the model's owner, or try another revision: owner/name@revision."
-        why = "its index" if selection.index else f"{names[0]} is one of {len(names)} files, which"
-        raise DownloadFailed(download.label, f"{why} names {absent[0]}, which the repository lacks", advice)
-    return names
+    def _get(self, weights: Iterable[str]) -> None:
+        """Fetch what is not here in full: the small files, and then, if their config lets them be read, `weights`."""
+        small, large = (
+            [name for name in names if self.force or not self.download.has(name)]
+            for names in (self.selection.side, weights)
+        )
+        self._check_room([*small, *large])
+        progress = self.download.progress([*small, *large])
+        self.download.get(small, progress, force=self.force)
+        if large:
+            self._refuse_quantized()
+            self.download.get(large, progress, force=self.force)
 
+    def _refuse_quantized(self) -> None:
+        """Raise QuantizedElsewhere by the config, which has arrived, before anything large is asked for."""
+        form, names = self.selection.form, self.download.sizes
+        if form != "gguf":
+            config = read_json_object(self.download.folder / layout.FOLDER_FORMS[form].config)
+            quantized_elsewhere.refuse(self.download.label, config, names, form)
 
-def _get(download: Download, selection: Selection, weights: Iterable[str], force: bool) -> None:
-    """Fetches what is not here in full: the small files, and then, if their config lets them be read, the `weights`."""
-    small, large = ([name for name in names if force or not download.has(name)] for names in (selection.side, weights))
-    _check_room(download, [*small, *large])
-    progress = download.progress([*small, *large])
-    _get_whole(download, small, progress, force)
-    if large:
-        _refuse_quantized(download, selection)
-        _get_whole(download, large, progress, force)
-
-
-def _get_whole(download: Download, names: Sequence[str], progress: DownloadProgress, force: bool) -> None:
-    folder = download.folder
-    download.get(names, progress, force=force)
-    for name in names:
-        if not cache.is_whole(folder / name):
-            raise DownloadFailed(download.label, f"{name} arrived with another length than its header says")
-
-
-def _check_room(download: Download, names: Iterable[str]) -> None:
-    needed = sum(download.remaining(name) for name in names)
-    existing = next(p for p in (cache.hub_cache_folder(), *cache.hub_cache_folder().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DiskFull(download.label, existing, needed, free)
+    def _check_room(self, names: Iterable[str]) -> None:
+        needed = sum(self.download.remaining(name) for name in names)
+        folder = cache.hub_cache_folder()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise DiskFull(self.download.label, existing, needed, free)

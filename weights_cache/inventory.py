@@ -6,9 +6,9 @@ Knows no terminal. Only folders are trusted to say what is ours to remove: links
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from . import cache, layout, weight_files
@@ -19,7 +19,7 @@ from .formats.gguf import GgufFile
 from .formats.reader import Reader
 from .formats.safetensors import SafetensorsFile
 from .json_fields import read_json_object
-from .layout import FOLDER_FORMS, SIDE_FILES, Form, select
+from .layout import Form, Selection
 from .progress import Progress
 
 INCOMPLETE = "incomplete"
@@ -53,28 +53,29 @@ class Model:
 
 def models() -> list[Model]:
     """All models in both caches, by name."""
-    return sorted([*_from_hub(), *_own()], key=lambda model: (model.name, model.format))
+    found: list[Model] = []
+    for repo in _repos():
+        with suppress(PermissionError, Unreadable):
+            found += _models_of(repo)
+    folder = cache.models_folder()
+    for path, name in serialized_files().items():
+        found.append(_serialized(name, path, known=path.is_relative_to(folder)))
+    return sorted(found, key=lambda model: (model.name, model.format))
 
 
 def hub_names() -> list[str]:
     """The names of the models in the Hub's cache, as `models` has them, without a look into their weights."""
     names: set[str] = set()
-    for root in _repo_folders():
+    for repo in _repos():
         with suppress(PermissionError, Unreadable):
-            names |= set(_names_in(root))
+            found = _stored(repo)
+            names |= {each.name for each in found}
+            if _parts(repo):
+                if all(each.is_whole() for each in found):  # else they are its missing shards
+                    names.add(repo.name)
+            elif not found and repo.notes.is_dir():
+                names.add(repo.name)
     return sorted(names)
-
-
-def _names_in(root: Path) -> Iterator[str]:
-    """The names that the models of `_in_repo` have."""
-    repo = _repo(root)
-    found = [(snapshot, form, file) for snapshot in _snapshots(root) for form, file in _forms_in(snapshot)]
-    yield from (_name(repo, snapshot, file) for snapshot, _, file in found)
-    if _parts(root):
-        if all(_is_whole(*each) for each in found):  # else they are its missing shards
-            yield repo
-    elif not found and CachedRepo(repo).notes.is_dir():
-        yield repo
 
 
 def serialized_files() -> dict[Path, str]:
@@ -113,163 +114,175 @@ def remove(model: Model) -> None:
     if model.repo is None:
         model.path.unlink()
         return
-    root = CachedRepo(model.repo).folder
-    shared, parts = _shared(model), [] if model.format == INCOMPLETE else _parts(root)
-    linked = _linked(root) | {path.resolve() for path in model.files}
+    repo = CachedRepo(model.repo)
+    shared, parts = _shared(model, repo), [] if model.format == INCOMPLETE else _parts(repo)
+    linked = _linked(repo) | {path.resolve() for path in model.files}
     for path in model.files:
         if path not in shared:
             path.unlink(missing_ok=True)
-    for snapshot in _snapshots(root):
-        if snapshot.name == (model.commit or snapshot.name) and not _forms_in(snapshot):
-            shutil.rmtree(snapshot)
-            _forget(model.repo, snapshot.name, root)
-    _remove_unused_blobs(root, linked, keep=parts)
-    if not _snapshots(root) and not any((root / "blobs").glob("*")):
-        shutil.rmtree(root)
-        shutil.rmtree(CachedRepo(model.repo).notes, ignore_errors=True)
+    for commit in _commits(repo):
+        if commit == (model.commit or commit) and not _stored_at(repo, commit):
+            shutil.rmtree(repo.snapshot(commit))
+            _forget(repo, commit)
+    _remove_unused_blobs(repo, linked, keep=parts)
+    if not _commits(repo) and not any((repo.folder / "blobs").glob("*")):
+        shutil.rmtree(repo.folder)
+        shutil.rmtree(repo.notes, ignore_errors=True)
 
 
-def _shared(model: Model) -> set[Path]:
-    """Files that another model in the same snapshot needs as well: a tokenizer, a picture part."""
-    if model.repo is None or model.commit is None:
-        return set()
-    others = _in_snapshot(model.repo, CachedRepo(model.repo).snapshot(model.commit))
-    return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
+def main_encoding(path: Path, folder: Path) -> str | None:
+    """The encoding that takes most bytes of the weights file `path`, or None; the config is in `folder`.
+
+    The time at which the file was last used is not changed by reading its header.
+    """
+    if path.suffix not in (layout.SAFETENSORS, layout.GGUF) or not path.is_file():
+        return None
+    before = path.stat()
+    try:
+        if (folder / layout.CONFIG).is_file():
+            method = read_json_object(folder / layout.CONFIG).get("quantization_config")
+            if isinstance(method, dict) and method.get("load_in_4bit"):
+                return str(method.get("bnb_4bit_quant_type", "nf4"))
+        reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
+        sizes: dict[str, int] = {}
+        for tensor in reader.tensors.values():
+            sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
+        return max(sizes, key=lambda name: sizes[name], default=None)
+    except WeightsError:
+        return None
+    finally:
+        with suppress(OSError):
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _from_hub() -> Iterator[Model]:
-    for root in _repo_folders():
-        with suppress(PermissionError, Unreadable):
-            yield from _in_repo(root)
+@dataclass(frozen=True)
+class _Stored:
+    """A model in a snapshot, whole or not: the folder in `form`, or the GGUF `file` in it."""
 
+    repo: CachedRepo
+    commit: str
+    form: Form
+    file: str | None = None
 
-def _repo_folders() -> list[Path]:
-    """What is elsewhere is not the cache's."""
-    found = sorted(cache.hub_cache_folder().glob("models--*--*"))
-    return [root for root in found if root.is_dir() and not root.is_symlink()]
+    @property
+    def folder(self) -> Path:
+        return self.repo.snapshot(self.commit)
 
+    @property
+    def name(self) -> str:
+        """The repository; of main nothing more, nor before a first download has ended; else @ and a branch, a tag or
+        the commit."""
+        refs = _refs(self.repo)
+        names = [revision for revision, commit in refs.items() if commit == self.commit]
+        at = "" if "main" in names or not refs else f"@{names[0] if names else self.commit}"
+        return self.repo.name + at + (f":{self.file}" if self.file else "")
 
-def _repo(root: Path) -> str:
-    return root.name.removeprefix("models--").replace("--", "/", 1)
+    def is_whole(self) -> bool:
+        """Whether no shard is missing."""
+        if self.file:
+            return all((self.folder / name).is_file() for name in layout.shard_names(self.file))
+        try:
+            return bool(weight_files.in_folder(self.folder, self.form))
+        except WeightsError:
+            return False
 
+    @cached_property
+    def selection(self) -> Selection:
+        names = weight_files.file_names(self.folder, deep=True)
+        return layout.select("", names, form=self.form, file=self.file)
 
-def _in_repo(root: Path) -> list[Model]:
-    repo = _repo(root)
-    found = [model for snapshot in _snapshots(root) for model in _in_snapshot(repo, snapshot)]
-    parts = _parts(root)
-    broken = next((model for model in found if model.format == INCOMPLETE), None)
-    if broken:
-        found[found.index(broken)] = replace(
-            broken, files=(*broken.files, *parts), nbytes=broken.nbytes + sum(map(_size, parts))
+    def weights(self) -> list[Path]:
+        """The weights files that are here, an index among them, the largest first."""
+        names = set(self.selection.weights)
+        with suppress(WeightsError):
+            names |= set(weight_files.selected(self.selection, self.folder))
+        here = (self.folder / name for name in names if (self.folder / name).is_file())
+        return sorted(here, key=lambda path: -_size(path))
+
+    def model(self) -> Model:
+        asked, weights = self.repo.last_used(self.commit), self.weights()
+        files = [self.folder / name for name in self.selection.side] + weights
+        path = self.folder / self.file if self.file else self.folder
+        return Model(
+            name=self.name,
+            format=self.form if self.is_whole() else INCOMPLETE,
+            path=path,
+            files=tuple(files),
+            encoding=main_encoding(path if self.file else weights[0], self.folder) if weights else None,
+            nbytes=sum(map(_size, files)),
+            used=max([asked or 0.0, *(file.stat().st_atime for file in weights)]),
+            known=asked is not None,
+            repo=self.repo.name,
+            commit=self.commit,
         )
-    elif rest := _rest(repo, root, parts, any_model=bool(found)):
-        found.append(rest)
-    return found
 
 
-def _snapshots(root: Path) -> list[Path]:
-    return sorted(each for each in (root / "snapshots").glob("*") if each.is_dir() and not each.is_symlink())
+def _repos() -> list[CachedRepo]:
+    """The repositories in the Hub's cache; what a link leads to is not the cache's."""
+    found = sorted(cache.hub_cache_folder().glob("models--*--*"))
+    roots = [root for root in found if root.is_dir() and not root.is_symlink()]
+    return [CachedRepo(root.name.removeprefix("models--").replace("--", "/", 1)) for root in roots]
 
 
-def _parts(root: Path) -> list[Path]:
+def _commits(repo: CachedRepo) -> list[str]:
+    """Those of which there is a snapshot."""
+    folders = (repo.folder / cache.SNAPSHOTS).glob("*")
+    return sorted(each.name for each in folders if each.is_dir() and not each.is_symlink())
+
+
+def _refs(repo: CachedRepo) -> dict[str, str]:
+    """Branches and tags -> the commits that they were."""
+    refs = repo.folder / "refs"
+    files = sorted(path for path in refs.rglob("*") if path.is_file())
+    return {path.relative_to(refs).as_posix(): path.read_text(errors="replace").strip() for path in files}
+
+
+def _stored(repo: CachedRepo) -> list[_Stored]:
+    return [each for commit in _commits(repo) for each in _stored_at(repo, commit)]
+
+
+def _stored_at(repo: CachedRepo, commit: str) -> list[_Stored]:
+    names = weight_files.file_names(repo.snapshot(commit), deep=True)
+    folders = [_Stored(repo, commit, form) for form in layout.forms(names) if form != "gguf"]
+    return folders + [_Stored(repo, commit, "gguf", name) for name in layout.weight_names(names, "gguf")]
+
+
+def _models_of(repo: CachedRepo) -> list[Model]:
+    """The models of a repository; what a download left joins one that is incomplete, or is one."""
+    found, parts = [each.model() for each in _stored(repo)], _parts(repo)
+    for number, model in enumerate(found):
+        if model.format == INCOMPLETE:
+            nbytes = model.nbytes + sum(map(_size, parts))
+            found[number] = replace(model, files=(*model.files, *parts), nbytes=nbytes)
+            return found
+    rest = _rest(repo, parts, any_model=bool(found))
+    return [*found, rest] if rest else found
+
+
+def _parts(repo: CachedRepo) -> list[Path]:
     """What has arrived of contents: ours, which a download goes on with, and may come beside a whole one that is
     fetched anew; of the Hub's library those that are not whole, since what it left of others is only debris."""
-    blobs = root / "blobs"
+    blobs = repo.folder / "blobs"
     parts = [path for path in blobs.glob("*.incomplete") if path.is_file()]
     return [path for path in parts if _is_ours(path) or not (blobs / path.name.partition(".")[0]).is_file()]
 
 
 def _is_ours(part: Path) -> bool:
-    return part.name.endswith(".pixtral.incomplete")
+    return part.name.endswith(cache.PARTIAL)
 
 
-def _rest(repo: str, root: Path, parts: list[Path], any_model: bool) -> Model | None:
+def _rest(repo: CachedRepo, parts: list[Path], any_model: bool) -> Model | None:
     """What a download left before any of its weights was whole; and where there is no model, the small files and
     headers of one whose weights this program never wanted."""
     ours = all(map(_is_ours, parts))
-    noted = CachedRepo(repo).notes
-    if not parts and not any_model and noted.is_dir():
-        parts = [path for folder in (root / "snapshots", noted) for path in folder.rglob("*") if path.is_file()]
+    if not parts and not any_model and repo.notes.is_dir():
+        folders = (repo.folder / cache.SNAPSHOTS, repo.notes)
+        parts = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     if not parts:
         return None
     nbytes = sum(min(path.stat().st_size, path.stat().st_blocks * BLOCK) for path in parts)
     used = max(path.stat().st_mtime for path in parts)
-    return Model(repo, INCOMPLETE, root, tuple(parts), None, nbytes, used, ours, repo)
-
-
-def _suffix(root: Path, commit: str) -> str:
-    """What follows the repository's name: nothing for main, and nothing before a first download has ended; else a
-    branch, a tag or the commit after an @."""
-    refs = root / "refs"
-    files = sorted(path for path in refs.rglob("*") if path.is_file())
-    names = [path.relative_to(refs).as_posix() for path in files if _text(path) == commit]
-    return "" if "main" in names or not files else f"@{names[0] if names else commit}"
-
-
-def _name(repo: str, snapshot: Path, file: str | None) -> str:
-    name = repo + _suffix(CachedRepo(repo).folder, snapshot.name)
-    return f"{name}:{file}" if file else name
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace").strip()
-
-
-def _in_snapshot(repo: str, snapshot: Path) -> Iterator[Model]:
-    asked = CachedRepo(repo).last_used(snapshot.name)
-    for form, file in _forms_in(snapshot):
-        weights = _weights(snapshot, form, file)
-        files = weights if file else _side(snapshot, form) + weights
-        used = max([asked or 0.0, *(path.stat().st_atime for path in weights)])
-        yield Model(
-            _name(repo, snapshot, file),
-            form if _is_whole(snapshot, form, file) else INCOMPLETE,
-            snapshot / file if file else snapshot,
-            tuple(files),
-            main_encoding(snapshot / file if file else weights[0], snapshot) if weights else None,
-            sum(map(_size, files)),
-            used,
-            asked is not None,
-            repo,
-            snapshot.name,
-        )
-
-
-def _is_whole(snapshot: Path, form: Form, file: str | None) -> bool:
-    """Whether no shard is missing."""
-    if file:
-        return all((snapshot / name).is_file() for name in layout.shard_names(file))
-    try:
-        return bool(weight_files.in_folder(snapshot, form))
-    except WeightsError:
-        return False
-
-
-def _forms_in(snapshot: Path) -> list[tuple[Form, str | None]]:
-    """The models in a snapshot: (form, the GGUF's name)."""
-    names = weight_files.file_names(snapshot, deep=True)
-    found: list[tuple[Form, str | None]] = [(form, None) for form in layout.forms(names) if form != "gguf"]
-    return found + [("gguf", name) for name in layout.weight_names(names, "gguf")]
-
-
-def _weights(snapshot: Path, form: Form, file: str | None) -> list[Path]:
-    chosen = select("", weight_files.file_names(snapshot, deep=True), form=form, file=file)
-    names = set(chosen.weights)
-    if chosen.index:
-        with suppress(WeightsError):
-            names |= set(weight_files.shards(snapshot / chosen.index))
-    return sorted((snapshot / name for name in names if (snapshot / name).is_file()), key=lambda path: -_size(path))
-
-
-def _side(snapshot: Path, form: Form) -> list[Path]:
-    names = [*SIDE_FILES, FOLDER_FORMS[form].config]
-    return [snapshot / name for name in names if (snapshot / name).is_file()]
-
-
-def _own() -> Iterator[Model]:
-    folder = cache.models_folder()
-    for path, name in serialized_files().items():
-        yield _serialized(name, path, known=path.is_relative_to(folder))
+    return Model(repo.name, INCOMPLETE, repo.folder, tuple(parts), None, nbytes, used, ours, repo.name)
 
 
 def _serialized(name: str, path: Path, *, known: bool) -> Model:
@@ -295,31 +308,36 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _forget(repo: str, commit: str, root: Path) -> None:
+def _shared(model: Model, repo: CachedRepo) -> set[Path]:
+    """Files that another model in the same snapshot needs as well: a tokenizer, an mmproj file."""
+    others = [each.model() for each in _stored_at(repo, model.commit)] if model.commit else []
+    return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
+
+
+def _forget(repo: CachedRepo, commit: str) -> None:
     """No revision points to the commit any more, and nothing is remembered of it."""
-    for ref in [path for path in (root / "refs").rglob("*") if path.is_file()]:
-        if _text(ref) == commit:
-            ref.unlink()
-    (root / "trees" / f"{commit}.json").unlink(missing_ok=True)
-    shutil.rmtree(CachedRepo(repo).headers(commit), ignore_errors=True)
+    for revision, at in _refs(repo).items():
+        if at == commit:
+            (repo.folder / "refs" / revision).unlink()
+    (repo.folder / "trees" / f"{commit}.json").unlink(missing_ok=True)
+    shutil.rmtree(repo.headers(commit), ignore_errors=True)
     for suffix in (".json", ".used"):
-        (CachedRepo(repo).notes / f"{commit}{suffix}").unlink(missing_ok=True)
-    with suppress(OSError):
-        CachedRepo(repo).headers(commit).parent.rmdir()
-    with suppress(OSError):
-        CachedRepo(repo).notes.rmdir()
+        (repo.notes / f"{commit}{suffix}").unlink(missing_ok=True)
+    for folder in (repo.headers(commit).parent, repo.notes):
+        with suppress(OSError):
+            folder.rmdir()
 
 
-def _linked(root: Path) -> set[Path]:
+def _linked(repo: CachedRepo) -> set[Path]:
     """The contents to which snapshots lead."""
-    return {path.resolve() for path in (root / "snapshots").rglob("*") if path.is_symlink()}
+    return {path.resolve() for path in (repo.folder / cache.SNAPSHOTS).rglob("*") if path.is_symlink()}
 
 
-def _remove_unused_blobs(root: Path, linked: set[Path], keep: list[Path]) -> None:
-    """Contents to which no snapshot leads, apart from those to `keep`; one that was not `linked` before is left while
-    it is young: another process may have fetched it, and be about to link it."""
-    used = _linked(root) | {path.resolve() for path in keep}
-    blobs = root / "blobs"
+def _remove_unused_blobs(repo: CachedRepo, linked: set[Path], keep: list[Path]) -> None:
+    """Remove contents to which no snapshot leads, apart from those to `keep`; one that was not `linked` before is left
+    while it is young: another process may have fetched it, and be about to link it."""
+    used = _linked(repo) | {path.resolve() for path in keep}
+    blobs = repo.folder / "blobs"
     if blobs.is_symlink():
         return
     for blob in blobs.glob("*"):
@@ -328,32 +346,3 @@ def _remove_unused_blobs(root: Path, linked: set[Path], keep: list[Path]) -> Non
         with suppress(FileNotFoundError):
             if blob.resolve() in linked or time.time() - blob.lstat().st_mtime > YOUNG:
                 blob.unlink()
-
-
-def main_encoding(path: Path, folder: Path) -> str | None:
-    """The encoding that takes most bytes of the weights file `path`, or None; the config is in `folder`.
-
-    The time at which the file was last used is not changed by reading its header.
-    """
-    if path.suffix not in (layout.SAFETENSORS, layout.GGUF) or not path.is_file():
-        return None
-    before = path.stat()
-    try:
-        reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
-        return _most_common(reader, folder)
-    except WeightsError:
-        return None
-    finally:
-        with suppress(OSError):
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _most_common(reader: Reader, folder: Path) -> str | None:
-    if (folder / layout.CONFIG).is_file():
-        method = read_json_object(folder / layout.CONFIG).get("quantization_config")
-        if isinstance(method, dict) and method.get("load_in_4bit"):
-            return str(method.get("bnb_4bit_quant_type", "nf4"))
-    sizes: dict[str, int] = {}
-    for tensor in reader.tensors.values():
-        sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
-    return max(sizes, key=lambda name: sizes[name], default=None)

@@ -1,11 +1,11 @@
 """A JSON object that nobody vouches for in, checked values out. Knows no meaning of a key, and no model.
 
 `Fields` is the typed access. What an error says, and its class, is its subclass's: `CheckpointFields` here,
-`Settings` for a prompt's files, `ConfigFields` for a model's sizes.
+`SideFile` for a prompt's files, `ConfigFields` for a model's sizes.
 """
 
 import json
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def load_object(text: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a number")
+        kind = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")
         raise NotAnObject(f"it should hold an object, not {kind}")
     return value
 
@@ -121,8 +121,8 @@ def is_size(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; a bool is none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a number that a float can hold, infinities left out; a bool is none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_positive(value: Any) -> bool:

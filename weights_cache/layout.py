@@ -30,8 +30,8 @@ NATIVE_CONFIG = "params.json"
 NATIVE = "consolidated"  # how names of weights files in Mistral's own form begin
 SAFETENSORS = ".safetensors"
 GGUF = ".gguf"
-PICTURE_PART = "mmproj"  # in the name of a GGUF file that holds a model's vision tower and projector
-PICTURE_TYPES = ("bf16", "f16", "f32")
+MMPROJ = "mmproj"  # in the name of a GGUF file that holds a model's vision tower and projector
+MMPROJ_TYPES = ("bf16", "f16", "f32")
 PICKLES = tuple(suffix for suffix, kind in file_kind.SUFFIXES.items() if kind == "pickle")
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tekken.json")
@@ -167,11 +167,11 @@ def weight_names(names: Iterable[str], form: Form) -> list[str]:
     """Which of a folder's file names stand for its weights in that form. Empty if there are none.
 
     The single file, else the index of the shards, else all other safetensors files of that form; adapters never. Of
-    GGUF files those that are models rather than the picture parts of some; of a model in several files, the first.
+    GGUF files those that are models rather than mmproj files; of a model in several files, the first.
     """
     names = set(names)
     if form == "gguf":
-        return sorted({first_shard(n) for n in names if n.endswith(GGUF) and not is_picture_part(n)})
+        return sorted({first_shard(n) for n in names if n.endswith(GGUF) and not is_mmproj(n)})
     rule = FOLDER_FORMS[form]
     for whole in (rule.single, rule.index):
         if whole in names:
@@ -193,24 +193,24 @@ def first_shard(name: str) -> str:
     return shard_names(name)[0]
 
 
-def is_picture_part(name: str) -> bool:
-    """Whether `name`, which may be a path in a repository, is that of a model's picture part."""
-    return name.endswith(GGUF) and PICTURE_PART in name.rpartition("/")[2].lower()
+def is_mmproj(name: str) -> bool:
+    """Whether `name`, which may be a path in a repository, is that of an mmproj file."""
+    return name.endswith(GGUF) and MMPROJ in name.rpartition("/")[2].lower()
 
 
-def best_picture_part(sizes: Mapping[str, int | None]) -> str:
-    """Of several picture parts, names -> bytes: bf16 by its name, then f16, then f32, then the largest."""
+def best_mmproj(sizes: Mapping[str, int | None]) -> str:
+    """Of several mmproj files, names -> bytes: bf16 by its name, then f16, then f32, then the largest."""
 
     def rank(name: str) -> tuple[int, int, str]:
         words = re.split(r"[^a-z0-9]+", name.rpartition("/")[2].lower())
-        types = [number for number, kind in enumerate(PICTURE_TYPES) if kind in words]
-        return min(types, default=len(PICTURE_TYPES)), -(sizes[name] or 0), name
+        types = [number for number, kind in enumerate(MMPROJ_TYPES) if kind in words]
+        return min(types, default=len(MMPROJ_TYPES)), -(sizes[name] or 0), name
 
     return min(sizes, key=rank)
 
 
 def _select_gguf(where: str, sizes: Listing, file: str | None) -> Selection:
-    """The GGUF `file`, or that of the quantisation `file`, or the only one, with all its parts and its picture part."""
+    """The GGUF `file`, or that of the quantisation `file`, or the only one, with all its parts and its mmproj file."""
     models = weight_names(sizes, "gguf")
     if file is not None and not file.endswith(GGUF):
         file = _of_quantization(where, models, file)
@@ -223,8 +223,8 @@ def _select_gguf(where: str, sizes: Listing, file: str | None) -> Selection:
     if entry not in sizes:
         there = f"It has {listed(models)}." if models else "It has no GGUF files."
         raise ModelNotFound(where, f"the repository has no file {file}", there)
-    pictures, note = _picture_part(where, sizes, entry)
-    return Selection("gguf", (), (*shard_names(entry), *pictures), entry, note)
+    mmproj, note = _mmproj_of(where, sizes, entry)
+    return Selection("gguf", (), (*shard_names(entry), *mmproj), entry, note)
 
 
 def _of_quantization(where: str, models: Sequence[str], tag: str) -> str:
@@ -241,17 +241,17 @@ def _of_quantization(where: str, models: Sequence[str], tag: str) -> str:
     raise ModelNotFound(where, why, advice)
 
 
-def _picture_part(where: str, sizes: Listing, entry: str) -> tuple[list[str], str | None]:
-    """The picture part for `entry`, if there is one: beside it, or else in the next folder above that has one, or else
+def _mmproj_of(where: str, sizes: Listing, entry: str) -> tuple[list[str], str | None]:
+    """The mmproj file for `entry`, if there is one: beside it, or else in the next folder above that has one, or else
     anywhere; and what to say of a choice."""
-    parts = {name: size for name, size in sizes.items() if is_picture_part(name)}
+    parts = {name: size for name, size in sizes.items() if is_mmproj(name)}
     if not parts or entry in parts:
         return [], None
     for folder in PurePosixPath(entry).parents:
         if there := {name: size for name, size in parts.items() if PurePosixPath(name).parent == folder}:
             parts = there
             break
-    best = best_picture_part(parts)
+    best = best_mmproj(parts)
     said = f"Of {len(parts)} picture parts of {where}, {best} is taken: bf16 before f16, f32, and then the largest."
     return [best], said if len(parts) > 1 else None
 
@@ -330,7 +330,7 @@ def _there_instead(where: Path | str, names: Sequence[str]) -> WeightsError | No
         advice = f"Its weights are in Mistral's own form, which takes its sizes from {NATIVE_CONFIG}: put it there."
         return WeightsNotFound(where, NATIVE_CONFIG, advice)
     for name in names:
-        if is_picture_part(name):
+        if is_mmproj(name):
             return WeightsNotFound(where, f"text model beside {name}, which is the picture part of one")
     return next((PickleRefused(f"{where}/{name}") for name in names if name.endswith(PICKLES)), None)
 

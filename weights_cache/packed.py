@@ -1,14 +1,17 @@
-"""What a weight is that stays in its encoding: the protocol, and the plain kind, rows of blocks. Knows no file."""
+"""What a weight is that stays in its encoding: `PackedWeight`, which all of codecs/ that keep one follow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from . import codecs
+from .codecs import int4, nf4
+from .codecs.int4 import Int4
+from .codecs.nf4 import NF4
+from .codecs.packed_rows import PackedRows
 from .encodings import ENCODINGS
 
 
@@ -38,35 +41,53 @@ class PackedWeight(Protocol):
         """The weights [out, in]: exact in float32, rounded once in a narrower dtype."""
 
     def in_rows(self) -> PackedWeight:
-        """The same weight in the order of its codec, whatever kernel it was put in order for."""
+        """The same weight row by row as its codec has it, whatever kernel it was put in order for."""
 
     def to(self, device: torch.device) -> PackedWeight:
         """The same weight with all parts on `device`."""
 
 
-@dataclass(frozen=True, eq=False)
-class PackedRows:
-    """A matrix [out, in] in any encoding of `codecs`: `rows` are its bytes as GGUF has them, uint8 [out, row_bytes]."""
+def in_kernel_order(weight: PackedWeight) -> PackedWeight:
+    """The same weight in the order of the CPU's 4-bit kernel, copied; as it is where it has none."""
+    if not ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0]):
+        return weight
+    if isinstance(weight, NF4):
+        return weight.interleaved()
+    return Int4.from_rows(weight.encoding, weight.rows) if isinstance(weight, PackedRows) else weight
 
-    encoding: str
-    rows: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), ENCODINGS[self.encoding].columns(self.rows.shape[1])
+def parts(
+    encoding: str, shape: tuple[int, int], *, kernel_order: bool, block: int = nf4.BLOCK, nested: bool = False
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of each of `tensors()` before there is a weight: in kernel order, where it has one.
 
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
+    `block` and `nested` are of nf4: the weights that share a magnitude, and whether the magnitudes are quantised too.
+    """
+    kernel_order = kernel_order and ENCODINGS[encoding].has_kernel_order(shape[0])
+    stored = ENCODINGS[encoding].stored_shape(*shape, kernel_order=kernel_order)
+    assert stored is not None, f"rows of {shape[1]} weights are none of {encoding}"
+    if encoding == "nf4":
+        return {"codes": (torch.uint8, stored), **nf4.beside(*shape, block=block, nested=nested)}
+    if kernel_order:
+        return {"codes": (torch.uint8, stored), **int4.beside(encoding, *shape)}
+    return {"rows": (torch.uint8, stored)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"rows": self.rows}
 
-    def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return codecs.get(self.encoding).decode(self.rows, dtype)
+def from_parts(
+    encoding: str, shape: tuple[int, int], first: Tensor, beside: Mapping[str, Tensor]
+) -> PackedWeight | None:
+    """The weight of that encoding and shape whose `tensors()` these are; None if they cannot be."""
+    kernel_order, nested = first.ndim == 3, len(beside) > 1
+    tensors = {"codes" if encoding == "nf4" or kernel_order else "rows": first, **beside}
+    found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
+    sizes = (parts(encoding, shape, kernel_order=kernel_order, block=block, nested=nested) for block in nf4.BLOCKS)
+    if found not in sizes:
+        return None
+    if encoding == "nf4":
+        return NF4(**tensors)
+    return Int4(encoding, **tensors) if kernel_order else PackedRows(encoding, **tensors)
 
-    def in_rows(self) -> PackedRows:
-        return self
 
-    def to(self, device: torch.device) -> PackedRows:
-        return PackedRows(self.encoding, self.rows.to(device))
+def plain(weight: Tensor | PackedWeight) -> Tensor:
+    """Any weight as ordinary numbers: what is packed is decoded to float32."""
+    return weight if isinstance(weight, Tensor) else weight.decoded()

@@ -88,10 +88,10 @@ def gguf_shards(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-def picture_parts(folder: Path, *, deep: bool = False) -> list[Path]:
-    """The GGUF files in `folder` that are by their names the picture parts of models; `deep`: in its folders too."""
+def mmproj_files(folder: Path, *, deep: bool = False) -> list[Path]:
+    """The GGUF files in `folder` that are mmproj files by their names; `deep`: in its folders too."""
     paths = folder.rglob(f"*{GGUF}") if deep else folder.glob(f"*{GGUF}")
-    return sorted(path for path in paths if layout.is_picture_part(path.name) and path.is_file())
+    return sorted(path for path in paths if layout.is_mmproj(path.name) and path.is_file())
 
 
 def _readable(path: Path) -> Path:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.flags import UsageError
 from pixtral_cli.cli.options import SourceFlags, WeightFlags
 from weights_cache import file_kind
 
+if TYPE_CHECKING:
+    from pixtral_cli.api import Pixtral
+
 NO_REMOTE_CODE = "--trust-remote-code has no effect: code from a repository is never run."
 
 
-def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: Any) -> Any:
+def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: Any) -> Pixtral:
     """The model that the flags name, with bars while it downloads, loads and is saved; what was chosen is told."""
     weights.check()
-    file, beside = weights.serialized_model_path, (named(source), weights.weight_path, source.weights_format)
-    if file is not None and any(beside):
+    file = weights.serialized_model_path
+    if file is not None and any((_named(source), weights.weight_path, source.weights_format)):
         raise UsageError("--serialized-model-path is a whole model: leave --model-path and --weight-path out.")
     if file is not None and source.force_download:
         raise UsageError("--serialized-model-path is a file here: --force-download has nothing to download.")
-    with console.progress(f"loading {file or model_path(source, weights)}") as progress:
+    with console.progress(f"loading {label(source, weights)}") as progress:
         from pixtral_cli import Pixtral
 
         model = Pixtral.load(
-            model_path(source, weights),
+            _model_path(source, weights),
             weight_paths=tuple(weights.weight_path or ()),
             weights_format=source.form,
             serialized_model_path=file,
@@ -48,12 +51,17 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
     return model
 
 
-def model_path(source: SourceFlags, weights: WeightFlags) -> str | None:
-    """What to load: a GGUF among the weights, and no model named, is a model of its own."""
-    brings_its_own = named(source) is None and any(file_kind.of(path) == "gguf" for path in weights.weight_path or ())
+def label(source: SourceFlags, weights: WeightFlags) -> str:
+    """What is loaded, for people."""
+    return str(weights.serialized_model_path or _model_path(source, weights) or "a GGUF")
+
+
+def _model_path(source: SourceFlags, weights: WeightFlags) -> str | None:
+    """The model's name. A GGUF among the weights, and no model named, is a model of its own."""
+    brings_its_own = _named(source) is None and any(file_kind.of(path) == "gguf" for path in weights.weight_path or ())
     return None if brings_its_own else source.name
 
 
-def named(source: SourceFlags) -> str | None:
+def _named(source: SourceFlags) -> str | None:
     """The model that the command line names: PIXTRAL_MODEL_PATH is a default, and gives way to a model's own file."""
     return None if source.model_path == os.environ.get("PIXTRAL_MODEL_PATH") else source.model_path

@@ -200,7 +200,7 @@ class RequestFlags:
             "--image",
             "-i",
             metavar="PICTURE",
-            autocompletion=completions.PICTURE.offered,
+            autocompletion=completions.IMAGE.offered,
             help="A file, an http(s) URL, a data: URI, or - for standard input. Repeatable, order kept.",
         ),
     ] = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.cli.console import Console, counted
 from pixtral_cli.cli.options import ReportFlags
 
+if TYPE_CHECKING:
+    from pixtral_cli.generation import Reply, TokenLogprob
 
-def tell(reply: Any, console: Console, report: ReportFlags) -> None:
+
+def tell(reply: Reply, console: Console, report: ReportFlags) -> None:
     """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics."""
     if console.json:
         console.object(as_object(reply))
@@ -19,7 +22,7 @@ def tell(reply: Any, console: Console, report: ReportFlags) -> None:
         console.detail(statistics(reply))
 
 
-def as_object(reply: Any) -> dict[str, Any]:
+def as_object(reply: Reply) -> dict[str, Any]:
     """The object that `--json` prints; `logprobs` is there only when it was asked for."""
     usage, timings = reply.usage, reply.timings
     value = {
@@ -46,17 +49,17 @@ def as_object(reply: Any) -> dict[str, Any]:
     return value
 
 
-def _logprob(entry: Any) -> dict[str, Any]:
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     alternatives = {"top": [_logprob(other) for other in entry.top]} if entry.top else {}
     return {"token_id": entry.token_id, "token": entry.token, "logprob": entry.logprob} | alternatives
 
 
-def statistics(reply: Any) -> str:
+def statistics(reply: Reply) -> str:
     """One line: how many tokens, how fast. Rates are in tokens a second."""
     usage, timings = reply.usage, reply.timings
-    pictures = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
+    images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
     parts = [
-        f"prompt {counted(usage.prompt_tokens, 'token')}{pictures}, {_rate(timings.prefill_tokens_per_s)}",
+        f"prompt {counted(usage.prompt_tokens, 'token')}{images}, {_rate(timings.prefill_tokens_per_s)}",
         f"answer {counted(usage.completion_tokens, 'token')}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",

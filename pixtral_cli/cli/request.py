@@ -22,12 +22,16 @@ from collections.abc import Generator, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.flags import UsageError
 from pixtral_cli.cli.options import RequestFlags
 from pixtral_cli.errors import PixtralError
+
+if TYPE_CHECKING:
+    from pixtral_cli.api import Pixtral
+    from pixtral_cli.generation import TextEvent
 
 GRACE = 0.5
 """Seconds, from the start, in which an inherited pipe may begin to speak."""
@@ -53,8 +57,8 @@ class Request:
     prompt: str = ""
     images: list[Any] = field(default_factory=list)
 
-    def stream(self, model: Any, **options: Any) -> Generator[Any, None, None]:
-        """The events of the answer that the Pixtral `model` gives, as it makes them."""
+    def stream(self, model: Pixtral, **options: Any) -> Generator[TextEvent]:
+        """The events of the answer, as the model makes them."""
         if self.messages is None:
             return model.stream_complete(self.prompt, self.images, **options)
         return model.stream(self.messages, **options)

@@ -1,1 +1,1 @@
-"""One file per command: flags in, printed results out. Heavy modules are imported inside the functions."""
+"""One file per command: flags in, calls of the Python API, console out. Heavy imports stand inside the functions."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pixtral_cli.cli.completions import ANSWERS, answer
+from pixtral_cli.cli.completions import LISTINGS, listed_now
 from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.flags import one_of
 
@@ -27,7 +27,7 @@ class CompletionsArguments:
     """For which shell. The scripts themselves ask for lists by the same argument: `pixtral completions models`."""
 
     shell: Annotated[
-        str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.", **one_of(SHELLS, beside=tuple(ANSWERS)))
+        str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.", **one_of(SHELLS, beside=tuple(LISTINGS)))
     ]
     context: typer.Context
 
@@ -35,8 +35,8 @@ class CompletionsArguments:
 def completions(arguments: CompletionsArguments) -> None:
     """Print a script with which a shell completes commands, flags, models and files."""
     console = Console()
-    if arguments.shell in ANSWERS:
-        console.write("".join(f"{word}\n" for word in answer(arguments.shell)))
+    if arguments.shell in LISTINGS:
+        console.write("".join(f"{word}\n" for word in listed_now(arguments.shell)))
     else:
         console.write(script(arguments.shell, arguments.context))
 

@@ -72,7 +72,7 @@ def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
 def as_object(name: str, source: "Source") -> dict[str, Any]:
     """The object that `--json` prints. Sizes are in bytes, lengths in tokens, pictures in pixels."""
     config, tensors = source.config, source.checkpoint.tensors
-    text, vision = config.text, config.vision
+    text, vision, images = config.text, config.vision, config.image_layout
     needs, devices = source.needs(), source.devices()
     return {
         "model": name,
@@ -84,8 +84,9 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "vocabulary": text.vocab_size,
         "vision": vision
+        and images
         and {
-            "image_size": vision.image_size,
+            "image_size": images.longest_side,
             "patch_size": vision.patch_size,
             "layers": vision.num_layers,
             "parameters": sum(prod(t.shape) for n, t in tensors.items() if n.startswith(("vision_", "multi_modal"))),

@@ -9,8 +9,8 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pixtral_cli.cli import console as printing
-from pixtral_cli.cli.console import Console
-from pixtral_cli.cli.loading import NO_REMOTE_CODE, load, model_path
+from pixtral_cli.cli.console import Console, table
+from pixtral_cli.cli.loading import NO_REMOTE_CODE, label, load
 from pixtral_cli.cli.options import SourceFlags
 from pixtral_cli.commands.serve_flags import DefaultFlags, GuardFlags, LimitFlags, ListenFlags, ServedWeightFlags
 
@@ -43,23 +43,26 @@ def serve(
     console = Console(quiet=listen.quiet)
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
-    from pixtral_cli.server import listening, process
+    from pixtral_cli.server import process
 
-    listening.check_binding(listen.host, guard.api_key or (), guard.insecure)
-    listener = listening.listen(listen.host, listen.port)
-    address = listening.url(listen.host, listener)
+    process.check_binding(listen.host, guard.api_key or (), guard.insecure)
+    listener = process.listen(listen.host, listen.port)
+    address = process.url(listen.host, listener)
 
     def start() -> Loaded:
-        console.notice(f"loading {weights.serialized_model_path or model_path(source, weights) or 'a GGUF'}")
-        model = load(source, weights, console, **_memory(weights))
-        settings = _settings(served_names(model, listen), listen, guard, limits, defaults)
-        return process.assemble(model, settings, banner(model, address, settings, weights.max_batch_size))
+        console.notice(f"loading {label(source, weights)}")
+        wanted = {"kv_cache_memory": weights.kv_cache_memory, "image_cache_memory": weights.image_cache_memory}
+        memory = {name: size for name, size in wanted.items() if size is not None}
+        model = load(source, weights, console, **memory)
+        names = tuple(listen.served_model_name or (model.name,))
+        settings = _settings(names, listen, guard, limits, defaults)
+        return process.assemble(model, settings, _banner(model, address, settings, weights.max_batch_size))
 
     terminal = process.Terminal(console.detail, printing.tell_error, _leave)
     process.serve(listener, start, listen.drain_timeout, terminal)
 
 
-def banner(model: Any, address: str, settings: Settings, batch: int) -> str:
+def _banner(model: Any, address: str, settings: Settings, batch: int) -> str:
     """What a person wants to know who has just started a server, and a first request to paste."""
     memory, limits, needs_key = model.memory, settings.limits, bool(settings.keys)
     rows = {
@@ -71,17 +74,12 @@ def banner(model: Any, address: str, settings: Settings, batch: int) -> str:
         "limits": f"{batch} requests at once, {limits.max_queue} waiting; "
         f"a request: up to {settings.max_body_bytes // 2**20} MiB, pictures up to {limits.max_images}",
         "key": "needed, but not by the page itself, /health and /ready" if needs_key else "none is asked for",
-        "try": curl_line(address, settings.names[0], needs_key),
+        "try": _curl_line(address, settings.names[0], needs_key),
     }
-    return "\n".join(f"{name:8} {text}" for name, text in rows.items())
+    return "\n".join(table([*rows.items()]))
 
 
-def served_names(model: Any, listen: ListenFlags) -> tuple[str, ...]:
-    """What requests may call the model."""
-    return tuple(listen.served_model_name or (model.name,))
-
-
-def curl_line(address: str, name: str, needs_key: bool) -> str:
+def _curl_line(address: str, name: str, needs_key: bool) -> str:
     """A request to paste into a shell."""
     body = {"model": name, "max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]}
     key = ' -H "Authorization: Bearer $PIXTRAL_API_KEY"' if needs_key else ""
@@ -110,11 +108,6 @@ def _settings(
         defaults.given(),
         limits.max_body_mib * 2**20,
     )
-
-
-def _memory(weights: ServedWeightFlags) -> dict[str, int]:
-    wanted = {"kv_cache_memory": weights.kv_cache_memory, "image_cache_memory": weights.image_cache_memory}
-    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def _size(count: int) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.cli.console import Console, counted
 from pixtral_cli.cli.loading import NO_REMOTE_CODE
 from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags
 from pixtral_cli.cli.request import PendingRequest, Request
+
+if TYPE_CHECKING:
+    from pixtral_cli.prompt.processor import Prompt
+    from pixtral_cli.source import Source
 
 EXAMPLES = """\
 Examples:
@@ -29,7 +33,7 @@ def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) ->
     console.result(as_object(source.name, prompt), as_text(prompt))
 
 
-def open_source(source: SourceFlags, console: Console) -> Any:
+def open_source(source: SourceFlags, console: Console) -> Source:
     """The Source that the flags name; only its small files are fetched."""
     with console.progress(f"loading {source.name}") as progress:
         from pixtral_cli.source import Source
@@ -44,7 +48,7 @@ def open_source(source: SourceFlags, console: Console) -> Any:
         )
 
 
-def encode(model: Any, request: Request) -> Any:
+def encode(model: Source, request: Request) -> Prompt:
     """The Prompt of a request: token ids, and prepared pictures whose pixels nobody asks for."""
     model.processor.sizes_only = True
     if request.messages is None:
@@ -52,7 +56,7 @@ def encode(model: Any, request: Request) -> Any:
     return model.chat(request.messages)
 
 
-def as_object(model: str, prompt: Any) -> dict[str, Any]:
+def as_object(model: str, prompt: Prompt) -> dict[str, Any]:
     """The object that `--json` prints. Sizes are in pixels, rows and columns in patches."""
     return {
         "model": model,
@@ -73,7 +77,7 @@ def as_object(model: str, prompt: Any) -> dict[str, Any]:
     }
 
 
-def as_text(prompt: Any) -> str:
+def as_text(prompt: Prompt) -> str:
     """The ids on one line, then a line for each picture, then the sum."""
     lines = [" ".join(str(token) for token in prompt.token_ids)]
     for number, image in enumerate(prompt.images, start=1):

@@ -1,60 +1,183 @@
-"""Steps an engine on a thread of its own, for as long as a server lives. Knows no text and no HTTP."""
+"""Requests from any thread in, the events of each into its sink: the one thread that steps an engine.
+
+Who submits or cancels never waits for a step. Knows no text and no HTTP.
+"""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import logging
+import os
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from weakref import WeakSet, finalize
 
-from pixtral_cli.engine.engine import Engine, Sink
-from pixtral_cli.engine.request import Request
+from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.request import Event, Failure, Request
+from pixtral_cli.engine.sequence import Sequence
+from pixtral_cli.errors import RequestError
+
+Sink = Callable[[Event], None]
+RAISE_AGAIN = 0.2  # seconds
+logger = logging.getLogger(__name__)
 
 
 class Driver:
-    """Requests may be submitted and cancelled from any thread at any time; neither waits for a step.
+    """Steps `engine`, which nobody else may step, on a thread that begins with the first request.
 
-    Their events are given to their sinks on the worker's thread, so a sink should only pass them on.
+    While there is none the thread holds neither driver nor engine, and it ends with them. Sinks are called on that
+    thread, so they should only pass events on.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._wake = threading.Event()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._inbox: Inbox = SimpleQueue()
+        self._sinks: dict[int, Sink] = {}
+        self._thread: threading.Thread | None = None
+        self._stepping = False
+        self._lock = threading.Lock()  # of `_thread`; never held during a step
+        finalize(self, self._inbox.put, None).atexit = False
+        _drivers.add(self)
 
     @property
-    def alive(self) -> bool:
-        """Whether requests are being worked on."""
-        return self._thread.is_alive() and not self._stopping
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return self.engine.waiting + self._inbox.qsize()
 
     def submit(self, request: Request, sink: Sink) -> int:
-        """Queue a request, which `Engine.check` has accepted -> its id."""
-        request_id = self.engine.submit(request, sink)
-        self._wake.set()
-        return request_id
+        """Queue a request -> its id. Raises RequestError as `Engine.check`."""
+        sequence = self.engine.prepare(request)
+        with self._lock:
+            self._inbox.put((self, partial(self._begin, sequence, sink)))
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=_run, args=(self._inbox,), name="engine", daemon=True)
+                self._thread.start()
+        return sequence.id
 
     def cancel(self, request_id: int) -> None:
-        """Drop a request before the next step; no event comes after the one that is under way."""
-        self.engine.cancel(request_id)
-        self._wake.set()
+        """Drop a request before the next step; no event comes after those of the step under way."""
+        if self._thread is not None:  # no lock: the garbage collector may call this anywhere, by closing a generator
+            self._inbox.put((self, partial(self._drop, request_id)))
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End after the step under way, whatever still runs or waits -> whether it has ended in `timeout` seconds."""
-        self._stopping = True
-        self._wake.set()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """End what runs and waits, even in the middle of a step -> whether the thread ended in `timeout` seconds.
 
-    def _run(self) -> None:
-        while not self._stopping:
-            self._wake.wait()
-            self._wake.clear()
-            self._step()  # at least one, for what was cancelled
-            while self.engine.busy and not self._stopping:
+        The sinks are told by a RequestError. A request that comes later starts another thread.
+        """
+        thread, until = self._thread, time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
+        if thread is None:
+            return True
+        self._inbox.put((self, _leave))
+        while thread.is_alive() and time.monotonic() < until:
+            if self._stepping:
+                _raise_in(thread, SystemExit)  # again and again: what a destructor is doing would swallow it
+            thread.join(min(RAISE_AGAIN, until - time.monotonic()))
+        return not thread.is_alive()
+
+    def work(self, change: Callable[[], None]) -> None:
+        """Step until nothing runs or waits, and take in what is submitted and cancelled between the steps."""
+        try:
+            change()
+            self._take_changes()
+            while self.engine.busy:
                 self._step()
+                self._take_changes()
+        except SystemExit:
+            self._abandon(RequestError("The engine was stopped before the answer ended."))
+            raise
+
+    def _take_changes(self) -> None:
+        while not self._inbox.empty():
+            if (item := self._inbox.get_nowait()) is not None:
+                item[1]()
 
     def _step(self) -> None:
         """A step that fails as a whole is a bug: who is there learns of it, and who comes next is answered."""
+        self._stepping = True
         try:
-            self.engine.step()
+            events = self.engine.step()
         except Exception as error:
-            self.engine.fail(error)
+            events = [Failure(request_id, error) for request_id in self._sinks]
+        finally:
+            self._stepping = False
+        for event in events:
+            self._deliver(event)
+
+    def _begin(self, sequence: Sequence, sink: Sink) -> None:
+        self._sinks[sequence.id] = sink
+        self.engine.scheduler.add(sequence)
+
+    def _drop(self, request_id: int) -> None:
+        self._sinks.pop(request_id, None)
+        self.engine.cancel(request_id)
+
+    def _deliver(self, event: Event) -> None:
+        sink = self._sinks[event.request_id]
+        if isinstance(event, Failure) or event.finish_reason is not None:
+            self._drop(event.request_id)
+        try:
+            sink(event)
+        except Exception:
+            logger.exception("An event could not be passed on.")
+            self._drop(event.request_id)
+
+    def _abandon(self, error: Exception) -> None:
+        """The thread has ended, and with it all that was under way."""
+        with self._lock:
+            self._thread = None
+            while not self._inbox.empty():
+                if (item := self._inbox.get_nowait()) is not None and item[1] is not _leave:
+                    item[1]()
+            for request_id in list(self._sinks):
+                self._deliver(Failure(request_id, error))
+
+    def after_fork(self) -> None:
+        """In the child. The thread, and whoever held the lock, are the parent's."""
+        self._lock = threading.Lock()
+        self._abandon(RequestError("The process was forked before the answer ended."))
+
+
+Inbox = SimpleQueue[tuple[Driver, Callable[[], None]] | None]
+"""What is to be done between two steps, and by which driver, which is held no longer than that."""
+
+
+def _run(inbox: Inbox) -> None:
+    """The thread of a driver, until the driver is gone or stopped."""
+    with suppress(SystemExit):  # of `stop`
+        while (item := inbox.get()) is not None:
+            driver, change = item
+            driver.work(change)
+            del item, driver, change
+
+
+def _leave() -> None:
+    raise SystemExit
+
+
+def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise between two of the thread's next bytecodes: when the tensor operation under way has ended."""
+    assert thread.ident is not None, "the thread was never started"
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
+
+
+_drivers: WeakSet[Driver] = WeakSet()
+
+
+def _stop_all() -> None:
+    """Before the interpreter closes: a thread that came back from torch into a closed one would abort the process."""
+    for driver in list(_drivers):
+        driver.stop()
+
+
+def _after_fork_in_child() -> None:
+    for driver in list(_drivers):
+        driver.after_fork()
+
+
+atexit.register(_stop_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)

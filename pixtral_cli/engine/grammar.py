@@ -82,12 +82,10 @@ class _Tokens:
         self.encode, self.token_bytes = vocabulary.encode, vocabulary.token_bytes
         self.eos_token_id = min(vocabulary.end_ids)
         self.special_token_ids = sorted(vocabulary.special_ids | vocabulary.end_ids)
+        self.by_length: Callable[[str], Sequence[int]] = lambda text: ()
+        """The longest tokens that spell a text, for what the tokenizer has no spelling of: llguidance's, once made."""
         names = {id: b"<%d>" % id for id in self.special_token_ids}
         self.tokens = [names.get(id) or vocabulary.token_bytes(id) for id in range(vocabulary.size)]
-
-    def by_length(self, text: str) -> Sequence[int]:
-        """The longest tokens that spell the text, for what the tokenizer has no spelling of."""
-        return ()
 
     def __call__(self, data: bytes) -> Sequence[int]:
         """How the model would write what the grammar leaves no choice about; llguidance trusts it to spell `data`."""

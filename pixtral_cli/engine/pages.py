@@ -138,12 +138,12 @@ class PageTable:
 
 
 class PageKeys:
-    """The keys of a sequence's full pages: a chain of SHA-256 over token ids, the pictures in them, and a salt.
+    """The keys of a sequence's full pages: a chain of SHA-256 over token ids, the images in them, and a salt.
 
-    A picture counts by its own key, in every page that has one of its image tokens.
+    An image counts by its own key, in every page that has one of its image tokens.
     """
 
-    def __init__(self, request: Request, image_token_id: int) -> None:
+    def __init__(self, request: Request, image_token_id: int | None) -> None:
         self._images = [image.key for image in request.images]
         self._ends = list(accumulate(image.features for image in request.images))
         self._image_token_id = image_token_id
@@ -156,12 +156,12 @@ class PageKeys:
         for page in range(len(self.keys), full_pages):
             ids = token_ids[page * PAGE : (page + 1) * PAGE]
             content = hashlib.sha256(self._last + array("q", ids).tobytes())
-            for key in self._shown_in(ids):
+            for key in self._image_keys(ids):
                 content.update(key)
             self._last = content.digest()
             self.keys.append(self._last)
 
-    def _shown_in(self, ids: Sequence[int]) -> list[bytes]:
+    def _image_keys(self, ids: Sequence[int]) -> list[bytes]:
         here = ids.count(self._image_token_id) if self._images else 0
         if not here:
             return []

@@ -1,4 +1,4 @@
-"""Pieces of sequences in, logits out: flattens them into one forward pass. Knows no scheduling and chooses no token."""
+"""Chunks of sequences in, logits out: flattens them into one forward pass. Knows no scheduling and chooses no token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.request import ImageInput, TokenScores
+from pixtral_cli.engine.request import ImageInput
+from pixtral_cli.engine.sampler import TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache
@@ -37,7 +38,7 @@ def rounded_rows(rows: int) -> int:
 
 
 class ImageFeatures:
-    """Features [rows * columns, C] by the picture's key and a salt; beyond `limit` bytes those unused for longest go.
+    """Features [rows * columns, C] by the image's key and a salt; beyond `limit` bytes those unused for longest go.
 
     One that is larger than the limit is kept until the next comes: a prompt computed in chunks needs it again.
     """
@@ -105,7 +106,7 @@ class Runner:
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
         spans = [chunk.sequence.span(chunk.tokens) for chunk in chunks]
         text = self.model.config.text
-        with self.threads.chosen(len(x), text.multiplications_per_token):
+        with self.threads.chosen(len(x), self.model.multiplications_per_token):
             hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
             logits = self.model.logits(hidden[wanted])
         scores = {
@@ -137,20 +138,19 @@ class Runner:
         return torch.arange(start, start + chunk.tokens, device=self.model.device)
 
     def _embed(self, chunk: Chunk) -> Tensor:
-        """Only a prompt's own image tokens stand for pictures: one that was generated is a token like others."""
-        sequence, start = chunk.sequence, chunk.sequence.computed
+        """Only a prompt's own image tokens stand for images: one that was generated is a token like others."""
+        sequence, start, device = chunk.sequence, chunk.sequence.computed, self.model.device
         ids = sequence.token_ids[start : start + chunk.tokens]
-        tensor = torch.tensor(ids, device=self.model.device)
         image_token, prompt = self.model.config.image_token_id, max(sequence.prompt_length - start, 0)
-        here = ids[:prompt].count(image_token) if sequence.request.images else 0
-        if not here:
-            return self.model.embed(tensor)
-        before = sequence.token_ids[:start].count(image_token)
+        if not sequence.request.images or image_token not in ids[:prompt]:
+            return self.model.embed(torch.tensor(ids, device=device))
+        before, here = (tokens.count(image_token) for tokens in (sequence.token_ids[:start], ids[:prompt]))
         features = torch.cat(list(self._features(sequence, before, before + here)))
-        return torch.cat([self.model.embed(tensor[:prompt], features), self.model.embed(tensor[prompt:])])
+        shown, written = torch.tensor(ids, device=device).tensor_split([prompt])
+        return torch.cat([self.model.embed(shown, features), self.model.embed(written)])
 
     def _features(self, sequence: Sequence, first: int, end: int) -> Iterator[Tensor]:
-        """Features of the sequence's image tokens number `first` up to `end`; those of a picture are computed whole."""
+        """Features of the sequence's image tokens number `first` up to `end`; those of an image are computed whole."""
         position = 0
         for image in sequence.request.images:
             begin, position = position, position + image.features

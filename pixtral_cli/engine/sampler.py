@@ -1,121 +1,243 @@
-"""Logits in, a token out. Knows no sequences.
+"""Logits of several sequences in, a token for each out. Knows no sequences: a row gets the token that it gets alone.
 
 What alters the logits comes in the order of vLLM (`v1/sample/sampler.py`): the tokens that a grammar allows, logit
 bias, repetition penalty, frequency and presence penalty. Then the filters in the order of transformers
-(`generation/logits_process.py`): temperature, top-k, top-p, min-p. V is the vocabulary's size.
+(`generation/logits_process.py`): temperature, top-k, top-p, min-p. Letters: N rows, V the vocabulary's size.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pixtral_cli.engine.request import Sampling, TokenScores
 from pixtral_cli.errors import BrokenLogits
 
 if TYPE_CHECKING:
     from pixtral_cli.engine.grammar import Constraint
 
+GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and its division would overflow
 
-def choose(
-    logits: Tensor,
-    sampling: Sampling,
-    prompt: Sequence[int],
-    answer: Sequence[int],
-    random: torch.Generator,
-    constraint: Constraint | None = None,
-) -> int:
-    """The next token for float32 logits [V] after the tokens of the prompt and of the answer so far.
 
-    Raises:
-        BrokenLogits: no token can be chosen, because the model computed numbers that are none.
-        RequestError: the constraint became too complex.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults are greedy.
+
+    `top_k` below 1 and `top_p` 1 switch those filters off; `seed` None draws a fresh one. `logit_bias` is added to the
+    logits of its token ids. `frequency_penalty` counts for every time that a token was generated, `presence_penalty`
+    once for every token that was.
     """
-    mask = None if constraint is None else constraint.mask()
-    logits = keep_allowed(logits, mask)
-    logits = add_bias(logits, sampling.logit_bias)
-    if sampling.repetition_penalty != 1:
-        logits = penalise_repetition(logits, {*prompt, *answer}, sampling.repetition_penalty)
-    logits = penalise_frequency(logits, answer, sampling.frequency_penalty, sampling.presence_penalty)
-    best, place = logits.max(0)
-    if not best.isfinite():
+
+    temperature: float = 0.0
+    top_k: int = 1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW or self.top_k == 1 or self.top_p == 0
+
+    @property
+    def alters_logits(self) -> bool:
+        """Whether the likeliest token of the plain logits may not be the one to draw."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return penalties or bool(self.logit_bias)
+
+
+class Row(NamedTuple):
+    """What decides the next token of one sequence: the first `prompt_length` of `token_ids` are its prompt."""
+
+    sampling: Sampling
+    token_ids: Sequence[int]
+    prompt_length: int
+    random: torch.Generator
+    constraint: Constraint | None = None
+
+
+class TokenScores(NamedTuple):
+    """Scores of N consecutive tokens, each given those before it, on the CPU, float32 and int64.
+
+    They are natural log-probabilities [N], and the ids [N, k] and log-probabilities [N, k] of the k likeliest tokens
+    in the place of each, best first.
+    """
+
+    logprobs: Tensor
+    best_ids: Tensor
+    best_logprobs: Tensor
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | Exception]:
+    """The next token for each row of float32 logits [N, V], or why there is none; a row that fails fails alone.
+
+    The errors are BrokenLogits, because the model computed numbers that are none, and RequestError, because a
+    constraint became too complex.
+    """
+    try:
+        return [*choose(logits, rows)]
+    except Exception as error:
+        if len(rows) == 1:
+            return [error]
+        return [choice for each, row in zip(logits, rows, strict=True) for choice in sample(each[None], [row])]
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """As `sample`, but for any row that fails it raises. Nothing is drawn before."""
+    best, likeliest = logits.max(-1)
+    _check_finite(best)
+    if any(row.constraint is not None or row.sampling.alters_logits for row in rows):
+        logits = altered(logits, rows)
+        best, likeliest = logits.max(-1)
+        _check_finite(best)
+    choices: list[int] = likeliest.tolist()
+    drawing = [place for place, row in enumerate(rows) if not row.sampling.greedy]
+    if drawing:
+        drawn = draw((logits - best[:, None])[drawing], [rows[place] for place in drawing])
+        for place, choice in zip(drawing, drawn, strict=True):
+            choices[place] = choice
+    return choices
+
+
+def _check_finite(best: Tensor) -> None:
+    """The largest is no number as well where a single score is none."""
+    if not best.isfinite().all():
         raise BrokenLogits
-    if sampling.greedy:
-        return int(place)
-    logits = ((logits - best) / sampling.temperature).cpu()
-    logits = keep_top_k(logits, sampling.top_k)
-    logits = keep_top_p(logits, sampling.top_p)
-    logits = keep_min_p(logits, sampling.min_p)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=random))
 
 
-def keep_allowed(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Keep what the mask, bool [tokens of the tokenizer], allows; a model's further logits stand for no token."""
-    if mask is None:
+def altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits [N, V] after constraints, bias and penalties; only the answer counts for frequency and presence."""
+    settings = [row.sampling for row in rows]
+    logits = keep_allowed(logits, [None if row.constraint is None else row.constraint.mask() for row in rows])
+    logits = add_bias(logits, [each.logit_bias for each in settings])
+    repeating = [row.token_ids if row.sampling.repetition_penalty != 1 else () for row in rows]
+    logits = penalise_repetition(logits, repeating, [each.repetition_penalty for each in settings])
+    counting = (each.frequency_penalty != 0 or each.presence_penalty != 0 for each in settings)
+    answers = [row.token_ids[row.prompt_length :] if counts else () for row, counts in zip(rows, counting, strict=True)]
+    penalties = [(each.frequency_penalty, each.presence_penalty) for each in settings]
+    return penalise_frequency(logits, answers, penalties)
+
+
+def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """A token for each row of logits [N, V] whose largest is 0: as torch.multinomial, by each row's own generator."""
+    settings = [row.sampling for row in rows]
+    logits = (logits / _column([each.temperature for each in settings], logits)).cpu()
+    logits = keep_top_k(logits, [each.top_k for each in settings])
+    logits = keep_top_p(logits, [each.top_p for each in settings])
+    logits = keep_min_p(logits, [each.min_p for each in settings])
+    probabilities = logits.softmax(-1)
+    waits = torch.empty_like(probabilities)  # of an exponential race, which each token wins with its probability
+    for wait, row in zip(waits, rows, strict=True):
+        wait.exponential_(generator=row.random)
+    return (probabilities / waits).argmax(-1).tolist()
+
+
+def keep_allowed(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+    """Keep what each row's mask, bool [tokens of the tokenizer], allows; a model's further logits stand for no token.
+
+    Without a mask, all is allowed.
+    """
+    if all(mask is None for mask in masks):
         return logits
-    allowed = torch.zeros(logits.numel(), dtype=torch.bool)
-    allowed[: mask.numel()] = mask[: logits.numel()]
+    allowed = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, mask in zip(allowed, masks, strict=True):
+        if mask is None:
+            row.fill_(True)
+        else:
+            row[: mask.numel()] = mask[: row.numel()]
     return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
-def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """Add to the logits of these tokens (OpenAI's `logit_bias`)."""
-    if not bias:
+def add_bias(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> Tensor:
+    """Add to the logits of each row's tokens (OpenAI's `logit_bias`)."""
+    if not any(biases):
         return logits
-    places = torch.tensor(list(bias), device=logits.device)
-    return logits.index_add(0, places, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device))
+    values = [value for bias in biases for value in bias.values()]
+    return logits.index_put(_places(biases, logits), _like(values, logits), accumulate=True)
 
 
-def penalise_frequency(logits: Tensor, answer: Sequence[int], frequency: float, presence: float) -> Tensor:
-    """Subtract `frequency` for every time that a token was generated and `presence` once if it was.
+def penalise_repetition(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequence[float]) -> Tensor:
+    """Divide positive and multiply negative logits of tokens already there (Keskar et al. 2019, section 4.1)."""
+    if not any(seen):
+        return logits
+    rows, ids = _places([set(tokens) for tokens in seen], logits)
+    scores, penalty = logits[rows, ids], _like(penalties, logits)[rows]
+    return logits.index_put((rows, ids), torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def penalise_frequency(
+    logits: Tensor, answers: Sequence[Sequence[int]], penalties: Sequence[tuple[float, float]]
+) -> Tensor:
+    """Subtract the first penalty for every time that a token was generated and the second once if it was.
 
     Source: OpenAI's API reference, "frequency and presence penalties"; as there and in vLLM, the prompt is not counted.
     """
-    if not answer or (frequency == 0 and presence == 0):
+    if not any(answers):
         return logits
-    counts = Counter(answer)
-    places = torch.tensor(list(counts), device=logits.device)
-    times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
-    return logits.index_add(0, places, -(times * frequency + presence))
+    counts = [Counter(answer) for answer in answers]
+    rows, ids = _places(counts, logits)
+    times = _like([times for count in counts for times in count.values()], logits)
+    frequency, presence = _like(penalties, logits)[rows].unbind(-1)
+    return logits.index_put((rows, ids), -(times * frequency + presence), accumulate=True)
 
 
-def penalise_repetition(logits: Tensor, seen: Collection[int], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of tokens already there (Keskar et al. 2019, section 4.1)."""
-    if penalty == 1 or not seen:
+def keep_top_k(logits: Tensor, ks: Sequence[int]) -> Tensor:
+    """Keep each row's k largest, and what equals the smallest of them; a k below 1 keeps all."""
+    size = logits.shape[-1]
+    limited = [place for place, k in enumerate(ks) if 0 < k < size]
+    if not limited:
         return logits
-    places = torch.tensor(list(seen), device=logits.device)
-    scores = logits[places]
-    return logits.index_copy(0, places, torch.where(scores < 0, scores * penalty, scores / penalty))
+    largest = logits[limited].topk(max(ks[place] for place in limited)).values
+    least = logits.new_full((len(logits), 1), -torch.inf)
+    least[limited] = largest.gather(-1, torch.tensor([[ks[place] - 1] for place in limited], device=logits.device))
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest, and what equals the smallest of them; 0 keeps all."""
-    if not 0 < k < logits.numel():
+def keep_top_p(logits: Tensor, ps: Sequence[float]) -> Tensor:
+    """Keep each row's likeliest tokens that together reach probability p (Holtzman et al. 2020); at least one."""
+    limited = [place for place, p in enumerate(ps) if p < 1]
+    if not limited:
         return logits
-    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that together reach probability p (Holtzman et al. 2020); at least one."""
-    if p >= 1:
-        return logits
-    ordered, places = logits.sort(descending=True)
+    ordered, places = logits[limited].sort(descending=True)
     probabilities = ordered.softmax(-1)
-    beyond = probabilities.cumsum(-1) - probabilities >= p  # what came before it reaches p already
-    beyond[0] = False  # a p that float32 rounds to 0 is reached by nothing at all
-    return logits.index_fill(0, places[beyond], -torch.inf)
+    reached = probabilities.cumsum(-1) - probabilities  # by what comes before
+    beyond = reached >= _column([ps[place] for place in limited], logits)
+    beyond[:, 0] = False  # a p that float32 rounds to 0 is reached by nothing at all
+    kept = ordered.masked_fill(beyond, -torch.inf)
+    return logits.index_put((torch.tensor(limited, device=logits.device)[:, None], places), kept)
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
-    if p <= 0:
+def keep_min_p(logits: Tensor, ps: Sequence[float]) -> Tensor:
+    """Keep each row's tokens at least p times as likely as its likeliest (Nguyen et al. 2024)."""
+    if not any(ps):
         return logits
     probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
+    least = _column(ps, logits) * probabilities.amax(-1, keepdim=True)
+    return logits.masked_fill(probabilities < least, -torch.inf)
+
+
+def _places(tokens: Sequence[Collection[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's number once for each of its tokens, and the tokens: indices into logits [N, V]."""
+    counts = torch.tensor([len(ids) for ids in tokens], device=logits.device)
+    ids = torch.tensor([token_id for ids in tokens for token_id in ids], device=logits.device)
+    return torch.arange(len(tokens), device=logits.device).repeat_interleave(counts), ids
+
+
+def _like(values: Sequence[object], logits: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=logits.dtype, device=logits.device)
+
+
+def _column(values: Sequence[float], logits: Tensor) -> Tensor:
+    """One value for each row [N, 1]."""
+    return _like(values, logits)[:, None]
 
 
 def score(logits: Tensor, token_ids: Tensor, alternatives: int) -> TokenScores:

@@ -1,8 +1,8 @@
 """Sequences in, the chunks to compute in the next step out. Knows pages and no tensors.
 
-A chunk is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token;
-prompts take turns with what is left of a step, so that a long one never makes the others wait for long. When no page
-is left for one that decodes, the one that came last gives its pages back and begins again later.
+A chunk is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token.
+Prompts share what is left of a step, first who waited longest, so that a long one does not hold up the others. When no
+page is left for one that decodes, the one that came last gives its pages back and begins again later.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Scheduler:
         self._steps = 0
 
     def add(self, sequence: Sequence) -> None:
-        sequence.name_prompt()
         self.waiting.append(sequence)
 
     def remove(self, request_id: int) -> None:
@@ -122,7 +121,7 @@ class Scheduler:
         if self.exact:
             known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
         self.table.share(known)
-        sequence.pages, sequence.computed, sequence.turn = known, len(known) * PAGE, self._steps
+        sequence.pages, sequence.computed, sequence.waits_since = known, len(known) * PAGE, self._steps
         if not self._grow(sequence, sequence.pending):
             self.table.release(known)
             sequence.restart()
@@ -134,14 +133,14 @@ class Scheduler:
     def _prefill(self, others_decode: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
         left = SHORT_CHUNK if others_decode else CHUNK
-        waiting = sorted((s for s in self.running if s.prefilling), key=lambda s: s.turn)  # longest without a turn
+        waiting = sorted((s for s in self.running if s.prefilling), key=lambda s: s.waits_since)
         for sequence in waiting[: self.max_ce_batch_size]:
             most = self._exactly(sequence) if self.exact else left
             tokens = min(sequence.pending, most)
             if tokens == 0 or (chunks and tokens > left):
                 break
             chunks.append(Chunk(sequence, tokens))
-            sequence.turn = self._steps + 1
+            sequence.waits_since = self._steps + 1
             left -= tokens
         return chunks
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pixtral_cli.engine.pages import PageKeys
-from pixtral_cli.engine.request import FinishReason, Request, TokenScores
+from pixtral_cli.engine.request import FinishReason, Request
+from pixtral_cli.engine.sampler import Row, TokenScores
 from pixtral_cli.model.kv_cache import PAGE, Span
 
 
@@ -15,29 +16,27 @@ class Sequence:
     It ends after `max_tokens` new tokens at the latest. The first `scored` tokens of the prompt need no more scores.
     """
 
-    def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int) -> None:
+    def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int | None) -> None:
         self.id = request_id
         self.request = request
         self.max_tokens = max_tokens
         self.prompt_length = len(request.token_ids)
         self.token_ids = list(request.token_ids)
         self.page_keys = PageKeys(request, image_token_id)
+        self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)  # one token is always left to compute
         self.pages: list[int] = []
         self.computed = 0
         self.cached_tokens = 0
         self.scored = self.prompt_length if request.prompt_logprobs is None else 1  # nothing comes before the first
         self.scores: list[TokenScores] = []
         self.prefilling = True
-        self.turn = 0  # of prefilling: the step after the last in which it had one, or that in which it entered
-        self.random = torch.Generator()
+        self.waits_since = 0  # while it prefills: the step after its last chunk, or that in which it entered
+        random = torch.Generator()
         if request.sampling.seed is None:
-            self.random.seed()
+            random.seed()
         else:
-            self.random.manual_seed(request.sampling.seed)
-
-    def name_prompt(self) -> None:
-        """Give the prompt's pages their keys; one token is always left to compute."""
-        self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)
+            random.manual_seed(request.sampling.seed)
+        self.row = Row(request.sampling, self.token_ids, self.prompt_length, random, request.constraint)
 
     @property
     def pending(self) -> int:
@@ -81,13 +80,9 @@ class Sequence:
         self.scored += len(scores.logprobs)
 
     def take_scores(self) -> tuple[TokenScores, ...]:
-        """All of the prompt's, once."""
+        """All scores of the prompt, once."""
         scores, self.scores = tuple(self.scores), []
         return scores
-
-    def append(self, token_id: int) -> None:
-        """Take the token that was chosen."""
-        self.token_ids.append(token_id)
 
     def restart(self) -> None:
         """It has lost its pages: everything is to be computed again."""

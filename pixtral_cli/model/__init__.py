@@ -1,1 +1,1 @@
-"""Tensors in, logits out. Knows no text, no pictures' files and no requests."""
+"""Tensors in, logits out. Knows no text, no image files and no requests."""

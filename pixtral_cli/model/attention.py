@@ -1,7 +1,7 @@
 """Queries, keys and values in, mixed values out; and positions in, the rotations of queries and keys out. Knows no
 weights and no cache.
 
-Rotations turn halves (x[i] with x[i + D/2]), the order of Hugging Face weights: one position for a token of text, two
+Rotations pair halves (x[i] with x[i + D/2]), the order of Hugging Face weights: one position for a token of text, two
 for a patch of an image. Letters: N new tokens or patches, L tokens to attend to, H query heads, K key-value heads,
 G = H / K, D head_dim.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and sin, each [N, 1, D]: what turns the heads of N tokens or patches to their positions."""
+"""cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
 MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
 
@@ -28,20 +28,11 @@ class Attend(Protocol):
         ...
 
 
-class AttendWithin:
-    """Attention without order inside each segment: an image's patches see their own image only."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([_bidirectional(*part) for part in parts])
-
-
-def _bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-    return scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
@@ -69,7 +60,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         k, v = k[:, -window:], v[:, -window:]
     kv_heads, _, dim = k.shape
     folded = q.view(1, kv_heads, -1, dim)  # [1, K, G, D]
-    return scaled_dot_product_attention(folded, k[None], v[None]).view(1, -1, dim)
+    return scaled_dot_product_attention(folded, k[None], v[None]).reshape(1, -1, dim)
 
 
 def causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
@@ -81,20 +72,15 @@ def causal_mask(n: int, length: int, window: int | None, device: torch.device) -
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """float32 [D/2]: theta^(-2i/D), Su et al. 2021 (RoFormer), section 3.2.2."""
+    """float32 [D/2]: theta^(-2i/D), the angles of position 1 (Su et al. 2021, RoFormer, section 3.2.2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / theta**exponents
-
-
-def text_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Integer positions [N] -> float32 angles [N, D/2]."""
-    return positions.float()[:, None] * frequencies(head_dim, theta, positions.device)
 
 
 def grid_angles(rows: int, columns: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Angles of one image's patches in raster order, float32 [rows * columns, D/2].
 
-    Even frequencies turn with the row and odd ones with the column, laid out [rows, columns]
+    Even frequencies are the row's and odd ones the column's, laid out [rows, columns]
     (transformers `modeling_pixtral.py`, mistral-inference `rope.py`). A patch at row 2, column 3 with D = 4 and
     theta = 1e4 has the angles [2 * 1, 3 * 0.01].
     """
@@ -111,6 +97,6 @@ def cos_sin(angles: Tensor, dtype: torch.dtype) -> Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [N, heads, D] by (cos, sin) [N, 1, D]."""
+    """x [N, heads, D] rotated by (cos, sin) [N, 1, D]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

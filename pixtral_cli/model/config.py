@@ -33,40 +33,40 @@ class TextConfig:
         """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    @property
-    def multiplications_per_token(self) -> int:
-        """Of its matrices' weights with one token, the head's left out."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
-
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the Pixtral tower; lengths of pictures and patches in pixels. `feature_layer` counts layers to run."""
+    """Sizes of the Pixtral tower; lengths in pixels. `feature_layer` counts layers to run."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
+    head_dim: int
     num_channels: int
-    image_size: int
     patch_size: int
     rope_theta: float
     feature_layer: int
     norm_eps: float = 1e-5
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How images become tokens, in pixels: each square of side `token_size` is an image token, in raster order; an
+    image is resized so that no side is longer than `longest_side`."""
+
+    token_size: int
+    longest_side: int
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the checkpoint is: a decoder and, in a Pixtral, a vision tower with its projector."""
+    """What the checkpoint is: a decoder and, where it sees, a vision tower with its projector."""
 
     architecture: str
     text: TextConfig
     vision: VisionConfig | None = None
+    image_layout: ImageLayout | None = None
     image_token_id: int | None = None
     projector_bias: bool = True
 

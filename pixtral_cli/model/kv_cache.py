@@ -87,8 +87,8 @@ class AttendPaged:
         tokens = len(self._new)
         self._kv_cache.write(layer, self._new, k[:tokens], v[:tokens])
         mixed = [
-            causal_attention(piece, *self._kv_cache.read(layer, where), self._windows[layer], self._mask)
-            for piece, where in zip(q[:tokens].split(self._lengths), self._all, strict=True)
+            causal_attention(queries, *self._kv_cache.read(layer, where), self._windows[layer], self._mask)
+            for queries, where in zip(q[:tokens].split(self._lengths), self._all, strict=True)
         ]
         if tokens < len(q):
             mixed.append(q.new_zeros(q[tokens:].shape))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pixtral_cli.model.attention import Attend, Rotary, cos_sin, text_angles
+from pixtral_cli.model.attention import Attend, Rotary, cos_sin, frequencies
 from pixtral_cli.model.config import ModelConfig, TextConfig
 from pixtral_cli.model.layers import Embedding, GatedFeedForward, SelfAttention
 
@@ -23,6 +23,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        matrices = (layer for layer in self.language_model.modules() if isinstance(layer, nn.Linear))
+        self.multiplications_per_token = sum(matrix.weight.numel() for matrix in matrices)  # without the head's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,7 +71,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
-        rotary = cos_sin(text_angles(positions, self.config.head_dim, self.config.rope_theta), x.dtype)
+        angles = positions.float()[:, None] * frequencies(self.config.head_dim, self.config.rope_theta, x.device)
+        rotary = cos_sin(angles, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, attend, index)
         return self.norm(x)

@@ -6,8 +6,6 @@ device and encoding agree, converted one at a time where they do not, so that pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.names import HEAD
-from weights_cache.packed import PackedRows, PackedWeight
+from weights_cache.packed import PackedRows
 from weights_cache.progress import Progress
 
 ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
@@ -66,10 +64,19 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
 
     A head of its own counts, whatever the config says of tied ones (as in transformers since 5.24).
     """
+    tensors, where = checkpoint.tensors, next(iter(checkpoint.weight_paths), checkpoint.folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if model.config.text.tied_embeddings and HEAD not in checkpoint.tensors:
+    if model.config.text.tied_embeddings and HEAD not in tensors:
         del shapes[HEAD]
-    check_tensors(shapes, checkpoint)
+    if missing := [name for name in shapes if name not in tensors]:
+        raise TensorsMissing(missing, where)
+    if unexpected := [name for name in tensors if name not in shapes]:
+        raise TensorsUnexpected(unexpected, where)
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise TensorShapeMismatch(name, shape, tensors[name].shape)
+        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
+            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")
     return list(shapes)
 
 
@@ -77,19 +84,13 @@ def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Weight:
     """One tensor in the encoding that it is to have: the file's own bytes if it has it there."""
     stored, target = checkpoint.tensors[name].encoding, placement.encodings[name]
     if target == stored and target not in DTYPES:
-        return _packed(checkpoint, name, target)
+        return checkpoint.weight(name)
     weight = checkpoint.tensor(name)
     with ENCODING_THREADS.chosen(1, weight.numel() * STEPS_A_WEIGHT):
         converted = _converted(weight, target, placement.double_quantization)
     if converted is not weight:
         checkpoint.release(name)  # so that peak memory stays near the final size
     return converted
-
-
-def _packed(checkpoint: Checkpoint, name: str, encoding: str) -> PackedWeight:
-    if encoding == "nf4":
-        return checkpoint.nf4(name)
-    return checkpoint.int4(name) or PackedRows(encoding, checkpoint.packed(name))
 
 
 def _converted(weight: Tensor, target: str, double_quantization: bool) -> Weight:
@@ -121,17 +122,3 @@ def _tie(model: LanguageModel) -> None:
         model.lm_head = KernelLinear(ReferenceKernel(table.weight, model.device))
     else:
         model.lm_head.weight = table.weight
-
-
-def check_tensors(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
-    """Every tensor there, none left over, each of its shape."""
-    tensors, where = checkpoint.tensors, next(iter(checkpoint.weight_paths), checkpoint.folder)
-    if missing := [name for name in shapes if name not in tensors]:
-        raise TensorsMissing(missing, where)
-    if unexpected := [name for name in tensors if name not in shapes]:
-        raise TensorsUnexpected(unexpected, where)
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise TensorShapeMismatch(name, shape, tensors[name].shape)
-        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
-            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")

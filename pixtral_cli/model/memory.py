@@ -68,13 +68,13 @@ def needs(tensors: Mapping[str, TensorInfo], config: TextConfig) -> list[Need]:
     """One Need for each encoding that can be asked for; the file's own comes first, if it is another."""
     placements = [place(tensors, None), *(place(tensors, ENCODINGS[name]) for name in CHOICES)]
     unique = {placement.label: placement for placement in reversed(placements)}
-    return [_need(tensors, config, unique[label]) for label in dict.fromkeys(each.label for each in placements)]
-
-
-def _need(tensors: Mapping[str, TensorInfo], config: TextConfig, placement: Placement) -> Need:
-    bits = int(ENCODINGS[placement.dtype].bits)
-    cache = {tokens: kv_bytes(config, tokens, bits // 8) for tokens in lengths(config)}
-    return Need(placement.label, weight_bytes(tensors, placement), kernel_bytes(tensors, placement), cache)
+    found = []
+    for placement in (unique[label] for label in dict.fromkeys(each.label for each in placements)):
+        width = ENCODINGS[placement.dtype].block_bytes
+        cache = {tokens: kv_bytes(config, tokens, width) for tokens in lengths(config)}
+        weights, beside = weight_bytes(tensors, placement), kernel_bytes(tensors, placement)
+        found.append(Need(placement.label, weights, beside, cache))
+    return found
 
 
 def lengths(config: TextConfig, wanted: Sequence[int] = LENGTHS) -> list[int]:
@@ -83,24 +83,23 @@ def lengths(config: TextConfig, wanted: Sequence[int] = LENGTHS) -> list[int]:
 
 
 def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that the weights take as `placement` says."""
-    return sum(_bytes(tensor, placement.encodings[name]) for name, tensor in tensors.items())
+    """Bytes that the weights take as `placement` says: those of the file where it has them so."""
+    total = 0
+    for name, tensor in tensors.items():
+        encoding = placement.encodings[name]
+        kept = encoding == tensor.encoding
+        total += tensor.nbytes if kept else int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
+    return total
 
 
 def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
     """Bytes that the CPU's 4-bit kernels want beside these weights; counted where a kernel is absent, too."""
-    named = ((placement.encodings[name], tensor) for name, tensor in tensors.items() if name != EMBEDDING)
+    shapes = [(placement.encodings[name], tensor.shape) for name, tensor in tensors.items() if name != EMBEDDING]
     return sum(
-        prod(tensor.shape) // WEIGHTS_PER_KERNEL_BYTE[encoding]
-        for encoding, tensor in named
-        if encoding in WEIGHTS_PER_KERNEL_BYTE and tensor.shape[0] % ENCODINGS[encoding].kernel_rows == 0
+        prod(shape) // WEIGHTS_PER_KERNEL_BYTE[encoding]
+        for encoding, shape in shapes
+        if ENCODINGS[encoding].has_kernel_order(shape[0])
     )
-
-
-def _bytes(tensor: TensorInfo, encoding: str) -> int:
-    if encoding == tensor.encoding:
-        return tensor.nbytes
-    return int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
 
 
 def kv_bytes(config: TextConfig, tokens: int, width: int) -> int:
@@ -184,18 +183,31 @@ def _bytes_needed(tensors: Mapping[str, TensorInfo], placement: Placement, devic
 
 
 def kv_tokens(
-    tensors: Mapping[str, TensorInfo], placement: Placement, config: TextConfig, device: torch.device, wanted: int
+    tensors: Mapping[str, TensorInfo],
+    placement: Placement,
+    config: TextConfig,
+    device: torch.device,
+    wanted: int,
+    memory: int | None = None,
 ) -> int:
-    """Tokens whose keys and values fit on `device` beside weights that are not loaded yet: `wanted`, or fewer.
+    """Tokens whose keys and values there is room for: `wanted`, or as many as `memory` bytes hold; without such a
+    bound as many as fit on `device` beside weights that are not loaded yet.
 
     Raises ModelError when there is no room for as many as LEAST.
     """
+    token = kv_bytes(config, 1, ENCODINGS[placement.dtype].block_bytes)
+    if memory is not None:
+        if memory // token < min(LEAST, wanted):
+            raise ModelError(
+                f"--kv-cache-memory has room for {memory // token} tokens.",
+                hint=f"Give at least {-(-LEAST * token // 2**20)}MiB; the longest prompt and its answer must fit.",
+            )
+        return min(memory // token, wanted)
     free = free_bytes(device)
     if free is None:
         return wanted
-    width = int(ENCODINGS[placement.dtype].bits) // 8
     left = int((free - _bytes_needed(tensors, placement, device)) * KV_SHARE)
-    room = left // kv_bytes(config, 1, width)
+    room = left // token
     if room < min(LEAST, wanted):
         raise ModelError(
             f"The weights leave {max(left, 0) / GIB:.1f} GiB on {device} for keys and values: {max(room, 0)} tokens.",

@@ -9,6 +9,7 @@ from math import prod
 
 from weights_cache.encodings import ENCODINGS, Encoding
 from weights_cache.formats.reader import TensorInfo
+from weights_cache.names import EMBEDDING
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 VISION = ("vision_tower.", "multi_modal_projector.")
@@ -64,20 +65,15 @@ def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_v
 
 
 def _takes(tensor: TensorInfo, wanted: Encoding, quantize_vision: bool) -> bool:
-    """Whether it is a matrix of a linear layer or the embedding, of a part that may be packed."""
+    """Whether it is a matrix, of a part that may be packed; of embeddings bitsandbytes has no packed form."""
     if tensor.name.startswith(VISION) and not quantize_vision:
         return False
-    return len(tensor.shape) == 2 and not _looked_up(tensor.name, wanted)
+    return len(tensor.shape) == 2 and not (wanted.name == "nf4" and tensor.name == EMBEDDING)
 
 
 def _is_kept(tensor: TensorInfo) -> bool:
     """Whether it is of the mixture that a file's encoding is, or packed already."""
     return not tensor.name.startswith(VISION) or _stays_packed(tensor)
-
-
-def _looked_up(name: str, wanted: Encoding) -> bool:
-    """Whether it is the embedding, which bitsandbytes has no packed form of."""
-    return wanted.name == "nf4" and "embed_tokens" in name
 
 
 def _stays_packed(tensor: TensorInfo) -> bool:

@@ -7,12 +7,13 @@ H heads, D head_dim, P patch_size in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from pixtral_cli.model.attention import Attend, AttendWithin, Rotary, cos_sin, grid_angles
+from pixtral_cli.model.attention import Attend, Rotary, attend_within, cos_sin, grid_angles
 from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.layers import GatedFeedForward, SelfAttention
@@ -33,7 +34,12 @@ class PixtralModel(LanguageModel):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels [channels, height, width], sides multiples of P -> a feature a patch [rows * columns, C]."""
-        patches, grid = to_patches(pixels.to(self.device, self.dtype), self.vision_tower.config.patch_size)
+        patch = self.vision_tower.config.patch_size
+        channels, height, width = pixels.shape
+        assert height % patch == width % patch == 0, (height, width, patch)
+        grid = height // patch, width // patch
+        tiles = pixels.to(self.device, self.dtype).view(channels, grid[0], patch, grid[1], patch)
+        patches = tiles.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # [rows * columns, channels * P * P]
         return self.multi_modal_projector(self.vision_tower(patches, [grid]))
 
 
@@ -50,7 +56,7 @@ class VisionTower(nn.Module):
         config = self.config
         angles = [grid_angles(*grid, config.head_dim, config.rope_theta, patches.device) for grid in grids]
         rotary = cos_sin(torch.cat(angles), patches.dtype)
-        attend = attend or AttendWithin([rows * columns for rows, columns in grids])
+        attend = attend or partial(attend_within, [rows * columns for rows, columns in grids])
         x = self.ln_pre(self.patch_conv(patches))
         for index, layer in enumerate(self.layers[: config.feature_layer]):
             x = layer(x, rotary, attend, index)
@@ -92,12 +98,3 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(gelu(self.linear_1(x)))
-
-
-def to_patches(pixels: Tensor, patch_size: int) -> tuple[Tensor, Grid]:
-    """One image [channels, height, width], sides multiples of P -> patches [N, channels * P * P] and its grid."""
-    channels, height, width = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
-    assert (rows * patch_size, columns * patch_size) == (height, width), (height, width, patch_size)
-    tiles = pixels.view(channels, rows, patch_size, columns, patch_size)
-    return tiles.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1), (rows, columns)

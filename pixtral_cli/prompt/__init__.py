@@ -1,1 +1,1 @@
-"""Messages and pictures in, token ids and pixels out; knows no torch.nn, no engine, no terminal."""
+"""Messages and images in, token ids and pixels out; knows no torch.nn, no engine, no terminal."""

@@ -1,4 +1,4 @@
-"""What can be wrong with a request's messages, pictures or template; each error is one sentence and a next step."""
+"""What can be wrong with a request's messages, images or template; each error is one sentence and a next step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PASSWORD = re.compile(r"^(\w+://)[^/?#]*@")
 
 
 class PromptError(PixtralError):
-    """Base of every failure to turn messages and pictures into a prompt."""
+    """Base of every failure to turn messages and images into a prompt."""
 
     default_hint = "Check the messages and the pictures of the request."
 
@@ -44,7 +44,7 @@ class InvalidTools(InvalidEntry):
 
 
 class ImageError(PromptError):
-    """Base of what can be wrong with one picture; `.name` is what the user called it."""
+    """Base of what can be wrong with one image; `.name` is what the user called it."""
 
     default_hint = "Check the picture, or leave it out."
 
@@ -63,7 +63,7 @@ class ImageNotFound(ImageError):
 
 
 class ImageUnreadable(ImageError):
-    """The bytes are no picture of a known format, or a damaged one."""
+    """The bytes are no image of a known format, or a damaged one."""
 
     default_hint = "Give a JPEG, PNG, WebP, GIF, TIFF or BMP file."
 
@@ -79,7 +79,7 @@ class ImageDamaged(ImageUnreadable):
 
 
 class ImageRefused(ImageError):
-    """A server's rules do not let the picture in."""
+    """A server's rules do not let the image in."""
 
     default_hint = "Send the picture itself, as a data: URI."
 
@@ -128,12 +128,12 @@ class TemplateFailed(PromptError):
 
 
 class ImagesPassedOver(TemplateFailed):
-    """The checkpoint's chat template does not write one mark for each picture."""
+    """The checkpoint's chat template does not write one mark for each image."""
 
     default_hint = "Use --raw (in Python: complete) with one [IMG] for each picture."
 
-    def __init__(self, marks: int, pictures: int):
-        given = "1 picture" if pictures == 1 else f"{pictures} pictures"
+    def __init__(self, marks: int, images: int):
+        given = "1 picture" if images == 1 else f"{images} pictures"
         super().__init__(f"The model's chat template writes {marks} [IMG] for {given}.")
 
 
@@ -148,19 +148,19 @@ class NoChatTemplate(PromptError):
 
 
 class ImagesMisplaced(PromptError):
-    """The prompt's picture marks and the pictures given do not match."""
+    """The prompt's image marks and the images given do not match."""
 
-    def __init__(self, marks: int, pictures: int):
-        given = "1 picture was" if pictures == 1 else f"{pictures} pictures were"
+    def __init__(self, marks: int, images: int):
+        given = "1 picture was" if images == 1 else f"{images} pictures were"
         super().__init__(
             f"The prompt has {marks} [IMG] but {given} given.",
             hint="Write one [IMG] for each picture, or none: then the pictures come first.",
         )
-        self.marks, self.pictures = marks, pictures
+        self.marks, self.images = marks, images
 
 
 class ImagesUnsupported(PromptError):
-    """The model's tokenizer has no tokens for pictures."""
+    """The model's tokenizer has no tokens for images."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -34,8 +34,8 @@ from urllib.request import (
     UnknownHandler,
 )
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PASSWORD, ImageFetchFailed, ImageTooLarge
-from pixtral_cli.prompt.settings import reason_of
 
 USER_AGENT = "Mozilla/5.0 (compatible; pixtral-cli)"
 CHUNK_BYTES = 64 * 1024

@@ -46,42 +46,44 @@ that repository's tokenizer.json; Pixtral was trained with the one in Mistral's 
 """
 
 
-def load(written: Mapping[str, Any]) -> Tokenizer:
+def load(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of the keys under `tokenizer.` and `tokenizer.ggml.`, without these prefixes.
 
     Raises:
         TokenizerUnreadable: of an unknown kind, or contradicting itself.
     """
     kinds: dict[str, Callable[[_Vocabulary], tokenizers.Tokenizer]] = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = written.get("model")
+    kind = metadata.get("model")
     if kind is None:
         _refuse("does not say of which kind it is: the key tokenizer.ggml.model is missing")
     if kind not in kinds:
         _refuse(f"is of the kind {str(kind)[:60]!r}, and {' and '.join(kinds)} are known")
-    vocabulary = _Vocabulary(written)
+    vocabulary = _Vocabulary(metadata)
     try:
         text_model = kinds[kind](vocabulary)
     except TokenizerUnreadable:
         raise
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
         _refuse(f"cannot be built: {error}")
-    adds_bos = written.get("add_bos_token")
+    adds_bos = metadata.get("add_bos_token")
     return Tokenizer(
         text_model,
         vocabulary.controls,
-        vocabulary.control("bos_token_id"),
-        vocabulary.control("eos_token_id"),
-        adds_bos=adds_bos if isinstance(adds_bos, bool) else kind == "llama" or written.get("pre") != "gpt-2",
+        is_byte_level=kind == "gpt2",
+        drops_first_space=kind == "llama" and vocabulary.adds_space,
+        bos=vocabulary.control("bos_token_id"),
+        eos=vocabulary.control("eos_token_id"),
+        adds_bos=adds_bos if isinstance(adds_bos, bool) else kind == "llama" or metadata.get("pre") != "gpt-2",
     )
 
 
 class _Vocabulary:
     """The lists of the metadata, of one length each; text ids and control tokens apart."""
 
-    def __init__(self, written: Mapping[str, Any]):
-        self.written = written
-        self.tokens: list[str] = _texts(written, "tokens")
-        types = written.get("token_type", [NORMAL] * len(self.tokens))
+    def __init__(self, metadata: Mapping[str, Any]):
+        self.metadata = metadata
+        self.tokens: list[str] = _texts(metadata, "tokens")
+        types = metadata.get("token_type", [NORMAL] * len(self.tokens))
         if not isinstance(types, list) or len(types) != len(self.tokens):
             _refuse(f"has {len(self.tokens)} tokens and no type for each")
         entries = list(zip(self.tokens, types, strict=True))
@@ -91,24 +93,25 @@ class _Vocabulary:
             if type in (*HIDDEN, USER_DEFINED)
         }
         self.ids = {text: id for id, (text, type) in enumerate(entries) if type in (NORMAL, BYTE_TYPE)}
+        self.adds_space = bool(metadata.get("add_space_prefix", True))  # before a text
         self.unknown = next((text for text, type in entries if type == UNKNOWN), None)
 
     def control(self, key: str) -> str | None:
         """The control string whose id stands under `key`."""
-        id = self.written.get(key)
+        id = self.metadata.get(key)
         text = self.tokens[id] if type(id) is int and 0 <= id < len(self.tokens) else None
         return text if text in self.controls else None
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    split = vocabulary.written.get("pre")
+    split = vocabulary.metadata.get("pre")
     if split is None:
         _refuse("does not say how it splits text: the key tokenizer.ggml.pre is missing")
     if split not in SPLITS:
         _refuse(f"splits text the way of {str(split)[:60]!r}, and {', '.join(SPLITS)} are known")
     pattern, whole = SPLITS[split]
     ids = vocabulary.ids
-    pairs = map(_pair, _texts(vocabulary.written, "merges"))
+    pairs = map(_pair, _texts(vocabulary.metadata, "merges"))
     merges = [(left, right) for left, right in pairs if left in ids and right in ids and left + right in ids]
     return byte_level_bpe(ids, merges, pattern, ignore_merges=whole)
 
@@ -122,7 +125,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    scores = vocabulary.written.get("scores")
+    scores = vocabulary.metadata.get("scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         _refuse("has no score for each token")
     best_first = sorted(vocabulary.ids.items(), key=lambda entry: -scores[entry[1]])
@@ -130,16 +133,15 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     unknown = vocabulary.unknown
     entries = vocabulary.ids if unknown is None else vocabulary.ids | {unknown: vocabulary.controls[unknown].id}
     bpe = tokenizers.Tokenizer(models.BPE(entries, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = vocabulary.written.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if vocabulary.adds_space else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.adds_space else []
     bpe.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return bpe
 
 
-def _texts(written: Mapping[str, Any], key: str) -> list[str]:
-    found = written.get(key)
+def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
+    found = metadata.get(key)
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         _refuse(f"has no list of texts under {key!r}")
     return found

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 
 if TYPE_CHECKING:
     import torch
@@ -74,13 +74,13 @@ class ImageSpec:
         """This spec for an image that is to be seen in that detail."""
         return replace(self, longest_side=min(self.longest_side, LOW_DETAIL)) if detail == "low" else self
 
-    def with_preprocessor(self, config: Settings) -> ImageSpec:
+    def with_preprocessor(self, config: SideFile) -> ImageSpec:
         """This, changed by a preprocessor_config.json.
 
         `do_resize: false` is not followed: without it an image would not be a whole number of patches.
 
         Raises:
-            SettingsUnreadable: a value is not what it should be.
+            SideFileUnreadable: a value is not what it should be.
         """
         if isinstance(config.get("size"), dict):
             size = config.section("size")

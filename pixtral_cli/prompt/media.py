@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import (
     PASSWORD,
     ImageDamaged,
@@ -27,7 +28,6 @@ from pixtral_cli.prompt.errors import (
     ImageUnreadable,
 )
 from pixtral_cli.prompt.image import to_rgb
-from pixtral_cli.prompt.settings import reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,7 +125,7 @@ class ImageReader:
         path = Path(source)
         if isinstance(source, str) and not _exists(path):
             if OTHER_ADDRESS.match(source):
-                raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+                raise unknown_address(name)
             path = _from_home(source)
         return self.read_path(path, name)
 
@@ -206,6 +206,10 @@ def file_address(source: str, name: str) -> Path:
     if parts.path in ("", "/"):
         raise ImageUnreadable(name, "the address names no file")
     return Path(unquote(parts.path))
+
+
+def unknown_address(name: str) -> ImageUnreadable:
+    return ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
 
 
 def _exists(path: Path) -> bool:

@@ -5,7 +5,8 @@ Knows no template and no tokens, and reads no image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -27,6 +28,15 @@ ROLES = {
 TEXTS = {"text": ("text", "content"), "refusal": ("refusal",)}
 IMAGES = {"image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
 """The type of a part -> the keys under which its text or picture may stand, as OpenAI and transformers have them."""
+KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 GIVE_RESULTS = "Give the result of each call in a message of the role tool, or leave the calls out."
 OTHER = {"user": "assistant", "assistant": "user"}
 
@@ -110,13 +120,13 @@ class Conversation:
 
         Nor the results of tools, each of which answers a call of its own.
         """
-        result: list[Message] = []
+        groups: list[list[Message]] = []
         for message in self.messages:
-            if result and result[-1].role == message.role and message.role not in ("tool", *apart):
-                result[-1] = _join(result[-1], message)
+            if groups and groups[-1][0].role == message.role and message.role not in ("tool", *apart):
+                groups[-1].append(message)
             else:
-                result.append(message)
-        return Conversation(tuple(result))
+                groups.append([message])
+        return Conversation(tuple(_joined(group) for group in groups))
 
     def system_first(self) -> Conversation:
         """Every system text in one leading message, then turns that begin with the user's."""
@@ -130,7 +140,7 @@ class Conversation:
         last = max((index for index, message in enumerate(turns) if message.role == "user"), default=None)
         if last is None or system[0].role != "system":
             return self
-        turns[last] = replace(_join(replace(system[0], role="user"), turns[last]), is_string=turns[last].is_string)
+        turns[last] = replace(_joined((replace(system[0], role="user"), turns[last])), is_string=turns[last].is_string)
         return Conversation(tuple(turns))
 
     def alternating(self, filler: str) -> Conversation:
@@ -158,8 +168,10 @@ class Conversation:
                 given = ()
             if message.role == "tool" and message.has_images:
                 given += message.images
-                message = replace(message, parts=tuple(c for c in message.parts if isinstance(c, TextPart)))
-            result.append(message)
+                texts = tuple(part for part in message.parts if isinstance(part, TextPart))
+                result.append(replace(message, parts=texts))
+            else:
+                result.append(message)
         return Conversation((*result, *([Message("user", given, is_string=False)] if given else [])))
 
 
@@ -168,13 +180,25 @@ def user_first(turns: list[Message]) -> list[Message]:
     return turns if turns and turns[0].role == "user" else [Message("user", (TextPart(""),)), *turns]
 
 
-def _join(first: Message, second: Message) -> Message:
-    parts, rest = first.parts, second.parts
-    if parts and rest and isinstance(last := parts[-1], TextPart) and isinstance(then := rest[0], TextPart):
-        joined = TextPart(JOIN.join(text for text in (last.text, then.text) if text))
-        parts, rest = (*parts[:-1], joined), rest[1:]
-    calls = first.tool_calls + second.tool_calls
-    return replace(first, parts=(*parts, *rest), is_string=first.is_string and second.is_string, tool_calls=calls)
+def _joined(messages: Sequence[Message]) -> Message:
+    """One message of them all: of texts that meet, one. In time proportional to their length, however many they are."""
+    joined: list[list[Part]] = []  # what becomes one part
+    for message in messages:
+        for place, part in enumerate(message.parts):
+            if place == 0 and joined and isinstance(part, TextPart) and isinstance(joined[-1][0], TextPart):
+                joined[-1].append(part)
+            else:
+                joined.append([part])
+    return replace(
+        messages[0],
+        parts=tuple(group[0] if len(group) == 1 else TextPart(_text_of(group)) for group in joined),
+        is_string=all(message.is_string for message in messages),
+        tool_calls=tuple(call for message in messages for call in message.tool_calls),
+    )
+
+
+def _text_of(parts: Iterable[Part]) -> str:
+    return JOIN.join(part.text for part in parts if isinstance(part, TextPart) and part.text)
 
 
 def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
@@ -203,8 +227,12 @@ def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
     if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
         raise InvalidMessages("messages", f"should be a list of messages, not {_kind(messages)}")
     parsed: list[Message] = []
+    ids: set[str] = set()
+    latest: dict[str, str] = {}  # of each function, the id of its last call
     for index, entry in enumerate(messages):
-        parsed.append(_message(entry, f"messages[{index}]", parsed))
+        parsed.append(_message(entry, f"messages[{index}]", ids, latest))
+        ids |= {call.id for call in parsed[-1].tool_calls}
+        latest |= {call.name: call.id for call in parsed[-1].tool_calls}
     if not parsed:
         raise InvalidMessages("messages", "the list is empty", "Give at least one user message.")
     for index in range(len(parsed) - 1, -1, -1):  # the assistant's last messages are one, which is continued
@@ -215,7 +243,7 @@ def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
     return Conversation(tuple(parsed))
 
 
-def _message(entry: Any, where: str, before: Sequence[Message]) -> Message:
+def _message(entry: Any, where: str, ids: AbstractSet[str], latest: Mapping[str, str]) -> Message:
     if not isinstance(entry, dict):
         raise InvalidMessages(where, f"should be an object with role and content, not {_kind(entry)}")
     role = entry.get("role")
@@ -223,7 +251,7 @@ def _message(entry: Any, where: str, before: Sequence[Message]) -> Message:
         raise InvalidMessages(where, f"the role should be system, user, assistant or tool, not {_quoted(role)}")
     calls = _calls(entry, role, where)
     parts = _content(_said(entry, role, calls), where)
-    answered = _answered(entry, where, before) if ROLES[role] == "tool" else ()
+    answered = _answered(entry, where, ids, latest) if ROLES[role] == "tool" else ()
     message = Message(ROLES[role], *parts, calls, *answered)
     if message.has_images and message.role not in ("user", "tool"):
         raise InvalidMessages(where, f"only messages of users and tools can hold pictures, not {message.role} messages")
@@ -271,19 +299,17 @@ def _call(call: Any, where: str, function_where: str) -> ToolCall:
     return ToolCall(_id(call, "id", where), name, text)
 
 
-def _answered(entry: dict[str, Any], where: str, before: Sequence[Message]) -> tuple[str, str]:
+def _answered(entry: dict[str, Any], where: str, ids: AbstractSet[str], latest: Mapping[str, str]) -> tuple[str, str]:
     """The id of the call whose result this is, and the name that is given."""
     name = entry.get("name") or ""
     if not isinstance(name, str):
         raise InvalidMessages(f"{where}.name", f"should be a string, not {_kind(name)}")
-    calls = [call for message in before for call in message.tool_calls]
     if entry["role"] == "function":
-        id = next((call.id for call in reversed(calls) if call.name == name), None)
-        if id is None:
+        if name not in latest:
             raise InvalidMessages(f"{where}.name", "no message before it calls a function of that name")
-        return id, name
+        return latest[name], name
     id = _id(entry, "tool_call_id", where)
-    if all(call.id != id for call in calls):
+    if id not in ids:
         raise InvalidMessages(f"{where}.tool_call_id", "no message before it makes a call of that id")
     return id, name
 
@@ -349,7 +375,4 @@ def _quoted(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    if isinstance(value, str) and not value:
-        return "an empty string"
-    return names.get(type(value), {list: "a list", dict: "an object"}.get(type(value), type(value).__name__))
+    return "an empty string" if isinstance(value, str) and not value else KINDS.get(type(value), type(value).__name__)

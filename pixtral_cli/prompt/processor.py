@@ -1,4 +1,4 @@
-"""Conversations or raw text in, a Prompt (token ids and prepared pictures) out, as one checkpoint wants it.
+"""Conversations or raw text in, a Prompt (token ids and prepared images) out, as one checkpoint wants it.
 
 Knows the checkpoint's side files and nothing of its tensors; imports torch only when pixels are asked for.
 """
@@ -23,8 +23,8 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare
 from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
-from pixtral_cli.prompt.settings import Settings
-from pixtral_cli.prompt.template import ChatTemplate, find_template, written_template
+from pixtral_cli.prompt.side_file import SideFile
+from pixtral_cli.prompt.template import ChatTemplate, find_template, template_in
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
@@ -32,8 +32,9 @@ from pixtral_cli.prompt.tools import Tool
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_IMAGES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
+ChatFormat = ChatTemplate | MistralFormat
 OpenImage = Callable[[Any], AbstractContextManager[Any]]
-"""A picture's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
+"""An image's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
 
 
 class CheckpointFiles(Protocol):
@@ -62,20 +63,20 @@ class Prompt:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that the pictures take, row breaks included."""
+        """Tokens that the images take, row breaks included."""
         return sum(image.tokens for image in self.images)
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The control ids of a picture's patches, row ends and end; None for a text model."""
+    """The control ids of an image's patches, row ends and end; None for a text model."""
 
     patch: int
     row_end: int
     end: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, config: Settings) -> ImageTokens | None:
+    def of(cls, tokenizer: Tokenizer, config: SideFile) -> ImageTokens | None:
         """Their names are Pixtral's unless processor_config.json has others."""
         names = (
             config.token("image_token", None) or "[IMG]",
@@ -102,7 +103,7 @@ class Processor:
     """Builds prompts for one checkpoint."""
 
     tokenizer: Tokenizer
-    chat_format: ChatTemplate | MistralFormat | None
+    chat_format: ChatFormat | None
     """None: the model completes text and has no chat."""
     image_tokens: ImageTokens | None
     recipe: Recipe
@@ -122,32 +123,32 @@ class Processor:
         spatial_merge: int = 1,
         open_image: OpenImage = media.opened,
     ) -> Processor:
-        """Read the tokenizer, template and picture settings of a checkpoint.
+        """Read the tokenizer, template and image settings of a checkpoint.
 
         Args:
             image_preprocessing: "hf" or "native"; by default the checkpoint's form, and "hf" for a GGUF.
             patch_size, image_size: of the vision tower, in pixels; the preprocessor's own longest side wins.
             spatial_merge: patches that become one token, along each side.
-            open_image: makes a picture's source an RGB PIL.Image, for as long as it is needed.
+            open_image: makes an image's source an RGB PIL.Image, for as long as it is needed.
 
         Raises:
             TokenizerUnreadable: no tokenizer, or a damaged one.
-            SettingsUnreadable: a damaged file of settings.
+            SideFileUnreadable: a damaged file of settings.
             PromptError: an unknown `image_preprocessing`.
         """
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
-        written = getattr(checkpoint, "written_tokenizer", None)
-        tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
-        processor_config = Settings.read(checkpoint.file("processor_config.json"))
+        metadata = getattr(checkpoint, "written_tokenizer", None)
+        tokenizer = gguf_tokenizer.load(metadata) if metadata else tokenizer_files.load(checkpoint.file)
+        processor_config = SideFile.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
             spec = spec.with_preprocessor(processor_config.section("image_processor"))
-            spec = spec.with_preprocessor(Settings.read(checkpoint.file("preprocessor_config.json")))
+            spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
-            _chat_format(checkpoint, tokenizer, written),
+            _chat_format(checkpoint, tokenizer, metadata),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
@@ -192,7 +193,7 @@ class Processor:
             ids = [bos, *ids]
         return Prompt(ids, prepared, answer_starts_text=not (text or prepared), text=text)
 
-    def _format_for(self, has_tools: bool) -> ChatTemplate | MistralFormat:
+    def _format_for(self, has_tools: bool) -> ChatFormat:
         """Mistral's own rules stand in for a template that passes over tools, as Pixtral-12B's does."""
         chosen = self.chat_format
         if chosen is None:
@@ -250,14 +251,14 @@ def _as_list(images: Any) -> list[Any]:
 
 
 def _chat_format(
-    checkpoint: CheckpointFiles, tokenizer: Tokenizer, written: Mapping[str, Any] | None
-) -> ChatTemplate | MistralFormat | None:
+    checkpoint: CheckpointFiles, tokenizer: Tokenizer, metadata: Mapping[str, Any] | None
+) -> ChatFormat | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
     if checkpoint.form == "gguf":
-        source = written_template((written or {}).get("chat_template"))
+        source = template_in((metadata or {}).get("chat_template"))
     else:
         source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
     if source is not None:
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
-        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
+        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or metadata is not None)
     return MistralFormat(tokenizer) if can_chat(tokenizer) else None

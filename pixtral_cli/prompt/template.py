@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import TemplateFailed
 from pixtral_cli.prompt.messages import Conversation, Message, TextPart
-from pixtral_cli.prompt.settings import Settings, reason_of
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
@@ -43,15 +44,15 @@ def find_template(file: Files) -> str | None:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise TemplateFailed(f"Cannot read the chat template {path}: {reason_of(error)}.", BROKEN) from error
-        if template := written_template(text):
+        if template := template_in(text):
             return template
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if template := written_template(Settings.read(file(name)).get("chat_template")):
+        if template := template_in(SideFile.read(file(name)).get("chat_template")):
             return template
     return None
 
 
-def written_template(value: Any) -> str | None:
+def template_in(value: Any) -> str | None:
     """The template in a setting, alone or the default among named ones; a blank one is none."""
     if isinstance(value, list):
         value = next((e.get("template") for e in value if isinstance(e, dict) and e.get("name") == "default"), None)
@@ -125,16 +126,7 @@ class ChatTemplate:
             raise TemplateFailed("The model's chat template passes over what is asked.", BROKEN)
         if conversation.is_continued:
             rendered = _cut_at(rendered, end)
-        ids: list[int] = []
-        bos = self.tokenizer.bos
-        if self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos):
-            ids.append(self.tokenizer.control(bos))
-        for part in self.tokenizer.split_controls(rendered):
-            if isinstance(part, int):
-                ids.append(part)
-            elif text := part.replace(mark, ""):
-                ids += self.tokenizer.encode(text, at_start=not ids)
-        return ids
+        return self._ids(rendered, mark)
 
     def _entry(self, message: Message, protect: Callable[[str], str]) -> dict[str, Any]:
         """The message as the template knows it: content as a list of parts or as a string.
@@ -153,12 +145,9 @@ class ChatTemplate:
         entry: dict[str, Any] = {"role": message.role, "content": content}
         if message.tool_calls:
             entry["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": _protected(value_of(call.arguments), protect)},
-                }
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
                 for call in message.tool_calls
+                for arguments in [_protected(value_of(call.arguments), protect)]
             ]
         if message.role == "tool":
             entry |= {"tool_call_id": message.call_id} | ({"name": protect(message.name)} if message.name else {})
@@ -185,6 +174,18 @@ class ChatTemplate:
                 "Change the messages, or use --raw (in Python: complete) to write the prompt yourself.",
             ) from error
         return "".join(written)
+
+    def _ids(self, rendered: str, mark: str) -> list[int]:
+        ids: list[int] = []
+        bos = self.tokenizer.bos
+        if self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos):
+            ids.append(self.tokenizer.control(bos))
+        for part in self.tokenizer.split_controls(rendered):
+            if isinstance(part, int):
+                ids.append(part)
+            elif text := part.replace(mark, ""):
+                ids += self.tokenizer.encode(text, at_start=not ids)
+        return ids
 
     @cached_property
     def _compiled(self) -> Any:
@@ -323,7 +324,7 @@ def _sandbox() -> Any:
     class Generation(Extension):
         """``{% generation %}…{% endgeneration %}``, which some templates put around answers, shows its body."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -1,18 +1,16 @@
-"""Text in, token ids out, and ids back to bytes; knows no files, no messages and no templates.
+"""Text in, token ids out, and the ids of an answer back to text, as they come; knows no files and no templates.
 
 A control string in text is text: only `control` and `split_controls` give control ids, and only a template's
-own words and raw prompts go through the latter.
+own words and raw prompts go through the latter. An answer's way back is `token_bytes`, `ByteStream`, `StopMatcher`.
 """
 
 from __future__ import annotations
 
 import codecs
-import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import tokenizers
 
@@ -66,8 +64,15 @@ class Tokenizer:
     """A byte-level or SentencePiece BPE, whichever file the checkpoint brings."""
 
     text_model: tokenizers.Tokenizer
-    """Encodes text; has no added tokens."""
+    """Encodes text at the start; has no added tokens."""
     controls: dict[str, Control]
+    """By their text."""
+    is_byte_level: bool = True
+    """Whether entries are spelled in GPT-2's alphabet, and not as SentencePiece does."""
+    drops_first_space: bool = False
+    """Whether the space at the beginning of a decoded text is not part of it (SentencePiece)."""
+    inner_model: tokenizers.Tokenizer | None = None
+    """Encodes what stands after something else, where `text_model` puts a space before a text; else None."""
     bos: str | None = None
     """The control string that begins a text; None where the vocabulary has none."""
     eos: str | None = None
@@ -100,12 +105,13 @@ class Tokenizer:
         Raises:
             TextTooLong: it has more tokens than `room`.
         """
+        inner_model = self.inner_model or self.text_model
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         ids: list[int] = []
         for part in _parts(text) if self._words_stand_alone else [text]:
             if self.room is not None and len(ids) + len(part) // LETTERS_A_TOKEN > self.room:
                 raise TextTooLong(len(text), self.room)
-            model = self.text_model if at_start and not ids else self._inner_model
+            model = self.text_model if at_start and not ids else inner_model
             found = model.encode(part, add_special_tokens=False)
             ids += found.ids if self.special_ids.isdisjoint(found.ids) else self._without_controls(part, found)
         return ids
@@ -116,7 +122,7 @@ class Tokenizer:
         if control is not None:
             return b"" if control.special else control.text.encode()
         entry = self.text_model.id_to_token(token_id) or ""
-        if self._is_byte_level:
+        if self.is_byte_level:
             try:
                 return bytes(map(LETTER_BYTES.__getitem__, entry))
             except KeyError:  # letters outside the alphabet stand for themselves
@@ -149,12 +155,6 @@ class Tokenizer:
         return [part for part in (*parts, text[end:]) if part != ""]
 
     @cached_property
-    def drops_first_space(self) -> bool:
-        """Whether the space at the beginning of a decoded text is not part of it (SentencePiece)."""
-        strips = re.search(rb'"type":"(Strip|Metaspace)"', _json_of(self.text_model.decoder))
-        return strips is not None and not self._is_byte_level
-
-    @cached_property
     def vocab_size(self) -> int:
         """Ids with an entry."""
         return len({*self.text_model.get_vocab().values(), *self._control_of})
@@ -180,29 +180,10 @@ class Tokenizer:
         return re.compile("|".join(patterns) or "(?!)")
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        """Whether entries are spelled in GPT-2's alphabet, and not as SentencePiece does."""
-        return b'"type":"ByteLevel"' in _json_of(self.text_model.decoder) + _json_of(self.text_model.pre_tokenizer)
-
-    @cached_property
     def _words_stand_alone(self) -> bool:
         """Whether a text can be cut before the space between two words, as in every byte-level vocabulary."""
         before = self.text_model.pre_tokenizer
-        return before is not None and [word for word, _ in before.pre_tokenize_str("a b")] == ["a", byte_level(b" b")]
-
-    @cached_property
-    def _inner_model(self) -> tokenizers.Tokenizer:
-        """The text model for what stands after something else: without a space at the text's start."""
-        state = _json_of(self.text_model.pre_tokenizer)
-        if b'"prepend_scheme":"first"' not in state:
-            return self.text_model
-        pre_tokenizer = copy.copy(self.text_model.pre_tokenizer)
-        pre_tokenizer.__setstate__(state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'))
-        inner = tokenizers.Tokenizer(self.text_model.model)  # shares the model
-        if self.text_model.normalizer is not None:
-            inner.normalizer = self.text_model.normalizer
-        inner.pre_tokenizer = pre_tokenizer
-        return inner
+        return before is not None and [word for word, _ in before.pre_tokenize_str("a b")] == ["a", "\u0120b"]
 
     def _without_controls(self, text: str, found: tokenizers.Encoding) -> list[int]:
         """The ids that were found, with letters in place of control tokens, for the rare BPE that spells one."""
@@ -212,7 +193,7 @@ class Tokenizer:
                 ids.append(id)
                 continue
             for letter in text[start:end]:
-                spelled = self._inner_model.encode(letter, add_special_tokens=False).ids
+                spelled = (self.inner_model or self.text_model).encode(letter, add_special_tokens=False).ids
                 ids += [other for other in spelled if other not in self.special_ids]
         return ids
 
@@ -243,6 +224,41 @@ class ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
+class StopMatcher:
+    """Find the first of several stop strings in streamed text, however it is cut.
+
+    The first stop is the one that is complete first; of two complete at once, the longer. Neither it nor what follows
+    is shown. Text that might be the beginning of a stop is held back until it is decided.
+
+    >>> matcher = StopMatcher(["END"])
+    >>> matcher.push("the E"), matcher.push("Nd"), matcher.push(" END x")
+    (('the ', False), ('ENd', False), (' ', True))
+    """
+
+    def __init__(self, stops: Iterable[str] = ()):
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self._stopped = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take the next text; give what is now safe to show, and whether a stop was met."""
+        if self._stopped:
+            return "", True
+        text = self._held + text
+        if found := [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]:
+            self._held, self._stopped = "", True
+            return text[: min(found)[1]], True
+        begun = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        safe = len(text) - max(begun, default=0)
+        self._held = text[safe:]
+        return text[:safe], False
+
+    def flush(self) -> str:
+        """The text still held back, when no more will come."""
+        held, self._held = self._held, ""
+        return held
+
+
 def _parts(text: str) -> Iterator[str]:
     """`text` cut between words: the time that `tokenizers` takes grows faster than the text."""
     start = 0
@@ -250,8 +266,3 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
-
-
-def _json_of(part: Any) -> bytes:
-    """The description of a decoder or a pre-tokenizer, without blanks; empty for None."""
-    return part.__getstate__() if part is not None else b""

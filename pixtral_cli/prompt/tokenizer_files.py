@@ -5,8 +5,10 @@ Source of tekken.json's rules: mistral-common `tokens/tokenizers/tekken.py`, who
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +20,9 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PromptError, TokenizerUnreadable
-from pixtral_cli.prompt.settings import Settings, reason_of
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer import Control, Tokenizer, byte_level
 from weights_cache.errors import GetAgain
 
@@ -31,6 +34,8 @@ CONTROLS_BEFORE_V8 = (
     "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
 )  # fmt: skip
 """The control tokens in order of id, for a tekken.json that does not list its own."""
+FIRST, NEVER = b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'
+"""Of a Metaspace: whether it puts a space before a text."""
 
 
 def load(file: Files) -> Tokenizer:
@@ -38,7 +43,7 @@ def load(file: Files) -> Tokenizer:
 
     Raises:
         TokenizerUnreadable: neither is there, or the one that is cannot be read.
-        SettingsUnreadable: tokenizer_config.json is damaged.
+        SideFileUnreadable: tokenizer_config.json is damaged.
     """
     path = file("tekken.json")
     read = _from_tekken if path else _from_json
@@ -55,7 +60,7 @@ def load(file: Files) -> Tokenizer:
         raise
     except Exception as error:
         raise TokenizerUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
-    config = Settings.read(file("tokenizer_config.json"))
+    config = SideFile.read(file("tokenizer_config.json"))
     bos, eos = config.token("bos_token", "<s>"), config.token("eos_token", "</s>")
     known = tokenizer.controls
     return replace(tokenizer, bos=bos if bos in known else None, eos=eos if eos in known else None)
@@ -105,7 +110,7 @@ def _from_tekken(path: Path) -> Tokenizer:
     else:
         controls = {entry["token_str"]: entry["rank"] for entry in listed}
     controls |= {f"<SPECIAL_{rank}>": rank for rank in range(len(controls), special)}
-    image = Settings(data, str(path)).section("image" if data.get("image") else "multimodal")
+    image = SideFile(data, str(path)).section("image" if data.get("image") else "multimodal")
     return Tokenizer(
         byte_level_bpe(ids, every_merge(ids), config["pattern"], ignore_merges=True),
         {text: Control(text, id) for text, id in controls.items()},
@@ -116,13 +121,35 @@ def _from_tekken(path: Path) -> Tokenizer:
 
 def _from_json(path: Path) -> Tokenizer:
     whole = tokenizers.Tokenizer.from_buffer(path.read_bytes().removeprefix(BOM_UTF8))
-    text_model = tokenizers.Tokenizer(whole.model)  # shares the model, and has no added tokens
+    text_model = _without_added_tokens(whole)
+    before, decoder = (
+        part.__getstate__() if part is not None else b"" for part in (whole.pre_tokenizer, whole.decoder)
+    )  # as JSON without blanks
+    is_byte_level = b'"type":"ByteLevel"' in before + decoder
+    inner_model = None
+    if FIRST in before:
+        inner_model = _without_added_tokens(whole)
+        pre_tokenizer = copy.copy(whole.pre_tokenizer)
+        pre_tokenizer.__setstate__(before.replace(FIRST, NEVER))
+        inner_model.pre_tokenizer = pre_tokenizer
+    added = whole.get_added_tokens_decoder().items()
+    return Tokenizer(
+        text_model,
+        {t.content: Control(t.content, id, t.special, t.lstrip, t.rstrip) for id, t in added},
+        is_byte_level=is_byte_level,
+        drops_first_space=not is_byte_level and re.search(rb'"type":"(Strip|Metaspace)"', decoder) is not None,
+        inner_model=inner_model,
+        adds_bos=bool(whole.encode("").ids),
+    )
+
+
+def _without_added_tokens(whole: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Shares the vocabulary."""
+    model = tokenizers.Tokenizer(whole.model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (value := getattr(whole, part)) is not None:
-            setattr(text_model, part, value)
-    added = whole.get_added_tokens_decoder().items()
-    controls = {t.content: Control(t.content, id, t.special, t.lstrip, t.rstrip) for id, t in added}
-    return Tokenizer(text_model, controls, adds_bos=bool(whole.encode("").ids))
+            setattr(model, part, value)
+    return model
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, FastAPI
+from fastapi import APIRouter, Body, Depends, FastAPI, Path
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
@@ -14,9 +14,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from pixtral_cli import __version__
 from pixtral_cli.server import page, responses, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
-from pixtral_cli.server.errors import ApiError, refusal_of, unavailable
+from pixtral_cli.server.errors import ApiError, refusal_of, remember, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
-from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.request_body import JsonRoute
 from pixtral_cli.server.request_schemas import (
     ChatRequest,
@@ -45,6 +44,7 @@ REF = "#/components/schemas/{model}"
 HELLO = [{"role": "user", "content": "What can you do?"}]
 CHAT = {"model": "tiny", "messages": HELLO, "max_tokens": 64}
 STREAMED = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
+TEXT = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16}
 WHY = {
     400: "The body is not what it should be; the sentence names the field.",
     401: "A key is needed, or this one is not known.",
@@ -63,8 +63,9 @@ OF_ANSWERS = *OF_TOKENS, 429, 503
 
 def refusals(*statuses: int, events: type | None = None) -> dict[int | str, dict[str, Any]]:
     """What a route answers but its result: these errors, and a stream of `events` where the body asks for one."""
+    error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}  # cheaper than a model for each
     described: dict[int | str, dict[str, Any]] = {
-        status: {"model": Error, "description": WHY[status]} for status in statuses
+        status: {"description": WHY[status], "content": error} for status in statuses
     }
     if events is not None:
         data = {"type": "string", "description": f"JSON of {events.__name__}; the last event's is [DONE]."}
@@ -93,9 +94,6 @@ async def chat(request: Request, service: Serving, body: Annotated[ChatRequest, 
     return await _answered(request, service, wire.chat(body))
 
 
-TEXT = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 16}
-
-
 @router.post("/v1/completions", response_model=Completion, responses=refusals(*OF_ANSWERS, events=Completion))
 async def completions(
     request: Request, service: Serving, body: Annotated[CompletionRequest, examples(TEXT)]
@@ -111,7 +109,7 @@ async def models(service: Serving) -> Models:
 
 
 @router.get("/v1/models/{name:path}", responses=refusals(401, 404))
-async def model(name: str, service: Serving) -> Model:
+async def model(name: Annotated[str, Path(examples=["tiny"])], service: Serving) -> Model:
     """One of them."""
     service.check_name(name)
     return _model(service, name)
@@ -179,28 +177,29 @@ async def version() -> Version:
     return {"version": __version__}
 
 
-async def _answered(request: Request, service: Service, asked: AnswerRequest) -> Response:
+async def _answered(request: Request, service: Service, answer_request: AnswerRequest) -> Response:
     """The answer as one object or as a stream.
 
     A stream begins with the first token: what fails before that has an HTTP status of its own.
     """
-    service.check_name(asked.model)
+    service.check_name(answer_request.model)
     state = request.scope.setdefault("state", {})
-    events = service.answer(asked, state.get("key_salt", b""))
-    envelope = Envelope(asked, asked.model or service.names[0], f"pixtral-{__version__}-{service.model.encoding}")
+    events = service.answer(answer_request, state.get("key_salt", b""))
+    fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
+    envelope = Envelope(answer_request, answer_request.model or service.names[0], fingerprint)
     token_bytes = service.model.processor.tokenizer.token_bytes
-    if asked.stream:
+    if answer_request.stream:
         first = await while_there(request.receive, anext(events))
         chunks = Chunks(envelope, token_bytes, takes_pieces(request.headers.get("user-agent", "")))
         return EventStream(first, events, chunks, service.metrics, service.work)
-    replies = await while_there(request.receive, whole(events, asked.answers))
-    used = responses.usage([reply.usage for reply in replies], asked.n)
+    replies = await while_there(request.receive, whole(events, answer_request.answers))
+    used = responses.usage([reply.usage for reply in replies], answer_request.n)
     state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
 
     def written() -> Response:
         return JSONResponse(responses.answer(envelope, replies, token_bytes))
 
-    return await service.work(written) if asked.scores_prompts else written()
+    return await service.work(written) if answer_request.scores_prompts else written()
 
 
 def _model(service: Service, name: str) -> Model:
@@ -224,9 +223,10 @@ def _model(service: Service, name: str) -> Model:
     }
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _told(request, error)
+async def _failed(request: Request, error: Exception) -> Response:
+    refusal = refusal_of(error)
+    remember(request.scope, refusal)
+    return refusal.as_response()
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -237,32 +237,23 @@ async def _not_routed(request: Request, error: Exception) -> Response:
         refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
-    return _told(request, refusal)
+    return await _failed(request, refusal)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
     return NoResponse()
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return _told(request, refusal_of(error))
-
-
-def _told(request: Request, error: ApiError) -> Response:
-    remember(request.scope, error)
-    return error.as_response()
-
-
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's document, with the keys, which are asked for before the app, and without its own kind of error."""
+        """FastAPI's document, with the errors and keys of all that stands before the app, instead of its own errors."""
         if self.openapi_schema is None:
             document = get_openapi(
                 title=self.title, version=self.version, description=self.description, routes=self.routes
             )
             schemas = document["components"]["schemas"]
-            chunk = TypeAdapter(ChatCompletionChunk).json_schema(ref_template=REF)
-            schemas |= chunk.pop("$defs") | {"ChatCompletionChunk": chunk}
+            unnamed: list[Any] = [(kind, "serialization", TypeAdapter(kind)) for kind in (ChatCompletionChunk, Error)]
+            schemas |= TypeAdapter.json_schemas(unnamed, ref_template=REF)[1]["$defs"]
             del schemas["HTTPValidationError"], schemas["ValidationError"]
             for operation in (each for operations in document["paths"].values() for each in operations.values()):
                 operation["summary"] = operation.pop("description")
@@ -284,7 +275,7 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
-        exception_handlers={ApiError: _refused, HTTPException: _not_routed, ClientLeft: _nobody, Exception: _failed},
+        exception_handlers={ApiError: _failed, HTTPException: _not_routed, ClientLeft: _nobody, Exception: _failed},
     )
     app.state.service, app.state.work = service, service.work
     app.include_router(router)

@@ -12,9 +12,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pixtral_cli.generation import Reply
-from pixtral_cli.server.errors import ApiError
+from pixtral_cli.server.errors import ApiError, remember
 from pixtral_cli.server.metrics import Metrics
-from pixtral_cli.server.middleware import remember
 from pixtral_cli.server.responses import Chunks
 from pixtral_cli.server.service import Events
 
@@ -58,7 +57,7 @@ class EventStream(Response):
         except ApiError as error:
             self.metrics.failed(error.status)
             remember(scope, error)
-            await _write(send, b"data: " + error.as_response().body + b"\n\n")
+            await _write(send, error.as_event())
         else:
             used = self.chunks.usage()
             scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from pixtral_cli.errors import PixtralError, PromptTooLong, RequestError, is_out_of_memory
 from pixtral_cli.prompt.errors import (
@@ -31,9 +34,15 @@ ErrorType = Literal[
 Header = tuple[str, str]
 RETRY: tuple[Header, ...] = (("Retry-After", "5"),)
 """In seconds: for what is refused now and may be answered then."""
-RAW = "Use /v1/completions to write the prompt yourself."
-NO_PICTURES = "Leave the pictures out: this model's template has no place for them."
-DATA = "The picture itself can be sent, as a data: URI."
+LINGER_SECONDS = 2.0
+HINTS: dict[type[PixtralError], str] = {
+    ImagesPassedOver: "Leave the pictures out: this model's template has no place for them.",
+    TemplateFailed: "Use /v1/completions to write the prompt yourself.",
+    NoChatTemplate: "Use /v1/completions to write the prompt yourself.",
+    ImageFetchFailed: "The picture itself can be sent, as a data: URI.",
+    ImageNotFound: "The picture itself can be sent, as a data: URI.",
+}
+"""Over HTTP, instead of those for Python and the command line; the first that fits."""
 
 
 class ApiError(Exception):
@@ -57,11 +66,15 @@ class ApiError(Exception):
         self.headers = dict(headers)
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer; in a stream, that of the event which ends it."""
+        """The JSON of the answer."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def as_response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+    def as_event(self) -> bytes:
+        """The event that ends a stream."""
+        return b"data: " + bytes(self.as_response().body) + b"\n\n"
 
 
 def unavailable(message: str, code: str) -> ApiError:
@@ -105,12 +118,30 @@ def refusal_of(error: Exception, param: str = "prompt") -> ApiError:
 
 
 def _joined(error: PixtralError) -> str:
-    """Hints for Python and the command line give way to those for HTTP."""
-    hint = RAW if isinstance(error, TemplateFailed | NoChatTemplate) else error.hint
-    if isinstance(error, ImagesPassedOver):
-        hint = NO_PICTURES
-    if isinstance(error, ImageFetchFailed | ImageNotFound):
-        hint = DATA
+    hint = next((hint for kind, hint in HINTS.items() if isinstance(error, kind)), error.hint)
     if isinstance(error, InvalidMessages) and hint == InvalidMessages.default_hint:
         hint = None
     return f"{error} {hint}" if hint else str(error)
+
+
+def remember(scope: Scope, error: ApiError) -> None:
+    """Keep why a request is refused, for the line that the log has of it."""
+    scope.setdefault("state", {})["refused"] = error
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with `error` and close the connection.
+
+    What the client is still sending is read and forgotten for a moment: a socket closed with data unread makes
+    the kernel reset the connection, and the client would see that and never the answer.
+    """
+    remember(scope, error)
+    response = error.as_response()
+    headers = [*response.raw_headers, (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+    await send({"type": "http.response.body", "body": b""})

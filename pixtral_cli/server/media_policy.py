@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pixtral_cli.prompt import media
 from pixtral_cli.prompt.errors import ImageDamaged, ImageNotFound, ImageRefused, ImageTooLarge, ImageUnreadable
 from pixtral_cli.prompt.fetch import FetchLimits, fetch
-from pixtral_cli.server.threads import WeightedSemaphore, check_waited_for
+from pixtral_cli.server.threads import WeightedSemaphore, raise_if_abandoned
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,8 +70,8 @@ NEVER = tuple(
     )
 )
 """Not reachable whatever is allowed: services that give a machine's keys to whoever asks from it."""
-NOT_PUBLIC = tuple(map(ip_network, ("100.64.0.0/10", "192.88.99.0/24", "2002::/16", "3fff::/20")))
-"""Carriers' shared addresses, 6to4 relays, 6to4, documentation: what `is_private` leaves out."""
+NOT_PUBLIC = tuple(map(ip_network, ("192.88.99.0/24", "2002::/16", "3fff::/20")))
+"""6to4 relays, 6to4, documentation: what `is_global` leaves out."""
 PUBLIC_IPV6 = ip_network("2000::/3")
 NAT64 = ip_network("64:ff9b::/96")
 LOW_BITS = (NAT64, *map(ip_network, ("64:ff9b:1::/48", "::ffff:0:0/96")))
@@ -130,7 +130,7 @@ class MediaPolicy(FetchLimits):
 class RequestImages(media.ImageReader):
     """`opened` blocks, so it belongs on a worker thread; any number may call it.
 
-    What it raises has nothing in its text that the client did not send, or should not know. NobodyWaits: it has left.
+    What it raises has nothing in its text that the client did not send, or should not know. Abandoned: it has left.
     """
 
     def __init__(self, policy: MediaPolicy) -> None:
@@ -144,7 +144,7 @@ class RequestImages(media.ImageReader):
         self.small, self.large = WeightedSemaphore(PIXELS_AT_ONCE), WeightedSemaphore(PIXELS_AT_ONCE)
 
     def read(self, source: Any, name: str) -> AbstractContextManager[Any]:
-        check_waited_for()
+        raise_if_abandoned()
         if not isinstance(source, str) or not source:
             raise ImageUnreadable(name, "it should be an address or a data: URI")
         return super().read(source, name)
@@ -152,7 +152,7 @@ class RequestImages(media.ImageReader):
     def read_other(self, source: Any, name: str) -> BytesIO:
         """A name relative to the media path."""
         if SCHEME.match(source[:16]) or source == media.STDIN or source.startswith(("~", "/")):
-            raise ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
+            raise media.unknown_address(name)
         return self.read_path(Path(source), name)
 
     def read_path(self, path: Path, name: str) -> BytesIO:
@@ -199,7 +199,7 @@ class RequestImages(media.ImageReader):
             except TimeoutError:
                 reason = "the server is decoding too many others"
                 raise ImageRefused(name, reason, "Try again, or send it smaller.") from None
-            check_waited_for()
+            raise_if_abandoned()
             yield
 
 
@@ -219,8 +219,7 @@ def is_public(address: Address) -> bool:
         return is_public(inner)
     if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
         return False
-    special = address.is_private or address.is_multicast or address.is_reserved or address.is_unspecified
-    return not (special or _within(address, NOT_PUBLIC) or _within(address, NEVER))
+    return address.is_global and not address.is_multicast and not _within(address, (*NOT_PUBLIC, *NEVER))
 
 
 def _ipv4_in(address: Address) -> IPv4Address | None:
@@ -257,7 +256,12 @@ def _first_to_answer(found: list[tuple], deadline: float) -> socket.socket:
 
 
 def check_structure(data: bytes, name: str) -> None:
-    """Raise ImageUnreadable for a file with more scans or pieces than any program would write."""
+    """Raise ImageUnreadable for a file with more scans or pieces than any program would write.
+
+    A file can stay within every limit on bytes and pixels and still keep a decoder busy for minutes: a JPEG may go
+    over all its pixels in each of thousands of scans, and files may be cut into millions of pieces. Other formats and
+    other tricks are held by Pillow's own limits, which tests/server/test_attacks_pictures.py measures.
+    """
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data, name)
     elif data.startswith(b"\x89PNG"):

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.driver import Driver
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
@@ -33,10 +33,10 @@ PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 class Metrics:
     """One server's. Any thread may count."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, driver: Driver) -> None:
         disable_created_metrics()  # a second series for each, of when it began
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineState(engine))
+        self.registry.register(_EngineState(driver))
         self._requests = Counter("pixtral_requests", "Requests answered.", ("route", "status"), registry=self.registry)
         self._errors = Counter("pixtral_errors", "Requests that failed.", ("kind",), registry=self.registry)
         self._first_token = Histogram(
@@ -76,14 +76,14 @@ class Metrics:
 class _EngineState(Collector):
     """Read from the engine when somebody asks: nothing is counted twice, nothing is forgotten."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
 
     def collect(self) -> Iterator[Metric]:
-        engine, done = self.engine, self.engine.counters
+        engine, done = self.driver.engine, self.driver.engine.counters
         used = engine.table.in_use / engine.table.count
         yield GaugeMetricFamily("pixtral_requests_running", "Requests being computed.", engine.running)
-        yield GaugeMetricFamily("pixtral_requests_queued", "Requests that wait for their turn.", engine.waiting)
+        yield GaugeMetricFamily("pixtral_requests_queued", "Requests that wait for their turn.", self.driver.waiting)
         yield GaugeMetricFamily("pixtral_kv_cache_used_ratio", "Share of the KV cache that requests hold.", used)
         yield CounterMetricFamily("pixtral_prompt_tokens", "Tokens of prompts.", value=done.prompt_tokens)
         yield CounterMetricFamily(

@@ -1,37 +1,49 @@
-"""ASGI middlewares that stand before the app: host names, keys, origins, body sizes, headers for browsers.
+"""ASGI middlewares around the app: running requests and their log lines, host names, keys, origins, security headers.
 
-`guarded(app, …)` puts them in order. Each answers what it refuses itself, in OpenAI's shape, before a byte of the
-body is read if it can. They know no route but the open ones.
+`RequestTracker` is the outermost; `guarded(app, …)` puts the others in order. Each answers what it refuses itself, in
+OpenAI's shape, before a byte of the body is read. They know no route but those that others watch a server by.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
+import re
+import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixtral_cli.server.errors import ApiError, unavailable
-from pixtral_cli.server.listening import is_loopback
+from pixtral_cli.errors import reason_of
+from pixtral_cli.server.client_limits import BODY_SECONDS, MAX_BODY_BYTES, Bodies
+from pixtral_cli.server.errors import ApiError, leaving, refuse, remember, unavailable
 
+logger = logging.getLogger(__name__)
+WATCHED = ("/health", "/ready", "/metrics")
+"""Asked for every few seconds by machines: told only where something is wrong with the asking."""
+LEFT = 499
+"""nginx's status for a client that did not wait for an answer."""
+LONGEST_LOGGED = 200
+QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*?(?=[:.,]?(\s|$))")
+"""Of an address: what follows may be a key."""
 Check = Callable[[Scope, Headers], None]
 """Lets a request pass, or raises ApiError, from its head alone."""
-LINGER_SECONDS = 2.0
-MAX_BODY_BYTES = 64 * 2**20
-BODIES_AT_ONCE = 16
-"""How many bodies of the greatest size may be in the server together; of smaller ones, many more."""
-BODY_SECONDS = 30.0
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
 OPEN_PATHS = ("/", "/health", "/ready")
 OPEN_FOLDER = "/page/"
 KEY_SCHEMES = ("bearer", "api-key")
+BLANKS = " \t"
+"""Of HTTP; `str.strip` alone would take Latin-1's as well."""
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -69,6 +81,15 @@ def guarded(
     elif is_loopback(host):
         checks.insert(0, LocalNames(host).check)
     return SecurityHeaders(CheckedHeads(Bodies(app, max_body_bytes, body_seconds), checks))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` stays on this machine."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
 class SecurityHeaders:
@@ -167,9 +188,9 @@ class ApiKeys:
 
 def _presented(headers: Headers) -> bytes | None:
     """The key that a request shows; None without one."""
-    shown = (value.strip().partition(" ") for value in headers.getlist("authorization"))
+    shown = (value.strip(BLANKS).partition(" ") for value in headers.getlist("authorization"))
     keys = [key for scheme, _, key in shown if scheme.lower() in KEY_SCHEMES] + headers.getlist("api-key")
-    return next((key.strip().encode("latin-1") for key in keys if key.strip()), None)
+    return next((key.strip(BLANKS).encode("latin-1") for key in keys if key.strip(BLANKS)), None)
 
 
 def _digest(key: bytes) -> bytes:
@@ -189,7 +210,7 @@ def check_origin(scope: Scope, headers: Headers) -> None:
         return
     if _is_foreign(headers):
         raise ApiError(403, "Requests from another site's pages are refused.", "permission_error", code="cross_origin")
-    kind = ",".join(headers.getlist("content-type")).partition(";")[0].strip().lower()
+    kind = ",".join(headers.getlist("content-type")).partition(";")[0].strip(BLANKS).lower()
     if kind != "application/json":
         raise ApiError(415, "The body should be JSON, with the header Content-Type: application/json.")
 
@@ -206,100 +227,114 @@ def _is_foreign(headers: Headers) -> bool:
     return any(origin.partition("://")[2] not in hosts for origin in headers.getlist("origin"))
 
 
-class Bodies:
-    """Reads a request's whole body before the app sees it, within a size and a time.
+@dataclass(eq=False)
+class TrackedRequest:
+    """One request and what became of it."""
 
-    What was read counts until its answer has ended, so that many large bodies cannot fill the memory together.
+    scope: Scope
+    send_on: Send
+    begun: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    streams_events: bool = False
+    ended: bool = False
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            kind = Headers(raw=message.get("headers", [])).get("content-type", "")
+            self.streams_events = kind.startswith("text/event-stream")
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body")
+        await self.send_on(message)
+
+    async def end(self, error: ApiError, receive: Receive) -> None:
+        """Say what went wrong in the way that is left: an answer, a stream's last event, or by breaking off."""
+        if not self.status:
+            await refuse(error, self.scope, receive, self.send)
+        elif self.streams_events and not self.ended:
+            remember(self.scope, error)
+            await self.send({"type": "http.response.body", "body": error.as_event(), "more_body": False})
+
+    def log_line(self) -> str:
+        path = self.scope["raw_path"][:LONGEST_LOGGED].decode("ascii", "backslashreplace")
+        took = (time.perf_counter() - self.begun) * 1000
+        state = self.scope.get("state", {})
+        tokens, refused = state.get("tokens"), state.get("refused")
+        used = f", {tokens[0]} + {tokens[1]} tokens" if tokens else ""
+        why = f": {_short_reason(refused)}" if refused else ""
+        return f"{self.scope['method']} {path} {self.status or LEFT}, {took:.0f} ms{used}{why}"
+
+
+def _short_reason(error: ApiError) -> str:
+    """Why a request was refused, in a line: no more than a little of what it said, and no query of an address."""
+    reason = QUERY.sub(r"\1?…", reason_of(error))
+    return reason if len(reason) <= LONGEST_LOGGED else f"{reason[:LONGEST_LOGGED]}…"
+
+
+class RequestTracker:
+    """The outermost ASGI app: keeps the requests that run, logs each that ended, answers while there is no model.
+
+    `say` gets a line for each request that was answered.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
-        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
-        self.free_bytes = BODIES_AT_ONCE * max_bytes
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.app: ASGIApp | None = None
+        self.draining = False
+        self.running: set[TrackedRequest] = set()
+        self._answered: Callable[[str, int], None] = lambda route, status: None
+        self._say = say
+        self._ended = asyncio.Event()
+        self._cutting = False
+
+    def begin(self, app: ASGIApp, answered: Callable[[str, int], None]) -> None:
+        """From now on `app` answers, and `answered` is told each answer's route and status."""
+        self.app, self._answered = app, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        held = _HeldBytes(self)
+        request = TrackedRequest(scope, send)
+        watched = scope["path"] in WATCHED
+        if not watched:
+            self.running.add(request)
         try:
-            replayed = await self._read(scope, receive, held)
-        except ApiError as error:
-            await refuse(error, scope, receive, send)
-        else:
-            if replayed is not None:
-                await self.app(scope, replayed, send)
+            await self._answer(request, receive)
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            cut_off = unavailable("The server ended before this answer was finished.", "stopping")
+            await request.end(cut_off, receive)
+        except Exception as error:
+            logger.error("A request failed.", exc_info=error)
+            await request.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
         finally:
-            self.free_bytes += held.size
+            self.running.discard(request)
+            self._ended.set()
+        self._answered(getattr(scope.get("route"), "path", "other"), request.status or LEFT)
+        if not (watched and request.status in (200, 503)):
+            self._say(request.log_line())
 
-    async def _read(self, scope: Scope, receive: Receive, held: _HeldBytes) -> Receive | None:
-        """A `receive` that gives the whole body, of which nothing is kept here; None if the client left."""
-        stated = Headers(scope=scope).getlist("content-length")  # none for a body in chunks; numbers, says the protocol
-        held.check(max(map(int, stated), default=0))
-        chunks, more = [], True
-        try:
-            async with asyncio.timeout(self.seconds):
-                while more:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        return None
-                    held.take(len(message.get("body", b"")))
-                    chunks.append(message.get("body", b""))
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            late = f"The body did not arrive within {self.seconds:g} seconds."
-            raise ApiError(408, late, code="body_timeout") from None
-        return _replay(b"".join(chunks), receive)
+    async def _answer(self, request: TrackedRequest, receive: Receive) -> None:
+        scope, path = request.scope, request.scope["path"]
+        if self.app is None and path == "/health":
+            await JSONResponse({"status": "ok"})(scope, receive, request.send)
+        elif self.app is None:
+            await refuse(unavailable("The model is still loading.", "loading"), scope, receive, request.send)
+        elif self.draining and path not in ("/health", "/metrics"):
+            await refuse(leaving(), scope, receive, request.send)
+        else:
+            await self.app(scope, receive, request.send)
 
+    async def idle(self, seconds: float) -> bool:
+        """Wait, so long at most, until nothing runs -> whether that is so."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.running:
+                    self._ended.clear()
+                    await self._ended.wait()
+        return not self.running
 
-@dataclass
-class _HeldBytes:
-    """What one request's body takes of the memory for bodies."""
-
-    owner: Bodies
-    size: int = 0
-
-    def check(self, more: int) -> None:
-        """Raise ApiError if `more` bytes do not fit."""
-        if self.size + more > self.owner.max_bytes:
-            limit = f"{self.owner.max_bytes / 2**20:g}"
-            raise ApiError(413, f"The body is larger than --max-body-mib {limit}.", code="body_too_large")
-        if more > self.owner.free_bytes:
-            raise unavailable("The server holds too many large requests at the moment.", "overloaded")
-
-    def take(self, more: int) -> None:
-        self.check(more)
-        self.size += more
-        self.owner.free_bytes -= more
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body, then what the client does next."""
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-    del body
-
-    async def replayed() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return replayed
-
-
-def remember(scope: Scope, error: ApiError) -> None:
-    """Keep why a request is refused, for the line that the log has of it."""
-    scope.setdefault("state", {})["refused"] = error
-
-
-async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with `error` and close the connection.
-
-    What the client is still sending is read and forgotten for a moment: a socket closed with data unread makes
-    the kernel reset the connection, and the client would see that and never the answer.
-    """
-    remember(scope, error)
-    response = error.as_response()
-    headers = [*response.raw_headers, (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_SECONDS):
-            while (await receive()).get("more_body"):
-                pass
-    await send({"type": "http.response.body", "body": b""})
+    def cut(self) -> None:
+        """End what still runs, with an error."""
+        self._cutting = True
+        for request in self.running:
+            if request.task is not None:
+                request.task.cancel()

@@ -1,4 +1,4 @@
-"""A listening socket and a way to load a model in, a served and drained process out. Knows no flags and no terminal.
+"""An address and a way to load a model in, a served and drained process out. Knows no flags and no terminal.
 
 While the model loads, `/health` says that the process lives and all else is 503. The first SIGTERM or SIGINT drains:
 what is new gets 503, what runs is finished within a time, then cut. The second ends the process at once. uvicorn's own
@@ -8,26 +8,23 @@ handling of signals is switched off; it would stop listening first.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
-import re
 import signal
 import socket
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from pixtral_cli.prompt.settings import reason_of
-from pixtral_cli.server.errors import ApiError, leaving, unavailable
-from pixtral_cli.server.middleware import MAX_BODY_BYTES, guarded, refuse, remember
-from pixtral_cli.server.protocol import connections_allowed, guarded_protocol
+from pixtral_cli.errors import PixtralError
+from pixtral_cli.server.client_limits import MAX_BODY_BYTES, connections_allowed, guarded_protocol
+from pixtral_cli.server.middleware import RequestTracker, guarded, is_loopback
 from pixtral_cli.server.threads import Threads
 
 if TYPE_CHECKING:
@@ -35,19 +32,64 @@ if TYPE_CHECKING:
     from pixtral_cli.server.media_policy import MediaPolicy
     from pixtral_cli.server.service import Limits, Service
 
-logger = logging.getLogger(__name__)
+BACKLOG = 1024
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE = 5  # seconds
 CUT_SECONDS = 3.0
 """How long the last words to clients may take."""
-WATCHED = ("/health", "/ready", "/metrics")
-"""Asked for every few seconds by machines: told only where something is wrong with the asking."""
-LEFT = 499
-"""nginx's status for a client that did not wait for an answer."""
-LONGEST_PATH = LONGEST_REASON = 200
-QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*?(?=[:.,]?(\s|$))")
-"""Of an address: what follows may be a key."""
-EVENT_STREAM = b"text/event-stream"
+
+
+def check_binding(host: str, keys: Sequence[str], insecure: bool) -> None:
+    """Raise PixtralError for a key that guards nothing, and for an open address that nothing guards."""
+    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
+        raise PixtralError(
+            "An API key is empty, or has characters that no HTTP header can carry.",
+            hint="Give --api-key (or PIXTRAL_API_KEY) printable ASCII; leave it out for none.",
+        )
+    if not (keys or insecure or is_loopback(host)):
+        raise PixtralError(
+            f"Everybody who reaches {host} could use this server: there is no API key.",
+            hint="Set PIXTRAL_API_KEY or --api-key, bind --host 127.0.0.1, or say --insecure to mean it.",
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; with port 0, on a free one. Raises PixtralError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise PixtralError(
+            f"There is no address {host!r} to serve at.",
+            hint="Give --host an address of this machine: 127.0.0.1, or 0.0.0.0 for all of them.",
+        ) from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise PixtralError(*_refusal(error, host, port)) from error
+    return listener
+
+
+def url(host: str, listener: socket.socket) -> str:
+    """Where a browser on this machine finds it."""
+    port = listener.getsockname()[1]
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def _refusal(error: OSError, host: str, port: int) -> tuple[str, str]:
+    """The sentence and the next step."""
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {port} of {host} is in use.", "Stop what uses it, or give another --port; 0 takes a free one."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"Port {port} needs rights that you do not have.", "Give a --port of 1024 or above."
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is not an address of this machine.", "Give --host 127.0.0.1, or 0.0.0.0 for all addresses."
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return f"Cannot serve at {host}, port {port}: {reason}.", "Give another --host or --port."
 
 
 @dataclass(frozen=True)
@@ -73,14 +115,13 @@ class Loaded:
 
 
 def assemble(model: Pixtral, settings: Settings, greeting: str) -> Loaded:
-    """Put the model behind HTTP; from now on its engine runs on a thread of its own."""
-    from pixtral_cli.engine.driver import Driver
+    """Put the model behind HTTP."""
     from pixtral_cli.server.app import create_app
     from pixtral_cli.server.media_policy import RequestImages
     from pixtral_cli.server.service import Service
 
     model.processor.open_image = RequestImages(settings.media).opened
-    service = Service(model, Driver(model.engine), settings.names, settings.defaults, settings.limits)
+    service = Service(model, settings.names, settings.defaults, settings.limits)
     app = guarded(create_app(service), host=settings.host, keys=settings.keys, max_body_bytes=settings.max_body_bytes)
     return Loaded(app, service, greeting)
 
@@ -189,116 +230,3 @@ class _Server(uvicorn.Server):
                 await self.requests.idle(CUT_SECONDS)
         finally:
             self.should_exit = True
-
-
-@dataclass(eq=False)
-class TrackedRequest:
-    """One request and what became of it."""
-
-    scope: Scope
-    send_on: Send
-    begun: float = field(default_factory=time.perf_counter)
-    status: int = 0
-    streams_events: bool = False
-    ended: bool = False
-    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self.streams_events = any(
-                name.lower() == b"content-type" and value.startswith(EVENT_STREAM)
-                for name, value in message.get("headers", ())
-            )
-        self.ended = message["type"] == "http.response.body" and not message.get("more_body")
-        await self.send_on(message)
-
-    async def end(self, error: ApiError, receive: Receive) -> None:
-        """Say what went wrong in the way that is left: an answer, a stream's last event, or by breaking off."""
-        if not self.status:
-            await refuse(error, self.scope, receive, self.send)
-        elif self.streams_events and not self.ended:
-            remember(self.scope, error)
-            event = b"data: " + error.as_response().body + b"\n\n"
-            await self.send({"type": "http.response.body", "body": event, "more_body": False})
-
-    def __str__(self) -> str:
-        """The line of the log."""
-        path = self.scope["raw_path"][:LONGEST_PATH].decode("ascii", "backslashreplace")
-        took = (time.perf_counter() - self.begun) * 1000
-        state = self.scope.get("state", {})
-        tokens, refused = state.get("tokens"), state.get("refused")
-        used = f", {tokens[0]} + {tokens[1]} tokens" if tokens else ""
-        why = f": {in_log(refused)}" if refused else ""
-        return f"{self.scope['method']} {path} {self.status or LEFT}, {took:.0f} ms{used}{why}"
-
-
-def in_log(error: ApiError) -> str:
-    """Why a request was refused, in a line: no more than a little of what it said, and no query of an address."""
-    reason = QUERY.sub(r"\1?…", reason_of(error))
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
-
-
-class RequestTracker:
-    """The outermost ASGI app: keeps the requests that run, logs each that ended, answers while there is no model.
-
-    `say` gets a line for each request that was answered.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.app: ASGIApp | None = None
-        self.draining = False
-        self.running: set[TrackedRequest] = set()
-        self._answered: Callable[[str, int], None] = lambda route, status: None
-        self._say = say
-        self._cutting = False
-
-    def begin(self, app: ASGIApp, answered: Callable[[str, int], None]) -> None:
-        """From now on `app` answers, and `answered` is told each answer's route and status."""
-        self.app, self._answered = app, answered
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = TrackedRequest(scope, send)
-        watched = scope["path"] in WATCHED
-        if not watched:
-            self.running.add(request)
-        try:
-            await self._answer(request, receive)
-        except asyncio.CancelledError:
-            if not self._cutting:
-                raise
-            cut_off = unavailable("The server ended before this answer was finished.", "stopping")
-            await request.end(cut_off, receive)
-        except Exception as error:
-            logger.error("A request failed.", exc_info=error)
-            await request.end(ApiError(500, "Something unexpected went wrong.", "server_error"), receive)
-        finally:
-            self.running.discard(request)
-        self._answered(getattr(scope.get("route"), "path", "other"), request.status or LEFT)
-        if not (watched and request.status in (200, 503)):
-            self._say(str(request))
-
-    async def _answer(self, request: TrackedRequest, receive: Receive) -> None:
-        scope, path = request.scope, request.scope["path"]
-        if self.app is None and path == "/health":
-            await JSONResponse({"status": "ok"})(scope, receive, request.send)
-        elif self.app is None:
-            await refuse(unavailable("The model is still loading.", "loading"), scope, receive, request.send)
-        elif self.draining and path not in ("/health", "/metrics"):
-            await refuse(leaving(), scope, receive, request.send)
-        else:
-            await self.app(scope, receive, request.send)
-
-    async def idle(self, seconds: float) -> bool:
-        """Wait, so long at most, until nothing runs -> whether that is so."""
-        deadline = time.monotonic() + seconds
-        while self.running and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        return not self.running
-
-    def cut(self) -> None:
-        """End what still runs, with an error."""
-        self._cutting = True
-        for request in self.running:
-            if request.task is not None:
-                request.task.cancel()

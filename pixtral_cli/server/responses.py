@@ -259,12 +259,12 @@ class Chunks:
 
     def _text(self, place: int, text: str) -> str:
         said = f'"delta":{{"content":{compact(text)}}}' if self.is_chat else f'"text":{compact(text)}'
-        return self._said(place, said)
+        return self._choice(place, said)
 
     def _call(self, place: int, delta: tool_calls.ToolCallDelta) -> str:
         told = tool_call_delta(delta)
         calls = {"function_call": told["function"]} if self.request.older_calls else {"tool_calls": [told]}
-        return self._said(place, f'"delta":{compact(calls)}')
+        return self._choice(place, f'"delta":{compact(calls)}')
 
     def _echo(self, place: int, echo: Echo) -> str:
         """The prompt, which comes before the answer."""
@@ -272,9 +272,9 @@ class Chunks:
         said, logprobs = compact(echo.text), compact(echo_logprobs(echo))
         return f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}'
 
-    def _said(self, place: int, said: str) -> str:
+    def _choice(self, place: int, content: str) -> str:
         logprobs = self._logprobs(place) if self.held[place] else "null"
-        return f'{{"index":{place},{said},"logprobs":{logprobs},"finish_reason":null}}'
+        return f'{{"index":{place},{content},"logprobs":{logprobs},"finish_reason":null}}'
 
     def _end(self, place: int, finish_reason: FinishReason, used: generation.Usage | None) -> str:
         """The last chunk of an answer. The last of all answers has their usage, for clients that want calls whole."""

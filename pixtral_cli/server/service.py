@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +29,7 @@ from pixtral_cli.server.wire import AnswerRequest, TextOrTokens, count_images
 QUICK_THREADS = 4
 SLOW_THREADS = 64
 """For what waits for the network or a turn at the decoder, and for grammars."""
-MOST_TOLD = 3_000_000
+MAX_LOGPROBS = 3_000_000
 """Log-probabilities of prompts in one answer: as many as 131,072 tokens have with 20 alternatives."""
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p")
 Result = TypeVar("Result")
@@ -51,14 +51,12 @@ class Service:
     """One model and those who ask it.
 
     Args:
-        driver: of the model's engine.
         names: what requests may call the model; the first is what it calls itself.
         defaults: options that the server's flags give. What a request says comes before them, and the checkpoint's
             own generation_config.json after them.
     """
 
     model: Pixtral
-    driver: Driver
     names: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
@@ -67,7 +65,8 @@ class Service:
     def __post_init__(self) -> None:
         self.accepted = 0
         """Answers asked for and not ended, from before their prompts are made."""
-        self.metrics = Metrics(self.model.engine)
+        self.driver = self.model.driver
+        self.metrics = Metrics(self.driver)
         self.started_at = int(time.time())
         self.options = {**checkpoint_defaults(self.model.source.checkpoint.generation_config), **self.defaults}
         self.quick, self.slow = Threads(QUICK_THREADS, "prompts"), Threads(SLOW_THREADS, "pictures")
@@ -77,7 +76,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be worked on."""
-        return self.driver.alive and not self.draining
+        return not self.draining
 
     @property
     def preparing(self) -> bool:
@@ -90,11 +89,11 @@ class Service:
         return not (self._open or self.preparing)
 
     def drain(self) -> None:
-        """Take nothing new, and send away who waits; what the engine has begun may finish."""
+        """Take nothing new, and refuse who waits; what the engine has begun may finish."""
         self.draining = True
         begun = {sequence.id for sequence in self.model.engine.scheduler.running}
         for subscription in self._open:
-            subscription.send_away_unless(begun)
+            subscription.refuse_unless(begun)
 
     def check_name(self, name: str | None) -> None:
         """Raise ApiError unless `name` is the model's; None is."""
@@ -112,8 +111,8 @@ class Service:
         self.accepted += request.answers
         self._open.add(subscription)
         try:
-            making = self.work(partial(self._jobs, request, salt), param=request.param, slow=request.is_slow)
-            subscription.submit(await subscription.unless_sent_away(making), self.bridge)
+            jobs = self.work(partial(self._jobs, request, salt), param=request.param, slow=request.is_slow)
+            subscription.submit(await subscription.unless_refused(jobs), self.bridge)
             request.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while subscription.running:
                 yield await subscription.next()
@@ -166,7 +165,7 @@ class Service:
             prompts = [self._chat(request.messages, request.tools)]
         else:
             prompts = [self._text(prompt) for prompt in request.prompts]
-            _check_told(prompts, options, request.n)
+            _check_logprobs(prompts, options, request.n)
         return [job for prompt in prompts for job in self.model.jobs(prompt, options, request.n, salt)]
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any) -> Prompt:
@@ -195,14 +194,14 @@ class Service:
             raise RequestError(f"There is no token {outside[0]}: the model knows {size}.")
 
 
-def _check_told(prompts: Sequence[Prompt], options: GenerationOptions, n: int) -> None:
+def _check_logprobs(prompts: Sequence[Prompt], options: GenerationOptions, n: int) -> None:
     """Raise RequestError if more log-probabilities of prompts are asked for than memory should hold."""
     if not options.echo or options.alternatives is None:
         return
-    told = n * sum(len(prompt.token_ids) for prompt in prompts) * (1 + options.alternatives)
-    if told > MOST_TOLD:
+    count = n * sum(len(prompt.token_ids) for prompt in prompts) * (1 + options.alternatives)
+    if count > MAX_LOGPROBS:
         raise RequestError(
-            f"The prompts have {told} log-probabilities to tell, and one answer tells at most {MOST_TOLD}.",
+            f"The prompts have {count} log-probabilities to tell, and one answer tells at most {MAX_LOGPROBS}.",
             hint="Send fewer prompts together, or ask for less in logprobs.",
         )
 
@@ -256,33 +255,33 @@ class Subscription:
         self._latest: dict[int, float] = {}  # when each answer's last token came
         self._arrived: list[Arrival] = []
         self._wake = asyncio.Event()
-        self._sent_away = False
-        self._making: asyncio.Future[Any] | None = None
+        self._is_refused = False
+        self._preparing: asyncio.Future[Any] | None = None
 
-    async def unless_sent_away(self, making: Awaitable[Result]) -> Result:
-        """What `making` gives, without which nothing can be queued. Raises ApiError if the server ends before."""
-        self._making = asyncio.ensure_future(making)
+    async def unless_refused(self, preparing: Awaitable[Result]) -> Result:
+        """What `preparing` gives, without which nothing can be queued. Raises ApiError if the server ends before."""
+        self._preparing = asyncio.ensure_future(preparing)
         try:
-            return await self._making
+            return await self._preparing
         except asyncio.CancelledError:
-            if self._sent_away:
+            if self._is_refused:
                 raise leaving() from None
             raise
 
     def submit(self, jobs: Sequence[tuple[Request, TextStream]], bridge: EventLoopBridge) -> None:
         """Queue them all; their pictures are not kept here."""
-        self._making = None
+        self._preparing = None
         self._streams = [stream for _, stream in jobs]
         for place, (request, _) in enumerate(jobs):
             self.running[place] = self.driver.submit(request, partial(bridge.put, self, place))
 
-    def send_away_unless(self, begun: Set[int]) -> None:
+    def refuse_unless(self, begun: set[int]) -> None:
         """Let them fail, unless the engine has begun one of them."""
         if not self._latest and not self._arrived and begun.isdisjoint(self.running.values()):
-            self._sent_away = True
+            self._is_refused = True
             self._wake.set()
-            if self._making is not None:
-                self._making.cancel()
+            if self._preparing is not None:
+                self._preparing.cancel()
 
     def receive(self, arrival: Arrival) -> None:
         self._arrived.append(arrival)
@@ -293,10 +292,12 @@ class Subscription:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if self._sent_away:
+            if self._is_refused:
                 raise leaving()
             arrived, self._arrived = self._arrived, []
-            events = [(arrival.place, self._told(arrival)) for arrival in arrived if arrival.place in self.running]
+            events = [
+                (arrival.place, self._text_event(arrival)) for arrival in arrived if arrival.place in self.running
+            ]
             if events:
                 return events
 
@@ -306,15 +307,15 @@ class Subscription:
             self.driver.cancel(request_id)
         self.running.clear()
 
-    def _told(self, arrival: Arrival) -> TextEvent:
+    def _text_event(self, arrival: Arrival) -> TextEvent:
         place, event = arrival.place, arrival.event
         if isinstance(event, Failure):
             raise event.error
         self._measure(place, arrival.at)
-        told = self._streams[place].push(event)
-        if told.finish_reason:
+        text_event = self._streams[place].push(event)
+        if text_event.finish_reason:
             self.driver.cancel(self.running.pop(place))  # a stop string ends it before the engine would
-        return told
+        return text_event
 
     def _measure(self, place: int, now: float) -> None:
         before = self._latest.get(place)

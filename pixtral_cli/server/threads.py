@@ -1,4 +1,4 @@
-"""What blocks in, what it gives out, on a bounded number of threads that hold a bounded amount; knows not of what."""
+"""Work that blocks, on a bounded number of threads, and a bound on what such threads hold together, as of pixels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-class NobodyWaits(Exception):
+class Abandoned(Exception):
     """The one who wanted the work of this thread has left."""
 
 
-def check_waited_for() -> None:
-    """Raise NobodyWaits if nobody wants the work of this thread any more. Call it before each long step."""
+def raise_if_abandoned() -> None:
+    """Raise Abandoned if nobody wants the work of this thread any more. Call it before each long step."""
     if getattr(current_thread(), "abandoned", False):
-        raise NobodyWaits
+        raise Abandoned
 
 
-class _Work(Thread):
+class _Worker(Thread):
     abandoned = False
 
 
@@ -40,15 +40,17 @@ class Threads:
         self._free = asyncio.Semaphore(count)
 
     async def run(self, build: Callable[[], Result]) -> Result:
-        """`build()`; who is cancelled meanwhile does not wait for it, and its thread is taken until it ends, which
-        `check_waited_for` can make soon.
+        """What `build()` gives.
+
+        Who is cancelled meanwhile does not wait for it, but the thread is taken until it ends: `raise_if_abandoned`
+        makes that soon.
         """
         await self._free.acquire()
         loop, future = asyncio.get_running_loop(), Future[Result]()
         future.set_running_or_notify_cancel()  # from now on only the thread can end it
         self.busy += 1
         future.add_done_callback(lambda _: self._tell_freed(loop))
-        thread = _Work(target=_into, args=(future, build), name=self.name, daemon=True)
+        thread = _Worker(target=_into, args=(future, build), name=self.name, daemon=True)
         thread.start()
         try:
             return await asyncio.wrap_future(future)
@@ -68,7 +70,7 @@ class Threads:
 def _into(future: Future[Result], build: Callable[[], Result]) -> None:
     try:
         result = build()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  for who waits
         future.set_exception(error)
     else:
         future.set_result(result)

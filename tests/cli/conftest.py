@@ -1,4 +1,4 @@
-"""The command line for tests: `fake` and `program` run it as a process, `call` runs it inside this one."""
+"""The command line for tests: `fake` and `program` run it as a process, `call` and `refused` run it inside this one."""
 
 import signal
 import subprocess
@@ -50,6 +50,18 @@ def call(monkeypatch, capfd):
 
     yield run
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def refused(call):
+    """Run one command line that ends in an error; gives what it tells: a sentence, and a line with what to do next."""
+
+    def run(*arguments, code=1):
+        given, out, err = call(*arguments)
+        assert (given, out) == (code, "") and err.startswith("pixtral: error: ") and len(err.splitlines()) == 2, err
+        return err
+
+    return run
 
 
 @pytest.fixture

@@ -155,10 +155,10 @@ def test_flags_and_commands_are_described_where_the_shell_can(shell):
     shell.offers("pixtral cache ", "Remove models by name")
 
 
-@pytest.mark.parametrize("asked", completions.ANSWERS)
-def test_what_the_scripts_ask_imports_nothing_heavy(asked, caches):
+@pytest.mark.parametrize("name", completions.LISTINGS)
+def test_what_the_scripts_ask_imports_nothing_heavy(name, caches):
     put(caches, "acme/pixie", HF | {"model.safetensors": weights()})
-    assert imported_by("completions", asked, HF_HUB_CACHE=str(caches)) == []
+    assert imported_by("completions", name, HF_HUB_CACHE=str(caches)) == []
 
 
 def test_names_are_those_that_the_list_of_models_prints(caches, call, tmp_path):
@@ -197,8 +197,8 @@ def test_pictures_are_the_files_that_can_be_read():
     from pixtral_cli.prompt.media import FORMATS
 
     known = {ending[1:] for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    offered = {Image.registered_extensions()[f".{ending}"] for ending in completions.PICTURES}
-    assert set(completions.PICTURES) <= known and offered == set(FORMATS)
+    offered = {Image.registered_extensions()[f".{ending}"] for ending in completions.IMAGE_ENDINGS}
+    assert set(completions.IMAGE_ENDINGS) <= known and offered == set(FORMATS)
 
 
 def whole_program():

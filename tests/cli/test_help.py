@@ -1,6 +1,8 @@
 """Help, version and completion: complete, and light enough for every press of Tab."""
 
+from importlib import import_module
 from importlib.metadata import version
+from pkgutil import iter_modules
 
 import pytest
 from support.processes import PROGRAM, imported_by, run_process
@@ -66,3 +68,14 @@ def test_tab_offers_what_fits(words, offered):
 def test_a_completion_script_is_printed_for_each_shell(shell):
     done = run_process(PROGRAM, [], env={"_PIXTRAL_COMPLETE": f"source_{shell}"})
     assert done.returncode == 0 and b"_PIXTRAL_COMPLETE" in done.stdout
+
+
+def test_every_file_of_a_command_is_a_command():
+    from typer.main import get_command
+
+    from pixtral_cli import commands
+    from pixtral_cli.cli.main import app
+
+    modules = {name: import_module(f"{commands.__name__}.{name}") for _, name, _ in iter_modules(commands.__path__)}
+    wanted = {name for name, module in modules.items() if hasattr(module, "EXAMPLES")}
+    assert set(get_command(app).commands) == wanted and len(wanted) > 8

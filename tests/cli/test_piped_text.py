@@ -7,15 +7,11 @@ import subprocess
 import time
 
 import pytest
-from support.processes import FAKE, PATIENCE, clean_environment
-
-SHELL_FAKE = " ".join(FAKE)
+from support.processes import PATIENCE, run_line
 
 
-def shell(line, **environment):
-    done = subprocess.run(
-        ["bash", "-c", line], capture_output=True, env=clean_environment(**environment), timeout=PATIENCE
-    )
+def shell(line):
+    done = run_line(line)
     return done.stdout.decode(), done.stderr.decode()
 
 
@@ -41,12 +37,12 @@ def test_without_a_prompt_the_piped_text_is_the_request(fake):
 
 
 def test_without_a_prompt_a_slow_program_is_waited_for():
-    out, _ = shell(f"(sleep 1.5; echo late) | {SHELL_FAKE} run")
+    out, _ = shell("(sleep 1.5; echo late) | $FAKE run")
     assert out == "<user>late\n"
 
 
 def test_beside_a_prompt_a_slow_program_in_the_pipeline_is_waited_for():
-    out, err = shell(f"(sleep 1.5; echo late) | {SHELL_FAKE} run -p hi")
+    out, err = shell("(sleep 1.5; echo late) | $FAKE run -p hi")
     assert (out, err) == ("<user>late\n\nhi\n", "")
 
 
@@ -63,7 +59,7 @@ def test_what_comes_while_the_model_loads_is_read(start_fake, tmp_path):
 
 
 def test_once_begun_the_input_is_read_to_its_end():
-    out, _ = shell(f"(echo one; sleep 1; echo two) | {SHELL_FAKE} run -p hi")
+    out, _ = shell("(echo one; sleep 1; echo two) | $FAKE run -p hi")
     assert out == "<user>one\ntwo\n\nhi\n"
 
 
@@ -76,13 +72,7 @@ def test_a_silent_pipe_from_the_parent_is_not_waited_for(start_fake):
 def test_a_silent_pipe_inherited_from_further_up_is_not_waited_for():
     reading, writing = os.pipe()
     try:
-        done = subprocess.run(
-            ["bash", "-c", f"{SHELL_FAKE} run -p hi; true"],
-            stdin=reading,
-            capture_output=True,
-            env=clean_environment(),
-            timeout=PATIENCE,
-        )
+        done = run_line("$FAKE run -p hi; true", stdin=reading)
     finally:
         os.close(writing)
         os.close(reading)
@@ -102,8 +92,7 @@ def test_a_silent_socket_is_not_waited_for_and_one_with_text_is_read(start_fake)
 
 @pytest.mark.slow
 def test_a_silent_program_in_the_pipeline_is_given_up_with_a_notice():
-    process = f"(exec sleep 25) | (time {SHELL_FAKE} run -p hi)"
-    out, err = shell(process)
+    out, err = shell("(exec sleep 25) | (time $FAKE run -p hi)")
     assert out == "<user>hi\n" and "standard input" in err
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+from support.processes import run_line
 
 KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings"]
 USAGE = ["prompt_tokens", "completion_tokens", "image_tokens"]
@@ -122,29 +123,22 @@ def test_a_reader_who_leaves_ends_the_run_quietly(start_fake):
 
 @pytest.mark.parametrize("arguments", ["--help", "run --help", "--version"])
 def test_help_into_a_closed_pipe_is_quiet(arguments):
-    import sys
-
-    command = f"{sys.executable} -m pixtral_cli {arguments} 2>&1 >&3 | cat"
-    done = subprocess.run(["bash", "-c", f"exec 3> >(true); sleep 0.2; {command}"], capture_output=True, timeout=60)
+    done = run_line(f"exec 3> >(true); sleep 0.2; $PIXTRAL {arguments} 2>&1 >&3 | cat")
     assert done.stdout == b"" and done.stderr == b""
 
 
-def test_a_full_disk_is_an_error_and_not_a_traceback(start_fake):
+def test_a_full_disk_is_an_error_and_not_a_traceback(fake):
     with open("/dev/full", "wb") as full:
-        process = start_fake("run", "-p", "hi", stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE)
-        error = process.stderr.read().decode()
-    assert process.wait() == 1 and error.startswith("pixtral: error: ") and "No space left" in error
+        done = fake("run", "-p", "hi", stdout=full)
+    error = done.stderr.decode()
+    assert done.returncode == 1 and error.startswith("pixtral: error: ") and "No space left" in error
     assert "Traceback" not in error and "Exception ignored" not in error
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
-def test_help_onto_a_full_disk_is_an_error_and_not_a_traceback(arguments):
-    from support.processes import PROGRAM, clean_environment
-
+def test_help_onto_a_full_disk_is_an_error_and_not_a_traceback(program, arguments):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [*PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, env=clean_environment(), timeout=60
-        )
+        done = program(*arguments, stdout=full)
     error = done.stderr.decode()
     assert done.returncode == 1 and "No space left" in error and len(error.splitlines()) == 2
 
@@ -154,15 +148,9 @@ def test_an_error_is_one_line_whatever_a_name_holds(fake):
     assert len(error.splitlines()) == 2 and "\x1b" not in error and "\\udc" not in error
 
 
-def test_closed_streams_are_no_error(fake):
-    import sys
-
-    from support.processes import FAKE
-
-    for closing in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
-        line = f"exec {FAKE[0]} {FAKE[1]} run -p hi {closing}"
-        assert subprocess.run(["bash", "-c", line], capture_output=True, timeout=60).returncode == 0, closing
-    assert sys.executable
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closing):
+    assert run_line(f"exec $FAKE run -p hi {closing}").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.hub_cache import put
-from support.processes import FAKE, PATIENCE, clean_environment
+from support.processes import FAKE, PATIENCE, clean_environment, run_line
 
 
 class Terminal:
@@ -204,12 +204,6 @@ def test_an_interrupt_that_python_itself_would_lose_leaves_with_130(fake, order)
 
 
 def test_a_process_started_with_interrupts_ignored_keeps_ignoring_them():
-    line = f"trap '' INT; {' '.join(FAKE)} run -p hi & pid=$!; sleep 0.4; kill -INT $pid; wait $pid"
-    done = subprocess.run(
-        ["bash", "-c", line],
-        capture_output=True,
-        env=clean_environment(FAKE_LOAD_S="1"),
-        stdin=subprocess.DEVNULL,
-        timeout=PATIENCE,
-    )
+    line = "trap '' INT; $FAKE run -p hi & pid=$!; sleep 0.4; kill -INT $pid; wait $pid"
+    done = run_line(line, env={"FAKE_LOAD_S": "1"})
     assert (done.returncode, done.stdout) == (0, b"<user>hi\n")

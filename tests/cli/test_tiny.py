@@ -8,7 +8,7 @@ import time
 
 import pytest
 from PIL import Image, ImageDraw
-from support.processes import PROGRAM, clean_environment, imported_by
+from support.processes import PROGRAM, clean_environment, imported_by, run_process
 
 TINY = ("--model-path", "tiny", "--devices", "cpu")
 
@@ -116,7 +116,7 @@ def test_the_built_in_model_needs_no_network(picture):
         f"sys.argv = {['pixtral', 'run', *TINY, '-i', picture, '-p', 'hi', '--max-new-tokens', '2']!r}\n"
         "from pixtral_cli.__main__ import main\nmain()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=clean_environment(), timeout=60)
+    done = run_process([sys.executable, "-c", program])
     assert (done.returncode, done.stderr) == (0, b"")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import threading
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from support.engines import run, tokens
 
 from pixtral_cli.encodings import find
 from pixtral_cli.engine import scheduler
-from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import Failure, ImageInput, Request, Sampling
+from pixtral_cli.engine.request import Failure, ImageInput, Request
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.errors import BrokenLogits
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
@@ -236,50 +235,7 @@ def test_cancelling_in_the_middle_of_a_prompt_frees_every_page(model, monkeypatc
     assert not engine.busy and engine.table.in_use == 0
 
 
-def test_a_worker_answers_threads_that_come_and_go(model):
-    alone = [tokens(run(Engine(model), request)[0]) for request in MANY]
-    driver = Driver(Engine(model, max_batch_size=3))
-    got, ended = [[] for _ in MANY], [threading.Event() for _ in MANY]
-
-    def sink(number):
-        def take(event):
-            got[number].append(event)
-            if event.finish_reason:
-                ended[number].set()
-
-        return take
-
-    def leave_early():
-        left = driver.submit(asked(words(99, 50), tokens=2000), lambda event: None)
-        driver.cancel(left)
-
-    for number, request in enumerate(MANY):
-        threading.Thread(target=driver.submit, args=(request, sink(number))).start()
-        threading.Thread(target=leave_early).start()
-    assert all(each.wait(30) for each in ended)
-    assert [tokens(events) for events in got] == alone
-    assert driver.alive and driver.stop(10) and not driver.alive
-    assert driver.engine.table.in_use == 0
-
-
 def test_sampling_draws_the_same_for_a_seed_whoever_else_is_there(model):
     drawn = asked(words(8, 30), sampling=Sampling(temperature=1.0, top_k=0, seed=3))
     alone = tokens(run(Engine(model), drawn)[0])
     assert tokens(run(Engine(model, max_batch_size=8), *MANY[:5], drawn)[-1]) == alone
-
-
-def test_a_bug_in_a_step_ends_the_requests_that_are_there_and_not_the_worker(model, monkeypatch):
-    driver, events, ended = Driver(Engine(model)), [], threading.Event()
-
-    def sink(event):
-        events.append(event)
-        if isinstance(event, Failure) or event.finish_reason:
-            ended.set()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(driver.engine.scheduler, "schedule", lambda: 1 / 0)
-        driver.submit(MANY[0], sink)
-        assert ended.wait(10) and isinstance(events[0].error, ZeroDivisionError)
-    ended.clear()
-    driver.submit(MANY[0], sink)
-    assert ended.wait(10) and events[-1].finish_reason == "length" and driver.stop(10)

@@ -47,7 +47,7 @@ def text_ids(length, seed):
 
 def image_ids(rows, columns):
     ids = ([IMG] * columns + [IMG_BREAK]) * rows
-    return ids[:-1] + [IMG_END]
+    return [*ids[:-1], IMG_END]
 
 
 def picture(rows, columns, seed):

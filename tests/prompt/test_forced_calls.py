@@ -7,10 +7,10 @@ import json
 import jsonschema
 import pytest
 import torch
+from support.engines import choose
 
-from pixtral_cli import constraints
-from pixtral_cli.engine.request import Sampling
-from pixtral_cli.engine.sampler import choose
+from pixtral_cli import GenerationOptions, constraints
+from pixtral_cli.engine.sampler import Sampling
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
 from pixtral_cli.prompt.tools import Tool
@@ -63,7 +63,7 @@ def assert_kept(calls):
 def test_a_required_call_is_read_back_and_keeps_to_its_tool(both, vocabulary, form, seed):
     tokenizer = both[0]
     prompt = Prompt([1], [], tools=TOOLS, call_form=form)
-    bound = constraints.constraint(prompt, None, "required", True, tokenizer, vocabulary)
+    bound = constraints.constraint(prompt, GenerationOptions(tool_choice="required"), tokenizer, vocabulary)
     ids = written(bound, seed)
     assert (tokenizer.control("[TOOL_CALLS]") in ids) == (form != "text")
     text, calls = read(tokenizer, ids, form == "text")
@@ -74,7 +74,7 @@ def test_a_required_call_is_read_back_and_keeps_to_its_tool(both, vocabulary, fo
 @pytest.mark.parametrize("form", FORMS)
 def test_wherever_an_answer_is_cut_its_calls_are_the_beginning_of_the_whole_ones_and_no_text(both, vocabulary, form):
     prompt = Prompt([1], [], tools=TOOLS, call_form=form)
-    ids = written(constraints.constraint(prompt, None, "required", True, both[0], vocabulary), 1)
+    ids = written(constraints.constraint(prompt, GenerationOptions(tool_choice="required"), both[0], vocabulary), 1)
     _, whole = read(both[0], ids, form == "text")
     for length in range(len(ids)):
         text, calls = read(both[0], ids[:length], form == "text", cut=True)
@@ -88,7 +88,7 @@ def test_wherever_an_answer_is_cut_its_calls_are_the_beginning_of_the_whole_ones
 def test_a_call_that_the_model_begins_keeps_to_the_tools_and_what_stands_before_is_free(both, vocabulary, form):
     tokenizer = both[0]
     prompt = Prompt([1], [], tools=TOOLS, call_form=form)
-    bound = constraints.constraint(prompt, None, "auto", False, tokenizer, vocabulary)
+    bound = constraints.constraint(prompt, GenerationOptions(parallel_tool_calls=False), tokenizer, vocabulary)
     begun = [*tokenizer.encode("I'll add [é]: "), tokenizer.control("[TOOL_CALLS]")]
     text, calls = read(tokenizer, written(bound, 1, begun), False)
     assert text == "I'll add [é]: " and len(calls) == 1
@@ -99,6 +99,6 @@ def test_a_call_that_the_model_begins_keeps_to_the_tools_and_what_stands_before_
 def test_a_named_function_is_called_once(both, vocabulary, form):
     prompt = Prompt([1], [], tools=TOOLS, call_form=form)
     choice = {"type": "function", "function": {"name": "add-2"}}
-    bound = constraints.constraint(prompt, None, choice, True, both[0], vocabulary)
+    bound = constraints.constraint(prompt, GenerationOptions(tool_choice=choice), both[0], vocabulary)
     _, (call,) = read(both[0], written(bound, 5), form == "text")
     assert call.name == "add-2"

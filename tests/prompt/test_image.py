@@ -21,7 +21,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import (
 
 from pixtral_cli.prompt.image import STD, ImageSpec, plan_size, prepare
 from pixtral_cli.prompt.processor import ImageTokens
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 
 SIZES = [(1, 1), (1, 2), (16, 16), (17, 15), (300, 200), (90, 700), (3000, 400), (1025, 1023), (1024, 1024), (2000, 9)]
 THIN = [(1, 3000), (3000, 1)]
@@ -29,7 +29,7 @@ LEVEL = 1 / 255
 sides = st.integers(1, 6000)
 
 
-def picture(width: int, height: int, kind: str = "noise") -> Image.Image:
+def noise_or_ramp(width: int, height: int, kind: str = "noise") -> Image.Image:
     if kind == "noise":
         data = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     else:
@@ -56,7 +56,7 @@ def mistral_pixels(image: Image.Image, **config) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(300, 200), (513, 40), (2000, 900), (1024, 1024)])
 def test_in_low_detail_the_longest_side_is_at_most_512_pixels(size):
-    image, spec = picture(*size, "ramp"), ImageSpec().at("low")
+    image, spec = noise_or_ramp(*size, "ramp"), ImageSpec().at("low")
     theirs = transformers_pixels(image, size={"longest_edge": 512})
     assert difference(prepare(image, "hf", spec).pixels(), theirs).max() <= 2 * LEVEL
     native = ImageEncoder(ImageConfig(16, 512), SpecialImageIDs(10, 12, 13))(ImageChunk(image=image)).image
@@ -68,7 +68,7 @@ def test_in_low_detail_the_longest_side_is_at_most_512_pixels(size):
 @pytest.mark.parametrize("kind", ["noise", "ramp"])
 @pytest.mark.parametrize("size", SIZES)
 def test_hf_pixels_are_those_of_transformers(size, kind):
-    image = picture(*size, kind)
+    image = noise_or_ramp(*size, kind)
     off = difference(prepare(image, "hf", ImageSpec()).pixels(), transformers_pixels(image))
     assert off.max() <= 2 * LEVEL
     assert off.mean() <= 0.5 * LEVEL
@@ -77,29 +77,29 @@ def test_hf_pixels_are_those_of_transformers(size, kind):
 @pytest.mark.parametrize("kind", ["noise", "ramp"])
 @pytest.mark.parametrize("size", SIZES + THIN)
 def test_native_pixels_are_those_of_mistral_common(size, kind):
-    image = picture(*size, kind)
+    image = noise_or_ramp(*size, kind)
     off = difference(prepare(image, "native", ImageSpec()).pixels(), mistral_pixels(image))
     assert off.max() <= 0.5 * LEVEL
 
 
 def test_native_pixels_with_merged_patches_are_those_of_mistral_common():
-    image = picture(100, 70)
+    image = noise_or_ramp(100, 70)
     prepared = prepare(image, "native", ImageSpec(spatial_merge=2))
     assert difference(prepared.pixels(), mistral_pixels(image, spatial_merge_size=2)).max() <= 0.5 * LEVEL
 
 
 @pytest.mark.parametrize("recipe", ["hf", "native"])
 @pytest.mark.parametrize("size", [(3000, 2000), (1500, 1100), (300, 200), (5000, 9)])
-def test_a_compact_picture_has_the_same_pixels_and_sizes(size, recipe):
-    whole = prepare(picture(*size), recipe, ImageSpec())
+def test_a_compact_image_has_the_same_pixels_and_sizes(size, recipe):
+    whole = prepare(noise_or_ramp(*size), recipe, ImageSpec())
     compact = whole.compact()
     assert torch.equal(compact.pixels(), whole.pixels())
     assert (compact.original_size, compact.tokens) == (size, whole.tokens)
 
 
 @pytest.mark.parametrize("recipe", ["hf", "native"])
-def test_a_compact_picture_takes_no_more_than_its_pixels(recipe):
-    image = picture(3000, 2000)
+def test_a_compact_image_takes_no_more_than_its_pixels(recipe):
+    image = noise_or_ramp(3000, 2000)
     gone = weakref.ref(image)
     compact = prepare(image, recipe, ImageSpec()).compact()
     del image
@@ -108,9 +108,9 @@ def test_a_compact_picture_takes_no_more_than_its_pixels(recipe):
 
 @pytest.mark.parametrize("recipe", ["hf", "native"])
 @pytest.mark.parametrize("size", [(3000, 2000), (300, 200)])
-def test_compact_pictures_have_one_key_if_their_pixels_are_the_same(size, recipe):
+def test_compact_images_have_one_key_if_their_pixels_are_the_same(size, recipe):
     def key(kind, recipe):
-        return prepare(picture(*size, kind), recipe, ImageSpec()).compact().key
+        return prepare(noise_or_ramp(*size, kind), recipe, ImageSpec()).compact().key
 
     assert key("noise", recipe) == key("noise", recipe)
     assert len({key(kind, recipe) for kind in ("noise", "ramp") for recipe in ("hf", "native")}) == 4
@@ -118,7 +118,7 @@ def test_compact_pictures_have_one_key_if_their_pixels_are_the_same(size, recipe
 
 @pytest.mark.parametrize("size", THIN)
 def test_a_side_that_would_vanish_keeps_one_patch(size):
-    prepared = prepare(picture(*size), "hf", ImageSpec())
+    prepared = prepare(noise_or_ramp(*size), "hf", ImageSpec())
     assert sorted((prepared.rows, prepared.columns)) == [1, 64]
     assert prepared.pixels().isfinite().all()
 
@@ -141,7 +141,7 @@ def test_native_sizes_are_those_of_mistral_common(width, height):
 
 
 @given(sides, sides, st.sampled_from(["hf", "native"]))
-def test_no_picture_takes_more_than_4160_tokens(width, height, recipe):
+def test_no_image_takes_more_than_4160_tokens(width, height, recipe):
     columns, rows = (side // 16 for side in plan_size(width, height, recipe, ImageSpec()))
     assert 1 <= rows <= 64
     assert 1 <= columns <= 64
@@ -150,22 +150,22 @@ def test_no_picture_takes_more_than_4160_tokens(width, height, recipe):
 
 def test_a_preprocessor_config_changes_the_recipe():
     config = {"size": {"longest_edge": 64}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    image = picture(100, 90)
-    prepared = prepare(image, "hf", ImageSpec(patch_size=8).with_preprocessor(Settings(config)))
+    image = noise_or_ramp(100, 90)
+    prepared = prepare(image, "hf", ImageSpec(patch_size=8).with_preprocessor(SideFile(config)))
     theirs = transformers_pixels(image, patch_size={"height": 8, "width": 8}, **config)
     assert (prepared.pixels() - torch.tensor(theirs)).abs().max() <= 2 * LEVEL / 0.5
 
 
 @pytest.mark.parametrize("switch", ["do_rescale", "do_normalize"])
 def test_a_step_switched_off_is_left_out(switch):
-    image = picture(33, 20)
-    ours = prepare(image, "hf", ImageSpec().with_preprocessor(Settings({switch: False}))).pixels()
+    image = noise_or_ramp(33, 20)
+    ours = prepare(image, "hf", ImageSpec().with_preprocessor(SideFile({switch: False}))).pixels()
     theirs = transformers_pixels(image, **{switch: False})
     assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_the_original_size_is_remembered():
-    prepared = prepare(picture(2000, 100), "hf", ImageSpec())
+    prepared = prepare(noise_or_ramp(2000, 100), "hf", ImageSpec())
     assert prepared.original_size == (2000, 100)
     assert (prepared.width, prepared.height) == (1024, 16 * math.ceil(51 / 16))
     assert prepared.tokens == prepared.rows * (prepared.columns + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from base64 import b64encode
 from io import BytesIO
 
@@ -249,3 +250,14 @@ def test_tools_may_give_pictures():
 def test_a_conversation_that_was_parsed_is_taken_as_it_is():
     conversation = parse([USER])
     assert parse(conversation) is conversation
+
+
+def test_a_long_conversation_takes_time_proportional_to_its_length():
+    """Ten thousand messages are what a server lets in; each once copied all before it, and took minutes together."""
+    messages = [{"role": "user", "content": "x" * 6000}] * 10_000
+    begun = time.process_time()
+    merged = parse(messages).merged()
+    assert len(merged.messages[0].text) == 10_000 * 6002 - 2
+    calls = [call(id=f"a{number:08}") for number in range(20_000)]
+    parse([USER, asks(*calls), *[answers("a00000001")] * 5_000])
+    assert time.process_time() - begun < 60

@@ -21,7 +21,7 @@ from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
-from pixtral_cli.prompt.settings import Settings
+from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.prompt.tools import parse_tools
 
@@ -51,7 +51,7 @@ def mistral_ids(mistral, messages):
 
 @pytest.fixture(scope="session")
 def native(tekken) -> Processor:
-    return Processor(tekken, MistralFormat(tekken), ImageTokens.of(tekken, Settings()), "native", ImageSpec())
+    return Processor(tekken, MistralFormat(tekken), ImageTokens.of(tekken, SideFile()), "native", ImageSpec())
 
 
 CONVERSATIONS = {
@@ -126,8 +126,8 @@ turns = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_ids_of_any_conversation_are_those_of_mistral_common(native, mistral, system, contents):
     messages = [message("system", system)] if system else []
-    for content in contents:
-        content = content if isinstance(content, str) else [part(value) for value in content]
+    for values in contents:
+        content = values if isinstance(values, str) else [part(value) for value in values]
         messages += [message("assistant", "ok")] * (len(messages) > 1) + [message("user", content)]
     assert native.chat(parse(messages)).token_ids == mistral_ids(mistral, messages)
 
@@ -173,7 +173,7 @@ def test_tools_are_offered_without_a_user_turn(native, tekken, monkeypatch):
             assert ids.count(tekken.control("[AVAILABLE_TOOLS]")) == ids.count(3) == 1
 
 
-def test_pictures_of_tools_follow_the_results_before_v15_in_their_order(native, tekken, monkeypatch):
+def test_images_of_tools_follow_the_results_before_v15_in_their_order(native, tekken, monkeypatch):
     calls = [call("abcdefgh1"), call("abcdefgh2")]
     turns = [message("user", "a"), {"role": "assistant", "tool_calls": calls}]
     wide = {"role": "tool", "tool_call_id": "abcdefgh2", "content": [part(WIDE), part("w")]}
@@ -187,7 +187,7 @@ def test_pictures_of_tools_follow_the_results_before_v15_in_their_order(native, 
         assert [image.original_size for image in prompt.images] == [WIDE.size, SMALL.size]
 
 
-def test_pictures_of_tools_stand_in_their_results_from_v15_on(fifteen):
+def test_images_of_tools_stand_in_their_results_from_v15_on(fifteen):
     ours, theirs = fifteen
     calls = [call("abcdefgh1"), call("abcdefgh2")]
     turns = [message("user", "a"), {"role": "assistant", "tool_calls": calls}]
@@ -215,5 +215,5 @@ def fifteen(tekken_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("fifteen") / "tekken.json"
     path.write_text(json.dumps(data))
     ours = load_tokenizer({"tekken.json": path}.get)
-    made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, Settings()), "native", ImageSpec())
+    made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, SideFile()), "native", ImageSpec())
     return made, MistralTokenizer.from_file(str(path))

@@ -23,7 +23,7 @@ from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import ImageTokens, Processor
-from pixtral_cli.prompt.settings import Settings, SettingsUnreadable
+from pixtral_cli.prompt.side_file import SideFile, SideFileUnreadable
 
 SMALL = Image.new("RGB", (20, 40), "red")
 SMALL_IDS = [10, 10, 12, 10, 10, 12, 10, 10, 13]
@@ -36,7 +36,7 @@ def raw(checkpoint, byte_level_json) -> Processor:
     return Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json))
 
 
-def test_a_single_picture_need_not_be_in_a_list(raw, tmp_path):
+def test_a_single_image_need_not_be_in_a_list(raw, tmp_path):
     SMALL.save(tmp_path / "a.png")
     for one in (SMALL, str(tmp_path / "a.png"), tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
         assert raw.complete("a", one).token_ids == raw.complete("a", [SMALL]).token_ids
@@ -58,25 +58,25 @@ def test_raw_text_follows_bos_and_nothing_else(raw):
     assert raw.complete("a red").token_ids == [1, *raw.tokenizer.encode("a red")]
 
 
-def test_raw_pictures_come_first(raw):
+def test_raw_images_come_first(raw):
     prompt = raw.complete(" square", [SMALL, SMALL])
     assert prompt.token_ids == [1, *SMALL_IDS, *SMALL_IDS, *raw.tokenizer.encode(" square")]
     assert prompt.image_tokens == 2 * len(SMALL_IDS)
 
 
-def test_raw_pictures_take_the_places_of_their_marks(raw):
+def test_raw_images_take_the_places_of_their_marks(raw):
     prompt = raw.complete("a[IMG] b[IMG]", [SMALL, SMALL])
     a, b = raw.tokenizer.encode("a"), raw.tokenizer.encode(" b")
     assert prompt.token_ids == [1, *a, *SMALL_IDS, *b, *SMALL_IDS]
 
 
-@pytest.mark.parametrize("pictures", [1, 3])
-def test_marks_and_pictures_that_do_not_match_are_one_sentence(raw, pictures):
-    with pytest.raises(ImagesMisplaced, match=f"2 .*{pictures}"):
-        raw.complete("[IMG][IMG]", [SMALL] * pictures)
+@pytest.mark.parametrize("images", [1, 3])
+def test_marks_and_images_that_do_not_match_are_one_sentence(raw, images):
+    with pytest.raises(ImagesMisplaced, match=f"2 .*{images}"):
+        raw.complete("[IMG][IMG]", [SMALL] * images)
 
 
-def test_raw_text_after_a_picture_is_encoded_as_the_tokenizers_library_does(checkpoint, sentencepiece_json):
+def test_raw_text_after_an_image_is_encoded_as_the_tokenizers_library_does(checkpoint, sentencepiece_json):
     made = Processor.from_checkpoint(checkpoint(tokenizer_json=sentencepiece_json))
     whole = tokenizers.Tokenizer.from_file(str(sentencepiece_json))
     theirs = whole.encode("[IMG_END]a red").ids
@@ -102,12 +102,12 @@ def test_raw_control_strings_are_control_tokens_beside_sentencepiece_text(checkp
     assert made.complete(text).token_ids == transformers_ids(sentencepiece_json, text)
 
 
-def test_a_picture_mark_without_pictures_is_text(raw):
+def test_an_image_mark_without_images_is_text(raw):
     ids = raw.complete("[INST]a [IMG] b[/INST]").token_ids
     assert ids == [1, 3, *raw.tokenizer.encode("a [IMG] b"), 4] and 10 not in ids
 
 
-def test_raw_control_strings_beside_pictures_are_control_tokens(raw):
+def test_raw_control_strings_beside_images_are_control_tokens(raw):
     ids = raw.complete("<s>[INST]a[IMG][/INST]", [SMALL]).token_ids
     assert ids == [1, 3, *raw.tokenizer.encode("a"), *SMALL_IDS, 4]
 
@@ -146,7 +146,7 @@ def test_a_byte_order_mark_before_side_files_is_passed_over(checkpoint, byte_lev
 
 
 def raw_tokens(made):
-    return ImageTokens.of(made.tokenizer, Settings())
+    return ImageTokens.of(made.tokenizer, SideFile())
 
 
 def test_an_hf_folder_without_a_template_follows_mistrals_rules(raw):
@@ -163,7 +163,7 @@ def test_a_model_without_template_and_control_tokens_has_no_chat(checkpoint, tmp
     assert "--raw" in caught.value.hint
 
 
-def test_a_model_without_picture_tokens_refuses_pictures(checkpoint, byte_level_json):
+def test_a_model_without_image_tokens_refuses_images(checkpoint, byte_level_json):
     made = Processor.from_checkpoint(
         checkpoint(tokenizer_json=byte_level_json, processor_config_json='{"image_token": "[NONE]"}')
     )
@@ -172,7 +172,7 @@ def test_a_model_without_picture_tokens_refuses_pictures(checkpoint, byte_level_
             ask()
 
 
-def test_picture_token_names_come_from_the_processor_config(checkpoint, byte_level_json):
+def test_image_token_names_come_from_the_processor_config(checkpoint, byte_level_json):
     names = '{"image_token": {"content": "[PIC]"}, "image_break_token": "<pad>", "image_end_token": "[TOOL_CALLS]"}'
     names = names.replace("[PIC]", "[TOOL_RESULTS]")
     made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, processor_config_json=names))
@@ -211,12 +211,12 @@ def test_merged_patches_make_fewer_tokens(checkpoint, byte_level_json):
     assert (image.width, image.height, image.rows, image.columns) == (112, 56, 2, 4)
 
 
-def test_a_picture_that_fails_is_named(raw):
+def test_an_image_that_fails_is_named(raw):
     with pytest.raises(ImageNotFound, match=r"missing\.png"):
         raw.complete("a", ["missing.png"])
 
 
-def test_pictures_are_opened_by_the_function_given(checkpoint, byte_level_json):
+def test_images_are_opened_by_the_function_given(checkpoint, byte_level_json):
     seen = []
     made = Processor.from_checkpoint(
         checkpoint(tokenizer_json=byte_level_json),
@@ -228,7 +228,7 @@ def test_pictures_are_opened_by_the_function_given(checkpoint, byte_level_json):
 
 @pytest.mark.parametrize("name", ["tokenizer_config_json", "processor_config_json", "preprocessor_config_json"])
 def test_a_damaged_side_file_is_one_sentence(checkpoint, byte_level_json, name):
-    with pytest.raises(SettingsUnreadable, match="Cannot read"):
+    with pytest.raises(SideFileUnreadable, match="Cannot read"):
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{name: "{"}))
 
 
@@ -243,8 +243,8 @@ from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor
 files = {{"tokenizer.json": Path({str(byte_level_json)!r})}}
 made = Processor.from_checkpoint(SimpleNamespace(form="hf", file=files.get))
-picture = {{"type": "image", "url": {str(tmp_path / "a.png")!r}}}
-prompt = made.chat(parse([{{"role": "user", "content": [picture, "a"]}}]))
+image = {{"type": "image", "url": {str(tmp_path / "a.png")!r}}}
+prompt = made.chat(parse([{{"role": "user", "content": [image, "a"]}}]))
 assert prompt.images[0].tokens == {len(SMALL_IDS)}
 heavy = {{"torch", "transformers", "numpy"}} & sys.modules.keys()
 assert not heavy, heavy
@@ -278,7 +278,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("file", "key", "value"), DAMAGED)
 def test_a_setting_that_cannot_be_meant_names_file_and_key(checkpoint, byte_level_json, file, key, value):
     written = f'{{"{key.rpartition(" ")[2]}": {value}}}'
-    with pytest.raises(SettingsUnreadable) as caught:
+    with pytest.raises(SideFileUnreadable) as caught:
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, **{f"{file}_json": written}))
     assert str(caught.value).startswith(f"{key} in ") and f"{file}.json" in str(caught.value)
     assert caught.value.hint and "\n" not in str(caught.value)
@@ -286,7 +286,7 @@ def test_a_setting_that_cannot_be_meant_names_file_and_key(checkpoint, byte_leve
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", "\x00", "[" * 100_000])
 def test_settings_that_are_no_object_name_their_file(checkpoint, byte_level_json, content):
-    with pytest.raises(SettingsUnreadable, match=r"preprocessor_config\.json") as caught:
+    with pytest.raises(SideFileUnreadable, match=r"preprocessor_config\.json") as caught:
         Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, preprocessor_config_json=content))
     assert caught.value.hint
 

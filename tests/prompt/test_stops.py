@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixtral_cli.prompt.stops import StopMatcher
+from pixtral_cli.prompt.tokenizer import StopMatcher
 
 texts = st.text("abc", max_size=20)
 stop_lists = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)

@@ -98,7 +98,7 @@ def test_what_no_arrangement_mends_is_told_in_the_templates_words(ids):
         ids(SEVEN_B, [W, CALLS, SUNNY, STOP])
 
 
-def test_pictures_of_a_result_follow_it_in_a_turn_of_the_users(byte_level_json):
+def test_images_of_a_result_follow_it_in_a_turn_of_the_users(byte_level_json):
     template = NEMO.replace("{{ m.content }}[/INST]", "{{ m.content if m.content is string else '[IMG]' }}[/INST]")
     template = template.replace("is string", "is string and m.content[0].type != 'image'")
     tokenizer = load_tokenizer({"tokenizer.json": byte_level_json}.get)

@@ -314,7 +314,7 @@ def test_a_template_may_change_how_the_question_is_written(processor, byte_level
     assert processor(byte_level_json, template).chat(parse([user(question)])).token_ids
 
 
-def test_a_template_without_room_for_a_picture_is_one_sentence(processor, byte_level_json):
+def test_a_template_without_room_for_an_image_is_one_sentence(processor, byte_level_json):
     with pytest.raises(TemplateFailed, match=r"0 \[IMG\] for 1 picture\."):
         processor(byte_level_json, SPACED).chat(parse([user("a", SMALL)]))
 

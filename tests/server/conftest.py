@@ -4,7 +4,6 @@ import pytest
 from support.serving import serving
 
 from pixtral_cli import Pixtral
-from pixtral_cli.engine.driver import Driver
 from pixtral_cli.server.media_policy import MediaPolicy, RequestImages
 from pixtral_cli.server.service import Service
 
@@ -20,8 +19,5 @@ def tiny():
 @pytest.fixture(scope="session")
 def server(tiny):
     """One for all tests: who leaves something running in it harms the others."""
-    driver = Driver(tiny.engine)
-    service = Service(tiny, driver, ("tiny",))
-    with serving(service) as running:
+    with serving(Service(tiny, ("tiny",))) as running:
         yield running
-    driver.stop(10)

@@ -12,7 +12,6 @@ import pytest
 from support.processes import PATIENCE
 from support.serving import serving
 
-from pixtral_cli.engine.driver import Driver
 from pixtral_cli.server.service import Limits, Service, checkpoint_defaults
 
 HELLO = [{"role": "user", "content": "What can you do?"}]
@@ -38,15 +37,13 @@ def own(tiny):
     started = []
 
     def start(**fields):
-        driver = Driver(tiny.engine)
-        running = serving(Service(tiny, driver, ("tiny",), **fields))
-        started.append((running, driver))
+        running = serving(Service(tiny, ("tiny",), **fields))
+        started.append(running)
         return running.__enter__()
 
     yield start
-    for running, driver in started:
+    for running in started:
         running.__exit__(None, None, None)
-        driver.stop(10)
 
 
 def error_of(response, status):
@@ -389,8 +386,8 @@ def test_what_a_request_does_not_say_comes_from_the_flags_and_then_from_the_chec
     monkeypatch.setitem(tiny.source.checkpoint.generation_config, "min_p", 0.3)
     running = own(defaults={"temperature": 0.4})
     asked = []
-    submit = running.service.driver.submit
-    running.service.driver.submit = lambda request, sink: asked.append(request) or submit(request, sink)
+    submit = tiny.driver.submit
+    monkeypatch.setattr(tiny.driver, "submit", lambda request, sink: asked.append(request) or submit(request, sink))
     for given in ({}, {"temperature": 0.1}):
         body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, **given}
         assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
@@ -405,8 +402,7 @@ def test_a_checkpoint_samples_only_where_it_says_so():
 
 
 def test_the_caches_of_different_keys_are_apart(tiny):
-    driver = Driver(tiny.engine)
-    with serving(Service(tiny, driver, ("tiny",)), keys=("one", "two")) as running:
+    with serving(Service(tiny, ("tiny",)), keys=("one", "two")) as running:
         body = {"messages": [{"role": "user", "content": "A secret. " * 400}], "max_tokens": 1}
 
         def cached(key):
@@ -417,4 +413,3 @@ def test_the_caches_of_different_keys_are_apart(tiny):
         assert cached("one") == 0
         assert cached("two") == 0
         assert cached("one") > 0
-    driver.stop(10)

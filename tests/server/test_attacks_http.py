@@ -15,7 +15,7 @@ import pytest
 from support.guarded_server import Client, ask, serving
 from support.processes import PATIENCE
 
-from pixtral_cli.server import middleware
+from pixtral_cli.server import errors
 from pixtral_cli.server.errors import ApiError
 from pixtral_cli.server.request_body import parse_json
 
@@ -26,7 +26,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def port():
     with pytest.MonkeyPatch.context() as patch, serving(max_body_bytes=MIB, body_seconds=0.5, head_seconds=0.5) as port:
-        patch.setattr(middleware, "LINGER_SECONDS", 0.5)
+        patch.setattr(errors, "LINGER_SECONDS", 0.5)
         yield port
 
 
@@ -137,8 +137,7 @@ def test_bodies_together_have_a_limit_and_give_their_room_back():
 
     async def waiting(scope, receive, send):
         inside.append(scope)
-        while not release.is_set():
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(release.wait, PATIENCE)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 

@@ -10,7 +10,7 @@ import pytest
 from support.processes import PATIENCE
 from support.serving import hello, served, starting
 
-from pixtral_cli.server.process import RequestTracker
+from pixtral_cli.server.middleware import RequestTracker
 
 DRAINING = "stopping"
 LONG = {"max_tokens": 400, "ignore_eos": True}

@@ -139,7 +139,7 @@ def test_prompts_of_many_lengths_together_are_each_as_alone(complete):
 
 
 def test_more_than_memory_should_hold_is_refused(complete, monkeypatch):
-    monkeypatch.setattr(service, "MOST_TOLD", 100)
+    monkeypatch.setattr(service, "MAX_LOGPROBS", 100)
     told = complete([[1] * 10, [1] * 15], echo=True, logprobs=3, max_tokens=0).choices
     assert [len(choice.logprobs.tokens) for choice in told] == [10, 15]
     assert complete([[1] * 26], echo=True, max_tokens=0).choices[0].logprobs is None

@@ -1,5 +1,7 @@
 """`/metrics` says what was done, in the words of the answers themselves."""
 
+from types import SimpleNamespace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.serving import hello, served
@@ -79,23 +81,21 @@ def test_errors_are_counted_by_kind_and_requests_by_route(server, path, body, ki
     assert not any("1234" in name for name in growth)
 
 
-class FullEngine:
-    """What `Metrics` reads of an engine, with numbers that cannot be mistaken for each other."""
+class FullDriver:
+    """What `Metrics` reads of a driver and its engine, with numbers that cannot be mistaken for each other."""
 
-    running, waiting = 3, 5
+    waiting = 5
 
-    class table:
-        in_use, count = 7, 28
-
-    class counters:
-        prompt_tokens, cached_tokens, generated_tokens = 1100, 13, 17
-
-    class scheduler:
-        preemptions = 19
+    engine = SimpleNamespace(
+        running=3,
+        table=SimpleNamespace(in_use=7, count=28),
+        counters=SimpleNamespace(prompt_tokens=1100, cached_tokens=13, generated_tokens=17),
+        scheduler=SimpleNamespace(preemptions=19),
+    )
 
 
 def test_each_figure_of_the_engine_has_its_own_name():
-    text = Metrics(FullEngine).exposition().decode()
+    text = Metrics(FullDriver).exposition().decode()
     values = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
     assert {name.removeprefix("pixtral_"): value for name, value in values.items() if value} == {
         "requests_running": 3,
@@ -109,7 +109,7 @@ def test_each_figure_of_the_engine_has_its_own_name():
 
 
 def test_two_servers_in_one_process_count_apart():
-    first, second = Metrics(FullEngine), Metrics(FullEngine)
+    first, second = Metrics(FullDriver), Metrics(FullDriver)
     first.failed(408)
     assert b'pixtral_errors_total{kind="timeout"} 1.0' in first.exposition()
     assert b"timeout" not in second.exposition()

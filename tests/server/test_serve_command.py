@@ -17,7 +17,7 @@ from support.serving import hello, served
 
 from pixtral_cli import Pixtral
 from pixtral_cli.errors import PixtralError
-from pixtral_cli.server.listening import listen, url
+from pixtral_cli.server.process import listen, url
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER_MODULES = ["fastapi", "prometheus_client", "starlette", "uvicorn"]
@@ -193,7 +193,7 @@ def test_an_address_that_is_not_this_machines_is_a_sentence(host):
 
 
 def test_a_kv_cache_that_holds_next_to_nothing_is_refused_with_what_would_do():
-    with pytest.raises(PixtralError, match="--kv-cache-memory has room for [0-9]+ tokens") as refused:
+    with pytest.raises(PixtralError, match=r"--kv-cache-memory has room for \d+ tokens") as refused:
         Pixtral.load("tiny", kv_cache_memory=1024)
     enough = int(re.search(r"(\d+)MiB", refused.value.hint)[1]) * 2**20
     assert Pixtral.load("tiny", kv_cache_memory=enough).max_length >= 256

@@ -1,12 +1,13 @@
-"""Work on threads that end with it."""
+"""Work on threads that end with it; what threads share comes to each in its turn."""
 
 import asyncio
 import threading
+import time
 
 import pytest
 from support.processes import PATIENCE
 
-from pixtral_cli.server.threads import Threads
+from pixtral_cli.server.threads import Threads, WeightedSemaphore
 
 
 def test_each_thread_ends_with_its_work_and_so_many_run_at_most():
@@ -59,3 +60,84 @@ def test_who_leaves_does_not_wait_and_the_place_is_taken_until_the_work_ends():
         return taken, await second
 
     assert asyncio.run(leave()) == ((1, False), "done")
+
+
+def waiting(semaphore, *amounts):
+    """Threads that wait for so much in this order, and the list of those that got it; each holds it until `go_on`."""
+    got, go_on = [], threading.Event()
+
+    def hold(amount):
+        with semaphore.held(amount, PATIENCE):
+            got.append(amount)
+            go_on.wait(PATIENCE)
+
+    threads = []
+    for amount in amounts:
+        threads.append(threading.Thread(target=hold, args=(amount,)))
+        threads[-1].start()
+        until(lambda: len(semaphore._waiting) + len(got) == len(threads))
+    return threads, got, go_on
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def end(threads, go_on):
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+
+
+def test_there_is_never_more_than_the_room_holds():
+    semaphore, most, held, lock = WeightedSemaphore(10), [], [0], threading.Lock()
+
+    def hold(amount):
+        with semaphore.held(amount, PATIENCE):
+            with lock:
+                held[0] += amount
+                most.append(held[0])
+            time.sleep(0.001)
+            with lock:
+                held[0] -= amount
+
+    threads = [threading.Thread(target=hold, args=(1 + number % 7,)) for number in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(most) == 60 and max(most) <= 10 and semaphore.free == 10
+
+
+def test_who_comes_later_does_not_pass_one_that_waits_for_more():
+    semaphore = WeightedSemaphore(10)
+    with semaphore.held(6, PATIENCE):
+        threads, got, go_on = waiting(semaphore, 8, 3)
+        assert got == []
+    until(lambda: got == [8])
+    end(threads, go_on)
+    assert got == [8, 3]
+
+
+def test_what_is_larger_than_the_room_goes_alone():
+    semaphore = WeightedSemaphore(10)
+    with semaphore.held(1, PATIENCE):
+        threads, got, go_on = waiting(semaphore, 99, 1)
+        assert got == []
+    until(lambda: got == [99])
+    assert semaphore.free == 0
+    end(threads, go_on)
+    assert got == [99, 1] and semaphore.free == 10
+
+
+def test_who_has_waited_too_long_leaves_and_holds_up_nobody():
+    semaphore = WeightedSemaphore(10)
+    with semaphore.held(5, PATIENCE):
+        with pytest.raises(TimeoutError), semaphore.held(6, 0.01):
+            pass
+        with semaphore.held(5, PATIENCE):
+            pass
+    assert semaphore.free == 10

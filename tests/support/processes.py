@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +26,19 @@ def clean_environment(**extra):
     return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | one_thread | extra
 
 
-def run_process(command, arguments, *, input=None, stdin=None, env=None, timeout=PATIENCE):
-    streams = {"input": input} if input is not None else {"stdin": stdin or subprocess.DEVNULL}
-    return subprocess.run(
-        [*command, *arguments],
-        capture_output=True,
-        env=clean_environment(**(env or {})),
-        timeout=timeout,
-        **streams,
-    )
+def run_process(command, arguments=(), *, input=None, env=None, timeout=PATIENCE, **streams):
+    """Run it to its end. Streams are bytes: standard input is empty and the others are collected, unless given."""
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    given |= {"stdin": given.get("stdin") or subprocess.DEVNULL} if input is None else {"input": input}
+    return subprocess.run([*command, *arguments], env=clean_environment(**(env or {})), timeout=timeout, **given)
+
+
+def run_line(line, **settings):
+    """Run a line of bash, in which $PIXTRAL is the program and $FAKE the one with the fake model."""
+    programs = {"PIXTRAL": shlex.join(PROGRAM), "FAKE": shlex.join(FAKE)}
+    for name, command in programs.items():
+        line = line.replace(f"${name}", command)
+    return run_process(["bash", "-c"], [line], **settings)
 
 
 def imported_by(*arguments, among=HEAVY, **environment):

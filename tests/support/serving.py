@@ -19,8 +19,8 @@ from typing import Any
 
 import uvicorn
 
+from pixtral_cli.server.client_limits import guarded_protocol
 from pixtral_cli.server.middleware import guarded
-from pixtral_cli.server.protocol import guarded_protocol
 from support.processes import PATIENCE, PROGRAM, clean_environment
 
 JSON = {"Content-Type": "application/json"}

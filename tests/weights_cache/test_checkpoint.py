@@ -101,9 +101,9 @@ def test_what_transformers_saves_opens_with_its_values(
 
 def in_our_words(module_name: str) -> str:
     """transformers' module name (5.x) in our words, spelled apart from the tables under test."""
-    if module_name.startswith("model.") and "language_model" not in module_name and "vision" not in module_name:
-        if "projector" not in module_name:
-            return "language_model." + module_name[len("model.") :]
+    elsewhere = ("language_model", "vision", "projector")
+    if module_name.startswith("model.") and not any(part in module_name for part in elsewhere):
+        return "language_model." + module_name[len("model.") :]
     return module_name.removeprefix("model.").replace("transformer.", "")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from pixtral_cli.cli.main import run_program
 from pixtral_cli.tiny import FOLDER
-from weights_cache import checkpoint, quantization
+from weights_cache import checkpoint, quantized_elsewhere
 from weights_cache.errors import AdapterOnly, QuantizedElsewhere, WeightsNotFound
 from weights_cache.hub import fetch, fetch_headers
 
@@ -101,7 +101,7 @@ def test_such_a_folder_is_refused_as_weights_for_another_config_too(tmp_path: Pa
     "config", [{}, {"quantization_config": None}, {"quantization_config": {}}, {"quantization_config": NF4}]
 )
 def test_what_is_read_here_is_let_pass(hub, config: dict):
-    quantization.refuse("x", config, ["config.json", "model.safetensors"])
+    quantized_elsewhere.refuse("x", config, ["config.json", "model.safetensors"])
     hub.repos[REPO] = hf(config)
     assert checkpoint.open(fetch(REPO)).config == config
 

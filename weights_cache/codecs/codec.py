@@ -113,13 +113,10 @@ class BlockCodec(Codec):
         scratch = Scratch(weights.device)
         for part in self._parts(len(blocks), CHUNK_WEIGHTS):
             chunk = scratch.array("chunk", *blocks[part].shape).copy_(blocks[part])
-            data[part] = self.pack(self._finite(chunk), scratch)
+            if not all(map(math.isfinite, (chunk.amin(), chunk.amax()))):
+                raise NotEncodable(self.name, "some of them are infinite or not a number")
+            data[part] = self.pack(chunk, scratch)
         return data.view(shape)
-
-    def _finite(self, weights: Tensor) -> Tensor:
-        if not all(map(math.isfinite, (weights.amin(), weights.amax()))):
-            raise NotEncodable(self.name, "some of them are infinite or not a number")
-        return weights
 
     def _parts(self, blocks: int, weights: int) -> Iterator[slice]:
         size = min(weights * torch.get_num_threads(), MAX_CHUNK_WEIGHTS) // self.encoding.block

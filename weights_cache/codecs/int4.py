@@ -6,18 +6,17 @@ scales and zeros for every 32 columns. Letters: R rows, C columns, S blocks in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weights_cache import codecs
 from weights_cache.encodings import ENCODINGS, Encoding
-from weights_cache.packed import PackedRows
 
 from .k_quants import six_bit_words
+from .packed_rows import PackedRows
 
 ROWS = ENCODINGS["q4_k"].kernel_rows
 """Rows that lie together in the order of the kernel, where the processor has AVX-512."""
@@ -25,7 +24,6 @@ GROUP = 32
 """Columns that share a scale and a zero."""
 CHUNK = 2**19  # codes put into order at a time: they stay in a core's cache
 SCALED = 2**14  # blocks whose scales are computed at a time, for the same reason
-SCALES = ".scales"  # what stands beside the codes: the end of its tensor's name
 
 
 class Layout(NamedTuple):
@@ -39,11 +37,6 @@ class Layout(NamedTuple):
 
 LAYOUTS = {"q4_0": Layout(ENCODINGS["q4_0"], 2, 2, 16), "q4_k": Layout(ENCODINGS["q4_k"], 16, 4, 32)}
 WORDS = {2: torch.int16, 4: torch.int32}
-
-
-def fits(encoding: str, rows: int) -> bool:
-    """Whether a matrix of so many rows in that encoding can be put into the order of the kernel."""
-    return encoding in LAYOUTS and rows > 0 and rows % ROWS == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +65,7 @@ class Int4:
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [R, C] as the codec decodes them."""
-        return codecs.get(self.encoding).decode(self.rows(), dtype)
-
-    def in_rows(self) -> PackedRows:
-        return PackedRows(self.encoding, self.rows())
+        return self.in_rows().decoded(dtype)
 
     def to(self, device: torch.device) -> Int4:
         return Int4(self.encoding, self.codes.to(device), self.scales.to(device))
@@ -97,8 +87,8 @@ class Int4:
             lines.copy_(ordered.flatten(2))
         return weight
 
-    def rows(self) -> Tensor:
-        """uint8 [R, bytes of a row]: undoes `from_rows`."""
+    def in_rows(self) -> PackedRows:
+        """The same as the codec has it, copied: undoes `from_rows`."""
         layout = LAYOUTS[self.encoding]
         blocks = torch.empty(self.shape[0], len(self.scales), layout.encoding.block_bytes, dtype=torch.uint8)
         blocks[..., : layout.header] = self.scales.permute(2, 0, 1, 3).flatten(2)
@@ -106,7 +96,7 @@ class Int4:
             first, second = lines.contiguous().unflatten(2, (*part.shape[3:5], 2, layout.run)).unbind(-2)
             part[:, 0] = first & 0xF | second << 4
             part[:, 1] = first >> 4 | second & 0xF0
-        return blocks.flatten(1)
+        return PackedRows(self.encoding, blocks.flatten(1))
 
     def _parts(self, blocks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of `blocks` [R, S, bytes] and of the same codes here, some at a time: n times 64 rows as
@@ -128,21 +118,12 @@ class Int4:
             compute(words, part.view(len(words), groups, rows, 2))
         return found
 
-    def to_tensors(self, name: str) -> dict[str, Tensor]:
-        """Both as tensors for a file."""
-        return {name: self.codes, name + SCALES: self.scales}
 
-    @classmethod
-    def from_tensors(cls, name: str, encoding: str, tensors: Mapping[str, Tensor]) -> Int4:
-        """The reverse of `to_tensors`. KeyError if a tensor is missing."""
-        return cls(encoding, tensors[name], tensors[name + SCALES])
-
-
-def stored_shapes(encoding: str, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of `codes` and `scales` of a matrix that `fits`."""
+def beside(encoding: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of what stands beside the codes of a matrix in kernel order."""
     layout = LAYOUTS[encoding]
     scales = (columns // layout.encoding.block, layout.header // layout.word, rows, layout.word)
-    return (rows // ROWS, columns, ROWS // 2), scales
+    return {"scales": (torch.uint8, scales)}
 
 
 def _q4_0(words: Tensor, found: Tensor) -> None:

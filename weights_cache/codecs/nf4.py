@@ -8,7 +8,6 @@ block. With double quantisation these magnitudes are bytes themselves, in blocks
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -124,32 +123,21 @@ class NF4:
     def to(self, device: torch.device) -> NF4:
         return NF4(**{name: part.to(device) for name, part in self.tensors().items()})
 
-    def to_tensors(self, name: str) -> dict[str, Tensor]:
-        """Everything as plain tensors: `name`, which are the codes, `name`.absmax, and so on."""
-        return {name if part == "codes" else f"{name}.{part}": tensor for part, tensor in self.tensors().items()}
-
-    @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> NF4:
-        """The reverse of `to_tensors`; what else is in `tensors` is passed over. KeyError if a tensor is missing."""
-        names = {part: f"{name}.{part}" for part in PARTS}
-        return cls(tensors[name], **{part: tensors[n] for part, n in names.items() if part == "absmax" or n in tensors})
-
     def tensors(self) -> dict[str, Tensor]:
-        """The codes, and what stands beside them: PARTS, as far as there are such."""
-        return {part: tensor for part in ("codes", *PARTS) if (tensor := getattr(self, part)) is not None}
+        """The codes, and what stands beside them, as far as it is there."""
+        return {part.name: tensor for part in fields(self) if (tensor := getattr(self, part.name)) is not None}
 
 
-PARTS = tuple(field.name for field in fields(NF4))[1:]
-"""What stands beside the codes: the ends of tensors' names."""
-
-
-def parts_beside(blocks: int, nested: bool) -> dict[str, tuple[torch.dtype, int]]:
-    """What stands beside the codes of so many blocks: of each of PARTS its dtype, and how many numbers it has."""
+def beside(
+    rows: int, columns: int, *, block: int = BLOCK, nested: bool = False
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of what stands beside the codes of a matrix in NF4."""
+    blocks = math.ceil(rows * columns / block)
     if not nested:
-        return {"absmax": (torch.float32, blocks)}
+        return {"absmax": (torch.float32, (blocks,))}
     return {
-        "absmax": (torch.uint8, blocks),
-        "nested_absmax": (torch.float32, -(-blocks // NESTED_BLOCK)),
-        "nested_quant_map": (torch.float32, 256),
-        "nested_offset": (torch.float32, 1),
+        "absmax": (torch.uint8, (blocks,)),
+        "nested_absmax": (torch.float32, (math.ceil(blocks / NESTED_BLOCK),)),
+        "nested_quant_map": (torch.float32, (256,)),
+        "nested_offset": (torch.float32, (1,)),
     }

@@ -2,7 +2,8 @@
 
 Knows what numbers an encoding can hold, but not how they lie in bytes. Nothing here follows ggml's procedure, only
 its set of storable values: candidate scales are tried, their codes are what rounding gives, the best one stays.
-A value per group is [groups], one per super-block [supers], and a table has a first dimension of candidates.
+Groups stand as columns, [weights of a group, groups], so that torch works along the groups, many at once. A value per
+group is [groups], one per super-block [supers], and a table has a first dimension of candidates.
 """
 
 from functools import cached_property
@@ -24,10 +25,10 @@ class Groups:
 
     def __init__(self, weights: Tensor, scratch: Scratch, size: int, low: float, high: float) -> None:
         """float32 rows [n, block], contiguous, used up; those outside low..high, out of reach, are taken for these."""
-        upright = weights.view(-1, size).t()
-        self.x, self.codes = (scratch.array(name, *upright.shape) for name in ("x", "codes"))
-        self.x.copy_(upright).clamp_(low, high)
-        self._work = weights.view(upright.shape)
+        columns = weights.view(-1, size).t()
+        self.x, self.codes = (scratch.array(name, *columns.shape) for name in ("x", "codes"))
+        self.x.copy_(columns).clamp_(low, high)
+        self._work = weights.view(columns.shape)
 
     @cached_property
     def low(self) -> Tensor:
@@ -248,7 +249,8 @@ def _free_offsets(x: Groups) -> tuple[Tensor, Tensor]:
     dot += offset * plain
     scale = dot * inverted(square)
     error = offset * (2 * total + 32 * offset) - scale * dot  # less the weights' own squares, the same for all
-    return tuple(pick(error, scale, offset)[1:])
+    _, scale, offset = pick(error, scale, offset)
+    return scale, offset
 
 
 def _whole_offsets(

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from weights_cache.codecs.nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE, parts_beside
+from weights_cache.codecs import nf4
+from weights_cache.codecs.nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE
 from weights_cache.errors import CheckpointCorrupt, QuantizedElsewhere
 from weights_cache.json_fields import parse_json_object
 from weights_cache.names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
+from weights_cache.packed import plain
 
 from .reader import Reader, TensorInfo
-from .serialized import DTYPE_WORDS
+from .safetensors import WORDS
 
 NF4_STATE = BITSANDBYTES_STATE + "nf4"
 ENCODING = "nf4"
@@ -52,29 +55,25 @@ class BitsandbytesFiles:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The files' own names -> TensorInfo; of a matrix its true shape, and its magnitudes' bytes too."""
         parts = {f"{name}.{part}" for name in self._matrices for part in BESIDE}
-        plain = {name: file.tensors[name] for name, file in self._of.items() if name not in parts}
-        return plain | {name: self._matrix_info(name) for name in self._matrices}
+        others = {name: file.tensors[name] for name, file in self._of.items() if name not in parts}
+        return others | {name: self._matrix_info(name) for name in self._matrices}
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """As in the file, memory-mapped; a matrix decoded to float32."""
-        return self.nf4(name).decoded() if name in self._states else self._of[name].tensor(name)
-
-    def packed(self, name: str) -> torch.Tensor:
-        """The bytes as they are stored; of a matrix its codes, uint8 [rows, columns / 2]."""
-        return self.nf4(name).codes if name in self._states else self._of[name].packed(name)
+    def weight(self, name: str) -> Tensor | NF4:
+        """As in the file, memory-mapped: a matrix as it is encoded."""
+        if name not in self._states:
+            return self._stored(name)
+        state = self._states[name]
+        codes = self._stored(name).view(-1).view(torch.uint8).view(state["shape"][0], -1)
+        beside = {part: self._stored(f"{name}.{part}").flatten() for part in _beside(state) if part != "quant_map"}
+        if "nested_offset" in state:
+            beside["nested_offset"] = torch.tensor([state["nested_offset"]])
+        return NF4(codes, **beside)
 
     def release(self, name: str) -> None:
         """Small beside what it becomes: kept."""
 
-    def nf4(self, name: str) -> NF4:
-        """A matrix as it is encoded, memory-mapped."""
-        state = self._states[name]
-        codes = self._of[name].packed(name).reshape(state["shape"][0], -1)
-        used = _expected(state).keys() - {"codes", "quant_map"}
-        tensors = {part: self._of[f"{name}.{part}"].tensor(f"{name}.{part}").flatten() for part in used}
-        if "nested_offset" in state:
-            tensors["nested_offset"] = torch.tensor([state["nested_offset"]])
-        return NF4(codes, **tensors)
+    def _stored(self, name: str) -> Tensor:
+        return plain(self._of[name].weight(name))
 
     @cached_property
     def _states(self) -> Mapping[str, Mapping[str, Any]]:
@@ -84,14 +83,15 @@ class BitsandbytesFiles:
         """The state of one matrix, checked against the tensors that belong to it."""
         matrix, source = self._of.get(name), self._of[name + NF4_STATE]
         path = source.tensors[name + NF4_STATE].file
-        text = bytes(source.packed(name + NF4_STATE).flatten().tolist())
+        text = bytes(self._stored(name + NF4_STATE).view(-1).view(torch.uint8).tolist())
         state = parse_json_object(path, text, f"the state of {name!r}")
         if matrix is None:
             raise CheckpointCorrupt(path, f"it has a state of {name!r}, and the files do not hold that tensor")
         if reason := _wrong(state):
             raise CheckpointCorrupt(path, f"the state of {name!r} has {reason}")
-        for part, (dtype, count) in _expected(state).items():
-            self._check(path, name if part == "codes" else f"{name}.{part}", dtype, count)
+        self._check(path, name, None, math.prod(state["shape"]) // 2)
+        for part, (dtype, count) in _beside(state).items():
+            self._check(path, f"{name}.{part}", dtype, count)
         self._check_table(path, name)
         return state
 
@@ -108,13 +108,13 @@ class BitsandbytesFiles:
 
     def _check_table(self, path: Path, name: str) -> None:
         """Kernels have the 16 values of NF4 built in, so a file must not bring others."""
-        table = self._of[f"{name}.quant_map"].tensor(f"{name}.quant_map").flatten().tolist()
+        table = self._stored(f"{name}.quant_map").flatten().tolist()
         if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(table, TABLE, strict=True)):
             raise CheckpointCorrupt(path, f"{name}.quant_map has values that are not NF4's")
 
     def _matrix_info(self, name: str) -> TensorInfo:
         state, info = self._states[name], self._of[name].tensors[name]
-        beside = (f"{name}.{part}" for part in _expected(state).keys() - {"codes", "quant_map"})
+        beside = (f"{name}.{part}" for part in _beside(state) if part != "quant_map")
         nbytes = info.nbytes + sum(self._of[each].tensors[each].nbytes for each in beside)
         return replace(info, shape=tuple(state["shape"]), nbytes=nbytes, encoding=ENCODING)
 
@@ -142,11 +142,12 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value <= MAX_DIMENSION
 
 
-def _expected(state: Mapping[str, Any]) -> dict[str, tuple[str | None, int]]:
-    """What belongs to a matrix, and of each the dtype and how many numbers (of codes: bytes)."""
-    weights = math.prod(state["shape"])
-    blocks = -(-weights // state["blocksize"])
-    parts = parts_beside(blocks, nested="nested_offset" in state)
-    parts.pop("nested_offset", None)  # which the state itself holds
-    words = {part: (DTYPE_WORDS[str(dtype)], count) for part, (dtype, count) in parts.items()}
-    return {"codes": (None, weights // 2), "quant_map": ("F32", 16), **words}
+def _beside(state: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """The tensors that stand beside a matrix's codes: of each its dtype, and how many numbers it has."""
+    parts = nf4.beside(*state["shape"], block=state["blocksize"], nested="nested_offset" in state)
+    words = {
+        part: (WORDS[str(dtype).removeprefix("torch.")], math.prod(shape))
+        for part, (dtype, shape) in parts.items()
+        if part != "nested_offset"  # the state itself holds it
+    }
+    return {"quant_map": ("F32", len(TABLE)), **words}

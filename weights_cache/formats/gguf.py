@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_cache import weight_files
-from weights_cache.encodings import GGML, GGML_NOT_READ
+from weights_cache.encodings import ENCODINGS, GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported
 from weights_cache.file_kind import GGUF_MAGIC
 
-from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
+from .reader import TensorInfo, map_file, mapped_tensor, release
 
 if TYPE_CHECKING:
     import torch
+
+    from weights_cache.packed import PackedWeight
 
 VERSIONS = (2, 3)
 LEAST_BYTES = 24
@@ -42,8 +44,6 @@ SCALARS: Mapping[int, str] = {
 }  # fmt: skip
 """Metadata type -> its letter in `struct`."""
 FLOAT32, STRING, ARRAY = 6, 8, 9
-PLAIN = ("float32", "float16", "bfloat16")
-"""Encodings that are torch's own dtypes of the same name."""
 
 
 class GgufFile:
@@ -56,8 +56,8 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._parts = [_Part(each) for each in weight_files.gguf_shards(path)]
-        self._part_of: dict[str, _Part] = {}
+        self._parts = [Header(each) for each in weight_files.gguf_shards(path)]
+        self._part_of: dict[str, Header] = {}
         for part in self._parts:
             for name in part.entries:
                 if name in self._part_of:
@@ -77,26 +77,21 @@ class GgufFile:
         """The file's own names -> TensorInfo, in the order of the header."""
         return {name: part.entries[name].info for name, part in self._part_of.items()}
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name`: shares the file's mapping if it is a plain one, else decoded to float32."""
+    def weight(self, name: str) -> torch.Tensor | PackedWeight:
+        """The tensor `name`, sharing the file's mapping; what is packed and no matrix is decoded to float32."""
         import torch
 
-        part = self._part_of[name]
-        entry = part.entries[name]
-        if entry.info.encoding in PLAIN:
-            dtype = getattr(torch, entry.info.encoding)
-            return mapped_tensor(part.buffer, entry.begin, dtype, entry.info.shape)
-        from weights_cache import codecs
-
-        return codecs.get(entry.info.encoding).decode(self.packed(name)).view(entry.info.shape)
-
-    def packed(self, name: str) -> torch.Tensor:
-        """The bytes of the tensor `name`, sharing the file's mapping: uint8 [rows, bytes of a row]."""
-        import torch
+        from weights_cache.packed import PackedRows
 
         part = self._part_of[name]
-        entry = part.entries[name]
-        return mapped_tensor(part.buffer, entry.begin, torch.uint8, packed_shape(entry.info))
+        info, begin = part.entries[name].info, part.entries[name].begin
+        encoding = ENCODINGS[info.encoding]
+        if not encoding.packed:
+            return mapped_tensor(part.buffer, begin, getattr(torch, encoding.name), info.shape)
+        *_, columns = info.shape
+        rows = mapped_tensor(part.buffer, begin, torch.uint8, (math.prod(info.shape[:-1]), encoding.row_bytes(columns)))
+        weight = PackedRows(encoding.name, rows)
+        return weight if len(info.shape) == 2 else weight.decoded().view(info.shape)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor `name` has taken."""
@@ -115,17 +110,6 @@ class GgufFile:
             )
 
 
-class _Part:
-    """One file on the disk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.buffer = map_file(path, LEAST_BYTES, "GGUF")
-        header = Header(path, self.buffer)
-        self.metadata: Metadata = header.metadata
-        self.entries: Mapping[str, Entry] = header.entries
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A checked tensor: its bytes begin at `begin` in the file."""
@@ -135,17 +119,20 @@ class Entry:
 
 
 class Header:
-    """What stands before a GGUF's data. Raises CheckpointCorrupt or NotYetSupported."""
+    """What stands before the data of one GGUF file, which is mapped. Raises CheckpointCorrupt or NotYetSupported."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap | bytes):
-        cursor = _Cursor(path, buffer)
+    def __init__(self, path: Path):
+        self.path = path
+        self.buffer = map_file(path, LEAST_BYTES, "GGUF")
+        cursor = _Cursor(path, self.buffer)
         tensors, pairs = _counts(cursor)
-        self.metadata = Metadata(_pairs(cursor, pairs))
+        values = _unique(cursor, ((cursor.name(), _value(cursor)) for _ in range(pairs)), "metadata key")
+        self.metadata = Metadata(values)
         described = _unique(cursor, (_described(cursor) for _ in range(tensors)), "tensor")
         alignment = _alignment(path, self.metadata)
         data = -(-cursor.at // alignment) * alignment
         self.entries = {name: _entry(path, name, found, data, alignment) for name, found in described.items()}
-        _check_layout(path, self.entries, len(buffer))
+        _check_layout(path, self.entries, len(self.buffer))
 
 
 class Metadata(Mapping[str, Any]):
@@ -173,7 +160,7 @@ class Metadata(Mapping[str, Any]):
 class _Cursor:
     """Goes forward through untrusted bytes; reaching past their end is an error, before anything is read."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap | bytes):
+    def __init__(self, path: Path, buffer: mmap.mmap):
         self.path, self.buffer, self.at = path, buffer, 0
 
     @cached_property
@@ -277,10 +264,6 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     cursor.many(pairs, LEAST_PAIR, "metadata entries")
     cursor.many(tensors, LEAST_TENSOR, "tensors")
     return tensors, pairs
-
-
-def _pairs(cursor: _Cursor, count: int) -> dict[str, Any]:
-    return _unique(cursor, ((cursor.name(), _value(cursor)) for _ in range(count)), "metadata key")
 
 
 def _unique(cursor: _Cursor, pairs: Iterator[tuple[str, Any]], what: str) -> dict[str, Any]:

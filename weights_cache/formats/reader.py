@@ -1,8 +1,7 @@
 """What every file format offers: tensors by the file's own names, known before a byte of data is read.
 
-Knows no format. A reader stands beside safetensors.py and has the shape of `Reader`; checkpoint.py
-chooses it and translates its names. What all of them share is here too: a file mapped into memory, and a piece
-of it seen as a tensor.
+Knows no format. A reader stands beside safetensors.py and has the shape of `Reader`; tensors.py chooses it and
+translates its names. What all of them share is here too: a file mapped into memory, and a piece of it as a tensor.
 """
 
 import math
@@ -18,6 +17,8 @@ from weights_cache.errors import CheckpointCorrupt, Unreadable
 
 if TYPE_CHECKING:
     import torch
+
+    from weights_cache.packed import PackedWeight
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has a name for it from 3.13 on
 
@@ -45,11 +46,9 @@ class Reader(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The file's own names -> TensorInfo."""
 
-    def tensor(self, name: str) -> "torch.Tensor":
-        """The tensor that the file calls `name`: memory-mapped where it is stored plainly, else decoded to float32."""
-
-    def packed(self, name: str) -> "torch.Tensor":
-        """Its bytes as they are stored, memory-mapped: uint8 [rows, bytes of a row]."""
+    def weight(self, name: str) -> "torch.Tensor | PackedWeight":
+        """The tensor that the file calls `name`, memory-mapped: a matrix that is packed stays so; other packed tensors
+        are decoded to float32."""
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor has taken; it is read again if it is touched again."""
@@ -101,9 +100,3 @@ def release(buffer: mmap.mmap, begin: int, end: int) -> None:
     first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and hasattr(mmap, "MADV_DONTNEED"):
         buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-def packed_shape(info: TensorInfo) -> tuple[int, int]:
-    """(rows, bytes of a row) of a stored tensor; the last dimension is the row."""
-    rows = math.prod(info.shape[:-1])
-    return rows, info.nbytes // rows if rows else 0

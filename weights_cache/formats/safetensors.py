@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from weights_cache.errors import CheckpointCorrupt, WeightsNotFound
 from weights_cache.file_kind import GGUF_MAGIC, MAX_HEADER_BYTES
 from weights_cache.json_fields import parse_json_object
 
-from .reader import TensorInfo, map_file, mapped_tensor, packed_shape, release
+from .reader import TensorInfo, map_file, mapped_tensor, release
 
 if TYPE_CHECKING:
     import torch
@@ -24,22 +24,16 @@ if TYPE_CHECKING:
 LENGTH_BYTES = 8
 MAX_DIMENSION = 2**63 - 1
 
-BITS: dict[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64,
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1),
+    "F8_E5M2": ("float8_e5m2", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I16": ("int16", 2), "U16": ("uint16", 2), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4),
+    "I64": ("int64", 8), "U64": ("uint64", 8), "F64": ("float64", 8),
 }  # fmt: skip
-"""Element size in bits of each dtype that a header may name."""
+"""Each dtype that a header may name -> its name in torch, and the bytes of a number. Reading headers needs no torch."""
 
-TORCH_DTYPES: dict[str, str] = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
-    "I32": "int32", "U32": "uint32", "F32": "float32",
-    "I64": "int64", "U64": "uint64", "F64": "float64",
-}  # fmt: skip
-"""The attribute of `torch` for each dtype: names only, so that reading headers needs no torch."""
+WORDS: Mapping[str, str] = {torch_name: word for word, (torch_name, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,7 @@ class SafetensorsFile:
         """The file's own names -> TensorInfo, in the order of the header."""
         return {name: entry.info for name, entry in self._entries.items()}
 
-    def tensor(self, name: str) -> "torch.Tensor":
+    def weight(self, name: str) -> "torch.Tensor":
         """The tensor `name`, sharing the file's mapping: no copy; writing to it never reaches the file.
 
         A tensor that does not lie at a multiple of its element size (the format allows it) is copied.
@@ -89,15 +83,7 @@ class SafetensorsFile:
         import torch
 
         entry = self._entries[name]
-        dtype = getattr(torch, TORCH_DTYPES[entry.info.dtype])
-        return mapped_tensor(self._buffer, entry.begin, dtype, entry.info.shape)
-
-    def packed(self, name: str) -> "torch.Tensor":
-        """The bytes of the tensor `name`, sharing the file's mapping: uint8 [rows, bytes of a row]."""
-        import torch
-
-        entry = self._entries[name]
-        return mapped_tensor(self._buffer, entry.begin, torch.uint8, packed_shape(entry.info))
+        return mapped_tensor(self._buffer, entry.begin, getattr(torch, entry.info.encoding), entry.info.shape)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor `name` has taken."""
@@ -130,22 +116,22 @@ def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
 
     if not isinstance(described, dict):
         raise corrupt("is not described by an object")
-    dtype, shape, offsets = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in BITS:
+    dtype, shape, offsets = described.get("dtype"), described.get("shape"), described.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise corrupt(f"has the unknown dtype {str(dtype)[:40]!r}")
     if not _are_sizes(shape):
         raise corrupt("has a shape that is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise corrupt("has offsets that are not a begin and an end")
     begin, end = offsets
-    expected = math.prod(shape) * BITS[dtype] // 8
-    if end - begin != expected:
-        raise corrupt(f"of shape {shape} and dtype {dtype} needs {expected} bytes, and its offsets span {end - begin}")
-    info = TensorInfo(name, dtype, tuple(shape), expected, path, TORCH_DTYPES[dtype])
-    return Entry(info, data + begin, data + end)
+    encoding, width = DTYPES[dtype]
+    nbytes = math.prod(shape) * width
+    if end - begin != nbytes:
+        raise corrupt(f"of shape {shape} and dtype {dtype} needs {nbytes} bytes, and its offsets span {end - begin}")
+    return Entry(TensorInfo(name, dtype, tuple(shape), nbytes, path, encoding), data + begin, data + end)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a short list of integers that fit into 63 bits (a bool is none)."""
     return (
         isinstance(value, list)

@@ -10,32 +10,32 @@ from pathlib import Path
 
 from pixtral_cli.known_models import BUILT_IN, DEFAULT_MODEL
 
-PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 NVIDIA_GPU = re.compile(r"nvidia\d+")
 FOLDERS = ("/",)
 
 
 @dataclass(frozen=True)
 class Values:
-    """`words` are known when a script is made; `asked` names what only the program knows, a key of `ANSWERS`.
+    """`words` are known when a script is made; `listing`, a key of LISTINGS, names what only the program knows.
 
     `files` are the endings of the files that fit, beside any folder: () for all files, FOLDERS for none of them,
     None where a path makes no sense.
     """
 
     words: tuple[str, ...] = ()
-    asked: str | None = None
+    listing: str | None = None
     files: tuple[str, ...] | None = None
 
     def offered(self, incomplete: str) -> list[str]:
         """The words that begin with `incomplete`, for Typer's own completion; files are left to the shell."""
-        asked = answer(self.asked) if self.asked else []
-        return [word for word in (*self.words, *asked) if word.startswith(incomplete)]
+        listed = listed_now(self.listing) if self.listing else ()
+        return [word for word in (*self.words, *listed) if word.startswith(incomplete)]
 
 
-def answer(asked: str) -> list[str]:
+def listed_now(name: str) -> tuple[str, ...]:
     """The models, files or devices that there are now, each once."""
-    return list(dict.fromkeys(ANSWERS[asked]()))
+    return tuple(dict.fromkeys(LISTINGS[name]()))
 
 
 def _models() -> Iterable[str]:
@@ -71,7 +71,7 @@ def count_gpus(folder: Path) -> int:
     return here if visible is None else min(here, len([name for name in visible.split(",") if name.strip()]))
 
 
-ANSWERS: dict[str, Callable[[], Iterable[str]]] = {
+LISTINGS: dict[str, Callable[[], Iterable[str]]] = {
     "models": _models,
     "serialized": _serialized,
     "all-models": lambda: [*_models(), *_serialized()],
@@ -79,7 +79,11 @@ ANSWERS: dict[str, Callable[[], Iterable[str]]] = {
     "devices": _devices,
 }
 FILES, FOLDER = Values(files=()), Values(files=FOLDERS)
-PICTURE, CONVERSATION, WEIGHTS = Values(files=PICTURES), Values(files=("json",)), Values(files=("safetensors", "gguf"))
-MODEL, ANY_MODEL = Values(asked="models", files=("gguf",)), Values(asked="all-models", files=())
-CACHED, SERIALIZED = Values(asked="cached"), Values(asked="serialized", files=())
-DEVICES = Values(asked="devices")
+IMAGE, CONVERSATION, WEIGHTS = (
+    Values(files=IMAGE_ENDINGS),
+    Values(files=("json",)),
+    Values(files=("safetensors", "gguf")),
+)
+MODEL, ANY_MODEL = Values(listing="models", files=("gguf",)), Values(listing="all-models", files=())
+CACHED, SERIALIZED = Values(listing="cached"), Values(listing="serialized", files=())
+DEVICES = Values(listing="devices")

@@ -155,7 +155,7 @@ def _takers(command: Command) -> Iterator[tuple[str, Values]]:
 
 def _offers(values: Values) -> str:
     done = [f"_pixtral_offer {' '.join(map(quote, values.words))}"] if values.words else []
-    done += [f"_pixtral_ask {values.asked}"] if values.asked else []
+    done += [f"_pixtral_ask {values.listing}"] if values.listing else []
     if values.files is not None:
         done.append(" ".join(["_pixtral_files", *values.files]))
     return "\n        ".join(done)

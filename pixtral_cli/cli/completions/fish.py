@@ -75,7 +75,7 @@ def _flag(flag: Flag) -> str:
 def _offers(values: Values) -> str:
     """The option of `complete` that says what is offered; nothing where there is nothing to offer."""
     offered = [f"{word}\\t" for word in values.words]
-    offered += [f"(__pixtral_ask {values.asked})"] if values.asked else []
+    offered += [f"(__pixtral_ask {values.listing})"] if values.listing else []
     offered += [f"({' '.join(('__pixtral_files', *values.files))})"] if values.files is not None else []
     return f"-a {_quote(' '.join(offered))}" if offered else ""
 

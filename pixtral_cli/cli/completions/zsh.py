@@ -102,10 +102,10 @@ def _action(values: Values) -> str:
     if values.words:
         return f"({' '.join(values.words)})"
     files = " ".join(_files(values))
-    if values.asked and values.files is not None:
-        return f" _pixtral_ask_or_files {values.asked} {files}".rstrip()
-    if values.asked:
-        return f" _pixtral_ask {values.asked}"
+    if values.listing and values.files is not None:
+        return f" _pixtral_ask_or_files {values.listing} {files}".rstrip()
+    if values.listing:
+        return f" _pixtral_ask {values.listing}"
     return f"_files {files}".rstrip() if values.files is not None else " "
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.model.config import ConfigFields, ModelConfig, VisionConfig
+from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig, VisionConfig
 from pixtral_cli.model.families.mistral import read_text_config
 
 if TYPE_CHECKING:
@@ -39,10 +39,12 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     fields.only("projector_hidden_act", "gelu")
     fields.only("vision_feature_select_strategy", "full")
     tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    tower = read_vision_config(vision, raw.get("vision_feature_layer", -1))
     return ModelConfig(
         architecture,
         read_text_config({**text, "tie_word_embeddings": tied}),
-        read_vision_config(vision, raw.get("vision_feature_layer", -1)),
+        tower,
+        ImageLayout(tower.patch_size, _vision_fields(vision).size("image_size")),
         image_token_id=fields.size("image_token_index"),
         projector_bias=fields.flag("multimodal_projector_bias", True),
     )
@@ -56,7 +58,7 @@ def build(config: ModelConfig) -> PixtralModel:
 
 def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
     """The tower's sizes; `feature_layer` is the config's `vision_feature_layer`. Raises ModelError."""
-    fields = ConfigFields({**VISION_DEFAULTS, **raw}, "vision_config.")
+    fields = _vision_fields(raw)
     # Published configs say "gelu" or nothing; the weights were trained with SiLU. Both mean SiLU here.
     fields.only("hidden_act", "silu", "gelu")
     hidden, layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
@@ -68,12 +70,16 @@ def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> Visio
         intermediate_size=fields.size("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
+        head_dim=hidden // heads,
         num_channels=fields.size("num_channels"),
-        image_size=fields.size("image_size"),
         patch_size=fields.size("patch_size"),
         rope_theta=fields.rope_theta(),
         feature_layer=_feature_layer(feature_layer, layers),
     )
+
+
+def _vision_fields(raw: Mapping[str, Any]) -> ConfigFields:
+    return ConfigFields({**VISION_DEFAULTS, **raw}, "vision_config.")
 
 
 def _feature_layer(layer: Any, layers: int) -> int:

@@ -25,7 +25,7 @@ Product = Callable[[Tensor], Tensor]
 class Kernel(Protocol):
     """`weight` is [R, C] in the order that the kernel reads; nothing of it is lost, for it is what is saved.
 
-    `products` takes x [N, C] to x W^T [N, R]: the key is the number of rows from which on a product is used, and 0 is
+    `products` take x [N, C] to x W^T [N, R]: the key is the number of rows from which on a product is used, and 1 is
     among the keys. What a kernel holds beside its weight is counted in `memory.kernel_bytes`.
     """
 
@@ -67,6 +67,8 @@ class KernelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C] -> [N, R]."""
+        if not len(x):  # a chunk that ends no prompt wants no logits, and bitsandbytes divides by the rows
+            return x.new_empty(0, self.weight.shape[0])
         y = next(product for rows, product in self._most_rows_first if len(x) >= rows)(x)
         return y if self.bias is None else y + self.bias
 

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4, fits
+from weights_cache.codecs.int4 import GROUP, LAYOUTS, ROWS, Int4
+from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows, PackedWeight
 
 DECODED_FROM = 48  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
@@ -40,13 +41,15 @@ class Int4Kernel:
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert isinstance(weight, PackedRows | Int4)
         self.weight = weight if isinstance(weight, Int4) else Int4.from_rows(weight.encoding, weight.rows)
-        self.products = {0: self._fused, DECODED_FROM: self._decoded}
+        self.products = {1: self._fused, DECODED_FROM: self._decoded}
         self._scales_and_zeros = self.weight.scales_and_zeros()
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
-        fitting = isinstance(weight, PackedRows | Int4) and fits(weight.encoding, weight.shape[0])
-        return fitting and dtype == torch.bfloat16 and device.type == "cpu" and supported()
+        if not isinstance(weight, PackedRows | Int4):
+            return False
+        ordered = ENCODINGS[weight.encoding].has_kernel_order(weight.shape[0])
+        return ordered and dtype == torch.bfloat16 and device.type == "cpu" and supported()
 
     def _fused(self, x: Tensor) -> Tensor:
         codes, narrow = self.weight.codes.view(self.weight.shape[0], -1), x.to(torch.bfloat16).contiguous()
@@ -67,7 +70,7 @@ class Int4Kernel:
 
 
 def _decode(codes: Tensor, scales_and_zeros: Tensor, weights: Tensor) -> None:
-    """The weights of n times 64 rows, upright: uint8 [n, C, 32] and bfloat16 [C/32, 64 n, 2] into [C, 64 n]."""
+    """The weights of n times 64 rows, transposed: uint8 [n, C, 32] and bfloat16 [C/32, 64 n, 2] into [C, 64 n]."""
     scales, zeros = (part.contiguous() for part in scales_and_zeros.float().unbind(2))
     zeros.sub_(scales, alpha=8)
     half = codes.new_empty(len(codes), AT_ONCE, ROWS // 2)

@@ -99,7 +99,7 @@ class NF4Kernel:
             device.type == "cpu" and weight.shape[0] % ROWS == 0 and bitsandbytes().functional.has_avx512bf16()
         )
         self.weight = weight.interleaved() if self.fused else weight.in_rows()
-        self.products = {0: self._fused, DECODED_FROM: self._decoded} if self.fused else {0: self._plain}
+        self.products = {1: self._fused, DECODED_FROM: self._decoded} if self.fused else {1: self._plain}
         self._state = self._fused_state() if self.fused else self._plain_state()
 
     @classmethod

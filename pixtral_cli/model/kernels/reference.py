@@ -23,7 +23,7 @@ class ReferenceKernel:
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert not isinstance(weight, Tensor)
         self.weight = weight = weight.in_rows().to(device)
-        self.products = {0: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
+        self.products = {1: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:

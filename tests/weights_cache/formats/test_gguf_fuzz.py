@@ -42,7 +42,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
     writer.write_tensors_to_file()
     writer.close()
     data = path.read_bytes()
-    return data, min(entry.begin for entry in Header(path, data).entries.values())
+    return data, min(entry.begin for entry in Header(path).entries.values())
 
 
 def mutated(data: bytes, header: int, chance: random.Random) -> bytes:

@@ -22,8 +22,9 @@ from weights_cache import checkpoint, inventory
 from weights_cache.checkpoint import SerializedCheckpoint
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.errors import WeightsError
-from weights_cache.formats import serialized
 from weights_cache.formats.serialized import verify_path
+from weights_cache.formats.serialized_writer import Weight, write
+from weights_cache.packed import PackedRows, parts
 
 EXTREMES = [0, 1, 7, 9, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**400]
 WORDS = [
@@ -68,21 +69,15 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def _write_serialized(path: Path) -> None:
     """Plain, packed and nf4 weights, written by ourselves: nobody else does."""
+    rows = PackedRows("q4_0", torch.zeros(4, 18, dtype=torch.uint8))
     codes = NF4(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2))
-    parts = codes.to_tensors("b.weight")
-    tensors = {
-        "a.weight": ("q4_0", (4, 32), torch.zeros(4, 18, dtype=torch.uint8)),
-        "n": ("float32", (3,), torch.ones(3)),
-    }
-    for name, part in parts.items():
-        tensors[name] = ("nf4" if name == "b.weight" else "float32", (2, 64) if name == "b.weight" else (2,), part)
-    words = serialized.DTYPE_WORDS
     weights = [
-        serialized.Weight(name, encoding, shape, words[str(t.dtype)], tuple(t.shape), t.nbytes, lambda t=t: t)
-        for name, (encoding, shape, t) in tensors.items()
+        Weight("a.weight", "q4_0", (4, 32), {"rows": (torch.uint8, (4, 18))}, lambda: rows),
+        Weight("n", "float32", (3,), {"": (torch.float32, (3,))}, lambda: torch.ones(3)),
+        Weight("b.weight", "nf4", (2, 64), parts("nf4", (2, 64), kernel_order=False), lambda: codes),
     ]
     files = {"config.json": b'{"architectures": ["x"]}', "tokenizer.json": b"{}"}
-    serialized.write(path, weights, files, model="m", form="hf", encoding="q4_0")
+    write(path, weights, files, model="m", form="hf", encoding="q4_0")
 
 
 def _bitsandbytes(path: Path) -> bytes:
@@ -209,7 +204,7 @@ def read_all(path: Path, kind: str) -> None:
         inventory.main_encoding(path, path.parent)
     most = 64 * path.stat().st_size
     for name in opened.tensors:
-        assert opened.tensor(name).nbytes <= most and opened.packed(name).nbytes <= most
+        assert opened.tensor(name).nbytes <= most and opened.weight(name).nbytes <= most
 
 
 def put(folder: Path, kind: str, data: bytes) -> Path:

@@ -13,10 +13,10 @@ from support.guarded_server import ask, serving
 
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server import middleware
+from pixtral_cli.server.client_limits import connections_allowed
 from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.listening import check_binding, is_loopback
-from pixtral_cli.server.middleware import ApiKeys
-from pixtral_cli.server.protocol import connections_allowed
+from pixtral_cli.server.middleware import ApiKeys, is_loopback
+from pixtral_cli.server.process import check_binding
 from pixtral_cli.server.request_body import parse_json
 
 KEYS = ("first-key", "second-key")
@@ -178,7 +178,7 @@ def test_more_files_are_allowed_than_connections():
 def test_where_few_files_are_allowed_several_clients_still_are(files):
     code = f"""
 import resource
-from pixtral_cli.server.protocol import connections_allowed
+from pixtral_cli.server.client_limits import connections_allowed
 resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
 print(connections_allowed())
 """

@@ -305,9 +305,9 @@ def test_only_what_is_said_to_be_a_picture_is_taken(answer, taken):
 
 
 def test_a_download_ends_at_the_limit_in_bytes_whatever_was_promised():
-    with web(PNG, x={"pieces": [PNG] * 500, "headers": {"Content-Length": None}}) as site:
-        with pytest.raises(ImageTooLarge):
-            fetching(max_bytes=10_000)(f"http://127.0.0.1:{site.server_port}/x")
+    endless = {"pieces": [PNG] * 500, "headers": {"Content-Length": None}}
+    with web(PNG, x=endless) as site, pytest.raises(ImageTooLarge):
+        fetching(max_bytes=10_000)(f"http://127.0.0.1:{site.server_port}/x")
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_tokens_that_are_no_list_are_refused(text, pictures, beside):
 
 
 def test_a_given_picture_part_of_another_width_is_refused(text, pictures):
-    with pytest.raises(CheckpointCorrupt, match="4096.*5120"):
+    with pytest.raises(CheckpointCorrupt, match=r"4096.*5120"):
         checkpoint.open(text(), [pictures(projection_dim=4096)])
 
 

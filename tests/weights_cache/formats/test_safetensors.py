@@ -56,7 +56,7 @@ def test_every_dtype_comes_back_as_it_was_saved(tmp_path: Path, dtype: torch.dty
 
     assert file.tensors.keys() == saved.keys()
     for name, tensor in saved.items():
-        found = file.tensor(name)
+        found = file.weight(name)
         assert found.dtype == dtype and found.shape == tensor.shape
         assert bytes(found.contiguous().view(-1).view(torch.uint8).tolist()) == bytes(
             tensor.contiguous().view(-1).view(torch.uint8).tolist()
@@ -80,7 +80,7 @@ def test_tensors_lie_in_the_files_mapping_and_are_not_copied(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(1024), "b": torch.ones(1024)}, path)
     file = SafetensorsFile(path)
-    first, again, other = file.tensor("a"), file.tensor("a"), file.tensor("b")
+    first, again, other = file.weight("a"), file.weight("a"), file.weight("b")
 
     assert first.data_ptr() == again.data_ptr()
     assert abs(other.data_ptr() - first.data_ptr()) == 4096
@@ -91,7 +91,7 @@ def test_tensors_lie_in_the_files_mapping_and_are_not_copied(tmp_path: Path):
 
 def test_tensors_stay_valid_after_their_file_object_is_gone(tmp_path: Path):
     save_file({"a": torch.arange(2048)}, tmp_path / "model.safetensors")
-    tensor = SafetensorsFile(tmp_path / "model.safetensors").tensor("a")
+    tensor = SafetensorsFile(tmp_path / "model.safetensors").weight("a")
     assert tensor.sum() == 2047 * 1024
 
 
@@ -100,7 +100,7 @@ def test_opening_and_naming_all_tensors_reads_no_data(tmp_path: Path):
     save_file({f"t{i}": torch.ones(4, 2**20) for i in range(4)}, path)  # 64 MiB
 
     file = SafetensorsFile(path)
-    tensors = [file.tensor(name) for name in file.tensors]
+    tensors = [file.weight(name) for name in file.tensors]
     assert resident_bytes(path) < 2**20
     tensors[0].sum()
     assert resident_bytes(path) >= 2**24
@@ -121,17 +121,17 @@ def test_writing_to_a_tensor_never_reaches_the_file(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(64)}, path)
     before = path.read_bytes()
-    SafetensorsFile(path).tensor("a").fill_(7)
+    SafetensorsFile(path).weight("a").fill_(7)
     assert path.read_bytes() == before
-    assert SafetensorsFile(path).tensor("a").sum() == 0
+    assert SafetensorsFile(path).weight("a").sum() == 0
 
 
 def test_a_tensor_off_its_alignment_is_still_read_right(written):
     values = torch.tensor([1.5, -2.0])
     header = {"odd": entry("U8", [1], [0, 1]), "a": entry("F32", [2], [1, 9])}
     file = SafetensorsFile(written(raw(header, b"\x07" + values.numpy().tobytes())))
-    assert file.tensor("a").equal(values) and file.tensor("odd").item() == 7
-    assert file.tensor("a").data_ptr() % 4 == 0
+    assert file.weight("a").equal(values) and file.weight("odd").item() == 7
+    assert file.weight("a").data_ptr() % 4 == 0
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_mutated_headers_are_refused_or_open_just_as_the_package_opens_them(tmp_
         assert sum(info.nbytes for info in file.tensors.values()) <= path.stat().st_size
         with safetensors.safe_open(path, "pt") as oracle:
             for name in oracle.keys():
-                assert bits(file.tensor(name)) == bits(oracle.get_tensor(name))
+                assert bits(file.weight(name)) == bits(oracle.get_tensor(name))
     assert opened < 100  # the mutations do bite
 
 
@@ -250,8 +250,8 @@ def test_a_released_tensor_gives_its_memory_back_and_can_be_read_again(tmp_path)
     weight = torch.arange(2**20, dtype=torch.float32)
     save_file({"a": weight, "b": weight + 1}, path)
     file = SafetensorsFile(path)
-    assert file.tensor("a").sum() == weight.sum()
+    assert file.weight("a").sum() == weight.sum()
     before = resident_kib(path)
     file.release("a")
     assert before >= 4096 and resident_kib(path) < before - 4000
-    assert torch.equal(file.tensor("a"), weight) and torch.equal(file.tensor("b"), weight + 1)
+    assert torch.equal(file.weight("a"), weight) and torch.equal(file.weight("b"), weight + 1)

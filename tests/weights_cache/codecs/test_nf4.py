@@ -6,6 +6,7 @@ from safetensors.torch import load, save
 
 from pixtral_cli.model.kernels.nf4 import bitsandbytes
 from weights_cache.codecs.nf4 import NF4, TABLE
+from weights_cache.packed import from_parts
 
 
 def encoded(shape, dtype=torch.float32, nested=False, block=64):
@@ -63,11 +64,11 @@ def test_the_order_of_the_codes_changes_nothing(nested):
 def test_a_matrix_goes_through_a_file_unchanged(nested, order):
     _, _, _, ours = encoded((96, 320), nested=nested)
     ours = ours.interleaved() if order == "interleaved" else ours
-    tensors = load(save(ours.to_tensors("a.weight") | {"a.bias": torch.zeros(96), "a.weight2": torch.ones(1)}))
-    back = NF4.from_tensors("a.weight", tensors)
+    tensors = load(save(ours.tensors()))
+    assert len(tensors) == (5 if nested else 2)
+    back = from_parts("nf4", (96, 320), tensors.pop("codes"), tensors)
     assert torch.equal(back.decoded(), ours.decoded()) and back.codes.shape == ours.codes.shape
-    assert back.to_tensors("b").keys() == ours.to_tensors("b").keys()
-    assert len(ours.to_tensors("b")) == (5 if nested else 2)
+    assert back.tensors().keys() == ours.tensors().keys()
 
 
 def test_double_quantisation_takes_an_eighth_of_the_magnitudes():
@@ -76,5 +77,7 @@ def test_double_quantisation_takes_an_eighth_of_the_magnitudes():
 
 
 def test_a_matrix_without_its_magnitudes_is_no_matrix():
-    with pytest.raises(KeyError, match="absmax"):
-        NF4.from_tensors("a", {"a": torch.zeros(32, 32, dtype=torch.uint8)})
+    codes, magnitudes = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32)
+    assert isinstance(from_parts("nf4", (32, 64), codes, {"absmax": magnitudes}), NF4)
+    for beside in ({}, {"absmax": magnitudes[1:]}, {"absmax": magnitudes.half()}, {"other": magnitudes}):
+        assert from_parts("nf4", (32, 64), codes, beside) is None

@@ -15,6 +15,7 @@ from weights_cache import checkpoint
 from weights_cache.encodings import GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported, WeightsError
 from weights_cache.formats.gguf import GgufFile
+from weights_cache.packed import PackedWeight, plain
 
 VALUES = {
     "add_uint8": 200, "add_int8": -100, "add_uint16": 65000, "add_int16": -30000, "add_uint32": 2**32 - 1,
@@ -82,15 +83,14 @@ def test_tensors_are_those_that_gguf_py_reads(path):
     for name, tensor in theirs.items():
         info = ours.tensors[name]
         assert info.shape == tuple(reversed(tensor.shape.tolist())) and info.nbytes == tensor.n_bytes
-        assert ours.tensor(name).equal(torch.from_numpy(np.array(tensor.data)))
-        assert ours.packed(name).flatten().numpy().tobytes() == tensor.data.tobytes()
+        assert ours.weight(name).equal(torch.from_numpy(np.array(tensor.data)))
 
 
 def test_a_tensor_shares_the_files_memory_and_never_writes_to_it(path):
     before = path.read_bytes()
     file = GgufFile(path)
-    file.tensor("a.weight").fill_(5)
-    assert file.tensor("a.weight").eq(5).all() and path.read_bytes() == before
+    file.weight("a.weight").fill_(5)
+    assert file.weight("a.weight").eq(5).all() and path.read_bytes() == before
 
 
 def test_the_table_of_types_agrees_with_gguf_py():
@@ -109,9 +109,15 @@ def test_every_type_is_unpacked_as_gguf_py_does(tmp_path, kind):
     path = write(tmp_path / "m.gguf", {"w": packed}, w=kind)
     file = GgufFile(path)
     assert (file.tensors["w"].shape, file.tensors["w"].dtype) == ((6, columns), kind.name)
-    assert file.packed("w").numpy().tobytes() == packed.tobytes()
+    weight = file.weight("w")
+    if GGML[kind.value].packed:
+        assert isinstance(weight, PackedWeight) and (weight.encoding, weight.shape) == (
+            GGML[kind.value].name,
+            (6, columns),
+        )
+        assert weight.rows.numpy().tobytes() == packed.tobytes() and weight.nbytes == packed.nbytes
     expected = torch.from_numpy(gguf.quants.dequantize(packed, kind).astype(np.float32))
-    assert file.tensor("w").float().equal(expected.view(6, columns))
+    assert plain(weight).float().equal(expected.view(6, columns))
 
 
 def test_rotary_rows_move_whole_when_they_are_packed(tmp_path):
@@ -127,7 +133,7 @@ def test_rotary_rows_move_whole_when_they_are_packed(tmp_path):
     opened = checkpoint.Checkpoint(path, {}, [path], form="gguf")
     name = "language_model.layers.0.self_attn.q_proj.weight"
     order = [head * 64 + 2 * i + half for head in range(4) for half in (0, 1) for i in range(32)]
-    assert opened.packed(name).equal(torch.from_numpy(packed[order]))
+    assert opened.weight(name).rows.equal(torch.from_numpy(packed[order]))
     whole = gguf.quants.dequantize(packed, GGMLQuantizationType.Q4_K)
     assert opened.tensor(name).equal(torch.from_numpy(whole[order]))
 
@@ -137,7 +143,7 @@ def test_headers_are_read_without_torch(path):
         "import sys, pathlib; from weights_cache.formats.gguf import GgufFile; "
         f"assert len(GgufFile(pathlib.Path({str(path)!r})).tensors) == 2; print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -147,7 +153,7 @@ def test_other_alignments_are_read(tmp_path, alignment):
     path = write(tmp_path / "m.gguf", tensors, lambda writer: writer.add_custom_alignment(alignment))
     file = GgufFile(path)
     for name, expected in tensors.items():
-        assert file.tensor(name).equal(torch.from_numpy(expected))
+        assert file.weight(name).equal(torch.from_numpy(expected))
 
 
 def test_a_file_cut_short_anywhere_is_refused(path):

@@ -6,8 +6,9 @@ import torch
 
 from pixtral_cli.model.kernels import int4 as layers
 from weights_cache import codecs
-from weights_cache.codecs.int4 import LAYOUTS, Int4, fits, stored_shapes
+from weights_cache.codecs.int4 import LAYOUTS, Int4
 from weights_cache.encodings import ENCODINGS
+from weights_cache.packed import from_parts, parts
 
 SHAPES = [(64, 256), (192, 512), (128, 2304)]
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_k": gguf.GGMLQuantizationType.Q4_K}
@@ -48,19 +49,22 @@ def test_codes_lie_in_the_order_of_torchs_own_converter(encoding, shape):
 def test_every_byte_comes_back(encoding, shape):
     rows = random_rows(encoding, *shape)
     ordered = Int4.from_rows(encoding, rows)
-    assert ordered.shape == shape and torch.equal(ordered.rows(), rows)
-    parts = ordered.to_tensors("a.weight")
-    assert tuple(tuple(part.shape) for part in parts.values()) == stored_shapes(encoding, *shape)
-    assert sum(part.nbytes for part in parts.values()) == rows.nbytes
-    assert torch.equal(Int4.from_tensors("a.weight", encoding, parts).rows(), rows)
+    assert ordered.shape == shape and torch.equal(ordered.in_rows().rows, rows)
+    tensors = ordered.tensors()
+    assert {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()} == parts(
+        encoding, shape, kernel_order=True
+    )
+    assert ordered.nbytes == sum(tensor.nbytes for tensor in tensors.values()) == rows.nbytes
+    again = from_parts(encoding, shape, tensors.pop("codes"), tensors)
+    assert isinstance(again, Int4) and torch.equal(again.in_rows().rows, rows)
 
 
 @pytest.mark.parametrize("encoding", TYPES)
 def test_rows_that_are_no_whole_tensor_of_their_own_are_taken_as_well(encoding):
     rows = random_rows(encoding, 128, 512)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), rows.flatten()])[1:].view(rows.shape)  # at an odd byte
-    assert torch.equal(Int4.from_rows(encoding, shifted).rows(), rows)
-    assert torch.equal(Int4.from_rows(encoding, rows[64:]).rows(), rows[64:])
+    assert torch.equal(Int4.from_rows(encoding, shifted).in_rows().rows, rows)
+    assert torch.equal(Int4.from_rows(encoding, rows[64:]).in_rows().rows, rows[64:])
 
 
 @pytest.mark.parametrize("encoding", TYPES)
@@ -84,4 +88,4 @@ def test_scales_and_zeros_stand_for_the_weights_of_ggufs_own_decoder(encoding, s
     [("q4_k", 64, True), ("q4_0", 5120, True), ("q4_k", 32, False), ("q4_k", 96, False), ("q6_k", 64, False)],
 )
 def test_only_whole_64_rows_of_q4_0_and_q4_k_fit(encoding, rows, fit):
-    assert fits(encoding, rows) == fit
+    assert ENCODINGS[encoding].has_kernel_order(rows) == fit

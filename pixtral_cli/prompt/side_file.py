@@ -1,4 +1,4 @@
-"""A checkpoint's small JSON files in, checked values out; an error names the file and the key. Knows no meanings."""
+"""A JSON file beside a checkpoint's weights in, checked values out; an error names file and key. Knows no meanings."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PromptError
 from weights_cache.errors import GetAgain
 from weights_cache.json_fields import Fields, is_number, is_positive, load_object
 
 
-class SettingsUnreadable(PromptError):
+class SideFileUnreadable(PromptError):
     """A file of settings is damaged, or one of its values is not what it should be."""
 
     default_hint = GetAgain(", or correct the file")
 
 
 @dataclass(frozen=True)
-class Settings(Fields):
+class SideFile(Fields):
     """The object in one file, or a part of it. A key that is missing or null gives the default."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -28,18 +29,18 @@ class Settings(Fields):
     """What to call it in a sentence."""
 
     @classmethod
-    def read(cls, path: Path | None) -> Settings:
-        """The object in a JSON file; nothing without one. Raises SettingsUnreadable."""
+    def read(cls, path: Path | None) -> SideFile:
+        """The object in a JSON file; nothing without one. Raises SideFileUnreadable."""
         if path is None:
             return cls()
         try:
             return cls(load_object(path.read_bytes()), str(path))
         except (OSError, ValueError) as error:
-            raise SettingsUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
+            raise SideFileUnreadable(f"Cannot read {path}: {reason_of(error)}.") from error
 
-    def section(self, key: str) -> Settings:
+    def section(self, key: str) -> SideFile:
         """The object under `key`."""
-        return Settings(self.object(key, {}), f"{key} in {self.where}")
+        return SideFile(self.object(key, {}), f"{key} in {self.where}")
 
     def positive(self, key: str, default: float) -> float:
         """A finite number above 0."""
@@ -71,15 +72,7 @@ class Settings(Fields):
             raise self.wrong(key, "a token's text")
         return value
 
-    def wrong(self, key: str, wanted: str) -> SettingsUnreadable:
+    def wrong(self, key: str, wanted: str) -> SideFileUnreadable:
         found = json.dumps(self.values.get(key))
         shown = found if len(found) <= 60 else found[:60] + "…"
-        return SettingsUnreadable(f"{key} in {self.where} should be {wanted}, not {shown}.")
-
-
-def reason_of(error: Exception) -> str:
-    """What an exception says, on one line and without a full stop."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    visible = "".join(letter if letter.isprintable() else " " for letter in str(error))
-    return " ".join(visible.split()).rstrip(".") or type(error).__name__
+        return SideFileUnreadable(f"{key} in {self.where} should be {wanted}, not {shown}.")

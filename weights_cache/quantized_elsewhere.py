@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import layout
 from .errors import QuantizedElsewhere
 
 KEYS = ("quantization_config", "compression_config", "quantization")
@@ -25,11 +26,18 @@ DETAILS = ("format", "quant_algo", "qformat_weight", "w_bit", "bits")
 UNNAMED = "a method that its config does not name"
 
 
-def refuse(where: Path | str, config: Mapping[str, Any], names: Collection[str], other: str | None = None) -> None:
-    """Raise QuantizedElsewhere if `config`, or a file among `names` beside it, says so; `other`: a form to take."""
-    method = _by_config(config) or next((method for name, method in FILES.items() if name in names), None)
+def refuse(
+    where: Path | str, config: Mapping[str, Any], names: Collection[str] = (), form: layout.Form | None = None
+) -> None:
+    """Raise QuantizedElsewhere if `config`, or a file among `names` beside it, says so.
+
+    `form` is the config's own, where one of the others that are there can be taken instead.
+    """
+    beside = () if form == "native" else names
+    method = _by_config(config) or next((method for name, method in FILES.items() if name in beside), None)
     if method:
-        raise QuantizedElsewhere(where, method, other)
+        others = [each for each in layout.forms(names) if each != form] if form else []
+        raise QuantizedElsewhere(where, method, next(iter(others), None))
 
 
 def _by_config(config: Mapping[str, Any]) -> str | None:

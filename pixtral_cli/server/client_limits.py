@@ -1,20 +1,28 @@
-"""uvicorn's HTTP/1.1 protocol with patience that ends: late heads, idle and unread connections, too many of them.
+"""What one client may take: connections, time for a head, for a body and for reading an answer, bytes of bodies.
 
-uvicorn itself waits for ever for the rest of a head, and for a client that reads nothing of its answer.
+`GuardedProtocol` is uvicorn's HTTP/1.1 protocol with patience that ends: uvicorn itself waits for ever for the rest of
+a head, and for a client that reads nothing of its answer. `Bodies` is an ASGI middleware.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
+from dataclasses import dataclass
 from http import HTTPStatus
 
 import h11
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pixtral_cli.server.errors import ApiError, unavailable
+from pixtral_cli.server.errors import ApiError, refuse, unavailable
 
 HEAD_SECONDS = 10.0
+BODY_SECONDS = 30.0
+MAX_BODY_BYTES = 64 * 2**20
+BODIES_AT_ONCE = 16
+"""How many bodies of the greatest size may be in the server together; of smaller ones, many more."""
 UNREAD_SECONDS = 60.0
 """How long a client may take none of an answer that is waiting for it."""
 OTHER_FILES = 256
@@ -89,6 +97,13 @@ class GuardedProtocol(H11Protocol):
         self.transport.close()
 
 
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """None, in the place of a timer that no longer runs."""
+    if timer is not None:
+        timer.cancel()
+    return None
+
+
 def guarded_protocol(max_connections: int, head_seconds: float = HEAD_SECONDS) -> type[GuardedProtocol]:
     """A protocol for ``uvicorn.Config(http=…)``: one more connection than `max_connections` is answered with 503."""
     limits = {"max_connections": max_connections, "head_seconds": head_seconds}
@@ -106,8 +121,77 @@ def connections_allowed(wanted: int = 4096) -> int:
     return max(1, min(wanted, room))
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """None, in the place of a timer that no longer runs."""
-    if timer is not None:
-        timer.cancel()
-    return None
+class Bodies:
+    """Reads a request's whole body before the app sees it, within a size and a time.
+
+    What was read counts until its answer has ended, so that many large bodies cannot fill the memory together.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+        self.free_bytes = BODIES_AT_ONCE * max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        held = _HeldBytes(self)
+        try:
+            replayed = await self._read(scope, receive, held)
+        except ApiError as error:
+            await refuse(error, scope, receive, send)
+        else:
+            if replayed is not None:
+                await self.app(scope, replayed, send)
+        finally:
+            self.free_bytes += held.size
+
+    async def _read(self, scope: Scope, receive: Receive, held: _HeldBytes) -> Receive | None:
+        """A `receive` that gives the whole body, of which nothing is kept here; None if the client left."""
+        stated = Headers(scope=scope).getlist("content-length")  # none for a body in chunks; numbers, says the protocol
+        held.check(max(map(int, stated), default=0))
+        chunks, more = [], True
+        try:
+            async with asyncio.timeout(self.seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    held.take(len(message.get("body", b"")))
+                    chunks.append(message.get("body", b""))
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            late = f"The body did not arrive within {self.seconds:g} seconds."
+            raise ApiError(408, late, code="body_timeout") from None
+        return _replay(b"".join(chunks), receive)
+
+
+@dataclass
+class _HeldBytes:
+    """What one request's body takes of the memory for bodies."""
+
+    owner: Bodies
+    size: int = 0
+
+    def check(self, more: int) -> None:
+        """Raise ApiError if `more` bytes do not fit."""
+        if self.size + more > self.owner.max_bytes:
+            limit = f"{self.owner.max_bytes / 2**20:g}"
+            raise ApiError(413, f"The body is larger than --max-body-mib {limit}.", code="body_too_large")
+        if more > self.owner.free_bytes:
+            raise unavailable("The server holds too many large requests at the moment.", "overloaded")
+
+    def take(self, more: int) -> None:
+        self.check(more)
+        self.size += more
+        self.owner.free_bytes -= more
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body, then what the client does next."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    del body
+
+    async def replayed() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replayed
