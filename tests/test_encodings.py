@@ -23,3 +23,9 @@ def test_what_can_be_asked_for_can_be_encoded_and_so_can_its_neighbours(name):
         neighbour = ENCODINGS[name].for_width(columns)
         assert columns % neighbour.block == 0
         assert neighbour.name == "nf4" or neighbour.name in codecs.ENCODERS
+
+
+def test_the_table_has_every_codec_and_each_encodings_neighbour_can_be_encoded():
+    assert set(ENCODINGS) == {*codecs.NAMES, "nf4"}
+    for encoding in ENCODINGS.values():
+        assert encoding.fallback is None or encoding.fallback in codecs.ENCODERS

@@ -72,7 +72,7 @@ class Checkpoint:
 
     def side_files(self) -> dict[str, bytes]:
         """All that is needed beside the weights, by file name: config.json as it is in `config`, what there is of
-        tokenizer, template and picture recipe, and a written tokenizer as WRITTEN_TOKENIZER."""
+        tokenizer, template and settings of images, and a written tokenizer as WRITTEN_TOKENIZER."""
         paths = {name: self.file(name) for name in layout.SIDE_FILES}
         found = {name: path.read_bytes() for name, path in paths.items() if path}
         if self.written_tokenizer is not None:
@@ -130,7 +130,7 @@ class SerializedCheckpoint(Checkpoint):
         if not self._file.known:
             self._file.check(weights=weights, progress=progress)
         manifest = self._file.manifest
-        super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)  # type: ignore[arg-type]
+        super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)
         self.written_tokenizer = self._json(WRITTEN_TOKENIZER)
         self.encoding = manifest.encoding
         self.model_name = manifest.model

@@ -182,7 +182,7 @@ def is_vision_gguf(file: GgufFile) -> bool:
 
 def belong_together(text: GgufFile, vision: GgufFile) -> bool:
     """Whether `vision`, found beside `text`, is an mmproj file that can be its own: of two models of one width in a
-    folder, only the one with a token for pictures sees."""
+    folder, only the one with a token for images sees."""
     width = text.metadata.get(f"{text.metadata.get('general.architecture')}.embedding_length")
     return (
         is_vision_gguf(vision)
@@ -283,7 +283,7 @@ def _gguf_ends(file: GgufFile) -> dict[str, Any]:
 
 
 def _gguf_image_token_id(file: GgufFile) -> int | None:
-    """The id of the token for pictures; None when there is none among its tokens."""
+    """The id of the token for images; None when there is none among its tokens."""
     tokens = _gguf_tokens(file)
     if tokens is None:
         return IMAGE_TOKEN_ID
@@ -328,7 +328,7 @@ def _gguf_projector(file: GgufFile) -> Any:
 
 
 def _check_colours(fields: CheckpointFields, key: str, expected: tuple[float, ...]) -> None:
-    """Pictures are normalised as for Pixtral; a tower that wants other pictures would see wrong colours."""
+    """Images are normalised as for Pixtral; a tower that wants others would see wrong colours."""
     found = fields.get(key)
     if found is None:
         return

@@ -202,6 +202,7 @@ class _Stored:
     def model(self) -> Model:
         asked, weights = self.repo.last_used(self.commit), self.weights()
         files = [self.folder / name for name in self.selection.side] + weights
+        used = max([asked or 0.0, *(file.stat().st_atime for file in weights)])  # before any is looked into
         path = self.folder / self.file if self.file else self.folder
         return Model(
             name=self.name,
@@ -210,7 +211,7 @@ class _Stored:
             files=tuple(files),
             encoding=main_encoding(path if self.file else weights[0], self.folder) if weights else None,
             nbytes=sum(map(_size, files)),
-            used=max([asked or 0.0, *(file.stat().st_atime for file in weights)]),
+            used=used,
             known=asked is not None,
             repo=self.repo.name,
             commit=self.commit,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Part = Literal["text", "vision"]
 
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
+VISION = ("vision_tower.", "multi_modal_projector.")
+"""What the names of the tensors begin with that see."""
 """Ours, of the first and the last matrix of the text model, which may be one."""
 
 HF_PREFIXES: tuple[tuple[str, str], ...] = (
@@ -158,7 +160,7 @@ def from_native(name: str) -> str:
 
 
 def from_gguf(name: str) -> str | None:
-    """Our name for the tensor `name` of a GGUF file, text or picture part; None for one that is dropped.
+    """Our name for the tensor `name` of a GGUF file, text or vision part; None for one that is dropped.
 
     >>> from_gguf("blk.3.ffn_up.weight")
     'language_model.layers.3.mlp.up_proj.weight'
@@ -177,7 +179,7 @@ def looks_bitsandbytes(names: Iterable[str]) -> bool:
 
 
 def rotary_part(ours: str) -> Part | None:
-    """Of which part of the model `ours` is a query or key projection, whose rows rotary positions turn."""
+    """Of which part of the model `ours` is a query or key projection, whose rows rotary positions rotate."""
     match = ROTARY.fullmatch(ours)
     return PARTS[match[1]] if match else None
 
@@ -185,7 +187,7 @@ def rotary_part(ours: str) -> Part | None:
 def halves(rows: "Tensor", head_dim: int) -> "Tensor":
     """`rows` [heads * D, …] in the order of Hugging Face, from that of the native form and of GGUF; copied.
 
-    Within each head those turn neighbours, (0, 1), (2, 3) …; we turn halves, i with i + D/2. So for D = 4 the rows
+    Within each head those rotate neighbours, (0, 1), (2, 3) …; we rotate halves, i with i + D/2. So for D = 4 the rows
     0 1 2 3 become 0 2 1 3 (transformers `convert_mistral_weights_to_hf.py`; the inverse is llama.cpp's `permute`).
     Whole rows move: a packed row is as good as any.
     """

@@ -13,7 +13,7 @@ Expected = Mapping[Path, frozenset[str]]
 """Weights files -> the tensors that an index promises in each (none where there is no index)."""
 
 
-def in_folder(folder: Path, form: Form | None = "hf") -> Expected:
+def in_folder(folder: Path, form: Form | None) -> Expected:
     """The weights files of `folder` in that form (None: the one that is there).
 
     Raises WeightsNotFound, PickleRefused, or CheckpointCorrupt with the names of missing shards.

@@ -14,6 +14,7 @@ from pixtral_cli.cli.console import table
 from pixtral_cli.cli.flags import one_of
 from pixtral_cli.cli.options import FORMATS, OutputFlags
 from weights_cache.errors import size
+from weights_cache.names import VISION
 
 if TYPE_CHECKING:
     from pixtral_cli.source import Source
@@ -89,7 +90,7 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
             "image_size": images.longest_side,
             "patch_size": vision.patch_size,
             "layers": vision.num_layers,
-            "parameters": sum(prod(t.shape) for n, t in tensors.items() if n.startswith(("vision_", "multi_modal"))),
+            "parameters": sum(prod(t.shape) for n, t in tensors.items() if n.startswith(VISION)),
         },
         "bytes_on_disk": sum(path.stat().st_size for path in {tensor.file for tensor in tensors.values()}),
         "devices": [{"name": device.name, "free_bytes": device.free} for device in devices],

@@ -9,10 +9,9 @@ from math import prod
 
 from weights_cache.encodings import ENCODINGS, Encoding
 from weights_cache.formats.reader import TensorInfo
-from weights_cache.names import EMBEDDING
+from weights_cache.names import EMBEDDING, VISION
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-VISION = ("vision_tower.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,8 @@ class _App(FastAPI):
             schemas = document["components"]["schemas"]
             unnamed: list[Any] = [(kind, "serialization", TypeAdapter(kind)) for kind in (ChatCompletionChunk, Error)]
             schemas |= TypeAdapter.json_schemas(unnamed, ref_template=REF)[1]["$defs"]
-            del schemas["HTTPValidationError"], schemas["ValidationError"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
             for operation in (each for operations in document["paths"].values() for each in operations.values()):
                 operation["summary"] = operation.pop("description")
                 operation["responses"].pop("422", None)

@@ -19,20 +19,30 @@ def program():
     return lambda *arguments, **settings: run_process(PROGRAM, arguments, **settings)
 
 
-@pytest.fixture
-def start_fake():
-    """Start `pixtral` with the fake model and give back the process; it is killed when the test ends."""
+def starting(command):
     started = []
 
-    def start(*arguments, env=None, **settings):
-        process = subprocess.Popen([*FAKE, *arguments], env=clean_environment(**(env or {})), **settings)
-        started.append(process)
-        return process
+    def start(*arguments, env=None, stdin=subprocess.PIPE):
+        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen([*command, *arguments], env=clean_environment(**(env or {})), **streams))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def start_fake():
+    """Start `pixtral` with the fake model and give back the process, with pipes; it is killed when the test ends."""
+    yield from starting(FAKE)
+
+
+@pytest.fixture
+def start_program():
+    """As `start_fake`, with the real `pixtral`."""
+    yield from starting(PROGRAM)
 
 
 @pytest.fixture

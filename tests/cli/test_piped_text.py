@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import time
 
 import pytest
@@ -48,9 +47,7 @@ def test_beside_a_prompt_a_slow_program_in_the_pipeline_is_waited_for():
 
 def test_what_comes_while_the_model_loads_is_read(start_fake, tmp_path):
     os.mkfifo(loading := tmp_path / "loading")
-    process = start_fake(
-        "run", "-p", "hi", env={"FAKE_LOAD_FIFO": str(loading)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = start_fake("run", "-p", "hi", env={"FAKE_LOAD_FIFO": str(loading)})
     with loading.open("w"):  # which comes back when it loads
         time.sleep(1)  # more than an inherited pipe has to begin
         process.stdin.write(b"in time")
@@ -64,7 +61,7 @@ def test_once_begun_the_input_is_read_to_its_end():
 
 
 def test_a_silent_pipe_from_the_parent_is_not_waited_for(start_fake):
-    process = start_fake("run", "-p", "hi", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start_fake("run", "-p", "hi")
     assert process.wait(timeout=PATIENCE) == 0
     assert process.stdout.read() == b"<user>hi\n" and process.stderr.read() == b""  # where it waits, it tells of it
 
@@ -83,7 +80,7 @@ def test_a_silent_socket_is_not_waited_for_and_one_with_text_is_read(start_fake)
     for sent, answer in ((b"", b"<user>hi\n"), (b"text", b"<user>text\n\nhi\n")):
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            process = start_fake("run", "-p", "hi", stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = start_fake("run", "-p", "hi", stdin=theirs)
             if sent:
                 ours.sendall(sent)
                 ours.shutdown(socket.SHUT_WR)
@@ -129,7 +126,7 @@ def test_an_assistant_in_the_messages_may_say_nothing_beside_its_calls(fake, con
 def test_messages_in_a_file_leave_standard_input_alone(start_fake, tmp_path):
     file = tmp_path / "messages.json"
     file.write_text('[{"role": "user", "content": "hello"}]')
-    process = start_fake("run", "--messages", str(file), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = start_fake("run", "--messages", str(file))
     assert process.wait(timeout=PATIENCE) == 0 and process.stdout.read() == b"<user>hello\n"
 
 

@@ -31,7 +31,7 @@ def test_the_answer_is_utf_8_whatever_the_locale(fake):
 
 
 def test_the_answer_streams_word_by_word(start_fake):
-    process = start_fake("run", "-p", "slowly", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = start_fake("run", "-p", "slowly", stdin=subprocess.DEVNULL)
     assert process.stdout.read1(6) == b"word0 " and process.poll() is None
 
 
@@ -113,9 +113,7 @@ def test_the_model_can_be_named_by_the_environment(fake):
 
 
 def test_a_reader_who_leaves_ends_the_run_quietly(start_fake):
-    process = start_fake(
-        "run", "-p", "slowly", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start_fake("run", "-p", "slowly", stdin=subprocess.DEVNULL)
     process.stdout.read1(6)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=20) == 0

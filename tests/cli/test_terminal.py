@@ -179,7 +179,7 @@ def waits_for_more(process):
 
 
 def test_an_interrupt_while_waiting_for_input_leaves_with_130(start_fake):
-    process = start_fake("run", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start_fake("run")
     process.stdin.write(b"the first words")
     process.stdin.flush()
     while not waits_for_more(process):

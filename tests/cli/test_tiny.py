@@ -8,7 +8,7 @@ import time
 
 import pytest
 from PIL import Image, ImageDraw
-from support.processes import PROGRAM, clean_environment, imported_by, run_process
+from support.processes import PATIENCE, imported_by, run_process
 
 TINY = ("--model-path", "tiny", "--devices", "cpu")
 
@@ -128,20 +128,11 @@ def test_a_prompt_longer_than_the_context_tells_both_numbers(program, picture):
     assert done.returncode == 1 and "40" in error and str(tokens) in error and len(error.splitlines()) == 2
 
 
-def test_an_interrupt_in_the_middle_of_an_answer_leaves_with_130():
-    command = [*PROGRAM, "run", *TINY, "-p", "hello", "--ignore-eos", "--temperature", "1", "--seed", "1"]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=clean_environment(),
-    )
-    try:
-        assert process.stdout.read1(1)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        rest, error = process.communicate(timeout=30)
-    finally:
-        process.kill()
+def test_an_interrupt_in_the_middle_of_an_answer_leaves_with_130(start_program):
+    flags = ["-p", "hello", "--ignore-eos", "--temperature", "1", "--seed", "1"]
+    process = start_program("run", *TINY, *flags, stdin=subprocess.DEVNULL)
+    assert process.stdout.read1(1)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and error == b"" and rest.endswith(b"\n")

@@ -3,6 +3,7 @@
 import pytest
 
 from pixtral_cli.errors import ModelError
+from pixtral_cli.model.config import ImageLayout
 from pixtral_cli.model.families import read_config
 
 MISTRAL = {"architectures": ["MistralForCausalLM"], "num_hidden_layers": 6, "sliding_window": None}
@@ -16,6 +17,12 @@ def text(**fields):
 def test_rope_theta_is_read_from_old_and_new_places():
     assert text(rope_theta=1e8).rope_theta == 1e8
     assert text(rope_parameters={"rope_theta": 1e9, "rope_type": "default"}).rope_theta == 1e9
+
+
+def test_the_layout_of_images_is_that_of_the_towers_patches():
+    vision = {**FULL["vision_config"], "patch_size": 14, "image_size": 448}
+    assert read_config({**FULL, "vision_config": vision}).image_layout == ImageLayout(token_size=14, longest_side=448)
+    assert read_config(MISTRAL).image_layout is None
 
 
 def test_sliding_windows_come_as_a_number_a_pattern_or_layer_types():

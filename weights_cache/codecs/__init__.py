@@ -1,10 +1,11 @@
 """An encoding's name in, its codec out: packed bytes to weights, weights to packed bytes. Knows no file format.
 
     codec = codecs.get("q4_k")
-    packed = codec.encode(weights)  # float [..., columns] -> uint8 [..., codec.row_bytes(columns)]
+    packed = codec.encode(weights)  # float [..., columns] -> uint8 [..., codec.encoding.row_bytes(columns)]
     codec.decode(packed)            # float32 [..., columns], bit for bit what gguf-py makes of the same bytes
 
-Names are lower-case words of GGUF: `q4_k` is ggml's type Q4_K. All of NAMES decode, those in ENCODERS encode.
+Names and sizes are those of encodings.py. All of NAMES decode, those in ENCODERS encode. Beside the codecs are the
+weights that stay packed in memory, each in the order that something reads: packed_rows.py, int4.py, nf4.py.
 Importing this package imports torch.
 """
 

@@ -186,21 +186,22 @@ class _Cursor:
         return form.unpack_from(self.buffer, self.pass_over(form.size))[0]
 
     def name(self) -> str:
-        length = self.number(U64)
-        if length > MAX_NAME_BYTES:
-            raise self.corrupt(f"its header has a name of {length} bytes; at most {MAX_NAME_BYTES} are allowed")
-        begin = self.pass_over(length)
+        begin, end = self._text("its header has a name", MAX_NAME_BYTES)
         try:
-            return self.buffer[begin : begin + length].decode("utf-8")
+            return self.buffer[begin:end].decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.corrupt(f"its header has a name that is no UTF-8 at {begin}") from error
 
     def text(self) -> str:
+        begin, end = self._text("its metadata has a text", MAX_TEXT_BYTES)
+        return self.buffer[begin:end].decode("utf-8", "replace")
+
+    def _text(self, what: str, most: int) -> tuple[int, int]:
+        """Where the bytes of a text begin and end."""
         length = self.number(U64)
-        if length > MAX_TEXT_BYTES:
-            raise self.corrupt(f"its metadata has a text of {length} bytes; at most {MAX_TEXT_BYTES} are allowed")
-        begin = self.pass_over(length)
-        return self.buffer[begin : begin + length].decode("utf-8", "replace")
+        if length > most:
+            raise self.corrupt(f"{what} of {length} bytes; at most {most} are allowed")
+        return self.pass_over(length), self.at
 
     def many(self, count: int, least: int, what: str) -> int:
         """`count`, if so many things of at least `least` bytes can follow."""

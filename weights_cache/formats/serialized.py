@@ -25,7 +25,7 @@ from weights_cache import cache
 from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound, listed
 from weights_cache.json_fields import CheckpointFields, parse_json_object
-from weights_cache.layout import FORMS
+from weights_cache.layout import FORMS, Form
 from weights_cache.progress import Progress
 
 from .reader import TensorInfo
@@ -47,11 +47,11 @@ IN_PARTS = frozenset(name for name, encoding in ENCODINGS.items() if encoding.ke
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides the picture
-    recipe; `tensors` gives each tensor's encoding and true shape."""
+    """What a serialized model says of itself. `form` is the checkpoint's it came from, which decides how
+    images are prepared; `tensors` gives each tensor's encoding and true shape."""
 
     model: str
-    form: str
+    form: Form
     encoding: str
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     version: int = VERSION
@@ -60,9 +60,10 @@ class Manifest:
     def read(cls, path: Path, raw: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> Manifest:
         """The manifest `raw` of a file that has the tensors `stored`. Raises CheckpointCorrupt."""
         fields = CheckpointFields(raw, path)
-        model, form, encoding = (fields.text(key, "") for key in ("model", "form", "encoding"))
-        if form not in FORMS:
-            raise CheckpointCorrupt(path, f"its manifest names the form {form[:40]!r}, and there is none")
+        model, named, encoding = (fields.text(key, "") for key in ("model", "form", "encoding"))
+        form = next((form for form in FORMS if form == named), None)
+        if form is None:
+            raise CheckpointCorrupt(path, f"its manifest names the form {named[:40]!r}, and there is none")
         described = raw.get("tensors")
         if not isinstance(described, dict):
             raise CheckpointCorrupt(path, "its manifest does not say what its tensors are")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from weights_cache.errors import DiskFull, WriteFailed
+from weights_cache.layout import Form
 from weights_cache.progress import Progress
 
 from .safetensors import LENGTH_BYTES, WORDS
@@ -66,7 +67,7 @@ def write(
     files: Mapping[str, bytes],
     *,
     model: str,
-    form: str,
+    form: Form,
     encoding: str,
     progress: Progress | None = None,
 ) -> None:
