@@ -7,6 +7,7 @@ bias, repetition penalty, frequency and presence penalty. Then the filters in th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,6 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | Exception]:
         return [choice for each, row in zip(logits, rows, strict=True) for choice in sample(each[None], [row])]
 
 
-@torch.inference_mode()
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """As `sample`, but for any row that fails it raises. Nothing is drawn before."""
     best, likeliest = logits.max(-1)
@@ -109,7 +109,7 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
 
 def _check_finite(best: Tensor) -> None:
     """The largest is no number as well where a single score is none."""
-    if not best.isfinite().all():
+    if not all(map(math.isfinite, best.tolist())):
         raise BrokenLogits
 
 

@@ -93,6 +93,12 @@ def test_progress_shows_on_a_terminal_and_leaves_no_trace_in_the_answer(terminal
     assert shown.shown.rfind(b"\x1b[?25h") >= shown.shown.rfind(b"\x1b[?25l")  # the cursor is back
 
 
+def test_a_gguf_without_a_name_is_not_called_none_while_it_loads(terminal, tmp_path):
+    (tmp_path / "own.gguf").write_bytes(b"GGUF")
+    shown = terminal("run", "-p", "hi", "--weight-path", str(tmp_path / "own.gguf"), env={"FAKE_LOAD_S": "0.3"})
+    assert shown.finish() == 0 and b"loading a GGUF" in shown.shown and b"None" not in shown.shown
+
+
 def test_quiet_shows_no_progress(terminal):
     shown = terminal("run", "-p", "hi", "--quiet", streams=(2,))
     shown.process.stdin.close()

@@ -11,6 +11,7 @@ from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.kv_cache import PAGE, AttendPaged, KVCache, Span, pages_for
 
 CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 HEADS, KV_HEADS, DIM = 6, 2, 8
 WINDOWS = (None, 1, 5, PAGE + 3)
 LENGTH = 3 * PAGE + 5
@@ -49,18 +50,20 @@ def expected(qkv: tuple[Tensor, Tensor, Tensor], window: int | None) -> Tensor:
     return dense(*qkv, seen_by(len(qkv[0]), window))
 
 
-def attended(qkv, chunks: list[int], pages: list[int], layer: int, cache: KVCache, of: TextConfig) -> Tensor:
+def attended(
+    qkv, chunks: list[int], pages: list[int], layer: int, cache: KVCache, of: TextConfig, device=CPU
+) -> Tensor:
     """One sequence, computed chunk after chunk through the cache."""
     found = []
     for begin, end in pairwise([0, *torch.tensor(chunks).cumsum(0).tolist()]):
-        attend = AttendPaged(of, cache, [Span(pages, begin, end - begin)], CPU)
-        found.append(attend(layer, *(x[begin:end] for x in qkv)))
+        attend = AttendPaged(of, cache, [Span(pages, begin, end - begin)], device)
+        found.append(attend(layer, *(x[begin:end].to(device) for x in qkv)).cpu())
     return torch.cat(found)
 
 
-def new_cache(of: TextConfig, pages: int) -> KVCache:
+def new_cache(of: TextConfig, pages: int, device: torch.device = CPU) -> KVCache:
     """Full of what is not a number: whoever reads what nobody wrote shows it."""
-    cache = KVCache(of, torch.float32, CPU, pages)
+    cache = KVCache(of, torch.float32, device, pages)
     cache._store.fill_(torch.nan)
     return cache
 
@@ -77,9 +80,10 @@ CHUNKS = {
 @pytest.mark.parametrize("layer", range(len(WINDOWS)), ids=[f"window {window}" for window in WINDOWS])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES)
-def test_a_sequence_in_pages_attends_as_a_dense_softmax_says(pages, chunks, layer):
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_sequence_in_pages_attends_as_a_dense_softmax_says(device, pages, chunks, layer):
     qkv, of = random_qkv(LENGTH), config()
-    found = attended(qkv, chunks, pages, layer, new_cache(of, 8), of)
+    found = attended(qkv, chunks, pages, layer, new_cache(of, 8, device), of, device)
     torch.testing.assert_close(found.double(), expected(qkv, WINDOWS[layer]), atol=1e-5, rtol=0)
 
 

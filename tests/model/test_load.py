@@ -1,5 +1,8 @@
 """Loading: what fits is memory-mapped, what does not fit is named before anything large is read."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -89,6 +92,21 @@ def test_default_encoding_follows_the_checkpoint(folder):
     assert place(checkpoint.open(folder).tensors, None).label == "float32"
     edit_tensors(folder, lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items()}))
     assert place(checkpoint.open(folder).tensors, None).label == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "q4_0", "q6_k", "nf4"])
+def test_a_model_that_nobody_has_any_more_gives_its_memory_back_at_once(folder, name):
+    """Nothing in it refers to itself: gigabytes need not wait for Python's collector of circles."""
+    model = open_model(folder, name)
+    layer = model.language_model.layers[1].mlp.up_proj
+    layer(torch.ones(1, layer.weight.shape[1], dtype=torch.bfloat16))
+    held = weakref.ref(layer.kernel if name != "bfloat16" else layer)
+    gc.disable()
+    try:
+        del model, layer
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_an_unknown_encoding_lists_the_known():

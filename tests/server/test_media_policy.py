@@ -261,6 +261,11 @@ def test_the_pictures_of_a_client_that_has_left_are_not_decoded(monkeypatch):
     assert len(decoded) == 1
 
 
+def test_every_way_to_read_an_image_is_the_servers_own():
+    ways = {name for name, member in vars(media.ImageReader).items() if callable(member) and not name.startswith("_")}
+    assert ways - set(vars(RequestImages)) == {"opened", "checked"}
+
+
 def fetching(look_up=socket.getaddrinfo, **policy):
     return loader(MediaPolicy(**{"private_networks": LOOPBACK, "look_up": look_up, **policy}))
 

@@ -5,6 +5,7 @@ Letters: N rows of x, C columns, R rows of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -41,8 +42,11 @@ class Int4Kernel:
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert isinstance(weight, PackedRows | Int4)
         self.weight = weight if isinstance(weight, Int4) else Int4.from_rows(weight.encoding, weight.rows)
-        self.products = {1: self._fused, DECODED_FROM: self._decoded}
         self._scales_and_zeros = self.weight.scales_and_zeros()
+
+    @property
+    def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        return {1: self._fused, DECODED_FROM: self._decoded}
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:

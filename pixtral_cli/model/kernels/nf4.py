@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -99,8 +99,11 @@ class NF4Kernel:
             device.type == "cpu" and weight.shape[0] % ROWS == 0 and bitsandbytes().functional.has_avx512bf16()
         )
         self.weight = weight.interleaved() if self.fused else weight.in_rows()
-        self.products = {1: self._fused, DECODED_FROM: self._decoded} if self.fused else {1: self._plain}
         self._state = self._fused_state() if self.fused else self._plain_state()
+
+    @property
+    def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        return {1: self._fused, DECODED_FROM: self._decoded} if self.fused else {1: self._plain}
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ the weight, V rows of a table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,8 +23,12 @@ class ReferenceKernel:
 
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert not isinstance(weight, Tensor)
-        self.weight = weight = weight.in_rows().to(device)
-        self.products = {1: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
+        self.weight = weight.in_rows().to(device)
+
+    @property
+    def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        weight = self.weight
+        return {1: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from weights_cache import checkpoint, codecs
 from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 ROWS = (0, 1, 2, 8, 9, 47, 48, 63, 64, 130)
 SHAPES = {"whole tiles": (128, 512), "rows that few kernels take": (50, 256)}
 ENCODED = (*codecs.ENCODERS, "nf4")
@@ -31,22 +32,23 @@ def encoded(encoding, shape):
     return nf4.encode(weights) if encoding == "nf4" else PackedRows(encoding, codecs.get(encoding).encode(weights))
 
 
-def kernels_for(weight, dtype):
-    return [kernel for kernel in kernels.KERNELS if kernel.takes(weight, dtype, CPU)]
+def kernels_for(weight, dtype, device=CPU):
+    return [kernel for kernel in kernels.KERNELS if kernel.takes(weight, dtype, device)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_every_kernel_multiplies_any_number_of_rows_as_the_decoded_weight_does(encoding, shape, dtype):
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_every_kernel_multiplies_any_number_of_rows_as_the_decoded_weight_does(device, encoding, shape, dtype):
     weight = encoded(encoding, shape)
-    exact, taking = weight.decoded(), kernels_for(weight, dtype)
-    assert ReferenceKernel in taking and kernels.choose(weight, dtype, CPU) is taking[0]
+    exact, taking = weight.decoded(), kernels_for(weight, dtype, device)
+    assert ReferenceKernel in taking and kernels.choose(weight, dtype, device) is taking[0]
     for kernel in taking:
-        layer = KernelLinear(kernel(weight, CPU))
+        layer = KernelLinear(kernel(weight, device))
         for rows in ROWS:
             x = random(rows, shape[1], seed=rows, scale=1).to(dtype)
-            found, wanted = layer(x), x.float() @ exact.T
+            found, wanted = layer(x.to(device)).cpu(), x.float() @ exact.T
             assert found.dtype == dtype and found.shape == wanted.shape, (kernel, rows)
             assert (found.float() - wanted).norm() <= 1e-2 * wanted.norm(), (kernel, rows)
 
