@@ -24,7 +24,7 @@ _PUBLIC = {
     "Timings": "pixtral_cli.generation",
     "PixtralError": "pixtral_cli.errors",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605  the table above is the one list
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,7 @@ class Pixtral:
 
         The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
         32 requests at once unless told otherwise. `kv_cache_memory` bounds keys and values, `image_cache_memory` the
-        pictures' features that are kept, both in bytes. `progress(label, done, total)` is told of bytes downloaded and
+        images' features that are kept, both in bytes. `progress(label, done, total)` is told of bytes downloaded and
         loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a sentence and a `hint`.
         """
         begun = time.perf_counter()
@@ -170,14 +170,14 @@ class Pixtral:
 
         A last message of the assistant's is continued: the reply is what comes after it.
 
-        Raises PromptError (messages, pictures, template) and RequestError (options, length, memory), both PixtralError.
+        Raises PromptError (messages, images, template) and RequestError (options, length, memory), both PixtralError.
         """
         return _last(self.stream(messages, tools, **options))
 
     def complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Reply:
-        """Continue a raw text after the pictures, without a chat template. Raises as `chat`.
+        """Continue a raw text after the images, without a chat template. Raises as `chat`.
 
-        Control words in it, such as ``[INST]``, are control tokens; each ``[IMG]`` is the place of a picture.
+        Control words in it, such as ``[INST]``, are control tokens; each ``[IMG]`` is the place of an image.
         """
         return _last(self.stream_complete(prompt, images, **options))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
@@ -107,7 +107,7 @@ class Echo:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of the prompt, of the answer, and those of the prompt that stand for pictures or were computed before."""
+    """Tokens of the prompt, of the answer, and those of the prompt that stand for images or were computed before."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -168,7 +168,7 @@ class TextEvent:
 
 
 class TextStream:
-    """One request on its way from tokens to text. Keeps what the reply tells of the prompt, and not its pictures."""
+    """One request on its way from tokens to text. Keeps what the reply tells of the prompt, and not its images."""
 
     def __init__(
         self, model: str, prompt: Prompt, options: GenerationOptions, tokenizer: Tokenizer, load_s: float
@@ -306,7 +306,8 @@ def run(driver: Driver, jobs: list[tuple[Request, TextStream]]) -> Generator[tup
     running: dict[int, int] = {}
     try:
         running.update(
-            (place, driver.submit(request, partial(_put, arrived, place))) for place, (request, _) in enumerate(jobs)
+            (place, driver.submit(request, lambda event, place=place: arrived.put((place, event))))  # type: ignore[misc]
+            for place, (request, _) in enumerate(jobs)
         )
         jobs.clear()  # the engine lets go of the images once they are computed, and so must we
         while running:
@@ -321,10 +322,6 @@ def run(driver: Driver, jobs: list[tuple[Request, TextStream]]) -> Generator[tup
     finally:
         for request_id in running.values():
             driver.cancel(request_id)
-
-
-def _put(arrived: SimpleQueue[tuple[int, Event]], place: int, event: Event) -> None:
-    arrived.put((place, event))
 
 
 def characters(data: bytes) -> int:

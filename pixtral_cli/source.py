@@ -230,18 +230,18 @@ class Source:
         """The prompt for OpenAI-style messages (see `parse`) and tools. Raises PromptError or RequestError."""
         offered = parse_tools(tools)
         conversation = parse(messages)
-        self._check_pictures(len(conversation.images))
+        self._check_images(len(conversation.images))
         with self._advising():
             return self.processor.chat(conversation, offered)
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
-        """The prompt for a raw text after pictures: see `Processor.complete`. Raises PromptError or RequestError."""
+        """The prompt for a raw text after images: see `Processor.complete`. Raises PromptError or RequestError."""
         completed = self.processor.complete(prompt, images)
-        self._check_pictures(len(completed.images))
+        self._check_images(len(completed.images))
         return completed
 
-    def _check_pictures(self, pictures: int) -> None:
-        if pictures and self.config.vision is None:
+    def _check_images(self, images: int) -> None:
+        if images and self.config.vision is None:
             raise RequestError(
                 f"{self.name} is a text model and cannot look at pictures.",
                 hint="Leave the picture out, or choose a Pixtral model.",

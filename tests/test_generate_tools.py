@@ -181,7 +181,7 @@ def test_a_schema_that_cannot_be_kept_to_matters_only_to_calls_that_must_keep_to
     unknown = {"name": "odd", "parameters": {"properties": {"a": {"not": {}}}}}
     assert chat(tiny, tools=[{"function": unknown}], max_new_tokens=5).token_ids
     for must in ({"tool_choice": "required"}, {"tools": [{"function": unknown | {"strict": True}}]}):
-        with pytest.raises(RequestError, match="^tools .*not"):
+        with pytest.raises(RequestError, match=r"^tools .*not"):
             chat(tiny, **{"tools": [{"function": unknown}], **must})
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Part = Literal["text", "vision"]
 
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
-VISION = ("vision_tower.", "multi_modal_projector.")
-"""What the names of the tensors begin with that see."""
 """Ours, of the first and the last matrix of the text model, which may be one."""
+VISION = ("vision_tower.", "multi_modal_projector.")
+"""What our names of the vision part's tensors begin with."""
 
 HF_PREFIXES: tuple[tuple[str, str], ...] = (
     # older: the language model is a complete causal LM inside the LLaVA module

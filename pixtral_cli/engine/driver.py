@@ -101,7 +101,7 @@ class Driver:
         self._stepping = True
         try:
             events = self.engine.step()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, those who wait are told
             events = [Failure(request_id, error) for request_id in self._sinks]
         finally:
             self._stepping = False

@@ -138,7 +138,7 @@ class Engine:
         try:
             if chunks:
                 yield chunks, self.runner.run(chunks)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  an image, a kernel, memory: it concerns one request
             if len(chunks) == 1:
                 yield chunks, error
                 return
@@ -162,7 +162,7 @@ class Engine:
             if any(each.logprobs.isnan().any() for each in sequence.scores):
                 raise BrokenLogits
             return self._token_event(sequence, choice, logits)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  as in `_run`
             return Failure(sequence.id, error)
 
     def _token_event(self, sequence: Sequence, token_id: int, logits: Tensor) -> TokenEvent:

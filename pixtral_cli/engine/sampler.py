@@ -84,7 +84,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | Exception]:
     """
     try:
         return [*choose(logits, rows)]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  memory as well
         if len(rows) == 1:
             return [error]
         return [choice for each, row in zip(logits, rows, strict=True) for choice in sample(each[None], [row])]

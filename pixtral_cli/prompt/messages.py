@@ -25,8 +25,12 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-TEXTS = {"text": ("text", "content"), "refusal": ("refusal",)}
-IMAGES = {"image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
+PARTS = {
+    "text": ("text", "content"),
+    "refusal": ("refusal",),
+    "image": ("image", "url", "path", "base64"),
+    "image_url": ("image_url",),
+}
 """The type of a part -> the keys under which its text or picture may stand, as OpenAI and transformers have them."""
 KINDS: dict[type, str] = {
     type(None): "null",
@@ -335,23 +339,14 @@ def _part(part: Any, where: str) -> Part:
     if not isinstance(part, dict):
         raise InvalidMessages(where, f"should be an object with a type, not {_kind(part)}")
     kind = part.get("type")
-    if isinstance(kind, str) and kind in TEXTS:
-        return _text(*_first(part, TEXTS[kind]), where)
-    if isinstance(kind, str) and kind in IMAGES:
-        return _image(*_first(part, IMAGES[kind]), part.get("detail"), where)
-    raise InvalidMessages(where, f"the type should be text, image_url or image, not {_quoted(kind)}")
-
-
-def _first(part: dict[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
-    """The first of `keys` that has a value, and that."""
-    key = next((key for key in keys if part.get(key) is not None), keys[0])
-    return key, part.get(key)
-
-
-def _text(key: str, text: Any, where: str) -> TextPart:
-    if not isinstance(text, str):
-        raise InvalidMessages(where, f"{key} should be a string, not {_kind(text)}")
-    return TextPart(text)
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise InvalidMessages(where, f"the type should be text, image_url or image, not {_quoted(kind)}")
+    key = next((key for key in PARTS[kind] if part.get(key) is not None), PARTS[kind][0])
+    if kind.startswith("image"):
+        return _image(key, part.get(key), part.get("detail"), where)
+    if not isinstance(part.get(key), str):
+        raise InvalidMessages(where, f"{key} should be a string, not {_kind(part.get(key))}")
+    return TextPart(part[key])
 
 
 def _image(key: str, source: Any, detail: Any, where: str) -> ImagePart:

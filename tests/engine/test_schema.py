@@ -15,8 +15,8 @@ from pixtral_cli.engine.schema import FORMATS, bound
 class Bytes:
     """A vocabulary of single bytes."""
 
-    bos_token_id, eos_token_id, special_token_ids = None, 0, [0]
-    tokens = [b"<0>", *(bytes([byte]) for byte in range(256))]
+    bos_token_id, eos_token_id, special_token_ids = None, 0, (0,)
+    tokens = (b"<0>", *(bytes([byte]) for byte in range(256)))
 
     def __call__(self, data):
         return [byte + 1 for byte in data]

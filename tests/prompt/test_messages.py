@@ -109,7 +109,6 @@ def test_a_pil_image_is_a_picture():
         ([USER, asks(call()), {"role": "function", "content": "3"}], "messages[2].name"),
         ([USER, {"role": "assistant", "function_call": {"name": "a b"}}, USER], "messages[1].function_call.name"),
         ([USER, {"role": "assistant", "function_call": "add"}, USER], "messages[1].function_call"),
-        ([USER, asks(call())], "messages[1]"),
         ([USER, asks(call()), {"role": "assistant", "content": "So"}], "messages[1]"),
         ([USER, asks(call(arguments={"a": {1, 2}})), USER], "messages[1].tool_calls[0].function.arguments"),
         ([USER, {"role": "assistant", "refusal": 5}, USER], "messages[1]"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from itertools import chain
 
 import openai
 import pytest
@@ -121,7 +122,7 @@ def test_a_stream_adds_up_to_the_whole_and_begins_with_the_prompt(complete, max_
         assert parts[-1].finish_reason == choice.finish_reason
         told = [columns(part.logprobs) for part in parts if part.logprobs]
         if logprobs is not None:
-            joined = [sum(column, []) for column in zip(*told, strict=True)]
+            joined = [list(chain.from_iterable(column)) for column in zip(*told, strict=True)]
             assert joined == [*columns(choice.logprobs)]
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -35,10 +35,8 @@ class Web(BaseHTTPRequestHandler):
         pass
 
     def handle(self):
-        try:
+        with suppress(OSError):  # the client had enough
             super().handle()
-        except OSError:  # the client had enough
-            pass
 
 
 @contextmanager
