@@ -22,7 +22,7 @@ from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, texts_in, value_of
-from weights_cache.errors import GetAgain
+from weights_cache.wording import FETCH_AGAIN
 
 OWN_TEXT = 2**20
 """Characters that a template may write of its own, and calculate at once."""
@@ -34,7 +34,7 @@ TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 PART_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 PART_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
 STRING_TEST = re.compile(r"\bis\s+(not\s+)?string\b")
-BROKEN = GetAgain(", or use --raw (in Python: complete)")
+BROKEN = f"{FETCH_AGAIN}, or use --raw (in Python: complete)."
 
 
 def find_template(file: Files) -> str | None:
