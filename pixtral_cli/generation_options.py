@@ -67,7 +67,7 @@ class GenerationOptions:
         for name in RANGED:
             value, wanted = getattr(self, name), OPTION_RANGES[name]
             optional = type(self).__dataclass_fields__[name].default is None
-            said = "a whole number up to 2^63 - 1" if name == "seed" else str(wanted)
+            said = "a whole number up to 2^63 - 1" if name == "seed" else wanted
             _check(name, value, value in wanted or (optional and value is None), said)
         self._check_bias()
         counted = isinstance(self.logprobs, bool) or self.logprobs in OPTION_RANGES["logprobs"]
@@ -163,6 +163,6 @@ class GenerationOptions:
         return self.tool_choice not in ("auto", "none")
 
 
-def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+def _check(name: str, value: Any, holds: bool, wanted: object) -> None:
     if not holds:
         raise RequestError(f"{name} should be {wanted}, not {value!r}.", hint=f"Change {name}, or leave it out.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names, ranges and failures, which know nothing but each other.
-SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
+SHARED = {"errors", "encoding_choices", "devices", "known_models", "option_ranges"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "process_environment": set(),
     "weights_cache": set(),
     **{name: set() for name in SHARED},
-    "encodings": {"weights_cache"},
+    "encoding_choices": {"weights_cache"},
 }
 
 

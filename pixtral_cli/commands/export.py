@@ -43,7 +43,7 @@ class ExportArguments:
 
 def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlags, output: OutputFlags) -> None:
     """Write a model as one file that starts at once."""
-    from pixtral_cli.encodings import asked_for
+    from pixtral_cli.encoding_choices import asked_for
     from pixtral_cli.source import Source
 
     encoding.check()

@@ -56,8 +56,8 @@ class PageTable:
         return taken
 
     def _next(self, after: int | None, wanted: int) -> int:
-        page = self._follower(after)
-        if page is None:
+        page = None if after is None else after + 1
+        if page is None or page >= self.count or not self._free[page]:
             page = self._start_of_run(wanted)
         if self._free[page]:
             self._free[page] = False
@@ -66,17 +66,14 @@ class PageTable:
             self._forget(page)
         return page
 
-    def _follower(self, after: int | None) -> int | None:
-        follows = None if after is None else after + 1
-        return follows if follows is not None and follows < self.count and self._free[follows] else None
-
     def _start_of_run(self, wanted: int) -> int:
         """Where so many free pages lie together, SLACK behind them and behind the sequence before them, else in the
         longest run, else the oldest unused page. The first such place: what was never written takes no memory."""
         if not self._free_count:
             return next(iter(self._unused))
         best, longest, run, slack = 0, 0, 0, 0
-        for page, free in enumerate(islice(self._free, self._reach(wanted))):
+        reach = int((self.in_use + len(self._unused) + wanted) * ROOMINESS) + SLACK
+        for page, free in enumerate(islice(self._free, reach)):
             run = run + 1 if free else 0
             if run == 1:
                 slack = SLACK if page - 1 in self._users else 0
@@ -85,10 +82,6 @@ class PageTable:
                 if longest == wanted + SLACK:
                     break
         return best if longest else self._free.index(True)
-
-    def _reach(self, wanted: int) -> int:
-        """Pages from the first on among which to look: not many more than are needed."""
-        return int((self.in_use + len(self._unused) + wanted) * ROOMINESS) + SLACK
 
     def _forget(self, page: int) -> None:
         del self._unused[page]

@@ -9,10 +9,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from pixtral_cli import __version__
-from pixtral_cli.server import docs, page, responses, wire
+from pixtral_cli.server import page, responses, wire
 from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
 from pixtral_cli.server.errors import ApiError, refusal_of, remember, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -284,9 +284,4 @@ def create_app(service: Service) -> FastAPI:
         if isinstance(route, JsonRoute) and route.methods == {"GET"}:
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     app.router.routes.extend(page.routes())
-
-    async def show_docs(request: Request) -> Response:
-        return HTMLResponse(docs.page(app.openapi()), headers=docs.HEADERS)
-
-    app.add_route("/docs", show_docs, include_in_schema=False)
     return app

@@ -1,47 +1,59 @@
-"""Requests for the chat page's own files in, those files out. Knows no model, no key and no other route."""
+"""The files of the chat page and of /docs, as HTTP routes. Knows no model, no key and no other route."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
+from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-HTML, CSS, JS = (f"text/{kind}; charset=utf-8" for kind in ("html", "css", "javascript"))
-SVG = "image/svg+xml; charset=utf-8"
+PAGE = resources.files(__package__) / "page"
+SWAGGER = resources.files("fastapi_offline") / "static"
 FILES = {
-    "/": ("index.html", HTML),
-    "/page/style.css": ("style.css", CSS),
-    "/page/chat.js": ("chat.js", JS),
-    "/page/client.js": ("client.js", JS),
-    "/page/pictures.js": ("pictures.js", JS),
-    "/page/turn.js": ("turn.js", JS),
-    "/page/icon.svg": ("icon.svg", SVG),
+    "/": PAGE / "index.html",
+    "/page/style.css": PAGE / "style.css",
+    "/page/chat.js": PAGE / "chat.js",
+    "/page/client.js": PAGE / "client.js",
+    "/page/pictures.js": PAGE / "pictures.js",
+    "/page/turn.js": PAGE / "turn.js",
+    "/page/icon.svg": PAGE / "icon.svg",
+    "/docs": PAGE / "docs.html",
+    "/docs/docs.js": PAGE / "docs.js",
+    "/docs/swagger-ui.css": SWAGGER / "swagger-ui.css",
+    "/docs/swagger-ui-bundle.js": SWAGGER / "swagger-ui-bundle.js",
 }
-"""What is served without a key: address -> (file of the package's folder `page`, content type)."""
+"""By address."""
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 KEPT = "no-cache"
 """Kept, but asked for again each time: an upgrade shows at once."""
 
 
 def routes() -> list[Route]:
-    """One GET (and HEAD) route for each file of the page."""
-    return [Route(address, _endpoint(*file), include_in_schema=False) for address, file in FILES.items()]
+    """One GET (and HEAD) route for each file."""
+    return [Route(address, _endpoint(file), include_in_schema=False) for address, file in FILES.items()]
 
 
-def _endpoint(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    content = (resources.files(__package__) / "page" / name).read_bytes()
-    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"Content-Type": kind, "ETag": etag, "Cache-Control": KEPT}
+def _endpoint(file: Traversable) -> Callable[[Request], Awaitable[Response]]:
+    kind = next(kind for suffix, kind in KINDS.items() if file.name.endswith(suffix))
 
-    async def file(request: Request) -> Response:
+    @cache
+    def read() -> tuple[bytes, str]:
+        content = file.read_bytes()
+        return content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+    async def send(request: Request) -> Response:
+        content, etag = read()
+        headers = {"Content-Type": f"{kind}; charset=utf-8", "ETag": etag, "Cache-Control": KEPT}
         if _has(request, etag):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers)
 
-    return file
+    return send
 
 
 def _has(request: Request, etag: str) -> bool:

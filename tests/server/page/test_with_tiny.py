@@ -27,6 +27,21 @@ def test_a_question_about_a_picture_is_answered_in_words_that_arrive(browser, se
     assert page.complaints() == []
 
 
+def test_the_description_of_the_api_can_be_tried_out_and_asks_nothing_of_other_servers(browser, server):
+    page = Page(browser, server.url + "/docs")
+    page.open()
+    page.until(lambda: len(page.all(".opblock")) == 11)
+    page.find("#operations-default-tokenize .opblock-summary-control").click()
+    page.until(lambda: page.shows("#operations-default-tokenize .try-out__btn"))
+    page.find("#operations-default-tokenize .try-out__btn").click()
+    page.find("#operations-default-tokenize .execute").click()
+    page.until(lambda: page.shows("#operations-default-tokenize .live-responses-table"))
+    assert "max_model_len" in page.text("#operations-default-tokenize .live-responses-table")
+    asked = page.script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert asked and all(address.startswith(server.url) for address in asked)
+    assert page.complaints() == []
+
+
 # Every different text of the answer, in order, as the page draws it.
 RECORD = """
 window.seen = [];
