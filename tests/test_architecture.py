@@ -5,8 +5,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Names, ranges and failures, which know nothing but each other.
-SHARED = {"errors", "encodings", "devices", "known_models"}
+# Names and failures, which know nothing but each other.
+SHARED = {"errors", "encoding_choices", "devices", "known_models"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "process_environment": set(),
     "weights_cache": set(),
     **{name: set() for name in SHARED},
-    "encodings": {"weights_cache"},
+    "encoding_choices": {"weights_cache"},
 }
 
 
