@@ -15,7 +15,7 @@ import torch
 
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
-from pixtral_cli.encodings import asked_for
+from pixtral_cli.encoding_choices import asked_for
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary

@@ -22,7 +22,7 @@ from pixtral_cli.cli.flags import (
     within,
     within_option,
 )
-from pixtral_cli.encodings import CHOICES
+from pixtral_cli.encoding_choices import CHOICES
 from pixtral_cli.known_models import DEFAULT_MODEL
 
 if TYPE_CHECKING:

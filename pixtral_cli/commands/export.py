@@ -8,7 +8,7 @@ import typer
 
 from pixtral_cli.cli import completions
 from pixtral_cli.cli.options import EncodingFlags, FetchFlags, OutputFlags
-from weights_cache.errors import size
+from weights_cache.wording import size
 
 EXAMPLES = """\
 Examples:
@@ -43,7 +43,7 @@ class ExportArguments:
 
 def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlags, output: OutputFlags) -> None:
     """Write a model as one file that starts at once."""
-    from pixtral_cli.encodings import asked_for
+    from pixtral_cli.encoding_choices import asked_for
     from pixtral_cli.source import Source
 
     encoding.check()

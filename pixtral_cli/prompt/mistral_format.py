@@ -123,7 +123,7 @@ class MistralFormat:
     def _user(self, message: Message, system: str) -> list[TextOrId]:
         """Text alone is tokenised in one with the system text; with images, part by part."""
         lead = system + JOIN if system else ""
-        if not message.has_images:
+        if not message.images:
             return [lead + self._joined(message.parts)]
         parts = [part for part in message.parts if part != TextPart("")]
         if len(message.images) == 1 and isinstance(parts[-1], ImagePart):  # a single image after texts comes first

@@ -161,9 +161,10 @@ class Processor:
         Raises:
             NoChatTemplate, TemplateFailed, ImagesUnsupported, ImageError.
         """
-        chat_format = self._format_for(bool(tools) or conversation.has_tool_messages)
+        were_called = any(message.tool_calls or message.role == "tool" for message in conversation.messages)
+        chat_format = self._format_for(bool(tools) or were_called)
         conversation = chat_format.arranged(conversation)
-        images = self._prepare(conversation.images)
+        images = [self._prepared(image) for image in conversation.images]
         ids = self._filled(chat_format.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         return Prompt(ids, images, not in_text, tuple(tools), chat_format.call_form)
@@ -187,7 +188,7 @@ class Processor:
             parts = [""] * len(sources) + parts
         if len(parts) != len(sources) + 1:
             raise ImagesMisplaced(len(parts) - 1, len(sources))
-        prepared = self._prepare([ImagePart(source) for source in sources])
+        prepared = [self._prepared(ImagePart(source)) for source in sources]
         ids = self._filled(self._raw_ids(parts), prepared)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -212,13 +213,10 @@ class Processor:
             marked += self.tokenizer.split_controls(part, but=mark)
         return self.tokenizer.encode_with_controls(marked)
 
-    def _prepare(self, images: Sequence[ImagePart]) -> list[PreparedImage]:
-        if images and self.image_tokens is None:
-            raise ImagesUnsupported
-        return [self._prepared(image) for image in images]
-
     def _prepared(self, part: ImagePart) -> PreparedImage:
-        """The image is made small, and the large one let go of, before the next one is opened."""
+        """The image made small: the large one is let go of before the next one is opened."""
+        if self.image_tokens is None:
+            raise ImagesUnsupported
         with self.open_image(part.source) as opened:
             image = prepare(opened, self.recipe, self.spec.at(part.detail))
             return replace(image, source=None) if self.sizes_only else image.compact()
@@ -242,7 +240,7 @@ class Processor:
 
 def _as_list(images: Any) -> list[Any]:
     """The images in a list; a single one is meant so."""
-    if isinstance(images, (str, bytes, PathLike)) or hasattr(images, "convert"):
+    if isinstance(images, str | bytes | PathLike) or media.is_image(images):
         return [images]
     if not isinstance(images, Iterable):
         raise PromptError(f"The pictures should be a list, not {type(images).__name__}.", GIVE_IMAGES)

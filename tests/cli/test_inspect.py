@@ -6,7 +6,7 @@ import os
 import pytest
 from support.processes import imported_by
 
-from pixtral_cli.encodings import CHOICES
+from pixtral_cli.encoding_choices import CHOICES
 from pixtral_cli.model import memory
 from pixtral_cli.model.memory import Device
 from pixtral_cli.tiny import FOLDER

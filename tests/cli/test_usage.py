@@ -6,7 +6,7 @@ from inspect import signature
 import pytest
 from support.processes import imported_by
 
-from pixtral_cli.encodings import CHOICES
+from pixtral_cli.encoding_choices import CHOICES
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from support.engines import run, tokens, wait_until
 from support.processes import PATIENCE
 
 from pixtral_cli import Pixtral
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request

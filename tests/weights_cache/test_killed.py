@@ -43,7 +43,7 @@ import sys
 from pathlib import Path
 import torch
 from support import kill_points
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.model import load, save
 from pixtral_cli.source import Source
 from weights_cache import inventory

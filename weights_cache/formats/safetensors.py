@@ -7,7 +7,6 @@ The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, sh
 import math
 import mmap
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -16,7 +15,7 @@ from weights_cache.errors import CheckpointCorrupt, WeightsNotFound
 from weights_cache.file_kind import GGUF_MAGIC, MAX_HEADER_BYTES
 from weights_cache.json_fields import parse_json_object
 
-from .reader import TensorInfo, map_file, mapped_tensor, release
+from .reader import Entry, TensorInfo, map_file, mapped_tensor, release
 
 if TYPE_CHECKING:
     import torch
@@ -34,15 +33,6 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 """Each dtype that a header may name -> its name in torch, and the bytes of a number. Reading headers needs no torch."""
 
 WORDS: Mapping[str, str] = {torch_name: word for word, (torch_name, _) in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A checked header entry: the bytes [begin, end) of the file are the tensor."""
-
-    info: TensorInfo
-    begin: int
-    end: int
 
 
 class SafetensorsFile:
@@ -85,10 +75,14 @@ class SafetensorsFile:
         entry = self._entries[name]
         return mapped_tensor(self._buffer, entry.begin, getattr(torch, entry.info.encoding), entry.info.shape)
 
+    def raw(self, name: str) -> memoryview:
+        """The bytes of the tensor `name`, sharing the file's mapping, without torch."""
+        entry = self._entries[name]
+        return memoryview(self._buffer)[entry.begin : entry.end]
+
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor `name` has taken."""
-        entry = self._entries[name]
-        release(self._buffer, entry.begin, entry.end)
+        release(self._buffer, self._entries[name])
 
 
 def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
@@ -128,7 +122,7 @@ def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
     nbytes = math.prod(shape) * width
     if end - begin != nbytes:
         raise corrupt(f"of shape {shape} and dtype {dtype} needs {nbytes} bytes, and its offsets span {end - begin}")
-    return Entry(TensorInfo(name, dtype, tuple(shape), nbytes, path, encoding), data + begin, data + end)
+    return Entry(TensorInfo(name, dtype, tuple(shape), nbytes, path, encoding), data + begin)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

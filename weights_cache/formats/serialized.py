@@ -10,7 +10,6 @@ every field is checked here. serialized_writer.py writes such files.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Mapping
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from weights_cache import cache
 from weights_cache.encodings import ENCODINGS
-from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound, listed
+from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound
 from weights_cache.json_fields import CheckpointFields, parse_json_object
 from weights_cache.layout import FORMS, Form
 from weights_cache.progress import Progress
+from weights_cache.wording import listed
 
 from .reader import TensorInfo
 from .safetensors import SafetensorsFile
@@ -122,7 +122,7 @@ class SerializedFile:
             raise CheckpointCorrupt(self.path, f"its manifest has {str(version)[:40]!r} for a version")
         if not 1 <= version <= VERSION:
             raise SerializedTooNew(self.path, version, VERSION)
-        if SEAL not in stored or bytes(bytes_of(self._file.weight(SEAL))) != self.seal:
+        if SEAL not in stored or self._file.raw(SEAL) != self.seal:
             raise CheckpointCorrupt(self.path, "its header was altered")
         hashes = raw.get("sha256")
         if not isinstance(hashes, dict) or hashes.keys() != stored.keys() - {SEAL}:
@@ -178,7 +178,7 @@ class SerializedFile:
     def read(self, name: str) -> bytes | None:
         """The side file `name`, or None."""
         stored = FILE_PREFIX + name
-        return bytes(bytes_of(self._file.weight(stored))) if stored in self._file.tensors else None
+        return bytes(self._file.raw(stored)) if stored in self._file.tensors else None
 
     @property
     def file_names(self) -> list[str]:
@@ -201,7 +201,7 @@ class SerializedFile:
         return found
 
     def _hash(self, name: str) -> str:
-        return hashlib.sha256(bytes_of(self._file.weight(name))).hexdigest()
+        return hashlib.sha256(self._file.raw(name)).hexdigest()
 
     def check(self, *, weights: bool = True, progress: Progress | None = None) -> None:
         """Check every hash, and remember that the file is whole; without `weights` those of side files, for this once.
@@ -240,9 +240,3 @@ def verify_path(path: Path) -> SerializedFile:
     file = SerializedFile(path)
     file.check()
     return file
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without numpy."""
-    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(array).cast("B")

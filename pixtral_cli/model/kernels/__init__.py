@@ -67,10 +67,12 @@ class KernelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C] -> [N, R]."""
-        if not len(x):  # a chunk that ends no prompt wants no logits, and bitsandbytes divides by the rows
-            return x.new_empty(0, self.weight.shape[0])
-        y = next(product for rows, product in self._most_rows_first if len(x) >= rows)(x)
-        return y if self.bias is None else y + self.bias
+        rows = len(x)
+        for least, product in self._most_rows_first:
+            if rows >= least:
+                y = product(x)
+                return y if self.bias is None else y + self.bias
+        return x.new_empty(0, self.weight.shape[0])  # no kernel is asked for no rows: bitsandbytes divides by them
 
     def extra_repr(self) -> str:
         return f"{type(self.kernel).__name__}, shape={tuple(self.weight.shape)}"

@@ -42,6 +42,7 @@ class Int4Kernel:
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert isinstance(weight, PackedRows | Int4)
         self.weight = weight if isinstance(weight, Int4) else Int4.from_rows(weight.encoding, weight.rows)
+        self._codes = self.weight.codes.view(self.weight.shape[0], -1)
         self._scales_and_zeros = self.weight.scales_and_zeros()
 
     @property
@@ -56,8 +57,10 @@ class Int4Kernel:
         return ordered and dtype == torch.bfloat16 and device.type == "cpu" and supported()
 
     def _fused(self, x: Tensor) -> Tensor:
-        codes, narrow = self.weight.codes.view(self.weight.shape[0], -1), x.to(torch.bfloat16).contiguous()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, codes, GROUP, self._scales_and_zeros).to(x.dtype)
+        narrow = x.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, self._codes, GROUP, self._scales_and_zeros).to(
+            x.dtype
+        )
 
     def _decoded(self, x: Tensor) -> Tensor:
         """Tile by tile of rows, each decoded once for all rows of x."""
