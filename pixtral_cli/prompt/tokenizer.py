@@ -155,11 +155,6 @@ class Tokenizer:
         return [part for part in (*parts, text[end:]) if part != ""]
 
     @cached_property
-    def vocab_size(self) -> int:
-        """Ids with an entry."""
-        return len({*self.text_model.get_vocab().values(), *self._control_of})
-
-    @cached_property
     def id_limit(self) -> int:
         """Every id with an entry is below it."""
         return max(*self.text_model.get_vocab().values(), *self._control_of) + 1
