@@ -19,7 +19,7 @@ import typer
 from pixtral_cli import devices
 from pixtral_cli.cli.completions import Values
 from pixtral_cli.errors import DeviceError
-from pixtral_cli.option_ranges import OPTION_RANGES
+from pixtral_cli.generation_options import OPTION_RANGES
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt](?:ib)?)?", re.IGNORECASE)
 UNITS = {"b": 1} | {unit + end: 1024**power for power, unit in enumerate("kmgt", 1) for end in ("", "ib")}
