@@ -41,9 +41,9 @@ def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlag
     with console.progress(f"looking for {arguments.model}") as progress:
         notes: list[str] = []
         if arguments.model == BUILT_IN:
-            from pixtral_cli.tiny import FOLDER
+            from pixtral_cli.source import Source
 
-            path = FOLDER
+            path = Source.open(BUILT_IN).checkpoint.folder
         else:
             from weights_cache import hub
 
