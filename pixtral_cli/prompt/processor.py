@@ -25,7 +25,7 @@ from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
 from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.template import ChatTemplate, find_template, template_in
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer import TextOrId, Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
 
@@ -206,13 +206,12 @@ class Processor:
     def _raw_ids(self, parts: Sequence[str]) -> list[int]:
         """The ids of a raw text, with one image token between each two parts of it."""
         mark = self.image_tokens.patch if self.image_tokens else None
-        ids: list[int] = []
+        marked: list[TextOrId] = []
         for number, part in enumerate(parts):
             if number and mark is not None:
-                ids.append(mark)
-            for piece in self.tokenizer.split_controls(part, but=mark):
-                ids += [piece] if isinstance(piece, int) else self.tokenizer.encode(piece, at_start=not ids)
-        return ids
+                marked.append(mark)
+            marked += self.tokenizer.split_controls(part, but=mark)
+        return self.tokenizer.encode_with_controls(marked)
 
     def _prepared(self, part: ImagePart) -> PreparedImage:
         """The image made small: the large one is let go of before the next one is opened."""

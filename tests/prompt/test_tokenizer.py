@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixtral_cli.prompt.errors import TextTooLong, TokenizerUnreadable
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
 from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.source import Source
@@ -224,3 +225,17 @@ def test_a_text_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(tex
         tokenizer.encode(text)
     assert sum(tokenizer.text_model.lengths) < 40_000
     assert len(tokenizer.encode("word " * 1000)) < 4096
+
+
+@pytest.mark.parametrize("mistral_rules", [False, True], ids=["template", "mistral"])
+def test_a_conversation_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(mistral_rules):
+    source = Source.open("tiny")
+    processor, tokenizer = source.processor, source.processor.tokenizer
+    if mistral_rules:
+        processor.chat_format = MistralFormat(tokenizer)
+    tokenizer.text_model, tokenizer.room = Recording(tokenizer.text_model), 4096
+    messages = [{"role": role, "content": "word " * 2000} for _ in range(50) for role in ("user", "assistant")]
+    with pytest.raises(TextTooLong, match=r"[\d,]{7,} characters .* 4,096"):
+        source.chat([*messages, {"role": "user", "content": "Hello"}])
+    assert sum(tokenizer.text_model.lengths) < 200_000
+    assert len(source.chat(messages[:3]).token_ids) > 4096  # a little more is counted, for the engine to say how much
