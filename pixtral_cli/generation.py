@@ -25,7 +25,7 @@ from pixtral_cli.prompt.tools import ToolCall
 if TYPE_CHECKING:
     from pixtral_cli.engine.driver import Driver
     from pixtral_cli.engine.grammar import Constraint
-    from pixtral_cli.engine.sampler import TokenScores
+    from pixtral_cli.engine.request import TokenScores
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cache, configs, file_kind, layout, names, quantized_elsewhere, tensors, weight_files
-from .errors import PickleRefused, WeightsNotFound, listed
+from .errors import PickleRefused, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import TensorInfo
 from .formats.serialized import SerializedFile, SideFile
@@ -22,6 +22,7 @@ from .json_fields import parse_json_object, read_json_object
 from .layout import Form
 from .progress import Progress
 from .tensors import Stored
+from .wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,15 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from . import file_kind
-from .errors import (
-    AdapterOnly,
-    ModelNotFound,
-    PickleRefused,
-    WeightsError,
-    WeightsNotFound,
-    listed,
-)
+from .errors import AdapterOnly, ModelNotFound, PickleRefused, WeightsError, WeightsNotFound
 from .json_fields import read_json_object
+from .wording import listed
 
 Form = Literal["hf", "native", "gguf"]
 FORMS: tuple[Form, ...] = get_args(Form)  # the preferred first

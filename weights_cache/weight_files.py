@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import file_kind, layout
-from .errors import CheckpointCorrupt, PickleRefused, Unreadable, WeightsNotFound, listed
+from .errors import CheckpointCorrupt, PickleRefused, Unreadable, WeightsNotFound
 from .json_fields import read_json_object
 from .layout import GGUF, SAFETENSORS, Form, Selection
+from .wording import listed
 
 Expected = Mapping[Path, frozenset[str]]
 """Weights files -> the tensors that an index promises in each (none where there is no index)."""

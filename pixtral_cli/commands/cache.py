@@ -18,7 +18,7 @@ from pixtral_cli.cli.console import Console, counted, is_terminal, table
 from pixtral_cli.cli.flags import UsageError
 from pixtral_cli.cli.options import OutputFlags
 from pixtral_cli.errors import PixtralError
-from weights_cache.errors import size
+from weights_cache.wording import size
 
 if TYPE_CHECKING:
     from weights_cache.inventory import Model

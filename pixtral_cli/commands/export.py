@@ -8,7 +8,7 @@ import typer
 
 from pixtral_cli.cli import completions
 from pixtral_cli.cli.options import EncodingFlags, FetchFlags, OutputFlags
-from weights_cache.errors import size
+from weights_cache.wording import size
 
 EXAMPLES = """\
 Examples:

@@ -13,8 +13,8 @@ from pixtral_cli.cli.completions import ANY_MODEL
 from pixtral_cli.cli.console import table
 from pixtral_cli.cli.flags import one_of
 from pixtral_cli.cli.options import FORMATS, OutputFlags
-from weights_cache.errors import size
 from weights_cache.names import VISION
+from weights_cache.wording import size
 
 if TYPE_CHECKING:
     from pixtral_cli.source import Source

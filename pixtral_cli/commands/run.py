@@ -5,7 +5,7 @@ from __future__ import annotations
 from pixtral_cli.cli import reply as replies
 from pixtral_cli.cli.loading import NO_REMOTE_CODE, load
 from pixtral_cli.cli.options import OutputFlags, ReportFlags, RequestFlags, SamplingFlags, SourceFlags, WeightFlags
-from pixtral_cli.cli.request import PendingRequest
+from pixtral_cli.cli.user_input import PendingInput
 
 EXAMPLES = """\
 Examples:
@@ -32,7 +32,7 @@ def run(
     console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
-    pending = PendingRequest(request)
+    pending = PendingInput(request)
     model = load(source, weights, console)
     events = pending.finish(console).stream(model, **sampling.options(), logprobs=report.logprobs)
     replies.tell(console.stream(events), console, report)

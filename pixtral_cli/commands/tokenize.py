@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pixtral_cli.cli.console import Console, counted
 from pixtral_cli.cli.loading import NO_REMOTE_CODE
 from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags
-from pixtral_cli.cli.request import PendingRequest, Request
+from pixtral_cli.cli.user_input import PendingInput, UserInput
 
 if TYPE_CHECKING:
     from pixtral_cli.prompt.processor import Prompt
@@ -27,7 +27,7 @@ def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) ->
     console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
-    pending = PendingRequest(request)
+    pending = PendingInput(request)
     model = open_source(source, console)
     prompt = encode(model, pending.finish(console))
     console.result(as_object(source.name, prompt), as_text(prompt))
@@ -48,12 +48,12 @@ def open_source(source: SourceFlags, console: Console) -> Source:
         )
 
 
-def encode(model: Source, request: Request) -> Prompt:
+def encode(model: Source, asked: UserInput) -> Prompt:
     """The Prompt of a request: token ids, and prepared pictures whose pixels nobody asks for."""
     model.processor.sizes_only = True
-    if request.messages is None:
-        return model.complete(request.prompt, request.images)
-    return model.chat(request.messages)
+    if asked.messages is None:
+        return model.complete(asked.prompt, asked.images)
+    return model.chat(asked.messages)
 
 
 def as_object(model: str, prompt: Prompt) -> dict[str, Any]:

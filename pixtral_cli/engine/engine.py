@@ -11,9 +11,8 @@ from torch import Tensor
 
 from pixtral_cli.engine import sampler
 from pixtral_cli.engine.pages import PageTable
-from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
+from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent, TokenScores
 from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
-from pixtral_cli.engine.sampler import TokenScores
 from pixtral_cli.engine.scheduler import Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError

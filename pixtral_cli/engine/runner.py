@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.request import ImageInput
-from pixtral_cli.engine.sampler import TokenScores
+from pixtral_cli.engine.request import ImageInput, TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import AttendPaged, KVCache

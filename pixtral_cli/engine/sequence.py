@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pixtral_cli.engine.pages import PageKeys
-from pixtral_cli.engine.request import FinishReason, Request
-from pixtral_cli.engine.sampler import Row, TokenScores
+from pixtral_cli.engine.request import FinishReason, Request, TokenScores
+from pixtral_cli.engine.sampler import Row
 from pixtral_cli.model.kv_cache import PAGE, Span
 
 

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from pixtral_cli.model.attention import Attend, Rotary, attend_within, cos_sin, grid_angles
 from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.layers import GatedFeedForward, SelfAttention
+from pixtral_cli.model.layers import (
+    Attend,
+    GatedFeedForward,
+    Rotary,
+    SelfAttention,
+    attend_within,
+    cos_sin,
+    grid_angles,
+)
 
 Grid = tuple[int, int]  # rows, columns of one image's patches
 

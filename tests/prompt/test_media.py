@@ -225,7 +225,7 @@ def test_an_address_goes_through_the_download_of_the_reader():
 
 
 @pytest.mark.parametrize(
-    "name", ["missing.png", "~nobody-by-this-name/x.png", "a\0b.png", "x" * 5000, "file:///missing"]
+    "name", ["missing.png", "~nobody-by-this-name/x.png", "a\0b.png", "~a\0b", "x" * 5000, "file:///missing"]
 )
 def test_a_missing_file_is_one_sentence(name):
     with pytest.raises(ImageNotFound) as caught:

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from weights_cache import cache
 from weights_cache.encodings import ENCODINGS
-from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound, listed
+from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound
 from weights_cache.json_fields import CheckpointFields, parse_json_object
 from weights_cache.layout import FORMS, Form
 from weights_cache.progress import Progress
+from weights_cache.wording import listed
 
 from .reader import TensorInfo
 from .safetensors import SafetensorsFile
