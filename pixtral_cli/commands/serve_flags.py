@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pixtral_cli.cli.completions import FOLDER
-from pixtral_cli.cli.flags import networks, size, within
+from pixtral_cli.cli.flags import byte_count, networks, within
 from pixtral_cli.cli.options import SamplingFlags, WeightFlags
 
 _server, _guard, _limit, _machine = (
@@ -136,7 +136,7 @@ class ServedWeightFlags(WeightFlags):
         _machine(
             "--kv-cache-memory",
             metavar="SIZE",
-            parser=size,
+            parser=byte_count,
             help="Memory for keys and values, such as 8GiB. Default: as much as is free and of use.",
         ),
     ] = None
@@ -145,7 +145,7 @@ class ServedWeightFlags(WeightFlags):
         _machine(
             "--image-cache-memory",
             metavar="SIZE",
-            parser=size,
+            parser=byte_count,
             help="Memory for the features of pictures seen before. Default: 512MiB.",
         ),
     ] = None

@@ -25,7 +25,7 @@ from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
 from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.template import ChatTemplate, find_template, template_in
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer import TextOrId, Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
 
@@ -139,8 +139,8 @@ class Processor:
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
-        metadata = getattr(checkpoint, "written_tokenizer", None)
-        tokenizer = gguf_tokenizer.load(metadata) if metadata else tokenizer_files.load(checkpoint.file)
+        written = checkpoint.written_tokenizer
+        tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
         processor_config = SideFile.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
@@ -148,7 +148,7 @@ class Processor:
             spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
-            _chat_format(checkpoint, tokenizer, metadata),
+            _chat_format(checkpoint, tokenizer),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
@@ -206,13 +206,12 @@ class Processor:
     def _raw_ids(self, parts: Sequence[str]) -> list[int]:
         """The ids of a raw text, with one image token between each two parts of it."""
         mark = self.image_tokens.patch if self.image_tokens else None
-        ids: list[int] = []
+        marked: list[TextOrId] = []
         for number, part in enumerate(parts):
             if number and mark is not None:
-                ids.append(mark)
-            for piece in self.tokenizer.split_controls(part, but=mark):
-                ids += [piece] if isinstance(piece, int) else self.tokenizer.encode(piece, at_start=not ids)
-        return ids
+                marked.append(mark)
+            marked += self.tokenizer.split_controls(part, but=mark)
+        return self.tokenizer.encode_with_controls(marked)
 
     def _prepared(self, part: ImagePart) -> PreparedImage:
         """The image made small: the large one is let go of before the next one is opened."""
@@ -248,15 +247,14 @@ def _as_list(images: Any) -> list[Any]:
     return list(images)
 
 
-def _chat_format(
-    checkpoint: CheckpointFiles, tokenizer: Tokenizer, metadata: Mapping[str, Any] | None
-) -> ChatFormat | None:
+def _chat_format(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatFormat | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
+    written = checkpoint.written_tokenizer
     if checkpoint.form == "gguf":
-        source = template_in((metadata or {}).get("chat_template"))
+        source = template_in(written and written.get("chat_template"))
     else:
         source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
     if source is not None:
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
-        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or metadata is not None)
+        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
     return MistralFormat(tokenizer) if can_chat(tokenizer) else None

@@ -181,16 +181,13 @@ class ChatTemplate:
         return "".join(written)
 
     def _ids(self, rendered: str, mark: str) -> list[int]:
-        ids: list[int] = []
+        parts = self.tokenizer.split_controls(rendered)
         bos = self.tokenizer.bos
         if self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos):
-            ids.append(self.tokenizer.control(bos))
-        for part in self.tokenizer.split_controls(rendered):
-            if isinstance(part, int):
-                ids.append(part)
-            elif text := part.replace(mark, ""):
-                ids += self.tokenizer.encode(text, at_start=not ids)
-        return ids
+            parts.insert(0, self.tokenizer.control(bos))
+        return self.tokenizer.encode_with_controls(
+            [part.replace(mark, "") if isinstance(part, str) else part for part in parts]
+        )
 
     @cached_property
     def _compiled(self) -> Any:
