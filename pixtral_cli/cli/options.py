@@ -96,7 +96,7 @@ class SourceFlags(FetchFlags):
     @property
     def name(self) -> str:
         """The model's name, the default if none was given."""
-        return self.model_path or DEFAULT_MODEL
+        return DEFAULT_MODEL if self.model_path is None else self.model_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class NamesArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SomeArguments:
+class RequiredNamesArguments:
     """Which models; at least one."""
 
     names: Annotated[list[str], _names(metavar="MODEL...")]
@@ -127,7 +127,7 @@ def verify(arguments: NamesArguments, output: OutputFlags) -> None:
         raise PixtralError(f"{counted(len(damaged), 'model')} damaged: {', '.join(damaged)}.", again)
 
 
-def remove(arguments: SomeArguments, yes: YesFlags, output: OutputFlags) -> None:
+def remove(arguments: RequiredNamesArguments, yes: YesFlags, output: OutputFlags) -> None:
     """Remove models by name."""
     _remove(chosen(arguments.names), yes.yes, output.console())
 

@@ -17,7 +17,7 @@ from weights_cache.names import VISION
 from weights_cache.wording import size
 
 if TYPE_CHECKING:
-    from pixtral_cli.source import Source
+    from pixtral_cli.source import Device, Need, Source
     from weights_cache.layout import Form
 
 VERDICTS = {True: "fits", False: "does not fit", None: "?"}
@@ -74,7 +74,7 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
     """The object that `--json` prints. Sizes are in bytes, lengths in tokens, pictures in pixels."""
     config, tensors = source.config, source.checkpoint.tensors
     text, vision, images = config.text, config.vision, config.image_layout
-    needs, devices = source.needs(), source.devices()
+    devices = source.devices()
     return {
         "model": name,
         "architecture": config.architecture,
@@ -94,23 +94,22 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
         },
         "bytes_on_disk": sum(path.stat().st_size for path in {tensor.file for tensor in tensors.values()}),
         "devices": [{"name": device.name, "free_bytes": device.free} for device in devices],
-        "encodings": [
-            {
-                "name": need.encoding,
-                "weights_bytes": need.weights,
-                "lengths": [
-                    {
-                        "tokens": tokens,
-                        "kv_cache_bytes": cache,
-                        "total_bytes": need.total(tokens),
-                        "fits": {device.name: need.fits(device, tokens) for device in devices},
-                    }
-                    for tokens, cache in need.cache.items()
-                ],
-            }
-            for need in needs
-        ],
+        "encodings": [_needed(need, devices) for need in source.needs()],
     }
+
+
+def _needed(need: "Need", devices: "list[Device]") -> dict[str, Any]:
+    """What the model takes in one encoding, by itself and with a cache of each length, and where that fits."""
+    lengths = [
+        {
+            "tokens": tokens,
+            "kv_cache_bytes": cache,
+            "total_bytes": need.total(tokens),
+            "fits": {device.name: need.fits(device, tokens) for device in devices},
+        }
+        for tokens, cache in need.cache.items()
+    ]
+    return {"name": need.encoding, "weights_bytes": need.weights, "lengths": lengths}
 
 
 def as_text(found: dict[str, Any]) -> str:
