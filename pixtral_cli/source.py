@@ -211,7 +211,7 @@ class Source:
             )
         return processor
 
-    @property
+    @cached_property
     def end_token_ids(self) -> frozenset[int]:
         """What ends an answer: by generation_config.json, else config.json, else the tokenizer."""
         checkpoint = self.checkpoint

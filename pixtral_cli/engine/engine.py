@@ -178,5 +178,6 @@ class Engine:
             self.counters.generated_tokens += 1
             if request.logprobs is not None:
                 logprob, alternatives = sampler.logprob(logits, chosen, request.logprobs)
-        finish_reason, scores = sequence.finish_reason, sequence.take_scores()
-        return TokenEvent(sequence.id, chosen, finish_reason, logprob, alternatives, sequence.cached_tokens, scores)
+        scores, sequence.scores = tuple(sequence.scores), []  # they are told once
+        ended = sequence.finish_reason
+        return TokenEvent(sequence.id, chosen, ended, logprob, alternatives, sequence.cached_tokens, scores)

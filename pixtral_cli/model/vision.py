@@ -45,7 +45,7 @@ class PixtralModel(LanguageModel):
         channels, height, width = pixels.shape
         assert height % patch == width % patch == 0, (height, width, patch)
         grid = height // patch, width // patch
-        tiles = pixels.to(self.device, self.dtype).view(channels, grid[0], patch, grid[1], patch)
+        tiles = pixels.to(self.vision_tower.patch_conv.weight).view(channels, grid[0], patch, grid[1], patch)
         patches = tiles.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # [rows * columns, channels * P * P]
         return self.multi_modal_projector(self.vision_tower(patches, [grid]))
 

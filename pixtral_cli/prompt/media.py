@@ -1,4 +1,4 @@
-"""What a user calls an image in, an upright RGB PIL image out; knows no sizes, patches or tokens.
+"""A path, an address or the bytes of an image in, an RGB PIL image out; knows no patches and no tokens.
 
 Only the formats listed are tried, and the header's size is checked before a pixel is decoded. `ImageReader` reads for
 whoever runs the program; a server's subclass lets a request name less.
@@ -58,7 +58,7 @@ class ImageReader:
 
     @contextmanager
     def opened(self, source: Any) -> Iterator[Image.Image]:
-        """The image as people see it: first frame, upright, transparency on white, 8-bit RGB.
+        """The image as people see it: first frame, turned as its EXIF says, transparency on white, 8-bit RGB.
 
         Args:
             source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
@@ -188,7 +188,7 @@ def name_of(source: Any) -> str:
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
     if source == STDIN:
         return "from standard input"
-    source = PASSWORD.sub(r"\1", source) or '""'
+    source = PASSWORD.sub(r"\1", source) if source.strip() else f'"{source}"'
     return source if len(source) <= 120 else f"{source[:40]}…"
 
 

@@ -45,18 +45,6 @@ def can_chat(tokenizer: Tokenizer) -> bool:
     return all(name in tokenizer.controls for name in NEEDED) and tokenizer.eos_id is not None
 
 
-def version_of(template: str | None, written: int | None) -> int:
-    """The version of the rules: what the checkpoint's template shows, else `written` in tekken.json, else Pixtral's.
-
-    A template shows it by the way in which it writes system texts. The vocabulary tells nothing: mistral-common names
-    the control tokens of V7 in those of V3 as well. Pixtral-12B, NeMo, Ministral-8B and the 7B models are V3; later
-    models come with a tekken.json or a template.
-    """
-    if template is None or "system" not in template.lower():
-        return written or PIXTRAL
-    return max(SYSTEM_MESSAGES, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
-
-
 @dataclass
 class MistralFormat:
     """Mistral's chat rules of one version, with a tokenizer."""
@@ -67,7 +55,16 @@ class MistralFormat:
 
     @property
     def version(self) -> int:
-        return version_of(self.template, self.tokenizer.version)
+        """Of the rules: what the checkpoint's template shows, else what tekken.json says, else Pixtral's.
+
+        A template shows it by the way in which it writes system texts. The vocabulary tells nothing: mistral-common
+        names the control tokens of V7 in those of V3 as well. Pixtral-12B, NeMo, Ministral-8B and the 7B models are V3;
+        later models come with a tekken.json or a template.
+        """
+        template, written = self.template, self.tokenizer.version
+        if template is None or "system" not in template.lower():
+            return written or PIXTRAL
+        return max(SYSTEM_MESSAGES, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
 
     @property
     def call_form(self) -> CallForm:

@@ -139,8 +139,8 @@ class Processor:
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
-        metadata = getattr(checkpoint, "written_tokenizer", None)
-        tokenizer = gguf_tokenizer.load(metadata) if metadata else tokenizer_files.load(checkpoint.file)
+        written = checkpoint.written_tokenizer
+        tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
         processor_config = SideFile.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
@@ -148,7 +148,7 @@ class Processor:
             spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
-            _chat_format(checkpoint, tokenizer, metadata),
+            _chat_format(checkpoint, tokenizer),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
@@ -247,15 +247,14 @@ def _as_list(images: Any) -> list[Any]:
     return list(images)
 
 
-def _chat_format(
-    checkpoint: CheckpointFiles, tokenizer: Tokenizer, metadata: Mapping[str, Any] | None
-) -> ChatFormat | None:
+def _chat_format(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatFormat | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
+    written = checkpoint.written_tokenizer
     if checkpoint.form == "gguf":
-        source = template_in((metadata or {}).get("chat_template"))
+        source = template_in(written and written.get("chat_template"))
     else:
         source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
     if source is not None:
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
-        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or metadata is not None)
+        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
     return MistralFormat(tokenizer) if can_chat(tokenizer) else None

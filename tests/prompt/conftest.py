@@ -98,7 +98,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., SimpleNamespace]:
             paths[name] = content if isinstance(content, Path) else tmp_path / name
             if isinstance(content, str):
                 paths[name].write_text(content)
-        return SimpleNamespace(form=form, file=paths.get)
+        return SimpleNamespace(form=form, file=paths.get, written_tokenizer=None)
 
     return make
 

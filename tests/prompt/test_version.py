@@ -20,7 +20,7 @@ from support.tool_builders import KINDS, call
 
 from pixtral_cli.prompt import tokenizer_files
 from pixtral_cli.prompt.messages import parse
-from pixtral_cli.prompt.mistral_format import version_of
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import Processor
 from pixtral_cli.prompt.tools import parse_tools
 
@@ -142,4 +142,4 @@ def test_a_gguf_whose_template_shows_v7_gets_the_rules_of_v7():
     ],
 )
 def test_the_template_is_asked_first_then_tekken_json_then_it_is_pixtrals(template, written, version):
-    assert version_of(template, written) == version
+    assert MistralFormat(SimpleNamespace(version=written), template).version == version

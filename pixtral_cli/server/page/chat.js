@@ -1,4 +1,4 @@
-// What the reader does in, one conversation with the server out. Knows no wire format: client.js does.
+// The conversation on the page: turns the user's actions into requests. Knows no wire format: client.js does.
 
 import { MOST_BYTES, Problem, completion, firstModel, pictureCosts, whenKeyIsWanted } from "./client.js";
 import { Pictures } from "./pictures.js";

@@ -1,4 +1,4 @@
-// A question and the pieces of its answer in, both shown out. Knows no server.
+// Shows one question and its answer while the answer arrives. Knows no server.
 
 import { picturePart } from "./client.js";
 
