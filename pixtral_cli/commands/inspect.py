@@ -1,4 +1,4 @@
-"""`pixtral inspect`: a model's headers in, what it is and what it needs out. Reads no weights, imports no torch."""
+"""`pixtral inspect`: shows from headers what a model is and needs. Reads no weights, imports no torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ Examples:
   pixtral inspect mistral-community/pixtral-12b
   pixtral inspect owner/name:model-Q4_K_M.gguf --json
 
-Of a model that is not here only the small files and the headers are fetched.
+If the model is not on this machine, only its small files and headers are downloaded.
 """
 
 
@@ -49,14 +49,14 @@ class InspectArguments:
         typer.Option(
             "--weights-format",
             metavar="hf|native|gguf",
-            help="Which form to look at where a model comes in several.",
+            help="Which format to look at if the model has several.",
             **one_of(FORMATS),
         ),
     ] = None
 
 
 def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
-    """Show what a model is and what memory it needs, before its weights are fetched."""
+    """Show what a model is and how much memory it needs, before it is downloaded."""
     console = output.console()
     with TemporaryDirectory(prefix="pixtral-") as folder:
         with console.progress(f"looking at {arguments.model}") as progress:

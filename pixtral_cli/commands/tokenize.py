@@ -1,4 +1,4 @@
-"""`pixtral tokenize`: a request in, its token ids and what its pictures cost out. Loads no weights, no torch."""
+"""`pixtral tokenize`: shows a request's token ids and what its pictures cost. Loads no weights and no torch."""
 
 from __future__ import annotations
 
