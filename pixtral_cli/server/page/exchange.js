@@ -2,11 +2,11 @@
 
 import { picturePart } from "./client.js";
 
-const template = document.querySelector("#turn-template");
+const template = document.querySelector("#exchange-template");
 const count = new Intl.NumberFormat("en");
 
 /** A question, `{words, pictures}`, and the answer as far as it has come. */
-export class Turn {
+export class Exchange {
   answer = "";
   #frame = 0;
 
