@@ -1,10 +1,10 @@
-"""A serialized model's file in, its manifest, its side files and its tensors out, and whether it is as it was written.
+"""Reads a serialized model: its manifest, its side files, its tensors, and whether all is as it was written.
 
 A serialized model is a valid safetensors file: any safetensors tool opens it. Its metadata entry `pixtral` is the
 `Manifest` as JSON; side files ("config.json", "tokenizer.json", …) are U8 tensors named `file/NAME`. The manifest says
 each tensor's encoding and true shape. A packed matrix is stored as its parts (`PackedWeight.tensors`): the first goes
 by the matrix's own name, the others by NAME.PART. The last tensor, `seal`, is the SHA-256 of the header, which holds
-the SHA-256 of every other tensor: so nothing can change unseen. But a seal does not say that the writer meant well, so
+the SHA-256 of every other tensor: so no change goes unnoticed. But a seal does not say that the writer meant well, so
 every field is checked here. serialized_writer.py writes such files.
 """
 
