@@ -15,7 +15,7 @@ import torch
 
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
-from pixtral_cli.encodings import asked_for
+from pixtral_cli.encoding_choices import asked_for
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
@@ -208,16 +208,14 @@ class Pixtral:
 
         Each makes its own choices: of answers with a seed, the next has the next seed. Raises RequestError.
         """
-        tokenizer, constraint = self.processor.tokenizer, None
-        if prompt.tools or options.must_call or options.schema is not None:
+        name, tokenizer, constraint = self.source.name, self.source.processor.tokenizer, None
+        if prompt.tools or options.response_format or options.tool_choice != "auto":
             constraint = constraints.constraint(prompt, options, tokenizer, self.vocabulary)
         request = generation.engine_request(prompt, options, self.source.end_token_ids, tokenizer, constraint)
         self.engine.check(request)
         request = replace(request, cache_salt=cache_salt)
-        return [
-            (generation.nth(request, place), TextStream(self.name, prompt, options, tokenizer, self.load_seconds))
-            for place in range(answers)
-        ]
+        requests = [request, *(generation.nth(request, place) for place in range(1, answers))]
+        return [(each, TextStream(name, prompt, options, tokenizer, self.load_seconds)) for each in requests]
 
     def _numbered(self, place: int, messages: Sequence[dict[str, Any]]) -> Prompt:
         try:

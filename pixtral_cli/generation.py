@@ -25,13 +25,11 @@ from pixtral_cli.prompt.tools import ToolCall
 if TYPE_CHECKING:
     from pixtral_cli.engine.driver import Driver
     from pixtral_cli.engine.grammar import Constraint
-    from pixtral_cli.engine.sampler import TokenScores
+    from pixtral_cli.engine.request import TokenScores
     from pixtral_cli.prompt.processor import Prompt
     from pixtral_cli.prompt.tokenizer import Tokenizer
 
 FinishReason = Literal[request.FinishReason, "tool_calls"]
-
-
 Label = Callable[[int], str]
 """A token id -> the text that the token is shown as."""
 
@@ -205,7 +203,7 @@ class TextStream:
             text += self.stops.flush()
         self.text.append(text)
         self.call_deltas += deltas
-        logprob = self._logprob(event)
+        logprob = None if self.logprobs is None else self._logprob(event, self.logprobs)
         finish: FinishReason | None = "stop" if stopped else event.finish_reason
         if self.call_deltas and finish == "stop":
             finish = "tool_calls"
@@ -225,13 +223,11 @@ class TextStream:
     def usage(self) -> Usage:
         return Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
 
-    def _logprob(self, event: TokenEvent) -> TokenLogprob | None:
-        if self.logprobs is None:
-            return None
+    def _logprob(self, event: TokenEvent, told: list[TokenLogprob]) -> TokenLogprob:
         assert event.token_id is not None and event.logprob is not None, event
         label = self._text_of if self.echo is None else self.tokenizer.label  # an echo names its control tokens
-        self.logprobs.append(TokenLogprob.of(event.token_id, event.logprob, event.alternatives, label))
-        return self.logprobs[-1]
+        told.append(TokenLogprob.of(event.token_id, event.logprob, event.alternatives, label))
+        return told[-1]
 
     def _text_of(self, token_id: int) -> str:
         return self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")

@@ -1,21 +1,60 @@
-"""How to answer, by name, in; checked values and the engine's Sampling out. Knows no prompt and no model."""
+"""How to answer, by name, in; checked values and the engine's Sampling out. Knows no prompt, no model and no torch.
+
+The ranges of the options are one table, for flags, Python and HTTP.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pixtral_cli.engine.sampler import Sampling
+from pixtral_cli.engine.request import Sampling
 from pixtral_cli.errors import RequestError
-from pixtral_cli.option_ranges import OPTION_RANGES
 
-RANGED = [name for name in OPTION_RANGES if name not in ("logit_bias", "logprobs")]
 FORMATS = ("text", "json_object", "json_schema")
 CHOICES = ("auto", "none", "required")
 ANY_OBJECT = {"type": "object"}
 FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}.'
 CHOICE_HINT = 'Give "auto", "none", "required" or {"type": "function", "function": {"name": "…"}}.'
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; `whole` ones only, or any finite ones."""
+
+    low: float
+    high: float = math.inf
+    whole: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        """True and False are no numbers, and a whole number is a float as well."""
+        kinds = int if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        return self.low <= value <= self.high and value < math.inf
+
+    def __str__(self) -> str:
+        """As in "top_p should be …"."""
+        number = "a whole number, " if self.whole else ""
+        return number + (f"from {self.low} to {self.high}" if self.high < math.inf else f"{self.low} or above")
+
+
+OPTION_RANGES = {
+    "top_k": Range(-1, whole=True),
+    "temperature": Range(0),
+    "top_p": Range(0, 1),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0.001, 1000),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "logit_bias": Range(-100, 100),
+    "seed": Range(-(2**63) + 1, 2**63 - 1, whole=True),
+    "logprobs": Range(0, whole=True),
+}
+"""What each option may be. `top_k` 0 and -1 and a `seed` below 0 mean that none is set; `top_p` 0 is greedy."""
+RANGED = [name for name in OPTION_RANGES if name not in ("logit_bias", "logprobs")]
 
 
 @dataclass(frozen=True)
@@ -63,38 +102,37 @@ class GenerationOptions:
         for name in ("echo", "parallel_tool_calls"):
             if not isinstance(value := getattr(self, name), bool):
                 raise RequestError(f"{name} should be true or false, not {value!r}.")
-        self._check_length()
+        length = self.max_new_tokens
+        if length not in Range(-1, whole=True) or (length == 0 and not self.echo):
+            raise _wrong("max_new_tokens", length, "-1 or a whole number above 0")
         for name in RANGED:
             value, wanted = getattr(self, name), OPTION_RANGES[name]
             optional = type(self).__dataclass_fields__[name].default is None
-            said = "a whole number up to 2^63 - 1" if name == "seed" else wanted
-            _check(name, value, value in wanted or (optional and value is None), said)
-        self._check_bias()
-        counted = isinstance(self.logprobs, bool) or self.logprobs in OPTION_RANGES["logprobs"]
-        _check("logprobs", self.logprobs, counted, "True, False or a number of alternatives")
+            if value not in wanted and not (optional and value is None):
+                raise _wrong(name, value, "a whole number up to 2^63 - 1" if name == "seed" else wanted)
+        if self.logit_bias is not None:
+            self._check_bias(self.logit_bias)
+        if not isinstance(self.logprobs, bool) and self.logprobs not in OPTION_RANGES["logprobs"]:
+            raise _wrong("logprobs", self.logprobs, "True, False or a number of alternatives")
         if not isinstance(self.stop, str | list | tuple | None):
             raise RequestError(f"stop should be a text or a list of texts, not {self.stop!r}.")
         for stop in self.stops:
-            _check("stop", stop, isinstance(stop, str) and stop != "", "texts, none of them empty")
+            if not isinstance(stop, str) or not stop:
+                raise _wrong("stop", stop, "texts, none of them empty")
         _ = self.schema  # which raises for what it is not
         if self.tool_choice not in CHOICES and self.chosen_tool is None:
             raise RequestError(f"tool_choice should be {', '.join(CHOICES)} or name a function.", hint=CHOICE_HINT)
 
-    def _check_length(self) -> None:
-        length = self.max_new_tokens
-        whole = isinstance(length, int) and not isinstance(length, bool)
-        holds = whole and (length == -1 or length > 0 or (length == 0 and self.echo))
-        _check("max_new_tokens", length, holds, "-1 or a whole number above 0")
-
-    def _check_bias(self) -> None:
-        if not isinstance(self.logit_bias, Mapping | None):
-            raise RequestError(f"logit_bias should be an object of token ids and numbers, not {self.logit_bias!r}.")
-        for token_id, value in (self.logit_bias or {}).items():
+    @staticmethod
+    def _check_bias(biases: Any) -> None:
+        if not isinstance(biases, Mapping):
+            raise RequestError(f"logit_bias should be an object of token ids and numbers, not {biases!r}.")
+        for token_id, value in biases.items():
             known = isinstance(token_id, int) or (isinstance(token_id, str) and token_id.isdecimal())
             if not known or int(token_id) < 0:
                 raise RequestError(f"The keys of logit_bias should be token ids, not {token_id!r}.")
-            wanted = OPTION_RANGES["logit_bias"]
-            _check("logit_bias", value, value in wanted, f"numbers {wanted}")
+            if value not in OPTION_RANGES["logit_bias"]:
+                raise _wrong("logit_bias", value, f"numbers {OPTION_RANGES['logit_bias']}")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
@@ -163,6 +201,5 @@ class GenerationOptions:
         return self.tool_choice not in ("auto", "none")
 
 
-def _check(name: str, value: Any, holds: bool, wanted: object) -> None:
-    if not holds:
-        raise RequestError(f"{name} should be {wanted}, not {value!r}.", hint=f"Change {name}, or leave it out.")
+def _wrong(name: str, value: Any, wanted: object) -> RequestError:
+    return RequestError(f"{name} should be {wanted}, not {value!r}.", hint=f"Change {name}, or leave it out.")

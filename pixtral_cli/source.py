@@ -23,9 +23,10 @@ from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
 from weights_cache.encodings import Encoding
-from weights_cache.errors import EXPORT_AGAIN, GetAgain, WriteFailed, get_again
+from weights_cache.errors import WriteFailed
 from weights_cache.formats import serialized, serialized_writer
 from weights_cache.progress import Progress
+from weights_cache.wording import EXPORT_AGAIN, FETCH_AGAIN, get_again
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,9 @@ class Source:
         try:
             yield
         except PixtralError as error:
-            if isinstance(error.hint, GetAgain):
-                error.hint = error.hint.by(
-                    EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
-                )
+            if error.hint and error.hint.startswith(FETCH_AGAIN):
+                again = EXPORT_AGAIN if self.format == "serialized" else get_again(self.checkpoint.folder)
+                error.hint = again + error.hint.removeprefix(FETCH_AGAIN)
             raise
 
     def needs(self) -> list[Need]:
@@ -211,7 +211,7 @@ class Source:
             )
         return processor
 
-    @property
+    @cached_property
     def end_token_ids(self) -> frozenset[int]:
         """What ends an answer: by generation_config.json, else config.json, else the tokenizer."""
         checkpoint = self.checkpoint
@@ -253,6 +253,6 @@ class Source:
             if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < vocab_size:
                 raise ModelError(
                     f"The model's configuration says eos_token_id = {end!r}, which is none of its {vocab_size} tokens.",
-                    hint=GetAgain(", or mend its generation_config.json"),
+                    hint=f"{FETCH_AGAIN}, or mend its generation_config.json.",
                 )
         return frozenset(ends)

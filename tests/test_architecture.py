@@ -5,14 +5,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Names, ranges and failures, which know nothing but each other.
-SHARED = {"errors", "encodings", "devices", "known_models", "option_ranges"}
+# Names and failures, which know nothing but each other.
+SHARED = {"errors", "encoding_choices", "devices", "known_models"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
     "commands": {"cli", "prompt", "server", "source", "weights_cache"},
-    "cli": {"api", "generation", "prompt", "weights_cache"},
-    "server": {"api", "engine", "generation", "prompt"},
+    "cli": {"api", "generation", "generation_options", "prompt", "weights_cache"},
+    "server": {"api", "engine", "generation", "generation_options", "prompt"},
     "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
     "generation": {"constraints", "generation_options", "engine", "prompt"},
     "generation_options": {"engine"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "process_environment": set(),
     "weights_cache": set(),
     **{name: set() for name in SHARED},
-    "encodings": {"weights_cache"},
+    "encoding_choices": {"weights_cache"},
 }
 
 

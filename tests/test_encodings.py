@@ -3,7 +3,7 @@
 import gguf
 import pytest
 
-from pixtral_cli.encodings import CHOICES
+from pixtral_cli.encoding_choices import CHOICES
 from weights_cache import codecs
 from weights_cache.encodings import ENCODINGS
 

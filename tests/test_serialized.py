@@ -13,7 +13,7 @@ from safetensors import safe_open
 from support import builders
 
 from pixtral_cli import Pixtral, PixtralError
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.model import save
 from pixtral_cli.model.kernels import KernelLinear, int4, nf4
 from pixtral_cli.model.kernels.int4 import Int4Kernel

@@ -70,3 +70,13 @@ def test_a_broken_template_of_a_folder_is_not_to_be_fetched(place):
     folder, name, fetched = place
     (folder / "chat_template.jinja").write_text("{% for %}")
     assert ("--force-download" in hint_of(name)) == fetched
+
+
+def test_a_serialized_model_with_a_broken_template_is_to_be_exported_again(place, tmp_path):
+    folder, _, _ = place
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    source = Source.open(folder)
+    source.save(tmp_path / "file", source.placement(None))
+    with pytest.raises(PixtralError) as refused:
+        Source.open_serialized(tmp_path / "file").chat(QUESTION)
+    assert refused.value.hint == "Export the model again, or use --raw (in Python: complete)."

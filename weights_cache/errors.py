@@ -1,4 +1,4 @@
-"""What can go wrong between a name and its tensors; every error carries its data. Knows no other module.
+"""What can go wrong between a name and its tensors; every error carries its data.
 
 WeightsError
 ├── ModelNotFound        no such folder, no such repository
@@ -32,77 +32,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES_SHOWN = 3
-FETCH_AGAIN = "Fetch the model again with --force-download"
-COPY_AGAIN = "Copy the model's files here again"
-EXPORT_AGAIN = "Export the model again"
+from .wording import get_again, listed, size
+
 OTHER_MODEL = "Its config and its weights may be of different models."
 KNOWN_MODELS = "Use a Pixtral or Mistral checkpoint."
-
-
-class GetAgain(str):
-    """A hint to get the model's files again, or else to do what `otherwise` says. Where they came from is not known:
-    it says to fetch them, and whoever knows better asks for it `by` another way."""
-
-    __slots__ = ()
-
-    def __new__(cls, otherwise: str = ""):
-        return super().__new__(cls, f"{FETCH_AGAIN}{otherwise}.")
-
-    def by(self, way: str) -> str:
-        return way + self.removeprefix(FETCH_AGAIN)
-
-
-def get_again(path: Path | str) -> str:
-    """How to get the file or folder `path` anew, without a full stop: only what lies in a cache was fetched."""
-    is_fetched = any(folder.name == "snapshots" for folder in Path(path).absolute().parents)
-    return FETCH_AGAIN if is_fetched else COPY_AGAIN
-
-
-def listed(names: Sequence[str], shown: int = NAMES_SHOWN) -> str:
-    """`a, b, c and 4 more`: a list short enough for a sentence."""
-    head = ", ".join(names[:shown])
-    return f"{head} and {len(names) - shown} more" if len(names) > shown else head
-
-
-def size(nbytes: float) -> str:
-    """`23.6 GiB`: a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} GiB"
 
 
 class WeightsError(Exception):
     """Base of all errors here: `str()` is one sentence, `hint` the next thing to do (or None).
 
-    Both are templates over the fields of the error; a class whose words depend on more writes them itself.
+    `sentence` and `next_step` are templates over the fields of the error; a class whose words depend on more writes
+    them itself. Where a class has a field `advice`, that is the hint if it is given.
     """
 
     sentence = ""
     next_step: str | None = None
+    advice: str | None = None
 
     def __str__(self) -> str:
         return self.sentence.format_map(vars(self))
 
     @property
     def hint(self) -> str | None:
-        return self.next_step and self.next_step.format_map(vars(self))
+        return self.advice or (self.next_step and self.next_step.format_map(vars(self)))
 
 
 @dataclass(eq=False)
 class ModelNotFound(WeightsError):
-    """`name` is neither here nor on the Hub; `reason` ends the sentence, `advice` is the hint."""
+    """`name` is neither here nor on the Hub; `reason` ends the sentence."""
 
     name: str
     reason: str
     advice: str | None = None
     sentence = "There is no model {name!r}: {reason}."
-
-    @property
-    def hint(self) -> str | None:
-        return self.advice
 
 
 @dataclass(eq=False)
@@ -136,17 +98,14 @@ class DownloadFailed(WeightsError):
 
     name: str
     reason: str
-    advice: str = (
+    advice: str | None = None
+    next_step = (
         "Run the same command again: files that have arrived are kept. If a folder was meant, check its path: "
         "there is none of that name."
     )
 
     def __str__(self) -> str:
         return f"Downloading {self.name!r} failed: {self.reason.rstrip('.')}."
-
-    @property
-    def hint(self) -> str:
-        return self.advice
 
 
 @dataclass(eq=False)
@@ -172,10 +131,7 @@ class WeightsNotFound(WeightsError):
     looked_for: str
     advice: str | None = None
     sentence = "{path} has no {looked_for}."
-
-    @property
-    def hint(self) -> str:
-        return self.advice or "Check the name. If it is right, files of the model were left out: fetch them again."
+    next_step = "Check the name. If it is right, files of the model were left out: fetch them again."
 
 
 @dataclass(eq=False)
@@ -264,11 +220,11 @@ class TensorsMissing(WeightsError):
     """The model has a place for `names`, and the checkpoint `path` has none of them."""
 
     names: Sequence[str]
-    path: Path | None = None
+    path: Path
     next_step = "Its config and its weights may be of different models, or a shard may be missing."
 
     def __str__(self) -> str:
-        return f"{_the_checkpoint(self.path)} lacks {_tensors(self.names)}: {listed(self.names)}."
+        return f"The checkpoint {self.path} lacks {_tensors(self.names)}: {listed(self.names)}."
 
 
 @dataclass(eq=False)
@@ -276,11 +232,11 @@ class TensorsUnexpected(WeightsError):
     """The checkpoint `path` holds `names`, and the model that its config describes has no place for them."""
 
     names: Sequence[str]
-    path: Path | None = None
+    path: Path
     next_step = OTHER_MODEL
 
     def __str__(self) -> str:
-        found = f"{_the_checkpoint(self.path)} has {_tensors(self.names)}"
+        found = f"The checkpoint {self.path} has {_tensors(self.names)}"
         return f"{found} that its config has no place for: {listed(self.names)}."
 
 
@@ -391,10 +347,6 @@ class QuantizedElsewhere(ModelUnsupported):
             "Take the model in bfloat16, which --quantization-encoding q4_k packs while it loads, a GGUF of it, "
             "or one in bitsandbytes' nf4."
         )
-
-
-def _the_checkpoint(path: Path | None) -> str:
-    return f"The checkpoint {path}" if path else "The checkpoint"
 
 
 def _tensors(names: Sequence[str]) -> str:

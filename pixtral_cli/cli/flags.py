@@ -19,7 +19,7 @@ import typer
 from pixtral_cli import devices
 from pixtral_cli.cli.completions import Values
 from pixtral_cli.errors import DeviceError
-from pixtral_cli.option_ranges import OPTION_RANGES
+from pixtral_cli.generation_options import OPTION_RANGES
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt](?:ib)?)?", re.IGNORECASE)
 UNITS = {"b": 1} | {unit + end: 1024**power for power, unit in enumerate("kmgt", 1) for end in ("", "ib")}
@@ -81,7 +81,7 @@ def token_limit(value: int | None) -> int | None:
     raise typer.BadParameter(f"{value} is not a number of tokens; -1 means until the end of the context.")
 
 
-def size(text: str) -> int:
+def byte_count(text: str) -> int:
     """``8GiB``, ``512 MiB``, ``1.5g`` or a plain number of bytes -> bytes: a parser for Typer."""
     written = SIZE.fullmatch(text.strip())
     found = int(float(written[1]) * UNITS[(written[2] or "b").lower()]) if written else 0

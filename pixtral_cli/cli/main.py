@@ -114,12 +114,12 @@ def _refuse(error: Any, arguments: list[str]) -> int:
     commands = [command.name for command in app.registered_commands]
     named = f"pixtral {arguments[0]}" if arguments and arguments[0] in commands else "pixtral"
     where = getattr(getattr(error, "ctx", None), "command_path", named)
-    text = error.format_message() + _value(error, arguments)
+    text = error.format_message() + _refused_value(error, arguments)
     console.tell_error(text if text.endswith((".", "?", "!")) else f"{text}.", f"See: {where} --help")
     return error.exit_code
 
 
-def _value(error: Any, arguments: list[str]) -> str:
+def _refused_value(error: Any, arguments: list[str]) -> str:
     """The value that a flag could not take, where Typer's sentence about a number leaves it out."""
     flags = getattr(getattr(error, "param", None), "opts", ())
     given = [value for flag, value in itertools.pairwise(arguments) if flag in flags]

@@ -1,8 +1,6 @@
-"""`pixtral download`: a model's name in, the folder where it now lies out. Loads nothing."""
+"""`pixtral download`: fetches a model and prints its folder. Loads nothing."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +8,6 @@ import typer
 from pixtral_cli.cli.completions import MODEL
 from pixtral_cli.cli.options import FetchFlags, OutputFlags
 from pixtral_cli.known_models import BUILT_IN
-from weights_cache.progress import Progress
 
 EXAMPLES = """\
 Examples:
@@ -20,7 +17,7 @@ Examples:
   pixtral download owner/name:model-Q4_K_M.gguf
   pixtral run --model-path "$(pixtral download owner/name)" -p "Hello"
 
-A download that breaks off goes on where it stopped when the same command is run again.
+To continue an interrupted download, run the same command again.
 """
 
 
@@ -33,28 +30,30 @@ class DownloadArguments:
         typer.Argument(
             metavar="MODEL",
             autocompletion=MODEL.offered,
-            help="owner/name, owner/name@revision, owner/name:file.gguf, or its page on the Hub.",
+            help="owner/name, owner/name@revision, owner/name:file.gguf, or the address of its page on the Hub.",
         ),
     ]
 
 
 def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlags) -> None:
-    """Fetch a model beforehand, and print where it lies."""
+    """Download a model and print its folder."""
     console = output.console()
     with console.progress(f"looking for {arguments.model}") as progress:
         notes: list[str] = []
-        path = fetched(arguments.model, fetch, progress, notes.append)
+        if arguments.model == BUILT_IN:
+            from pixtral_cli.source import Source
+
+            path = Source.open(BUILT_IN).checkpoint.folder
+        else:
+            from weights_cache import hub
+
+            path = hub.fetch(
+                arguments.model,
+                force=fetch.force_download,
+                form=fetch.form,
+                progress=progress,
+                tell=notes.append,
+            )
     for note in notes:
         console.notice(note)
     console.result({"model": arguments.model, "path": str(path)}, f"{path}\n")
-
-
-def fetched(model: str, fetch: FetchFlags, progress: Progress | None, tell: Callable[[str], None]) -> Path:
-    """Where the model lies, fetched if need be; `tell` is called with what was chosen among several."""
-    if model == BUILT_IN:
-        from pixtral_cli.source import Source
-
-        return Source.open(model).checkpoint.folder
-    from weights_cache import hub
-
-    return hub.fetch(model, force=fetch.force_download, progress=progress, tell=tell, form=fetch.form)

@@ -23,7 +23,7 @@ from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import RequestError
 
 Sink = Callable[[Event], None]
-RAISE_AGAIN = 0.2  # seconds
+RAISE_AGAIN = 0.2  # seconds; an exception that is raised within a destructor is lost
 logger = logging.getLogger(__name__)
 
 
@@ -37,11 +37,12 @@ class Driver:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._inbox: Inbox = SimpleQueue()
+        """Changes to make between two steps, and whose engine they change; None for the end."""
         self._sinks: dict[int, Sink] = {}
         self._thread: threading.Thread | None = None
         self._stepping = False
         self._lock = threading.Lock()  # of `_thread`; never held during a step
-        finalize(self, self._inbox.put, None).atexit = False
+        finalize(self, self._inbox.put, (None, _leave)).atexit = False
         _drivers.add(self)
 
     @property
@@ -73,28 +74,26 @@ class Driver:
         if thread is None:
             return True
         self._inbox.put((self, _leave))
+        raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc  # when the tensor operation under way has ended
         while thread.is_alive() and time.monotonic() < until:
-            if self._stepping:
-                _raise_in(thread, SystemExit)  # again and again: what a destructor is doing would swallow it
+            if self._stepping:  # a step of a large model takes many seconds
+                raise_in_thread(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
             thread.join(min(RAISE_AGAIN, until - time.monotonic()))
         return not thread.is_alive()
 
     def work(self, change: Callable[[], None]) -> None:
-        """Step until nothing runs or waits, and take in what is submitted and cancelled between the steps."""
+        """Make the change, then step until nothing runs or waits; changes that come meanwhile go before each step."""
         try:
             change()
-            self._take_changes()
-            while self.engine.busy:
-                self._step()
-                self._take_changes()
+            while self.engine.busy or not self._inbox.empty():
+                if self._inbox.empty():
+                    self._step()
+                else:
+                    _, change = self._inbox.get_nowait()
+                    change()
         except SystemExit:
             self._abandon(RequestError("The engine was stopped before the answer ended."))
             raise
-
-    def _take_changes(self) -> None:
-        while not self._inbox.empty():
-            if (item := self._inbox.get_nowait()) is not None:
-                item[1]()
 
     def _step(self) -> None:
         """A step that fails as a whole is a bug: who is there learns of it, and who comes next is answered."""
@@ -131,53 +130,43 @@ class Driver:
         with self._lock:
             self._thread = None
             while not self._inbox.empty():
-                if (item := self._inbox.get_nowait()) is not None and item[1] is not _leave:
-                    item[1]()
+                _, change = self._inbox.get_nowait()
+                if change is not _leave:
+                    change()
             for request_id in list(self._sinks):
                 self._deliver(Failure(request_id, error))
 
-    def after_fork(self) -> None:
-        """In the child. The thread, and whoever held the lock, are the parent's."""
+    def forget_thread(self) -> None:
+        """In the child of a fork. The thread, and whoever held the lock, are the parent's."""
         self._lock = threading.Lock()
         self._abandon(RequestError("The process was forked before the answer ended."))
 
 
-Inbox = SimpleQueue[tuple[Driver, Callable[[], None]] | None]
-"""What is to be done between two steps, and by which driver, which is held no longer than that."""
+Inbox = SimpleQueue[tuple[Driver | None, Callable[[], None]]]
 
 
 def _run(inbox: Inbox) -> None:
-    """The thread of a driver, until the driver is gone or stopped."""
+    """The thread of a driver, until the driver is gone or stopped. While it waits it holds no driver."""
     with suppress(SystemExit):  # of `stop`
-        while (item := inbox.get()) is not None:
-            driver, change = item
+        while True:
+            driver, change = inbox.get()
+            if driver is None:
+                return
             driver.work(change)
-            del item, driver, change
+            del driver, change
 
 
 def _leave() -> None:
     raise SystemExit
 
 
-def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
-    """Raise between two of the thread's next bytecodes: when the tensor operation under way has ended."""
-    assert thread.ident is not None, "the thread was never started"
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
+def _each_driver(do: Callable[[Driver], object]) -> None:
+    for driver in list(_drivers):
+        do(driver)
 
 
 _drivers: WeakSet[Driver] = WeakSet()
-
-
-def _stop_all() -> None:
-    """Before the interpreter closes: a thread that came back from torch into a closed one would abort the process."""
-    for driver in list(_drivers):
-        driver.stop()
-
-
-def _after_fork_in_child() -> None:
-    for driver in list(_drivers):
-        driver.after_fork()
-
-
-atexit.register(_stop_all)
-os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(
+    _each_driver, Driver.stop
+)  # a thread that came back from torch into a closed interpreter would abort it
+os.register_at_fork(after_in_child=partial(_each_driver, Driver.forget_thread))

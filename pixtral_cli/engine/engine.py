@@ -11,9 +11,8 @@ from torch import Tensor
 
 from pixtral_cli.engine import sampler
 from pixtral_cli.engine.pages import PageTable
-from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent
+from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent, TokenScores
 from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
-from pixtral_cli.engine.sampler import TokenScores
 from pixtral_cli.engine.scheduler import Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
@@ -179,5 +178,6 @@ class Engine:
             self.counters.generated_tokens += 1
             if request.logprobs is not None:
                 logprob, alternatives = sampler.logprob(logits, chosen, request.logprobs)
-        finish_reason, scores = sequence.finish_reason, sequence.take_scores()
-        return TokenEvent(sequence.id, chosen, finish_reason, logprob, alternatives, sequence.cached_tokens, scores)
+        scores, sequence.scores = tuple(sequence.scores), []  # they are told once
+        ended = sequence.finish_reason
+        return TokenEvent(sequence.id, chosen, ended, logprob, alternatives, sequence.cached_tokens, scores)

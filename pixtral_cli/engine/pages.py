@@ -49,22 +49,19 @@ class PageTable:
         if count > self.available:
             return None
         taken: list[int] = []
+        page = self.count if after is None else after + 1
         for left in range(count, 0, -1):
-            after = self._next(after, left)
-            taken.append(after)
-            self._users[after] = 1
+            if page >= self.count or not self._free[page]:
+                page = self._start_of_run(left)
+            if self._free[page]:
+                self._free[page] = False
+                self._free_count -= 1
+            else:
+                self._forget(page)
+            self._users[page] = 1
+            taken.append(page)
+            page += 1
         return taken
-
-    def _next(self, after: int | None, wanted: int) -> int:
-        page = None if after is None else after + 1
-        if page is None or page >= self.count or not self._free[page]:
-            page = self._start_of_run(wanted)
-        if self._free[page]:
-            self._free[page] = False
-            self._free_count -= 1
-        else:
-            self._forget(page)
-        return page
 
     def _start_of_run(self, wanted: int) -> int:
         """Where so many free pages lie together, SLACK behind them and behind the sequence before them, else in the
@@ -72,7 +69,7 @@ class PageTable:
         if not self._free_count:
             return next(iter(self._unused))
         best, longest, run, slack = 0, 0, 0, 0
-        reach = int((self.in_use + len(self._unused) + wanted) * ROOMINESS) + SLACK
+        reach = int((self.count - self._free_count + wanted) * ROOMINESS) + SLACK
         for page, free in enumerate(islice(self._free, reach)):
             run = run + 1 if free else 0
             if run == 1:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.request import ImageInput
-from pixtral_cli.engine.sampler import TokenScores
+from pixtral_cli.engine.request import ImageInput, TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.model.kv_cache import AttendPaged, KVCache
+from pixtral_cli.model.kv_cache import AttendPaged, KVCache, Span
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 
@@ -54,16 +53,13 @@ class ImageFeatures:
         features = self._kept.get(key)
         if features is None:
             features = self.model.encode_image(image.pixels())
-            self._make_room(features.nbytes)
+            while self._kept and self.nbytes + features.nbytes > self.limit:
+                _, oldest = self._kept.popitem(last=False)
+                self.nbytes -= oldest.nbytes
             self._kept[key] = features
             self.nbytes += features.nbytes
         self._kept.move_to_end(key)
         return features
-
-    def _make_room(self, nbytes: int) -> None:
-        while self._kept and self.nbytes + nbytes > self.limit:
-            _, oldest = self._kept.popitem(last=False)
-            self.nbytes -= oldest.nbytes
 
 
 class Runner:
@@ -77,6 +73,7 @@ class Runner:
         self.model = model
         self.kv_cache = kv_cache
         self.features = features
+        self.device = model.device
         self.exact = exact
         self.threads = PassThreads(exact)
 
@@ -90,24 +87,25 @@ class Runner:
         groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
         answers = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
         prompts = [self._pass([chunk]) for chunk in chunks if not chunk.sequence.answering]
-        scores = {request_id: of_piece for prompt in prompts for request_id, of_piece in prompt.scores.items()}
+        scores = {request_id: each for prompt in prompts for request_id, each in prompt.scores.items()}
         return Computed(torch.cat(answers + [prompt.logits for prompt in prompts]), scores)
 
     def _pass(self, chunks: list[Chunk], rows: int = 0) -> Computed:
         """One forward pass, padded to `rows` tokens; the logits of padding come last."""
-        device = self.model.device
         x = torch.cat([self._embed(chunk) for chunk in chunks])
-        positions = torch.cat([self._positions(chunk) for chunk in chunks])
+        spans = [Span(chunk.sequence.pages, chunk.sequence.computed, chunk.tokens) for chunk in chunks]
+        positions = torch.cat(
+            [torch.arange(span.before, span.before + span.tokens, device=self.device) for span in spans]
+        )
         ends = list(accumulate(chunk.tokens for chunk in chunks))
         wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes or (self.exact and rows)]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
             x = torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
-        spans = [chunk.sequence.span(chunk.tokens) for chunk in chunks]
         text = self.model.config.text
         with self.threads.chosen(len(x), self.model.multiplications_per_token):
-            hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, device))
+            hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, self.device))
             logits = self.model.logits(hidden[wanted])
         scores = {
             chunk.sequence.id: self._scores(chunk, hidden[end - chunk.tokens : end])
@@ -133,13 +131,9 @@ class Runner:
         padding = hidden.new_zeros(rounded_rows(len(hidden)) - len(hidden), hidden.shape[1])
         return self.model.logits(torch.cat([hidden, padding]))[: len(hidden)]
 
-    def _positions(self, chunk: Chunk) -> Tensor:
-        start = chunk.sequence.computed
-        return torch.arange(start, start + chunk.tokens, device=self.model.device)
-
     def _embed(self, chunk: Chunk) -> Tensor:
         """Only a prompt's own image tokens stand for images: one that was generated is a token like others."""
-        sequence, start, device = chunk.sequence, chunk.sequence.computed, self.model.device
+        sequence, start, device = chunk.sequence, chunk.sequence.computed, self.device
         ids = sequence.token_ids[start : start + chunk.tokens]
         image_token, prompt = self.model.config.image_token_id, max(sequence.prompt_length - start, 0)
         if not sequence.request.images or image_token not in ids[:prompt]:

@@ -10,48 +10,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pixtral_cli.engine.request import Sampling, TokenScores
 from pixtral_cli.errors import BrokenLogits
 
 if TYPE_CHECKING:
     from pixtral_cli.engine.grammar import Constraint
-
-GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and its division would overflow
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. The defaults are greedy.
-
-    `top_k` below 1 and `top_p` 1 switch those filters off; `seed` None draws a fresh one. `logit_bias` is added to the
-    logits of its token ids. `frequency_penalty` counts for every time that a token was generated, `presence_penalty`
-    once for every token that was.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 1
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW or self.top_k == 1 or self.top_p == 0
-
-    @property
-    def alters_logits(self) -> bool:
-        """Whether the likeliest token of the plain logits may not be the one to draw."""
-        penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-        return penalties or bool(self.logit_bias)
 
 
 class Row(NamedTuple):
@@ -62,18 +30,6 @@ class Row(NamedTuple):
     prompt_length: int
     random: torch.Generator
     constraint: Constraint | None = None
-
-
-class TokenScores(NamedTuple):
-    """Scores of N consecutive tokens, each given those before it, on the CPU, float32 and int64.
-
-    They are natural log-probabilities [N], and the ids [N, k] and log-probabilities [N, k] of the k likeliest tokens
-    in the place of each, best first.
-    """
-
-    logprobs: Tensor
-    best_ids: Tensor
-    best_logprobs: Tensor
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | Exception]:

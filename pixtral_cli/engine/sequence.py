@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from pixtral_cli.engine.pages import PageKeys
-from pixtral_cli.engine.request import FinishReason, Request
-from pixtral_cli.engine.sampler import Row, TokenScores
-from pixtral_cli.model.kv_cache import PAGE, Span
+from pixtral_cli.engine.request import FinishReason, Request, TokenScores
+from pixtral_cli.engine.sampler import Row
+from pixtral_cli.model.kv_cache import PAGE
 
 
 class Sequence:
@@ -62,10 +62,6 @@ class Sequence:
     def generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
-    def span(self, tokens: int) -> Span:
-        """Where the next `tokens` pending tokens go; there are pages for them."""
-        return Span(self.pages, self.computed, tokens)
-
     def advance(self, tokens: int) -> range:
         """So many more are computed -> the places of the pages that this filled, which have keys now."""
         full = self.computed // PAGE
@@ -78,11 +74,6 @@ class Sequence:
         """Take the scores of the prompt's next tokens; they are kept when it restarts."""
         self.scores.append(scores)
         self.scored += len(scores.logprobs)
-
-    def take_scores(self) -> tuple[TokenScores, ...]:
-        """All scores of the prompt, once."""
-        scores, self.scores = tuple(self.scores), []
-        return scores
 
     def restart(self) -> None:
         """It has lost its pages: everything is to be computed again."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pixtral_cli.errors import ModelError
-from weights_cache.errors import GetAgain
 from weights_cache.json_fields import Fields
+from weights_cache.wording import FETCH_AGAIN
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ConfigFields(Fields):
         """The error for the field `key`, whose value `why`."""
         return ModelError(
             f"config.json says {self.prefix}{key} = {self.get(key)!r}, which {why}.",
-            hint=GetAgain(", or mend its config.json"),
+            hint=f"{FETCH_AGAIN}, or mend its config.json.",
         )
 
     def divisor(self, key: str, whole: int, default: int | None = None) -> int:

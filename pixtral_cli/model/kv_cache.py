@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.attention import causal_attention, causal_mask
 from pixtral_cli.model.config import TextConfig
+from pixtral_cli.model.layers import causal_attention, causal_mask
 
 PAGE = 16  # tokens: what two prompts share is found in steps of this
 

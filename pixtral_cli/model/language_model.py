@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pixtral_cli.model.attention import Attend, Rotary, cos_sin, frequencies
 from pixtral_cli.model.config import ModelConfig, TextConfig
-from pixtral_cli.model.layers import Embedding, GatedFeedForward, SelfAttention
+from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, Rotary, SelfAttention, cos_sin, frequencies
 
 
 class LanguageModel(nn.Module):

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixtral_cli.encodings import CHOICES
+from pixtral_cli.encoding_choices import CHOICES
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.placement import Placement, place

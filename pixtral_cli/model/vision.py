@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from pixtral_cli.model.attention import Attend, Rotary, attend_within, cos_sin, grid_angles
 from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.layers import GatedFeedForward, SelfAttention
+from pixtral_cli.model.layers import (
+    Attend,
+    GatedFeedForward,
+    Rotary,
+    SelfAttention,
+    attend_within,
+    cos_sin,
+    grid_angles,
+)
 
 Grid = tuple[int, int]  # rows, columns of one image's patches
 
@@ -38,7 +45,7 @@ class PixtralModel(LanguageModel):
         channels, height, width = pixels.shape
         assert height % patch == width % patch == 0, (height, width, patch)
         grid = height // patch, width // patch
-        tiles = pixels.to(self.device, self.dtype).view(channels, grid[0], patch, grid[1], patch)
+        tiles = pixels.to(self.vision_tower.patch_conv.weight).view(channels, grid[0], patch, grid[1], patch)
         patches = tiles.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # [rows * columns, channels * P * P]
         return self.multi_modal_projector(self.vision_tower(patches, [grid]))
 

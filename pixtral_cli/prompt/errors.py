@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pixtral_cli.errors import PixtralError
-from weights_cache.errors import GetAgain
+from weights_cache.wording import FETCH_AGAIN
 
 PASSWORD = re.compile(r"^(\w+://)[^/?#]*@")
 """The start of an address that holds a user's name and password; it is shown as its first group."""
@@ -118,7 +118,7 @@ class TextTooLong(PromptError):
 class TokenizerUnreadable(PromptError):
     """The checkpoint has no tokenizer that can be read here."""
 
-    default_hint = GetAgain()
+    default_hint = f"{FETCH_AGAIN}."
 
 
 class TemplateFailed(PromptError):
@@ -156,7 +156,6 @@ class ImagesMisplaced(PromptError):
             f"The prompt has {marks} [IMG] but {given} given.",
             hint="Write one [IMG] for each picture, or none: then the pictures come first.",
         )
-        self.marks, self.images = marks, images
 
 
 class ImagesUnsupported(PromptError):

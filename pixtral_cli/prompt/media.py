@@ -1,4 +1,4 @@
-"""What a user calls an image in, an upright RGB PIL image out; knows no sizes, patches or tokens.
+"""A path, an address or the bytes of an image in, an RGB PIL image out; knows no patches and no tokens.
 
 Only the formats listed are tried, and the header's size is checked before a pixel is decoded. `ImageReader` reads for
 whoever runs the program; a server's subclass lets a request name less.
@@ -6,13 +6,14 @@ whoever runs the program; a server's subclass lets a request name less.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
 import warnings
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -57,7 +58,7 @@ class ImageReader:
 
     @contextmanager
     def opened(self, source: Any) -> Iterator[Image.Image]:
-        """The image as people see it: first frame, upright, transparency on white, 8-bit RGB.
+        """The image as people see it: first frame, turned as its EXIF says, transparency on white, 8-bit RGB.
 
         Args:
             source: a path ("~" is the home folder), an http(s) or file address, a data: URI, "-" for standard input,
@@ -92,8 +93,7 @@ class ImageReader:
         """The image in a file, or a PIL.Image; `memory` then holds what its pixels take."""
         with self.pil_settings():
             with _sentences(name):
-                image = file if _is_image(file) else _header(file, name)
-                _check_size(image, name, self.max_pixels)
+                image = _with_header(file, name, self.max_pixels)
             memory.enter_context(self.memory(image.width * image.height, name))
             with _sentences(name):
                 return to_rgb(image)
@@ -103,7 +103,7 @@ class ImageReader:
         found = ADDRESS.match(source) if isinstance(source, str) else None
         if found is None:
             return self.read_other(source, name)
-        source, scheme = without_blanks(source), found[1].lower()
+        source, scheme = source.strip(), found[1].lower()
         if scheme == "data":
             return BytesIO(data_uri(source, name))
         if scheme == "file":
@@ -112,7 +112,7 @@ class ImageReader:
 
     def read_other(self, source: Any, name: str) -> AbstractContextManager[Any]:
         """What is no address: bytes, an image, a path or standard input."""
-        if _is_image(source):
+        if is_image(source):
             return nullcontext(source)
         if isinstance(source, (bytes, bytearray)):
             return BytesIO(source)
@@ -123,10 +123,11 @@ class ImageReader:
         if source == "":
             raise ImageUnreadable(name, "it has no name")
         path = Path(source)
-        if isinstance(source, str) and not _exists(path):
+        if isinstance(source, str) and not os.path.exists(path):
             if OTHER_ADDRESS.match(source):
                 raise unknown_address(name)
-            path = _from_home(source)
+            with suppress(ValueError):  # a NUL in the name of a user
+                path = Path(os.path.expanduser(source))  # not of `path`: "./~x" is a file here
         return self.read_path(path, name)
 
     def read_path(self, path: Path, name: str) -> BinaryIO:
@@ -174,7 +175,8 @@ _READER = ImageReader()
 opened, checked = _READER.opened, _READER.checked
 
 
-def _is_image(source: Any) -> bool:
+def is_image(source: Any) -> bool:
+    """Whether it is a PIL.Image, or does what one does."""
     return hasattr(source, "convert") and hasattr(source, "size")
 
 
@@ -186,13 +188,8 @@ def name_of(source: Any) -> str:
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
     if source == STDIN:
         return "from standard input"
-    source = PASSWORD.sub(r"\1", source) or '""'
+    source = PASSWORD.sub(r"\1", source) if source.strip() else f'"{source}"'
     return source if len(source) <= 120 else f"{source[:40]}…"
-
-
-def without_blanks(source: str) -> str:
-    """An address without the blanks around it; the name of a file keeps them."""
-    return source.strip() if ADDRESS.match(source) else source
 
 
 def file_address(source: str, name: str) -> Path:
@@ -210,21 +207,6 @@ def file_address(source: str, name: str) -> Path:
 
 def unknown_address(name: str) -> ImageUnreadable:
     return ImageUnreadable(name, "such an address is not known", "Known are http:, https:, data: and file:.")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that can be none
-        return False
-
-
-def _from_home(source: str) -> Path:
-    """`source` with a leading "~" as the home folder. Only what was typed counts: "./~x" is a file here."""
-    try:
-        return Path(source).expanduser() if source.startswith("~") else Path(source)
-    except RuntimeError:  # no such user
-        return Path(source)
 
 
 def _standard_input(name: str) -> BinaryIO:
@@ -272,20 +254,20 @@ def _sentences(name: str) -> Iterator[None]:
         raise ImageDamaged(name, f"it is damaged or cut short ({reason_of(error)})") from error
 
 
-def _header(file: BinaryIO, name: str) -> Image.Image:
-    """The image, of which only the header has been read."""
+def _with_header(file: Any, name: str, max_pixels: int) -> Image.Image:
+    """The image in a file, of which only the header is read, or a PIL.Image; its size is one that we decode."""
     from PIL import Image
 
-    if not file.read(1):
-        raise ImageUnreadable(name, "it is empty", "Download or copy it again.")
-    file.seek(0)
-    return Image.open(file, formats=FORMATS)
-
-
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    image = file
+    if not is_image(file):
+        if not file.read(1):
+            raise ImageUnreadable(name, "it is empty", "Download or copy it again.")
+        file.seek(0)
+        image = Image.open(file, formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
         sentence = f"The picture {name} has {width}x{height} = {width * height:,} pixels, more than {max_pixels:,}."
         raise ImageTooLarge(name, sentence)
     if not width or not height:
         raise ImageUnreadable(name, f"it has no pixels ({width}x{height})")
+    return image

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, get_args
 
 from pixtral_cli.prompt.errors import InvalidMessages
 from pixtral_cli.prompt.image import Detail
-from pixtral_cli.prompt.media import without_blanks
+from pixtral_cli.prompt.media import ADDRESS, is_image
 from pixtral_cli.prompt.tools import NAME, NAME_RULE, ToolCall, as_json, fitting_id
 
 JOIN = "\n\n"
@@ -84,10 +85,6 @@ class Message:
     def images(self) -> tuple[ImagePart, ...]:
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
-    @property
-    def has_images(self) -> bool:
-        return bool(self.images)
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -97,11 +94,6 @@ class Conversation:
     def images(self) -> list[ImagePart]:
         """Every image, in the order of the messages."""
         return [image for message in self.messages for image in message.images]
-
-    @property
-    def has_tool_messages(self) -> bool:
-        """Whether tools were called in it."""
-        return any(message.tool_calls or message.role == "tool" for message in self.messages)
 
     @property
     def is_continued(self) -> bool:
@@ -165,18 +157,15 @@ class Conversation:
     def images_after_results(self) -> Conversation:
         """The pictures that tools gave stand in a turn of the user's, after the results that are neighbours."""
         result: list[Message] = []
-        given: tuple[ImagePart, ...] = ()
-        for message in self.messages:
-            if message.role != "tool" and given:
-                result.append(Message("user", given, is_string=False))
-                given = ()
-            if message.role == "tool" and message.has_images:
-                given += message.images
-                texts = tuple(part for part in message.parts if isinstance(part, TextPart))
-                result.append(replace(message, parts=texts))
-            else:
-                result.append(message)
-        return Conversation((*result, *([Message("user", given, is_string=False)] if given else [])))
+        for are_results, group in groupby(self.messages, key=lambda message: message.role == "tool"):
+            messages = list(group)
+            images = tuple(image for message in messages for image in message.images) if are_results else ()
+            if images:
+                texts = [tuple(part for part in message.parts if isinstance(part, TextPart)) for message in messages]
+                messages = [replace(message, parts=parts) for message, parts in zip(messages, texts, strict=True)]
+                messages.append(Message("user", images, is_string=False))
+            result += messages
+        return Conversation(tuple(result))
 
 
 def user_first(turns: list[Message]) -> list[Message]:
@@ -195,14 +184,14 @@ def _joined(messages: Sequence[Message]) -> Message:
                 joined.append([part])
     return replace(
         messages[0],
-        parts=tuple(group[0] if len(group) == 1 else TextPart(_text_of(group)) for group in joined),
+        parts=tuple(group[0] if len(group) == 1 else _one_text(group) for group in joined),
         is_string=all(message.is_string for message in messages),
         tool_calls=tuple(call for message in messages for call in message.tool_calls),
     )
 
 
-def _text_of(parts: Iterable[Part]) -> str:
-    return JOIN.join(part.text for part in parts if isinstance(part, TextPart) and part.text)
+def _one_text(parts: Iterable[Part]) -> TextPart:
+    return TextPart(JOIN.join(part.text for part in parts if isinstance(part, TextPart) and part.text))
 
 
 def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
@@ -254,23 +243,12 @@ def _message(entry: Any, where: str, ids: AbstractSet[str], latest: Mapping[str,
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidMessages(where, f"the role should be system, user, assistant or tool, not {_quoted(role)}")
     calls = _calls(entry, role, where)
-    parts = _content(_said(entry, role, calls), where)
+    parts, is_string = _content(entry, role, bool(calls), where)
     answered = _answered(entry, where, ids, latest) if ROLES[role] == "tool" else ()
-    message = Message(ROLES[role], *parts, calls, *answered)
-    if message.has_images and message.role not in ("user", "tool"):
+    message = Message(ROLES[role], parts, is_string, calls, *answered)
+    if message.images and message.role not in ("user", "tool"):
         raise InvalidMessages(where, f"only messages of users and tools can hold pictures, not {message.role} messages")
     return message
-
-
-def _said(entry: dict[str, Any], role: str, calls: tuple[ToolCall, ...]) -> Any:
-    """The content; where an assistant's is null, its refusal, or nothing beside calls. A function may give nothing."""
-    content = entry.get("content")
-    if content is not None or role not in ("assistant", "function"):
-        return content
-    if role == "function":
-        return ""
-    refusal = entry.get("refusal")
-    return "" if refusal is None and calls else refusal
 
 
 def _calls(entry: dict[str, Any], role: str, where: str) -> tuple[ToolCall, ...]:
@@ -325,7 +303,13 @@ def _id(entry: dict[str, Any], key: str, where: str) -> str:
     return fitting_id(id)
 
 
-def _content(content: Any, where: str) -> tuple[tuple[Part, ...], bool]:
+def _content(entry: dict[str, Any], role: str, has_calls: bool, where: str) -> tuple[tuple[Part, ...], bool]:
+    """The parts, and whether they were a string. A refusal, calls and the result of a function can have no content."""
+    content = entry.get("content")
+    if content is None and role == "assistant":
+        content = entry.get("refusal")
+    if content is None and (has_calls or role == "function"):
+        content = ""
     if isinstance(content, str):
         return (TextPart(content),), True
     if not isinstance(content, (list, tuple)):
@@ -352,11 +336,12 @@ def _part(part: Any, where: str) -> Part:
 def _image(key: str, source: Any, detail: Any, where: str) -> ImagePart:
     if isinstance(source, dict):
         source, detail = source.get("url"), source.get("detail")
-    is_image = hasattr(source, "convert") and hasattr(source, "size")
-    if not (isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") or is_image) or source in ("", b""):
+    is_source = isinstance(source, str | bytes) or hasattr(source, "__fspath__") or is_image(source)
+    if not is_source or source in ("", b""):
         raise InvalidMessages(where, f"{key} should be a path, an address, bytes or a picture, not {_kind(source)}")
     if isinstance(source, str):
-        source = without_blanks(source)
+        if ADDRESS.match(source):  # the name of a file keeps its blanks
+            source = source.strip()
         if key == "base64" and not source.startswith("data:"):
             source = f"data:;base64,{source}"
     if detail not in (None, *get_args(Detail)):

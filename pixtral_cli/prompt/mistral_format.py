@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from pixtral_cli.prompt.messages import JOIN, Conversation, ImagePart, Message, Part, TextPart, user_first
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer import TextOrId, Tokenizer
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, ToolCall, value_of
 
@@ -45,18 +45,6 @@ def can_chat(tokenizer: Tokenizer) -> bool:
     return all(name in tokenizer.controls for name in NEEDED) and tokenizer.eos_id is not None
 
 
-def version_of(template: str | None, written: int | None) -> int:
-    """The version of the rules: what the checkpoint's template shows, else `written` in tekken.json, else Pixtral's.
-
-    A template shows it by the way in which it writes system texts. The vocabulary tells nothing: mistral-common names
-    the control tokens of V7 in those of V3 as well. Pixtral-12B, NeMo, Ministral-8B and the 7B models are V3; later
-    models come with a tekken.json or a template.
-    """
-    if template is None or "system" not in template.lower():
-        return written or PIXTRAL
-    return max(SYSTEM_MESSAGES, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
-
-
 @dataclass
 class MistralFormat:
     """Mistral's chat rules of one version, with a tokenizer."""
@@ -67,7 +55,16 @@ class MistralFormat:
 
     @property
     def version(self) -> int:
-        return version_of(self.template, self.tokenizer.version)
+        """Of the rules: what the checkpoint's template shows, else what tekken.json says, else Pixtral's.
+
+        A template shows it by the way in which it writes system texts. The vocabulary tells nothing: mistral-common
+        names the control tokens of V7 in those of V3 as well. Pixtral-12B, NeMo, Ministral-8B and the 7B models are V3;
+        later models come with a tekken.json or a template.
+        """
+        template, written = self.template, self.tokenizer.version
+        if template is None or "system" not in template.lower():
+            return written or PIXTRAL
+        return max(SYSTEM_MESSAGES, written or 0) if "[SYSTEM_PROMPT]" in template else PIXTRAL
 
     @property
     def call_form(self) -> CallForm:
@@ -97,83 +94,81 @@ class MistralFormat:
             start = 1 if messages[0].role == "system" else 0
             messages = messages[:start] + user_first(messages[start:])
         users = [index for index, message in enumerate(messages) if message.role == "user"] or [-1]
-        ids = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        parts: list[TextOrId] = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         for index, message in enumerate(messages):
             if index == users[0 if self.version >= TOOLS_FIRST else -1]:
-                ids += self._tools(tools)
-            ids += self._message(message, system if index == users[-1] else "")
-        return ids[:-1] if conversation.is_continued else ids
+                parts += self._tools(tools)
+            parts += self._message(message, system if index == users[-1] else "")
+        return self.tokenizer.encode_with_controls(parts[:-1] if conversation.is_continued else parts, apart=True)
 
-    def _tools(self, tools: Sequence[Tool]) -> list[int]:
+    def _tools(self, tools: Sequence[Tool]) -> list[TextOrId]:
         if not tools or not knows_tools(self.tokenizer):
             return []
-        return self._between("[AVAILABLE_TOOLS]", self._json([tool.described for tool in tools]), "[/AVAILABLE_TOOLS]")
+        return self._between("[AVAILABLE_TOOLS]", [_json([tool.described for tool in tools])], "[/AVAILABLE_TOOLS]")
 
-    def _message(self, message: Message, system: str) -> list[int]:
+    def _message(self, message: Message, system: str) -> list[TextOrId]:
         if message.role == "system":
-            return self._between("[SYSTEM_PROMPT]", self._text(self._joined(message.parts)), "[/SYSTEM_PROMPT]")
+            return self._between("[SYSTEM_PROMPT]", [self._joined(message.parts)], "[/SYSTEM_PROMPT]")
         if message.role == "tool":
             return self._between("[TOOL_RESULTS]", self._result(message), "[/TOOL_RESULTS]")
         if message.role == "user":
             return self._between("[INST]", self._user(message, system), "[/INST]")
-        said = self._text(self._joined(message.parts).rstrip(" "))
+        said = self._joined(message.parts).rstrip(" ")
         assert self.tokenizer.eos_id is not None, "see `can_chat`"
-        return [*said, *self._calls(message.tool_calls), self.tokenizer.eos_id]
+        return [said, *self._calls(message.tool_calls), self.tokenizer.eos_id]
 
-    def _user(self, message: Message, system: str) -> list[int]:
+    def _user(self, message: Message, system: str) -> list[TextOrId]:
         """Text alone is tokenised in one with the system text; with images, part by part."""
         lead = system + JOIN if system else ""
-        if not message.has_images:
-            return self._text(lead + self._joined(message.parts))
+        if not message.images:
+            return [lead + self._joined(message.parts)]
         parts = [part for part in message.parts if part != TextPart("")]
         if len(message.images) == 1 and isinstance(parts[-1], ImagePart):  # a single image after texts comes first
             parts = [parts[-1], *parts[:-1]]
-        return self._text(lead) + self._parts(parts)
+        return [lead, *self._parts(parts)]
 
-    def _result(self, message: Message) -> list[int]:
+    def _result(self, message: Message) -> list[TextOrId]:
         text = self._joined(message.parts)
         if self.version < SYSTEM_MESSAGES:
-            return self._json({"content": value_of(text), "call_id": message.call_id})
+            return [_json({"content": value_of(text), "call_id": message.call_id})]
         if self.version < TOOLS_FIRST:
-            return [*self._text(message.call_id), *self._mark("[TOOL_CONTENT]"), *self._text(text)]
+            return [message.call_id, *self._mark("[TOOL_CONTENT]"), text]
         return self._parts(message.parts)
 
-    def _calls(self, calls: Sequence[ToolCall]) -> list[int]:
+    def _calls(self, calls: Sequence[ToolCall]) -> list[TextOrId]:
         if calls and self.call_form in ("list", "text"):
             listed = [{"name": call.name, "arguments": value_of(call.arguments), "id": call.id} for call in calls]
-            return [*self._mark(CALLS), *self._json(listed)]
-        ids: list[int] = []
+            return [*self._mark(CALLS), _json(listed)]
+        written: list[TextOrId] = []
         for call in calls:
-            ids += [*self._mark(CALLS), *self._text(call.name)]
+            written += [*self._mark(CALLS), call.name]
             if self.call_form == "named with id":
-                ids += [*self._mark(CALL_ID), *self._text(call.id)]
-            ids += [*self._mark(ARGS), *self._json(value_of(call.arguments))]
-        return ids
+                written += [*self._mark(CALL_ID), call.id]
+            written += [*self._mark(ARGS), _json(value_of(call.arguments))]
+        return written
 
-    def _between(self, begin: str, ids: list[int], end: str) -> list[int]:
-        return [*self._mark(begin), *ids, *self._mark(end)]
+    def _between(self, begin: str, inner: Sequence[TextOrId], end: str) -> list[TextOrId]:
+        return [*self._mark(begin), *inner, *self._mark(end)]
 
-    def _mark(self, name: str) -> list[int]:
+    def _mark(self, name: str) -> list[TextOrId]:
         """Nothing where the vocabulary is older than this control token."""
         return [self.tokenizer.control(name)] if name in self.tokenizer.controls else []
 
-    def _parts(self, parts: Sequence[Part]) -> list[int]:
+    def _parts(self, parts: Sequence[Part]) -> list[TextOrId]:
         """Neighbouring texts are tokenised in one."""
-        ids: list[int] = []
+        written: list[TextOrId] = []
         for is_text, group in groupby(parts, key=lambda part: isinstance(part, TextPart)):
             neighbours = list(group)
-            ids += self._text(self._joined(neighbours)) if is_text else self._mark("[IMG]") * len(neighbours)
-        return ids
+            written += [self._joined(neighbours)] if is_text else self._mark("[IMG]") * len(neighbours)
+        return written
 
     def _joined(self, parts: Sequence[Part]) -> str:
         join = "" if self.version >= TEXTS_TOUCH else JOIN
         return join.join(part.text for part in parts if isinstance(part, TextPart) and part.text)
 
-    def _json(self, value: Any) -> list[int]:
-        return self._text(json.dumps(value, ensure_ascii=False))
 
-    def _text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text) if text else []
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _results_in_order(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -5,12 +5,11 @@ Knows the checkpoint's side files and nothing of its tensors; imports torch only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.prompt import gguf_tokenizer, media, tokenizer_files
 from pixtral_cli.prompt.errors import (
@@ -25,9 +24,12 @@ from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
 from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.template import ChatTemplate, find_template, template_in
-from pixtral_cli.prompt.tokenizer import Tokenizer
+from pixtral_cli.prompt.tokenizer import TextOrId, Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
+
+if TYPE_CHECKING:
+    from weights_cache.checkpoint import Checkpoint
 
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_IMAGES = 'Write images=["a.png", "b.png"].'
@@ -35,16 +37,6 @@ IMAGE_MARK = "[IMG]"
 ChatFormat = ChatTemplate | MistralFormat
 OpenImage = Callable[[Any], AbstractContextManager[Any]]
 """An image's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
-
-
-class CheckpointFiles(Protocol):
-    """What is needed of a checkpoint."""
-
-    form: Literal["hf", "native", "gguf"]
-    written_tokenizer: Mapping[str, Any] | None
-    """A tokenizer in a GGUF's metadata, which stands for the side files; None elsewhere."""
-
-    def file(self, name: str) -> Path | None: ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ class Processor:
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: CheckpointFiles,
+        checkpoint: Checkpoint,
         *,
         image_preprocessing: Recipe | None = None,
         patch_size: int = 16,
@@ -139,8 +131,8 @@ class Processor:
         recipe = image_preprocessing or ("native" if checkpoint.form == "native" else "hf")
         if recipe not in RECIPES:
             raise PromptError(f"There is no image preprocessing {recipe!r}.", "Choose hf or native.")
-        metadata = getattr(checkpoint, "written_tokenizer", None)
-        tokenizer = gguf_tokenizer.load(metadata) if metadata else tokenizer_files.load(checkpoint.file)
+        written = checkpoint.written_tokenizer
+        tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
         processor_config = SideFile.read(checkpoint.file("processor_config.json"))
         spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
         if checkpoint.form == "hf":
@@ -148,7 +140,7 @@ class Processor:
             spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
-            _chat_format(checkpoint, tokenizer, metadata),
+            _chat_format(checkpoint, tokenizer),
             ImageTokens.of(tokenizer, processor_config),
             recipe,
             spec,
@@ -161,9 +153,10 @@ class Processor:
         Raises:
             NoChatTemplate, TemplateFailed, ImagesUnsupported, ImageError.
         """
-        chat_format = self._format_for(bool(tools) or conversation.has_tool_messages)
+        were_called = any(message.tool_calls or message.role == "tool" for message in conversation.messages)
+        chat_format = self._format_for(bool(tools) or were_called)
         conversation = chat_format.arranged(conversation)
-        images = self._prepare(conversation.images)
+        images = [self._prepared(image) for image in conversation.images]
         ids = self._filled(chat_format.encode(conversation, tools), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         return Prompt(ids, images, not in_text, tuple(tools), chat_format.call_form)
@@ -187,7 +180,7 @@ class Processor:
             parts = [""] * len(sources) + parts
         if len(parts) != len(sources) + 1:
             raise ImagesMisplaced(len(parts) - 1, len(sources))
-        prepared = self._prepare([ImagePart(source) for source in sources])
+        prepared = [self._prepared(ImagePart(source)) for source in sources]
         ids = self._filled(self._raw_ids(parts), prepared)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -205,21 +198,17 @@ class Processor:
     def _raw_ids(self, parts: Sequence[str]) -> list[int]:
         """The ids of a raw text, with one image token between each two parts of it."""
         mark = self.image_tokens.patch if self.image_tokens else None
-        ids: list[int] = []
+        marked: list[TextOrId] = []
         for number, part in enumerate(parts):
             if number and mark is not None:
-                ids.append(mark)
-            for piece in self.tokenizer.split_controls(part, but=mark):
-                ids += [piece] if isinstance(piece, int) else self.tokenizer.encode(piece, at_start=not ids)
-        return ids
-
-    def _prepare(self, images: Sequence[ImagePart]) -> list[PreparedImage]:
-        if images and self.image_tokens is None:
-            raise ImagesUnsupported
-        return [self._prepared(image) for image in images]
+                marked.append(mark)
+            marked += self.tokenizer.split_controls(part, but=mark)
+        return self.tokenizer.encode_with_controls(marked)
 
     def _prepared(self, part: ImagePart) -> PreparedImage:
-        """The image is made small, and the large one let go of, before the next one is opened."""
+        """The image made small: the large one is let go of before the next one is opened."""
+        if self.image_tokens is None:
+            raise ImagesUnsupported
         with self.open_image(part.source) as opened:
             image = prepare(opened, self.recipe, self.spec.at(part.detail))
             return replace(image, source=None) if self.sizes_only else image.compact()
@@ -243,22 +232,21 @@ class Processor:
 
 def _as_list(images: Any) -> list[Any]:
     """The images in a list; a single one is meant so."""
-    if isinstance(images, (str, bytes, PathLike)) or hasattr(images, "convert"):
+    if isinstance(images, str | bytes | PathLike) or media.is_image(images):
         return [images]
     if not isinstance(images, Iterable):
         raise PromptError(f"The pictures should be a list, not {type(images).__name__}.", GIVE_IMAGES)
     return list(images)
 
 
-def _chat_format(
-    checkpoint: CheckpointFiles, tokenizer: Tokenizer, metadata: Mapping[str, Any] | None
-) -> ChatFormat | None:
+def _chat_format(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
+    written = checkpoint.written_tokenizer
     if checkpoint.form == "gguf":
-        source = template_in((metadata or {}).get("chat_template"))
+        source = template_in(written and written.get("chat_template"))
     else:
         source = find_template(checkpoint.file) if checkpoint.form == "hf" else None
     if source is not None:
         is_processor = any(map(checkpoint.file, ("processor_config.json", "preprocessor_config.json")))
-        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or metadata is not None)
+        return ChatTemplate(source, tokenizer, starts_with_bos=is_processor or written is not None)
     return MistralFormat(tokenizer) if can_chat(tokenizer) else None

@@ -10,14 +10,14 @@ from typing import Any
 
 from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PromptError
-from weights_cache.errors import GetAgain
 from weights_cache.json_fields import Fields, is_number, is_positive, load_object
+from weights_cache.wording import FETCH_AGAIN
 
 
 class SideFileUnreadable(PromptError):
     """A file of settings is damaged, or one of its values is not what it should be."""
 
-    default_hint = GetAgain(", or correct the file")
+    default_hint = f"{FETCH_AGAIN}, or correct the file."
 
 
 @dataclass(frozen=True)

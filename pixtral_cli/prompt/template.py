@@ -22,7 +22,7 @@ from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
 from pixtral_cli.prompt.tools import Tool, texts_in, value_of
-from weights_cache.errors import GetAgain
+from weights_cache.wording import FETCH_AGAIN
 
 OWN_TEXT = 2**20
 """Characters that a template may write of its own, and calculate at once."""
@@ -34,7 +34,7 @@ TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 PART_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 PART_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
 STRING_TEST = re.compile(r"\bis\s+(not\s+)?string\b")
-BROKEN = GetAgain(", or use --raw (in Python: complete)")
+BROKEN = f"{FETCH_AGAIN}, or use --raw (in Python: complete)."
 
 
 def find_template(file: Files) -> str | None:
@@ -68,6 +68,12 @@ class ChatTemplate:
     tokenizer: Tokenizer
     starts_with_bos: bool = False
     """Whether a BOS that the template leaves out is added, as transformers' processors do and its tokenizers do not."""
+
+    def __post_init__(self) -> None:
+        self._user_text = UserTextMarks(self.tokenizer.controls)
+        has_type, loops = TYPE.search(self.source), PART_LOOP.search(self.source)  # a tool's description has a type too
+        self._knows_parts = bool(PART_TYPE.search(self.source) or (has_type and loops))
+        self._knows_strings = bool(STRING_TEST.search(self.source))
 
     @property
     def knows_tools(self) -> bool:
@@ -111,7 +117,9 @@ class ChatTemplate:
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
         texts = [text for message in conversation.messages for text in _texts(message)] + [*texts_in(tools)]
-        mark, end = _unused_characters([self.source, *texts])
+        used = set().union(self.source, *texts)
+        unused = (char for code in PRIVATE_USE if (char := chr(code)) not in used)
+        mark, end = next(unused), next(unused)
         protect = partial(self._user_text.put, mark=mark)
         messages = [self._entry(message, protect) for message in conversation.messages]
         if conversation.is_continued:
@@ -134,7 +142,7 @@ class ChatTemplate:
         A template that knows both gets a string from whoever gave one, and of whoever can have no images. Arguments
         are the value that their JSON stands for, which templates write as JSON themselves.
         """
-        takes_string = STRING_TEST.search(self.source) and (message.is_string or message.role != "user")
+        takes_string = self._knows_strings and (message.is_string or message.role != "user")
         if self._knows_parts and not takes_string:
             content: Any = [
                 _text_part(protect(part.text)) if isinstance(part, TextPart) else {"type": "image"}
@@ -155,10 +163,7 @@ class ChatTemplate:
 
     def _render(self, longest: int, **variables: Any) -> str:
         """What the template writes. Past `longest` characters it is stopped: no template needs that many."""
-        try:
-            compiled = self._compiled
-        except Exception as error:  # Jinja's own, and Python's about what Jinja compiles to
-            raise TemplateFailed(f"The model's chat template is broken: {reason_of(error)}.", BROKEN) from error
+        compiled = self._compiled
         bos, eos = self.tokenizer.bos or "", self.tokenizer.eos or ""
         written: list[str] = []
         length = 0
@@ -176,31 +181,20 @@ class ChatTemplate:
         return "".join(written)
 
     def _ids(self, rendered: str, mark: str) -> list[int]:
-        ids: list[int] = []
+        parts = self.tokenizer.split_controls(rendered)
         bos = self.tokenizer.bos
         if self.starts_with_bos and bos is not None and self.tokenizer.adds_bos and not rendered.startswith(bos):
-            ids.append(self.tokenizer.control(bos))
-        for part in self.tokenizer.split_controls(rendered):
-            if isinstance(part, int):
-                ids.append(part)
-            elif text := part.replace(mark, ""):
-                ids += self.tokenizer.encode(text, at_start=not ids)
-        return ids
+            parts.insert(0, self.tokenizer.control(bos))
+        return self.tokenizer.encode_with_controls(
+            [part.replace(mark, "") if isinstance(part, str) else part for part in parts]
+        )
 
     @cached_property
     def _compiled(self) -> Any:
-        return _sandbox().from_string(self.source)
-
-    @cached_property
-    def _user_text(self) -> UserTextMarks:
-        return UserTextMarks(self.tokenizer.controls)
-
-    @cached_property
-    def _knows_parts(self) -> bool:
-        """Whether content may be a list; a template that only describes tools has the word type as well."""
-        return PART_TYPE.search(self.source) is not None or (
-            TYPE.search(self.source) is not None and PART_LOOP.search(self.source) is not None
-        )
+        try:
+            return _sandbox().from_string(self.source)
+        except Exception as error:  # Jinja's own, and Python's about what Jinja compiles to
+            raise TemplateFailed(f"The model's chat template is broken: {reason_of(error)}.", BROKEN) from error
 
 
 class UserTextMarks:
@@ -225,13 +219,6 @@ class UserTextMarks:
         tail = max(0, end - self._longest)
         broken = (text[at] + mark * (text[at:end] in self._beginnings) for at in range(tail, end))
         return self._first_letters.sub(rf"\g<0>{mark}", text[:tail] + "".join(broken) + text[end:])
-
-
-def _unused_characters(texts: Iterable[str]) -> tuple[str, str]:
-    """Two private-use characters that none of `texts` holds."""
-    used = set().union(*texts)
-    unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-    return next(unused), next(unused)
 
 
 def _texts(message: Message) -> Iterator[str]:
@@ -273,7 +260,7 @@ def _is_asked(conversation: Conversation, rendered: str) -> bool:
     """Whether a word of what is asked is in the prompt: by the last user turn, or by the system where it is blank."""
     user = next((message for message in reversed(conversation.messages) if message.role == "user"), None)
     words = _bare_words(user.text) if user else []
-    if not words and not (user and user.has_images):
+    if not words and not (user and user.images):
         words = [word for m in conversation.messages if m.role == "system" for word in _bare_words(m.text)]
     written = "".join(_bare_words(rendered))
     return not words or any(word in written for word in words)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,8 @@ BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 PART_LENGTH = 16 * 1024
 LETTERS_A_TOKEN = 8
 """More than any real text has on average: what is longer for its room is not worth tokenising."""
+TextOrId = str | int
+"""A part of a prompt: plain text, or the id of a control token."""
 
 
 def _byte_letters() -> dict[int, str]:
@@ -116,6 +118,27 @@ class Tokenizer:
             ids += found.ids if self.special_ids.isdisjoint(found.ids) else self._without_controls(part, found)
         return ids
 
+    def encode_with_controls(self, parts: Sequence[TextOrId], *, apart: bool = False) -> list[int]:
+        """Token ids of a prompt that is made of plain texts and ids of control tokens.
+
+        Args:
+            apart: whether each text is encoded as if nothing stood before it.
+
+        Raises:
+            TextTooLong: a text has more tokens than `room`, or all of them together have many more. A few more are
+                encoded, so that the engine can say how many tokens there are.
+        """
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            if self.room is not None and len(ids) > self.room + PART_LENGTH:
+                raise TextTooLong(sum(len(each) for each in parts if isinstance(each, str)), self.room)
+            if part:
+                ids += self.encode(part, at_start=apart or not ids)
+        return ids
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the answer; b"" for control tokens and ids without an entry."""
         control = self._control_of.get(token_id)
@@ -140,12 +163,12 @@ class Tokenizer:
         """The id of a control token, e.g. ``"[INST]"``. Raises KeyError where the vocabulary has none."""
         return self.controls[text].id
 
-    def split_controls(self, text: str, but: int | None = None) -> list[str | int]:
+    def split_controls(self, text: str, but: int | None = None) -> list[TextOrId]:
         """A template's words cut at its control strings: text, control id, text, … without empty texts.
 
         The string of the control `but` is text.
         """
-        parts: list[str | int] = []
+        parts: list[TextOrId] = []
         end = 0
         for match in self._control_pattern.finditer(text):
             control = self.controls.get(match[0]) or self.controls[match[0].strip()]
@@ -153,11 +176,6 @@ class Tokenizer:
                 parts += [text[end : match.start()], control.id]
                 end = match.end()
         return [part for part in (*parts, text[end:]) if part != ""]
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Ids with an entry."""
-        return len({*self.text_model.get_vocab().values(), *self._control_of})
 
     @cached_property
     def id_limit(self) -> int:

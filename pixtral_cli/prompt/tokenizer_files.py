@@ -24,7 +24,7 @@ from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PromptError, TokenizerUnreadable
 from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer import Control, Tokenizer, byte_level
-from weights_cache.errors import GetAgain
+from weights_cache.wording import FETCH_AGAIN
 
 Files = Callable[[str], Path | None]
 """A side file's name -> its path, or None: `Checkpoint.file`."""
@@ -51,7 +51,7 @@ def load(file: Files) -> Tokenizer:
     if path is None:
         raise TokenizerUnreadable(
             "The model's folder has neither a tokenizer.json nor a tekken.json.",
-            GetAgain(", or add its tokenizer file"),
+            f"{FETCH_AGAIN}, or add its tokenizer file.",
         )
     try:
         with _no_garbage_collection():

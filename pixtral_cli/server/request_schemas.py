@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from pixtral_cli.option_ranges import OPTION_RANGES
+from pixtral_cli.generation_options import OPTION_RANGES
 from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.tools import NAME
 

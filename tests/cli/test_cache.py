@@ -268,7 +268,8 @@ def test_an_empty_cache_is_no_error(caches, call):
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["path"], ["verify"], ["--help"]])
-def test_nothing_heavy_is_imported(caches, arguments):
+def test_nothing_heavy_is_imported_even_for_models_of_every_form(caches, exported, ggufs, arguments):
+    put(caches, "a/hf", HF | {"model.safetensors": weights()})
     environment = {name: os.environ[name] for name in ("HF_HOME", "PIXTRAL_CACHE")}
     assert imported_by("cache", *arguments, **environment) == []
 

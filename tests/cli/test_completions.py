@@ -8,7 +8,7 @@ from support.hub_cache import HF, put, weights
 from support.processes import imported_by
 from support.shells import Shell, installed
 
-from pixtral_cli import encodings
+from pixtral_cli import encoding_choices
 from pixtral_cli.cli import completions
 from pixtral_cli.cli.completions import program
 
@@ -140,7 +140,7 @@ def test_a_folder_is_offered_where_one_is_wanted(shell):
         ("pixtral cache ", ("list", "prune", "remove")),
         ("pixtral run --quantiz", ("--quantization-encoding", "--quantize-vision")),
         ("pixtral inspect ", ("tiny", "pixtral-12b", "pixie", "other", "out.q4", "folder/")),
-        ("pixtral run --quantization-encoding ", encodings.CHOICES),
+        ("pixtral run --quantization-encoding ", encoding_choices.CHOICES),
         ("pixtral run --devices ", ("cpu", "gpu")),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_fits_is_listed(shell, line, wanted):
 def test_flags_and_commands_are_described_where_the_shell_can(shell):
     if shell.name == "bash":
         pytest.skip("bash shows no descriptions")
-    shell.offers("pixtral run --quantiz", "How the weights are kept", "Pack the picture part as well")
+    shell.offers("pixtral run --quantiz", "How the weights are stored", "Pack the picture part too")
     shell.offers("pixtral cache ", "Remove models by name")
 
 

@@ -12,11 +12,11 @@ from queue import SimpleQueue
 import pytest
 import torch
 from support import builders
-from support.engines import run, tokens, wait_until
-from support.processes import PATIENCE
+from support.engines import run, tokens
+from support.processes import PATIENCE, wait_until
 
 from pixtral_cli import Pixtral
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request

@@ -7,11 +7,10 @@ import torch
 from support import builders
 from support.engines import run, tokens
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import scheduler
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import ImageInput, Request
-from pixtral_cli.engine.sampler import Sampling
+from pixtral_cli.engine.request import ImageInput, Request, Sampling
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place

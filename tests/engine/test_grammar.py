@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.engines import choose
 
 from pixtral_cli.engine import grammar
-from pixtral_cli.engine.sampler import Sampling
+from pixtral_cli.engine.request import Sampling
 from pixtral_cli.errors import RequestError
 
 END, CALL, OTHER = 0, 1, 2

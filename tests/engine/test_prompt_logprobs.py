@@ -7,7 +7,7 @@ import torch
 from support import builders
 from support.engines import run
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import runner, scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request

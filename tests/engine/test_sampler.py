@@ -12,7 +12,8 @@ from transformers.generation.logits_process import (
 )
 
 from pixtral_cli.engine import sampler
-from pixtral_cli.engine.sampler import Row, Sampling
+from pixtral_cli.engine.request import Sampling
+from pixtral_cli.engine.sampler import Row
 from pixtral_cli.errors import BrokenLogits, RequestError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import builders
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request
 from pixtral_cli.model.families import read_config

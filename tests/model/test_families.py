@@ -11,7 +11,7 @@ from support import builders
 from support.engines import run, tokens
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Request
 from pixtral_cli.errors import ModelError

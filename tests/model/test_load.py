@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import builders
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import memory
 from pixtral_cli.model.families import read_config

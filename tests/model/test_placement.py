@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.model.placement import place
 from weights_cache.formats.reader import TensorInfo
 

@@ -6,7 +6,7 @@ from transformers import MistralConfig, PixtralVisionConfig
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
-from pixtral_cli.model.attention import cos_sin, frequencies, grid_angles, rotate
+from pixtral_cli.model.layers import cos_sin, frequencies, grid_angles, rotate
 
 CPU = torch.device("cpu")
 HEAD_DIMS, THETAS = (16, 128), (1e4, 1e9)

@@ -10,7 +10,7 @@ import torch
 from support.engines import choose
 
 from pixtral_cli import GenerationOptions, constraints
-from pixtral_cli.engine.sampler import Sampling
+from pixtral_cli.engine.request import Sampling
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tool_calls import ToolCallReader, joined
 from pixtral_cli.prompt.tools import Tool

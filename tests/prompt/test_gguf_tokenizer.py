@@ -72,7 +72,7 @@ def test_pixtrals_own_tokenizer_gives_the_ids_of_mistral_common(tekken_ours, tek
         assert ids == theirs.encode(text, bos=False, eos=False), text
         assert b"".join(map(ours.token_bytes, ids)).decode() == text
     assert (ours.bos_id, ours.eos_id, ours.adds_bos, ours.control("[IMG]")) == (1, 2, True, 10)
-    assert ours.vocab_size == len(tekken_written["tokens"])
+    assert ours.id_limit == len(tekken_written["tokens"])
 
 
 def written(path, model, **more):

@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright 8-bit RGB on white, and what is no picture is one sentence."""
+"""Pictures of every kind become 8-bit RGB on white, the right way up, and what is no picture is one sentence."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_an_address_goes_through_the_download_of_the_reader():
 
 
 @pytest.mark.parametrize(
-    "name", ["missing.png", "~nobody-by-this-name/x.png", "a\0b.png", "x" * 5000, "file:///missing"]
+    "name", ["missing.png", "~nobody-by-this-name/x.png", "a\0b.png", "~a\0b", "x" * 5000, "file:///missing"]
 )
 def test_a_missing_file_is_one_sentence(name):
     with pytest.raises(ImageNotFound) as caught:
@@ -250,7 +250,8 @@ def test_a_tilde_is_the_home_folder_only_where_it_is_typed_first(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "no name"),
+        ("", 'picture "": it has no name'),
+        ("  ", 'No picture at "  "'),
         ("file://", "names no file"),
         ("file://elsewhere/etc/passwd", "another computer, elsewhere"),
         ("ftp://example.org/a.png", "address is not known"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -173,10 +174,10 @@ def test_a_model_without_image_tokens_refuses_images(checkpoint, byte_level_json
 
 
 def test_image_token_names_come_from_the_processor_config(checkpoint, byte_level_json):
-    names = '{"image_token": {"content": "[PIC]"}, "image_break_token": "<pad>", "image_end_token": "[TOOL_CALLS]"}'
-    names = names.replace("[PIC]", "[TOOL_RESULTS]")
-    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json, processor_config_json=names))
-    assert made.complete("", [SMALL]).token_ids == [1, 7, 7, 11, 7, 7, 11, 7, 7, 9]
+    names = {"image_token": {"content": "[TOOL_RESULTS]"}, "image_break_token": "<pad>", "image_end_token": "[/INST]"}
+    files = {"tokenizer_json": byte_level_json, "processor_config_json": json.dumps(names)}
+    made = Processor.from_checkpoint(checkpoint(**files))
+    assert made.complete("", [SMALL]).token_ids == [1, 7, 7, 11, 7, 7, 11, 7, 7, 4]
 
 
 def test_the_recipe_follows_the_form_unless_chosen(checkpoint, byte_level_json):
@@ -242,7 +243,7 @@ from types import SimpleNamespace
 from pixtral_cli.prompt.messages import parse
 from pixtral_cli.prompt.processor import Processor
 files = {{"tokenizer.json": Path({str(byte_level_json)!r})}}
-made = Processor.from_checkpoint(SimpleNamespace(form="hf", file=files.get))
+made = Processor.from_checkpoint(SimpleNamespace(form="hf", file=files.get, written_tokenizer=None))
 image = {{"type": "image", "url": {str(tmp_path / "a.png")!r}}}
 prompt = made.chat(parse([{{"role": "user", "content": [image, "a"]}}]))
 assert prompt.images[0].tokens == {len(SMALL_IDS)}

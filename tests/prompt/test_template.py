@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -132,15 +131,10 @@ ordinary = st.text("ab c[]<>/\n\t.é日1", max_size=12).filter(lambda text: "<s>
 def test_ids_of_any_ordinary_text_are_those_of_transformers(byte_level_json, texts, template):
     messages = [user(text) if index % 2 == 0 else assistant(text) for index, text in enumerate(texts)]
     messages = messages if messages[-1]["role"] == "user" else [*messages, user("?")]
-    tokenizer_file = {"tokenizer.json": byte_level_json}.get
-    processor = Processor.from_checkpoint(SimpleNamespace(form="hf", file=tokenizer_file))
-    processor.chat_format = chat_template(template, processor.tokenizer)
-    ids = processor.chat(parse(messages)).token_ids
-    assert ids == transformers_ids(byte_level_json, template, messages)
-
-
-def chat_template(source, tokenizer):
-    return ChatTemplate(source, tokenizer)
+    tokenizer = load_tokenizer({"tokenizer.json": byte_level_json}.get)
+    assert chat_ids(ChatTemplate(template, tokenizer), messages) == transformers_ids(
+        byte_level_json, template, messages
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixtral_cli.prompt.errors import TextTooLong, TokenizerUnreadable
+from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.tokenizer import ByteStream, Tokenizer
 from pixtral_cli.prompt.tokenizer_files import load as load_tokenizer
 from pixtral_cli.source import Source
@@ -54,7 +55,7 @@ def test_tekken_ids_of_any_text_are_those_of_mistral_common(tekken, mistral, tex
 
 def test_tekken_bytes_of_every_id_are_those_of_mistral_common(tekken, mistral):
     reference = mistral.instruct_tokenizer.tokenizer
-    assert tekken.vocab_size == reference.n_words
+    assert tekken.id_limit == reference.n_words
     wrong = [id for id in range(reference.n_words) if tekken.token_bytes(id) != reference.id_to_byte_piece(id)]
     assert not wrong
 
@@ -121,7 +122,7 @@ def test_streamed_text_is_the_whole_text_and_has_no_broken_character(tekken, ids
 @settings(max_examples=200, deadline=None)
 def test_valid_text_streams_without_a_replacement_character(tekken, text):
     stream = ByteStream(tekken)
-    pieces = [stream.push(id) for byte in text.encode() for id in (1000 + byte,)]
+    pieces = [stream.push(1000 + byte) for byte in text.encode()]
     assert "".join(pieces) == text
     assert stream.finish() == ""
     assert all(len(piece) <= 1 for piece in pieces)
@@ -184,7 +185,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tekken):
 
 def test_tekken_is_the_truth_over_tokenizer_json(tekken_file, byte_level_json):
     files = {"tekken.json": tekken_file, "tokenizer.json": byte_level_json}
-    assert load_tokenizer(files.get).vocab_size == 131_072
+    assert load_tokenizer(files.get).id_limit == 131_072
 
 
 def test_tokenizer_config_names_the_first_and_last_token(byte_level_json, tmp_path):
@@ -224,3 +225,17 @@ def test_a_text_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(tex
         tokenizer.encode(text)
     assert sum(tokenizer.text_model.lengths) < 40_000
     assert len(tokenizer.encode("word " * 1000)) < 4096
+
+
+@pytest.mark.parametrize("mistral_rules", [False, True], ids=["template", "mistral"])
+def test_a_conversation_far_beyond_the_room_is_given_up_and_not_tokenised_to_its_end(mistral_rules):
+    source = Source.open("tiny")
+    processor, tokenizer = source.processor, source.processor.tokenizer
+    if mistral_rules:
+        processor.chat_format = MistralFormat(tokenizer)
+    tokenizer.text_model, tokenizer.room = Recording(tokenizer.text_model), 4096
+    messages = [{"role": role, "content": "word " * 2000} for _ in range(50) for role in ("user", "assistant")]
+    with pytest.raises(TextTooLong, match=r"[\d,]{7,} characters .* 4,096"):
+        source.chat([*messages, {"role": "user", "content": "Hello"}])
+    assert sum(tokenizer.text_model.lengths) < 200_000
+    assert len(source.chat(messages[:3]).token_ids) > 4096  # a little more is counted, for the engine to say how much

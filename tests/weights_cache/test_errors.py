@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from weights_cache import errors
-from weights_cache.errors import FETCH_AGAIN, GetAgain, WeightsError
+from weights_cache.errors import WeightsError
 
 ODD = "a{0}b{path}%s{"
 
@@ -28,9 +28,3 @@ def test_an_error_is_a_sentence_and_a_next_step_that_show_data_as_they_are(kind:
     assert str(error).endswith(".") and "\n" not in str(error)
     assert error.hint
     assert ODD in str(error) + error.hint or kind is errors.TensorShapeMismatch
-
-
-def test_a_hint_to_get_files_again_can_be_said_in_another_way():
-    hint = GetAgain(", or mend its config.json")
-    assert hint == f"{FETCH_AGAIN}, or mend its config.json."
-    assert hint.by("Export the model again") == "Export the model again, or mend its config.json."

@@ -34,7 +34,6 @@ from .codec import BlockCodec, Codec
 SUPER = 256
 RUN = 32  # bytes of a run of codes
 Q6_RUN = 64
-SIX_BITS = 12  # bytes of packed 6-bit scales
 
 
 def six_bit_words(first: Tensor, second: Tensor, third: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""The weights files of a folder that bitsandbytes' 4-bit layers were saved in, in; their matrices as one tensor each
-out. A `Reader` over all files, since a matrix and what belongs to it may lie in different ones. Importing this
-imports torch.
+"""Reads weights files with layers that bitsandbytes encoded in 4 bits: each matrix is one tensor. Imports torch.
+
+A `Reader` over all files of a folder, since a matrix and what belongs to it may lie in different ones.
 
 Beside `X.weight`, the codes, such a file has `X.weight.absmax`, `.quant_map`, with double quantisation
 `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`: JSON as bytes, with shape, sizes of
@@ -20,7 +20,7 @@ from torch import Tensor
 from weights_cache.codecs import nf4
 from weights_cache.codecs.nf4 import BLOCKS, NESTED_BLOCK, NF4, TABLE
 from weights_cache.errors import CheckpointCorrupt, QuantizedElsewhere
-from weights_cache.json_fields import parse_json_object
+from weights_cache.json_fields import is_size, parse_json_object
 from weights_cache.names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
 from weights_cache.packed import plain
 
@@ -30,7 +30,6 @@ from .safetensors import WORDS
 NF4_STATE = BITSANDBYTES_STATE + "nf4"
 ENCODING = "nf4"
 BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE.removeprefix("."))
-MAX_DIMENSION = 2**31 - 1
 
 
 class BitsandbytesFiles:
@@ -122,7 +121,7 @@ class BitsandbytesFiles:
 def _wrong(state: Mapping[str, Any]) -> str | None:
     """What in a matrix's state is none of the things that it can be."""
     shape, block = state.get("shape"), state.get("blocksize")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(_is_size(size) for size in shape)):
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))):
         return f"the shape {str(shape)[:80]}, which is none of a matrix"
     if shape[1] % 2:
         return f"the shape {shape}, whose rows are no whole bytes"
@@ -136,10 +135,6 @@ def _wrong(state: Mapping[str, Any]) -> str | None:
     if not isinstance(offset, float | int) or not math.isfinite(offset):
         return f"the offset {str(offset)[:80]}"
     return None if nested == NESTED_BLOCK else f"nested blocks of {str(nested)[:80]}"
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MAX_DIMENSION
 
 
 def _beside(state: Mapping[str, Any]) -> dict[str, tuple[str, int]]:

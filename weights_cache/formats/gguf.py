@@ -12,7 +12,6 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from weights_cache.encodings import ENCODINGS, GGML, GGML_NOT_READ
 from weights_cache.errors import CheckpointCorrupt, NotYetSupported
 from weights_cache.file_kind import GGUF_MAGIC
 
-from .reader import TensorInfo, map_file, mapped_tensor, release
+from .reader import Entry, TensorInfo, map_file, mapped_tensor, release
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +59,8 @@ class GgufFile:
         self._part_of: dict[str, Header] = {}
         for part in self._parts:
             for name in part.entries:
-                if name in self._part_of:
-                    raise CheckpointCorrupt(
-                        part.path, f"tensor {name[:200]!r} is in {self._part_of[name].path} as well"
-                    )
+                if first := self._part_of.get(name):
+                    raise CheckpointCorrupt(part.path, f"tensor {name[:200]!r} is in {first.path} as well")
                 self._part_of[name] = part
         self._check_split()
 
@@ -84,20 +81,18 @@ class GgufFile:
         from weights_cache.packed import PackedRows
 
         part = self._part_of[name]
-        info, begin = part.entries[name].info, part.entries[name].begin
-        encoding = ENCODINGS[info.encoding]
+        entry, shape = part.entries[name], part.entries[name].info.shape
+        encoding = ENCODINGS[entry.info.encoding]
         if not encoding.packed:
-            return mapped_tensor(part.buffer, begin, getattr(torch, encoding.name), info.shape)
-        *_, columns = info.shape
-        rows = mapped_tensor(part.buffer, begin, torch.uint8, (math.prod(info.shape[:-1]), encoding.row_bytes(columns)))
-        weight = PackedRows(encoding.name, rows)
-        return weight if len(info.shape) == 2 else weight.decoded().view(info.shape)
+            return mapped_tensor(part.buffer, entry.begin, getattr(torch, encoding.name), shape)
+        packed = (math.prod(shape[:-1]), encoding.row_bytes(shape[-1]))
+        weight = PackedRows(encoding.name, mapped_tensor(part.buffer, entry.begin, torch.uint8, packed))
+        return weight if len(shape) == 2 else weight.decoded().view(shape)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor `name` has taken."""
         part = self._part_of[name]
-        begin = part.entries[name].begin
-        release(part.buffer, begin, begin + part.entries[name].info.nbytes)
+        release(part.buffer, part.entries[name])
 
     def _check_split(self) -> None:
         """Whether the files are as many, and hold as many tensors, as the first says."""
@@ -105,17 +100,8 @@ class GgufFile:
         if files not in (None, 0, len(self._parts)):
             raise CheckpointCorrupt(self.path, f"it is one of {files} files, whose names should end in -00001-of-…")
         if len(self._parts) > 1 and tensors not in (None, len(self._part_of)):
-            raise CheckpointCorrupt(
-                self.path, f"it promises {tensors} tensors, and its files have {len(self._part_of)}"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A checked tensor: its bytes begin at `begin` in the file."""
-
-    info: TensorInfo
-    begin: int
+            reason = f"it promises {tensors} tensors, and its files have {len(self._part_of)}"
+            raise CheckpointCorrupt(self.path, reason)
 
 
 class Header:
@@ -348,8 +334,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], size: int) -> None:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
         if entry.begin < end:
             raise CheckpointCorrupt(path, f"tensor {name[:200]!r} overlaps {previous[:200]!r}")
-        end, previous = entry.begin + entry.info.nbytes, name
+        end, previous = entry.end, name
         if end > size:
-            raise CheckpointCorrupt(
-                path, f"it has {size} bytes, and tensor {name[:200]!r} reaches to {end}; it may be cut short"
-            )
+            reason = f"it has {size} bytes, and tensor {name[:200]!r} reaches to {end}; it may be cut short"
+            raise CheckpointCorrupt(path, reason)

@@ -1,7 +1,7 @@
 """What every file format offers: tensors by the file's own names, known before a byte of data is read.
 
-Knows no format. A reader stands beside safetensors.py and has the shape of `Reader`; tensors.py chooses it and
-translates its names. What all of them share is here too: a file mapped into memory, and a piece of it as a tensor.
+Knows no format. Each format's file has a `Reader`; tensors.py chooses it and translates its names. What they share is
+here too: a file mapped into memory, and a part of it as a tensor.
 """
 
 import math
@@ -37,6 +37,18 @@ class TensorInfo:
     nbytes: int
     file: Path
     encoding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A checked tensor of a header: its bytes are [begin, end) of the file."""
+
+    info: TensorInfo
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.info.nbytes
 
 
 class Reader(Protocol):
@@ -92,11 +104,12 @@ def mapped_tensor(buffer: mmap.mmap, begin: int, dtype: "torch.dtype", shape: tu
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(shape)
 
 
-def release(buffer: mmap.mmap, begin: int, end: int) -> None:
-    """Give the memory of the mapped bytes [begin, end) back: who has converted a tensor needs its original no more.
+def release(buffer: mmap.mmap, entry: Entry) -> None:
+    """Give back the memory that reading the tensor has taken: who has converted it does not need the original.
 
     The bytes are read again if they are touched again. Whole pages only; a platform without madvise keeps them.
     """
-    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    first = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and hasattr(mmap, "MADV_DONTNEED"):
         buffer.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -7,7 +7,6 @@ The format: 8 bytes of little-endian length N, N bytes of JSON {name: {dtype, sh
 import math
 import mmap
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -16,7 +15,7 @@ from weights_cache.errors import CheckpointCorrupt, WeightsNotFound
 from weights_cache.file_kind import GGUF_MAGIC, MAX_HEADER_BYTES
 from weights_cache.json_fields import parse_json_object
 
-from .reader import TensorInfo, map_file, mapped_tensor, release
+from .reader import Entry, TensorInfo, map_file, mapped_tensor, release
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +35,6 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 WORDS: Mapping[str, str] = {torch_name: word for word, (torch_name, _) in DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A checked header entry: the bytes [begin, end) of the file are the tensor."""
-
-    info: TensorInfo
-    begin: int
-    end: int
-
-
 class SafetensorsFile:
     """One file, mapped into memory at once and read only where it is touched.
 
@@ -55,20 +45,17 @@ class SafetensorsFile:
     def __init__(self, path: Path, left_out: Collection[str] = ()):
         self.path = path
         self._buffer = map_file(path, LENGTH_BYTES, "safetensors")
-        entries = _read_header(path, self._buffer)
-        self._entries = {name: entry for name, entry in entries.items() if name not in left_out}
-
-    @property
-    def header_bytes(self) -> bytes:
+        self.header_bytes = _header_bytes(path, self._buffer)
         """The header's JSON as it stands in the file, its padding included."""
-        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "little")
-        return self._buffer[LENGTH_BYTES : LENGTH_BYTES + length]
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
+        header = parse_json_object(path, self.header_bytes, "its header")
+        metadata = header.pop("__metadata__", None)
+        texts = metadata.items() if isinstance(metadata, dict) else ()
+        self.metadata = {key: value for key, value in texts if isinstance(value, str)}
         """The header's `__metadata__`: what is not text in it is left out."""
-        found = parse_json_object(self.path, self.header_bytes, "its header").get("__metadata__")
-        return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+        data = LENGTH_BYTES + len(self.header_bytes)
+        entries = {name: _entry(path, name, described, data) for name, described in header.items()}
+        _check_layout(path, entries, data, len(self._buffer))
+        self._entries = {name: entry for name, entry in entries.items() if name not in left_out}
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -76,22 +63,23 @@ class SafetensorsFile:
         return {name: entry.info for name, entry in self._entries.items()}
 
     def weight(self, name: str) -> "torch.Tensor":
-        """The tensor `name`, sharing the file's mapping: no copy; writing to it never reaches the file.
-
-        A tensor that does not lie at a multiple of its element size (the format allows it) is copied.
-        """
+        """The tensor `name`, sharing the file's mapping (see `mapped_tensor`)."""
         import torch
 
         entry = self._entries[name]
         return mapped_tensor(self._buffer, entry.begin, getattr(torch, entry.info.encoding), entry.info.shape)
 
+    def raw(self, name: str) -> memoryview:
+        """The bytes of the tensor `name`, sharing the file's mapping, without torch."""
+        entry = self._entries[name]
+        return memoryview(self._buffer)[entry.begin : entry.end]
+
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor `name` has taken."""
-        entry = self._entries[name]
-        release(self._buffer, entry.begin, entry.end)
+        release(self._buffer, self._entries[name])
 
 
-def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
+def _header_bytes(path: Path, buffer: mmap.mmap) -> bytes:
     if buffer[: len(GGUF_MAGIC)] == GGUF_MAGIC:
         raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it to --model-path.")
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
@@ -100,12 +88,7 @@ def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
         raise CheckpointCorrupt(path, f"its header claims {length} bytes, and {room} follow; it may be cut short")
     if length > MAX_HEADER_BYTES:
         raise CheckpointCorrupt(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    header = parse_json_object(path, buffer[LENGTH_BYTES : LENGTH_BYTES + length], "its header")
-    header.pop("__metadata__", None)
-    data = LENGTH_BYTES + length
-    entries = {name: _entry(path, name, described, data) for name, described in header.items()}
-    _check_layout(path, entries, data, len(buffer))
-    return entries
+    return buffer[LENGTH_BYTES : LENGTH_BYTES + length]
 
 
 def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
@@ -128,7 +111,7 @@ def _entry(path: Path, name: str, described: Any, data: int) -> Entry:
     nbytes = math.prod(shape) * width
     if end - begin != nbytes:
         raise corrupt(f"of shape {shape} and dtype {dtype} needs {nbytes} bytes, and its offsets span {end - begin}")
-    return Entry(TensorInfo(name, dtype, tuple(shape), nbytes, path, encoding), data + begin, data + end)
+    return Entry(TensorInfo(name, dtype, tuple(shape), nbytes, path, encoding), data + begin)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

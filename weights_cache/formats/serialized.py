@@ -1,16 +1,15 @@
-"""A serialized model's file in, its manifest, its side files and its tensors out, and whether it is as it was written.
+"""Reads a serialized model: its manifest, its side files, its tensors, and whether all is as it was written.
 
 A serialized model is a valid safetensors file: any safetensors tool opens it. Its metadata entry `pixtral` is the
 `Manifest` as JSON; side files ("config.json", "tokenizer.json", …) are U8 tensors named `file/NAME`. The manifest says
 each tensor's encoding and true shape. A packed matrix is stored as its parts (`PackedWeight.tensors`): the first goes
 by the matrix's own name, the others by NAME.PART. The last tensor, `seal`, is the SHA-256 of the header, which holds
-the SHA-256 of every other tensor: so nothing can change unseen. But a seal does not say that the writer meant well, so
+the SHA-256 of every other tensor: so no change goes unnoticed. But a seal does not say that the writer meant well, so
 every field is checked here. serialized_writer.py writes such files.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Mapping
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from weights_cache import cache
 from weights_cache.encodings import ENCODINGS
-from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound, listed
+from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound
 from weights_cache.json_fields import CheckpointFields, parse_json_object
 from weights_cache.layout import FORMS, Form
 from weights_cache.progress import Progress
+from weights_cache.wording import listed
 
 from .reader import TensorInfo
 from .safetensors import SafetensorsFile
@@ -108,7 +108,8 @@ class SerializedFile:
             raise WeightsNotFound(f"{path} is no file, so it", "model", "Check the path.")
         self.path = path
         self._file = SafetensorsFile(path)
-        self._header = self._file.header_bytes
+        self.seal = hashlib.sha256(self._file.header_bytes).digest()
+        """SHA-256 of the header: it names the whole content."""
         self.manifest, self._hashes = self._read_manifest()
 
     def _read_manifest(self) -> tuple[Manifest, dict[str, str]]:
@@ -122,27 +123,22 @@ class SerializedFile:
             raise CheckpointCorrupt(self.path, f"its manifest has {str(version)[:40]!r} for a version")
         if not 1 <= version <= VERSION:
             raise SerializedTooNew(self.path, version, VERSION)
-        if SEAL not in stored or bytes(bytes_of(self._file.weight(SEAL))) != self.seal:
+        if SEAL not in stored or self._file.raw(SEAL) != self.seal:
             raise CheckpointCorrupt(self.path, "its header was altered")
         hashes = raw.get("sha256")
         if not isinstance(hashes, dict) or hashes.keys() != stored.keys() - {SEAL}:
             raise CheckpointCorrupt(self.path, "its manifest does not have a hash for each of its tensors")
         return Manifest.read(self.path, raw, stored), hashes
 
-    @property
-    def seal(self) -> bytes:
-        """SHA-256 of the header: it names the whole content."""
-        return hashlib.sha256(self._header).digest()
-
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Our names -> TensorInfo with true shapes and encodings; a packed matrix has the bytes of all its parts."""
-        return {name: self._info(name, parts) for name, parts in self._parts.items()}
-
-    def _info(self, name: str, parts: list[str]) -> TensorInfo:
-        encoding, shape = self.manifest.tensors[name]
-        nbytes = sum(self._file.tensors[part].nbytes for part in parts)
-        return TensorInfo(name, self._file.tensors[name].dtype, shape, nbytes, self.path, encoding)
+        found, stored = {}, self._file.tensors
+        for name, parts in self._parts.items():
+            encoding, shape = self.manifest.tensors[name]
+            nbytes = sum(stored[part].nbytes for part in parts)
+            found[name] = TensorInfo(name, stored[name].dtype, shape, nbytes, self.path, encoding)
+        return found
 
     @cached_property
     def _parts(self) -> Mapping[str, list[str]]:
@@ -178,7 +174,7 @@ class SerializedFile:
     def read(self, name: str) -> bytes | None:
         """The side file `name`, or None."""
         stored = FILE_PREFIX + name
-        return bytes(bytes_of(self._file.weight(stored))) if stored in self._file.tensors else None
+        return bytes(self._file.raw(stored)) if stored in self._file.tensors else None
 
     @property
     def file_names(self) -> list[str]:
@@ -201,7 +197,7 @@ class SerializedFile:
         return found
 
     def _hash(self, name: str) -> str:
-        return hashlib.sha256(bytes_of(self._file.weight(name))).hexdigest()
+        return hashlib.sha256(self._file.raw(name)).hexdigest()
 
     def check(self, *, weights: bool = True, progress: Progress | None = None) -> None:
         """Check every hash, and remember that the file is whole; without `weights` those of side files, for this once.
@@ -219,8 +215,8 @@ class SerializedFile:
         return cache.is_stamped(self.path, self.seal)
 
 
-class SideFile:
-    """A file inside the file: what readers of side files need of a Path."""
+class EmbeddedFile:
+    """A side file inside the serialized file: what readers of side files need of a Path."""
 
     def __init__(self, model: Path, name: str, data: bytes) -> None:
         self.model, self.name, self.data = model, name, data
@@ -240,9 +236,3 @@ def verify_path(path: Path) -> SerializedFile:
     file = SerializedFile(path)
     file.check()
     return file
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without numpy."""
-    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(array).cast("B")

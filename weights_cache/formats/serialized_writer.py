@@ -6,6 +6,7 @@ so weights are made one at a time, and what does not fit on the disk is refused 
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import hashlib
 import json
@@ -24,7 +25,7 @@ from weights_cache.layout import Form
 from weights_cache.progress import Progress
 
 from .safetensors import LENGTH_BYTES, WORDS
-from .serialized import FILE_PREFIX, KEY, SEAL, Manifest, bytes_of
+from .serialized import FILE_PREFIX, KEY, SEAL, Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -203,9 +204,15 @@ def _contents(weights: Sequence[Weight], files: Mapping[str, bytes]) -> Iterator
         made = weight.make()  # alive until the caller asks for the next one
         parts = [made] if isinstance(made, Tensor) else made.tensors().values()
         tensors = [part.contiguous() for part in parts]
-        yield from zip(weight.tensors(), map(bytes_of, tensors), strict=True)
+        yield from zip(weight.tensors(), map(_bytes_of, tensors), strict=True)
     for name, data in files.items():
         yield FILE_PREFIX + name, memoryview(data)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without numpy."""
+    array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
 
 
 def _write_header(file: BinaryIO, header: _Header, hashes: Mapping[str, str]) -> None:

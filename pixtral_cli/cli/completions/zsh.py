@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from shlex import quote
 
 from pixtral_cli.cli.completions import FOLDERS, Values
@@ -41,11 +40,8 @@ fi
 
 
 def script(program: Command) -> str:
-    return HEAD + "\n".join(_function(command) for command in program.walk()) + "\n" + TAIL
-
-
-def _function(command: Command) -> str:
-    return _group(command) if command.commands else _leaf(command)
+    functions = (_group(command) if command.commands else _leaf(command) for command in program.walk())
+    return HEAD + "\n".join(functions) + "\n" + TAIL
 
 
 def _name(command: Command) -> str:
@@ -101,7 +97,7 @@ def _argument(argument: Argument) -> str:
 def _action(values: Values) -> str:
     if values.words:
         return f"({' '.join(values.words)})"
-    files = " ".join(_files(values))
+    files = _files(values)
     if values.listing and values.files is not None:
         return f" _pixtral_ask_or_files {values.listing} {files}".rstrip()
     if values.listing:
@@ -109,12 +105,11 @@ def _action(values: Values) -> str:
     return f"_files {files}".rstrip() if values.files is not None else " "
 
 
-def _files(values: Values) -> Iterator[str]:
+def _files(values: Values) -> str:
     """Flags of `_files`; whatever the endings, it offers folders, and all files where nothing fits."""
     if values.files == FOLDERS:
-        yield "-/"
-    elif values.files:
-        yield f'-g "(#i)*.({"|".join(values.files)})(-.)"'
+        return "-/"
+    return f'-g "(#i)*.({"|".join(values.files)})(-.)"' if values.files else ""
 
 
 def _escaped(text: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import builders
 
-from pixtral_cli.encodings import find
+from pixtral_cli.encoding_choices import find
 from pixtral_cli.model import kernels
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kernels import KernelLinear, nf4

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pixtral_cli.option_ranges import OPTION_RANGES, Range
+from pixtral_cli.generation_options import OPTION_RANGES, Range
 
 
 def test_both_ends_are_in_and_what_is_beyond_is_not():

@@ -1,4 +1,4 @@
-"""Request flags and standard input in, one request out: messages for chat, or a raw prompt. Knows no model.
+"""What a person asks on a command line: flags and standard input in, messages or a raw prompt out. Knows no model.
 
 Text on standard input goes before the prompt. A terminal, a device or a closed input gives nothing; a file is read.
 A pipe with nothing in it could be a slow program (`pdftotext x.pdf - | pixtral run -p …`) or merely what this
@@ -49,7 +49,7 @@ MESSAGES_LOOK = 'They look like [{"role": "user", "content": "Hello"}].'
 
 
 @dataclass(frozen=True)
-class Request:
+class UserInput:
     """`messages` for a chat, or, where it is None, `prompt` and `images` for a raw completion."""
 
     messages: Any = None
@@ -64,8 +64,8 @@ class Request:
         return model.stream(self.messages, **options)
 
 
-class PendingRequest:
-    """A request that is whole but for text that may yet come on standard input.
+class PendingInput:
+    """What is asked, whole but for text that may yet come on standard input.
 
     Making one checks everything that can be checked before a model is loaded: flags that exclude each other,
     the form of the messages, and that every image opens. Raises UsageError, PromptError, PixtralError.
@@ -82,21 +82,21 @@ class PendingRequest:
         if self._messages is None and not (flags.prompt or self._text):
             raise UsageError("There is no prompt.", HOW_TO_ASK)
 
-    def finish(self, console: Console) -> Request:
-        """The request, with the text that has come by now. To be called once, when the model is loaded."""
+    def finish(self, console: Console) -> UserInput:
+        """The same with the text that has come by now. To be called once, when the model is loaded."""
         if self._messages is not None:
-            return Request(messages=self._messages)
+            return UserInput(messages=self._messages)
         if self._text is None and self._piped:
             self._text = self._piped.if_any()
             if self._piped.silent_writer:
                 console.notice(SILENT_PIPE)
         text = "\n\n".join(part for part in (self._text, self._flags.prompt) if part)
         if self._flags.raw:
-            return Request(prompt=text, images=self._images)
+            return UserInput(prompt=text, images=self._images)
         images = [{"type": "image", "image": image} for image in self._images]
         content = [*images, {"type": "text", "text": text}] if images else text
         system = [{"role": "system", "content": self._flags.system}] if self._flags.system else []
-        return Request([*system, {"role": "user", "content": content}])
+        return UserInput([*system, {"role": "user", "content": content}])
 
 
 def _check(flags: RequestFlags) -> None:

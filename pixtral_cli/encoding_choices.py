@@ -1,5 +1,5 @@
-"""The encodings that a user can ask for. Knows no tensors, so that `--help` can read it; what each costs is in
-weights_cache.encodings."""
+"""The encodings that a user can choose, and what is wrong with a choice. Imports no torch, so that `--help` can read
+it; what each encoding costs is in weights_cache.encodings."""
 
 from __future__ import annotations
 
