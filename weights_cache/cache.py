@@ -91,11 +91,11 @@ class CachedRepo:
         return self.folder / "blobs" / sha256
 
     def partial_blob(self, sha256: str) -> Path:
-        """Where the part of it lies that has arrived; the Hub's own library neither reads nor removes it."""
+        """Where the part that has arrived lies; the Hub's own library neither reads nor removes it."""
         return self.blob(sha256 + PARTIAL)
 
     def lock(self, sha256: str) -> Path:
-        """Of the content's download, beside the locks of the Hub's library."""
+        """The lock on its download, beside those of the Hub's library."""
         return hub_cache_folder() / ".locks" / self._folder_name / f"{sha256}.pixtral.lock"
 
     def commit(self, revision: str) -> str | None:
@@ -128,7 +128,7 @@ class CachedRepo:
             temporary.write_text(json.dumps(dict(files)))
 
     def mark_used(self, commit: str) -> None:
-        """The model was asked for now. File systems often do not say (noatime), so it is written down."""
+        """Note that the model was asked for now: file systems often do not (noatime)."""
         with suppress(OSError):
             self.notes.mkdir(parents=True, exist_ok=True)
             (self.notes / f"{commit}.used").touch()

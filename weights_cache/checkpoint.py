@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from . import cache, configs, file_kind, layout, names, quantized_elsewhere, ten
 from .errors import PickleRefused, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import TensorInfo
-from .formats.serialized import SerializedFile, SideFile
+from .formats.serialized import EmbeddedFile, SerializedFile
 from .json_fields import parse_json_object, read_json_object
 from .layout import Form
 from .progress import Progress
@@ -34,28 +34,19 @@ WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
 
 
+@dataclass(eq=False)
 class Checkpoint:
     """An opened model: `folder` (or file), and `config` as Hugging Face writes it, translated from other forms."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        weight_paths: Sequence[Path] = (),
-        *,
-        form: Form = "hf",
-        note: str | None = None,
-        written_tokenizer: Mapping[str, Any] | None = None,
-    ):
-        self.folder = folder
-        self.config = config
-        self.weight_paths = tuple(weight_paths)
-        self.form = form
-        """Where config, tokenizer and template come from."""
-        self.note = note
-        """What was chosen among several possibilities: a sentence to show, or None."""
-        self.written_tokenizer = written_tokenizer
-        """The tokenizer as a GGUF's metadata has it (see `configs.gguf_tokenizer`); None in other forms."""
+    folder: Path
+    config: dict[str, Any]
+    weight_paths: Sequence[Path] = ()
+    form: Form = "hf"
+    """Where config, tokenizer and template come from."""
+    note: str | None = None
+    """What was chosen among several possibilities: a sentence to show, or None."""
+    written_tokenizer: Mapping[str, Any] | None = None
+    """The tokenizer as a GGUF's metadata has it (see `configs.gguf_tokenizer`); None in other forms."""
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -64,7 +55,7 @@ class Checkpoint:
         return read_json_object(path) if path else {}
 
     def file(self, name: str) -> Path | None:
-        """The path of the side file `name` ("tokenizer.json", …), or None where there is none. Raises LfsPointer."""
+        """The path of the side file `name` ("tokenizer.json", …), or None if there is none. Raises LfsPointer."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -100,11 +91,6 @@ class Checkpoint:
         """Give back the memory that reading the tensor has taken, once it has been converted. KeyError if unknown."""
         stored = self._stored[name]
         stored.reader.release(stored.name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
-        return sum(info.nbytes for info in self.tensors.values())
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
@@ -142,7 +128,7 @@ class SerializedCheckpoint(Checkpoint):
 
     def file(self, name: str) -> Path | None:
         data = self._file.read(name)
-        return None if data is None else SideFile(self.folder, name, data)  # type: ignore[return-value]
+        return None if data is None else EmbeddedFile(self.folder, name, data)  # type: ignore[return-value]
 
     def side_files(self) -> dict[str, bytes]:
         return {name: self._file.read(name) or b"" for name in self._file.file_names}

@@ -1,4 +1,4 @@
-"""A model's sizes in any form in, one config as Hugging Face writes it out. Knows tensors by name and shape only.
+"""The sizes that a model has in another form -> a config as Hugging Face writes it. Knows tensors by name and shape.
 
 The forms are Mistral's own params.json (mistral-inference's `args.py`, `transformer.py` and `rope.py`) and a GGUF's
 metadata (gguf-py's `constants.py`, and llama.cpp's `conversion/` for what writes it). Nothing in them is believed

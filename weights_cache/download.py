@@ -46,15 +46,20 @@ class Content:
 
 
 class Download:
-    """What is fetched of `repo`. After `listing()`, `commit` and `contents` are known."""
+    """What is fetched of `repo`. Its listing is asked for at once: `commit`, and the `contents` by file names.
+
+    Raises DownloadFailed for what is no listing.
+    """
 
     def __init__(self, repo: Repo, progress: Progress | None = None):
         self.repo, self.label = repo, str(repo)
         self.cached = CachedRepo(repo.name)
         self.endpoint = repo_name.endpoint()
-        self.commit = ""
-        self.contents: dict[str, Content] = {}
         self._progress = progress
+        self.commit, self.contents = self._listing()
+        if outside := [name for name, content in self.contents.items() if not _stays_inside(name, content)]:
+            reason = f"{self.endpoint} lists {outside[0][:200]!r}, which is no place for a file"
+            raise DownloadFailed(self.label, reason)
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -65,8 +70,8 @@ class Download:
         """The snapshot."""
         return self.cached.snapshot(self.commit)
 
-    def listing(self) -> dict[str, int | None]:
-        """One request: the repository's file names -> sizes in bytes. Raises DownloadFailed for what is no listing."""
+    def _listing(self) -> tuple[str, dict[str, Content]]:
+        """One request: the commit that the revision is, and what files it has."""
         from huggingface_hub import HfApi
 
         hub_errors.check_token()
@@ -74,19 +79,15 @@ class Download:
             api = HfApi(endpoint=self.endpoint)
             revision = self.repo.revision
             info = api.model_info(self.repo.name, revision=revision, files_metadata=True, timeout=LISTING_TIMEOUT)
-        self.commit = info.sha or ""
-        if not cache.COMMIT.fullmatch(self.commit):
-            raise DownloadFailed(self.label, f"{self.endpoint} did not say which commit {self.repo.revision!r} is")
-        self.contents = {
+        commit = info.sha or ""
+        if not cache.COMMIT.fullmatch(commit):
+            raise DownloadFailed(self.label, f"{self.endpoint} did not say which commit {revision!r} is")
+        return commit, {
             file.rfilename: Content(file.size, sha256=file.lfs.sha256)
             if file.lfs
             else Content(file.size, sha1=file.blob_id)
             for file in info.siblings or ()
         }
-        if outside := [name for name, content in self.contents.items() if not _stays_inside(name, content)]:
-            reason = f"{self.endpoint} lists {outside[0][:200]!r}, which is no place for a file"
-            raise DownloadFailed(self.label, reason)
-        return self.sizes
 
     def has(self, name: str) -> bool:
         """Whether the snapshot holds the file in full, as far as its length and header tell."""

@@ -1,4 +1,4 @@
-"""A file in, what it is by its first bytes out: a name may say anything, or nothing. Knows no format's inside.
+"""What a weights file is, by its first bytes: a name may say anything, or nothing. Knows no format's inside.
 
 `git clone` without Git LFS leaves a pointer, three lines of text, in the place of every large file
 (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
@@ -28,7 +28,15 @@ def of(path: Path) -> Kind | None:
 
     None for what is no file, or none of weights. Raises LfsPointer.
     """
-    return _by_header(path) or SUFFIXES.get(path.suffix)
+    start = _start(path)
+    refuse_pointer(path, start)
+    if start.startswith(GGUF_MAGIC):
+        return "gguf"
+    if start.startswith(PICKLE_MAGICS):
+        return "pickle"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
+        return "safetensors"
+    return SUFFIXES.get(path.suffix)
 
 
 def refuse_pointer(path: Path, start: bytes | None = None) -> None:
@@ -36,24 +44,13 @@ def refuse_pointer(path: Path, start: bytes | None = None) -> None:
 
     A file that cannot be opened is left to its reader.
     """
-    if start is None:
-        start = b""
-        with suppress(OSError), path.open("rb") as file:
-            start = file.read(LFS_BYTES)
+    start = _start(path) if start is None else start
     if start.startswith(LFS_MAGIC):
         raise LfsPointer(path)
 
 
-def _by_header(path: Path) -> Kind | None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(LFS_BYTES)
-    except OSError:
-        return None
-    refuse_pointer(path, start)
-    if start.startswith(GGUF_MAGIC):
-        return "gguf"
-    if start.startswith(PICKLE_MAGICS):
-        return "pickle"
-    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
-    return "safetensors" if is_safetensors else None
+def _start(path: Path) -> bytes:
+    """The first bytes of the file; none of what cannot be opened."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(LFS_BYTES)
+    return b""

@@ -48,7 +48,7 @@ def fetch(
     if found := _present(name, form, weights=weights, headers=headers, force=force):
         return found
     model = _HubModel(parse(name), form, weights=weights, force=force, progress=progress, tell=tell)
-    return model.fetch(weights=weights, headers=headers)
+    return model.fetch(headers=headers)
 
 
 def fetch_headers(
@@ -94,7 +94,10 @@ def _present(
 
 
 class _HubModel:
-    """A model in a repository of the Hub: `selection` is what is needed of it. Asks for the listing at once."""
+    """A model in a repository of the Hub: `selection` is what is needed of it. Asks for the listing at once.
+
+    Raises as `layout.select`, and for a repository without a tokenizer that is read here.
+    """
 
     def __init__(
         self,
@@ -106,14 +109,13 @@ class _HubModel:
         progress: Progress | None = None,
         tell: Callable[[str], None] | None = None,
     ):
-        self.repo, self.force = repo, force
+        self.repo, self.weights, self.force = repo, weights, force
         self.download = Download(repo, progress)
-        self.download.listing()
-        self.selection = self._select(form, weights)
+        self.selection = self._select(form)
         if self.selection.note and tell:
             tell(self.selection.note)
 
-    def fetch(self, *, weights: bool, headers: bool) -> Path:
+    def fetch(self, *, headers: bool) -> Path:
         """Small files first, the config the last of them, then the weights; then only does the revision point here.
 
         An index comes before all: it says which weights there are, and so how many bytes.
@@ -122,7 +124,7 @@ class _HubModel:
         download.cached.mark_used(download.commit)
         # Without the listing a GGUF whose mmproj file is to come would look whole.
         download.cached.write_listing(download.commit, download.sizes)
-        large = self._weight_names() if weights or selection.entry else []
+        large = self._weight_names() if self.weights or selection.entry else []
         folder = download.folder
         if headers and selection.entry:
             folder = download.cached.headers(download.commit)
@@ -146,11 +148,10 @@ class _HubModel:
         download.get_headers(weights, folder)
         return selection.path(folder)
 
-    def _select(self, form: Form | None, weights: bool) -> Selection:
-        """Raises as `layout.select`, and for a repository without a tokenizer that is read here."""
+    def _select(self, form: Form | None) -> Selection:
         label, names = self.download.label, self.download.sizes
         try:
-            selection = layout.select(label, names, form=form, file=self.repo.file, weights=weights)
+            selection = layout.select(label, names, form=form, file=self.repo.file, weights=self.weights)
         except AdapterOnly:
             self.download.get([layout.ADAPTER])
             raise layout.adapter(label, read_json_object(self.download.folder / layout.ADAPTER)) from None

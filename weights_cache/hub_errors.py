@@ -1,4 +1,4 @@
-"""The errors of the Hub's library (huggingface_hub >= 1.0) in; ours, each with what to do about it, out."""
+"""Errors of the Hub's library (huggingface_hub >= 1.0) become ours, each with what to do about it."""
 
 import errno
 import logging

@@ -1,6 +1,6 @@
-"""The Hub's cache and our own in, the models that lie there out; and how one of them is checked or removed.
+"""The models in the Hub's cache and in ours: listed, compared with their hashes, removed. Knows no terminal.
 
-Knows no terminal. Only folders are trusted to say what is ours to remove: links are taken away, never followed.
+Only folders are trusted to say what is ours to remove: links are removed, never followed.
 """
 
 import os
@@ -34,9 +34,9 @@ class Model:
     """A model in a cache. `path` is what to open; `files` are what it consists of, as they are named there.
 
     `format` is "hf", "native", "gguf", "serialized", or "incomplete" for what has not all of its weights.
-    `encoding` is that of most of its weights, or None. `nbytes` is what the disk holds, `used` seconds since 1970,
-    `known` whether it is this program's to prune: in our own folder, or in the Hub's cache, which serves other programs
-    as well, and asked for by this one. A serialized model elsewhere is the user's, and its name is its path.
+    `encoding` is that of most of its weights, or None. `nbytes` is what the disk holds, `used` in seconds since 1970.
+    `known` says whether this program may prune it: if it lies in our own folder, or if this program has asked for it in
+    the Hub's cache, which serves others as well. A serialized model elsewhere is the user's; its name is its path.
     """
 
     name: str
@@ -64,13 +64,13 @@ def models() -> list[Model]:
 
 
 def hub_names() -> list[str]:
-    """The names of the models in the Hub's cache, as `models` has them, without a look into their weights."""
+    """The names of the models in the Hub's cache, as `models` gives them, without reading their weights."""
     names: set[str] = set()
     for repo in _repos():
         with suppress(PermissionError, Unreadable):
-            found = _stored(repo)
+            found = _snapshot_models(repo)
             names |= {each.name for each in found}
-            if _parts(repo):
+            if _partials(repo):
                 if all(each.is_whole() for each in found):  # else they are its missing shards
                     names.add(repo.name)
             elif not found and repo.notes.is_dir():
@@ -107,21 +107,21 @@ def altered(model: Model, progress: Progress | None = None) -> list[str]:
 
 
 def remove(model: Model) -> None:
-    """Take the model away; what it shares with another stays. Raises OSError.
+    """Remove the model; what it shares with another stays. Raises OSError.
 
-    Killed half-way, the rest is an incomplete model, which nobody takes for a whole one.
+    If the process is killed half-way, the rest is listed as an incomplete model.
     """
     if model.repo is None:
         model.path.unlink()
         return
     repo = CachedRepo(model.repo)
-    shared, parts = _shared(model, repo), [] if model.format == INCOMPLETE else _parts(repo)
+    shared, parts = _shared(model, repo), [] if model.format == INCOMPLETE else _partials(repo)
     linked = _linked(repo) | {path.resolve() for path in model.files}
     for path in model.files:
         if path not in shared:
             path.unlink(missing_ok=True)
     for commit in _commits(repo):
-        if commit == (model.commit or commit) and not _stored_at(repo, commit):
+        if commit == (model.commit or commit) and not _models_at(repo, commit):
             shutil.rmtree(repo.snapshot(commit))
             _forget(repo, commit)
     _remove_unused_blobs(repo, linked, keep=parts)
@@ -156,7 +156,7 @@ def main_encoding(path: Path, folder: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _SnapshotModel:
     """A model in a snapshot, whole or not: the folder in `form`, or the GGUF `file` in it."""
 
     repo: CachedRepo
@@ -219,14 +219,14 @@ class _Stored:
 
 
 def _repos() -> list[CachedRepo]:
-    """The repositories in the Hub's cache; what a link leads to is not the cache's."""
+    """The repositories in the Hub's cache; links to folders elsewhere are left out."""
     found = sorted(cache.hub_cache_folder().glob("models--*--*"))
     roots = [root for root in found if root.is_dir() and not root.is_symlink()]
     return [CachedRepo(root.name.removeprefix("models--").replace("--", "/", 1)) for root in roots]
 
 
 def _commits(repo: CachedRepo) -> list[str]:
-    """Those of which there is a snapshot."""
+    """The commits of which there is a snapshot."""
     folders = (repo.folder / cache.SNAPSHOTS).glob("*")
     return sorted(each.name for each in folders if each.is_dir() and not each.is_symlink())
 
@@ -238,31 +238,31 @@ def _refs(repo: CachedRepo) -> dict[str, str]:
     return {path.relative_to(refs).as_posix(): path.read_text(errors="replace").strip() for path in files}
 
 
-def _stored(repo: CachedRepo) -> list[_Stored]:
-    return [each for commit in _commits(repo) for each in _stored_at(repo, commit)]
+def _snapshot_models(repo: CachedRepo) -> list[_SnapshotModel]:
+    return [each for commit in _commits(repo) for each in _models_at(repo, commit)]
 
 
-def _stored_at(repo: CachedRepo, commit: str) -> list[_Stored]:
+def _models_at(repo: CachedRepo, commit: str) -> list[_SnapshotModel]:
     names = weight_files.file_names(repo.snapshot(commit), deep=True)
-    folders = [_Stored(repo, commit, form) for form in layout.forms(names) if form != "gguf"]
-    return folders + [_Stored(repo, commit, "gguf", name) for name in layout.weight_names(names, "gguf")]
+    folders = [_SnapshotModel(repo, commit, form) for form in layout.forms(names) if form != "gguf"]
+    return folders + [_SnapshotModel(repo, commit, "gguf", name) for name in layout.weight_names(names, "gguf")]
 
 
 def _models_of(repo: CachedRepo) -> list[Model]:
-    """The models of a repository; what a download left joins one that is incomplete, or is one."""
-    found, parts = [each.model() for each in _stored(repo)], _parts(repo)
+    """The models of a repository; partial downloads belong to one that is incomplete, or stand for one."""
+    found, partials = [each.model() for each in _snapshot_models(repo)], _partials(repo)
     for number, model in enumerate(found):
         if model.format == INCOMPLETE:
-            nbytes = model.nbytes + sum(map(_size, parts))
-            found[number] = replace(model, files=(*model.files, *parts), nbytes=nbytes)
+            nbytes = model.nbytes + sum(map(_size, partials))
+            found[number] = replace(model, files=(*model.files, *partials), nbytes=nbytes)
             return found
-    rest = _rest(repo, parts, any_model=bool(found))
-    return [*found, rest] if rest else found
+    leftover = _leftover(repo, partials, any_model=bool(found))
+    return [*found, leftover] if leftover else found
 
 
-def _parts(repo: CachedRepo) -> list[Path]:
-    """What has arrived of contents: ours, which a download goes on with, and may come beside a whole one that is
-    fetched anew; of the Hub's library those that are not whole, since what it left of others is only debris."""
+def _partials(repo: CachedRepo) -> list[Path]:
+    """Partial downloads that can be gone on with: all of ours; of the Hub's library those whose content is not whole,
+    since it only leaves debris beside the others."""
     blobs = repo.folder / "blobs"
     parts = [path for path in blobs.glob("*.incomplete") if path.is_file()]
     return [path for path in parts if _is_ours(path) or not (blobs / path.name.partition(".")[0]).is_file()]
@@ -272,9 +272,9 @@ def _is_ours(part: Path) -> bool:
     return part.name.endswith(cache.PARTIAL)
 
 
-def _rest(repo: CachedRepo, parts: list[Path], any_model: bool) -> Model | None:
-    """What a download left before any of its weights was whole; and where there is no model, the small files and
-    headers of one whose weights this program never wanted."""
+def _leftover(repo: CachedRepo, parts: list[Path], any_model: bool) -> Model | None:
+    """The partial downloads as an incomplete model; where there are none, and no model either, the small files and
+    headers of a model whose weights were never asked for."""
     ours = all(map(_is_ours, parts))
     if not parts and not any_model and repo.notes.is_dir():
         folders = (repo.folder / cache.SNAPSHOTS, repo.notes)
@@ -311,7 +311,7 @@ def _size(path: Path) -> int:
 
 def _shared(model: Model, repo: CachedRepo) -> set[Path]:
     """Files that another model in the same snapshot needs as well: a tokenizer, an mmproj file."""
-    others = [each.model() for each in _stored_at(repo, model.commit)] if model.commit else []
+    others = [each.model() for each in _models_at(repo, model.commit)] if model.commit else []
     return {path for each in others if (each.path, each.format) != (model.path, model.format) for path in each.files}
 
 
@@ -335,8 +335,8 @@ def _linked(repo: CachedRepo) -> set[Path]:
 
 
 def _remove_unused_blobs(repo: CachedRepo, linked: set[Path], keep: list[Path]) -> None:
-    """Remove contents to which no snapshot leads, apart from those to `keep`; one that was not `linked` before is left
-    while it is young: another process may have fetched it, and be about to link it."""
+    """Remove contents to which no snapshot leads, apart from those to `keep`. One that was not `linked` before stays
+    while it is young: another process may have fetched it and be about to link it."""
     used = _linked(repo) | {path.resolve() for path in keep}
     blobs = repo.folder / "blobs"
     if blobs.is_symlink():

@@ -1,4 +1,4 @@
-"""File names in, those that are one whole model in one form out; or the error that says best why there is none.
+"""Of the names of files, those that make one whole model in one form; or the error that says best why there is none.
 
 The rules speak of names, so that they hold for a folder and for the listing of a repository alike: what chooses what
 to download, and what tells whether it is here, cannot disagree. No file is read but the config of an adapter.

@@ -1,4 +1,4 @@
-"""A tensor's name in a file of some format in, our name for it out; and the order of rotary rows. Knows no files.
+"""The names that each form gives its tensors -> ours, and the order of rotary rows. Knows no files.
 
 Sources: mistral-inference's module names for the native form; gguf-py's `TENSOR_NAMES` for GGUF; for Hugging Face,
 transformers' `save_pretrained`, which writes the older style for LLaVA and bare names for a text-only model

@@ -1,10 +1,10 @@
-"""What is told while bytes are downloaded, loaded, saved or checked. Knows no terminal and no network."""
+"""How progress is reported while bytes are downloaded, loaded, saved or checked. Knows no terminal and no network."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Is called again and again with what is being done, and the bytes done and in all (None: nobody knows)."""
+    """Called repeatedly with what is being done, the bytes done, and the bytes in all (None if unknown)."""
 
     def __call__(self, label: str, done: int, total: int | None, /) -> None: ...
 

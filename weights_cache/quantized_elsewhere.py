@@ -1,4 +1,4 @@
-"""A config and the names of the files beside it in; an error out if another program quantised the weights.
+"""Tells by a config, and by the names of the files beside it, whether another program quantised the weights.
 
 Such weights have other names, shapes and types than the model's own, so that nothing but the config says what they
 are. bitsandbytes' nf4 is read here. Sources: transformers' `quantization_config`, MLX's `quantization`, the files that

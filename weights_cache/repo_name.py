@@ -1,4 +1,4 @@
-"""What a user calls a model of the Hub in, its repository, revision and file out. Knows no network."""
+"""What a user calls a model on the Hub -> its repository, revision and file. Knows no network."""
 
 import os
 import re

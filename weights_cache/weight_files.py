@@ -1,4 +1,4 @@
-"""A folder, or paths that someone named, in; the weights files that count, all present, out. Reads indexes only."""
+"""The weights files of a folder, or of paths that a user named, all present. Reads indexes only."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ def in_folder(folder: Path, form: Form | None) -> Expected:
 
 
 def chosen(paths: Sequence[Path]) -> Expected:
-    """As `in_folder`, for paths that someone named: safetensors and GGUF files, and folders of them."""
+    """As `in_folder`, for paths that a user named: safetensors and GGUF files, and folders of them."""
     check_present(paths)
     found: dict[Path, frozenset[str]] = {}
     for path in paths:

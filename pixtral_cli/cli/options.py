@@ -1,4 +1,4 @@
-"""The flags that commands share: Typer's parameters in, small frozen records out. Knows no model and no terminal.
+"""The flags that commands share, as Typer parameters in small frozen dataclasses. Knows no model and no terminal.
 
 Their types stay real objects (no `from __future__ import annotations` here), because Typer reads them.
 """
@@ -46,11 +46,13 @@ class FetchFlags:
         _model(
             "--weights-format",
             metavar="hf|native|gguf",
-            help="Which form to read where a model comes in several.",
+            help="Which format to read if the model has several.",
             **one_of(FORMATS),
         ),
     ] = None
-    force_download: Annotated[bool, _model("--force-download", help="Download again, even if it is cached.")] = False
+    force_download: Annotated[bool, _model("--force-download", help="Download again, even if the model is cached.")] = (
+        False
+    )
 
     @property
     def form(self) -> "Form | None":
@@ -78,19 +80,23 @@ class SourceFlags(FetchFlags):
         _model(
             "--image-preprocessing",
             metavar="hf|native",
-            help="How pictures become pixels: as transformers does or as mistral-common does. "
-            "Default: by the checkpoint's form.",
+            help="How pictures become pixels: as in transformers (hf) or as in mistral-common (native). "
+            "Default: the way that fits the checkpoint.",
             **one_of(RECIPES),
         ),
     ] = None
     trust_remote_code: Annotated[
-        bool, _model("--trust-remote-code", help="Accepted for compatibility: code from a repository is never run.")
+        bool,
+        _model(
+            "--trust-remote-code",
+            help="Accepted for compatibility, without effect: code from a repository is never run.",
+        ),
     ] = False
 
     @property
     def name(self) -> str:
         """The model's name, the default if none was given."""
-        return self.model_path or DEFAULT_MODEL
+        return DEFAULT_MODEL if self.model_path is None else self.model_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ class EncodingFlags:
             "--weight-path",
             metavar="PATH",
             autocompletion=completions.WEIGHTS.offered,
-            help="Take the weights from this file or folder instead. Repeatable.",
+            help="Read the weights from this file or folder instead. Repeatable.",
         ),
     ] = None
     quantization_encoding: Annotated[
@@ -111,18 +117,18 @@ class EncodingFlags:
         _model(
             "--quantization-encoding",
             metavar="NAME",
-            help=f"How the weights are kept: {', '.join(CHOICES)}. Default: as they are in the checkpoint.",
+            help=f"How the weights are stored: {', '.join(CHOICES)}. Default: as in the checkpoint.",
             **one_of(CHOICES),
         ),
     ] = None
     quantize_vision: Annotated[
-        bool, _model("--quantize-vision", help="Pack the picture part as well; it stays bfloat16 otherwise.")
+        bool, _model("--quantize-vision", help="Pack the picture part too; otherwise it stays bfloat16.")
     ] = False
     double_quantization: Annotated[
         bool,
         _model(
             "--double-quantization",
-            help="nf4 only: pack its scales as well, 8 % less memory; not of weights that are nf4 already.",
+            help="nf4 only: pack its scales too, for 8 % less memory. Not for weights that are already nf4.",
         ),
     ] = False
 
@@ -155,17 +161,16 @@ class WeightFlags(EncodingFlags):
             "--max-length",
             metavar="TOKENS",
             callback=within(1),
-            help="Room for prompt and answer together. Default: the model's own.",
+            help="Maximum length of prompt and answer together. Default: the model's own.",
         ),
     ] = None
     max_batch_size: Annotated[
-        int, _machine("--max-batch-size", metavar="N", callback=within(1), help="Requests that are decoded together.")
+        int,
+        _machine("--max-batch-size", metavar="N", callback=within(1), help="How many requests are decoded together."),
     ] = 1
     max_ce_batch_size: Annotated[
         int,
-        _machine(
-            "--max-ce-batch-size", metavar="N", callback=within(1), help="Requests whose prompts are read together."
-        ),
+        _machine("--max-ce-batch-size", metavar="N", callback=within(1), help="How many prompts are read together."),
     ] = 32
     save_to_serialized_model_path: Annotated[
         Path | None,
@@ -173,7 +178,7 @@ class WeightFlags(EncodingFlags):
             "--save-to-serialized-model-path",
             metavar="FILE",
             autocompletion=completions.FILES.offered,
-            help="Write the loaded model as one file that starts at once.",
+            help="Save the loaded model as one file that loads immediately.",
         ),
     ] = None
     serialized_model_path: Annotated[
@@ -182,7 +187,7 @@ class WeightFlags(EncodingFlags):
             "--serialized-model-path",
             metavar="FILE",
             autocompletion=completions.SERIALIZED.offered,
-            help="Load such a file; nothing else is needed.",
+            help="Load a file written by `pixtral export` or --save-to-serialized-model-path.",
         ),
     ] = None
 
@@ -201,12 +206,14 @@ class RequestFlags:
             "-i",
             metavar="PICTURE",
             autocompletion=completions.IMAGE.offered,
-            help="A file, an http(s) URL, a data: URI, or - for standard input. Repeatable, order kept.",
+            help="A file, an http(s) URL, a data: URI, or - for standard input. Repeatable; the order is kept.",
         ),
     ] = None
     system: Annotated[
         str | None,
-        _request("--system", metavar="TEXT", callback=whole_text, help="How to answer."),
+        _request(
+            "--system", metavar="TEXT", callback=whole_text, help="Instructions on how to answer (the system prompt)."
+        ),
     ] = None
     messages: Annotated[
         str | None,
@@ -214,11 +221,15 @@ class RequestFlags:
             "--messages",
             metavar="FILE|-",
             autocompletion=completions.CONVERSATION.offered,
-            help="A whole conversation: an OpenAI-style list of messages as JSON.",
+            help="A whole conversation: an OpenAI-style list of messages in JSON.",
         ),
     ] = None
     raw: Annotated[
-        bool, _request("--raw", help="Continue the text as it stands, control words included, without a chat template.")
+        bool,
+        _request(
+            "--raw",
+            help="Continue the text as it is, without a chat template. Control words in it become control tokens.",
+        ),
     ] = False
 
 
@@ -232,7 +243,7 @@ class SamplingFlags:
             "--max-new-tokens",
             metavar="N",
             callback=token_limit,
-            help="The longest answer. -1: until the end of the context.",
+            help="Maximum length of the answer. -1: until the context is full.",
         ),
     ] = -1
     top_k: Annotated[
@@ -241,8 +252,8 @@ class SamplingFlags:
             "--top-k",
             metavar="N",
             callback=within_option("top_k"),
-            help="Choose among the N likeliest tokens; 0 is off. "
-            "Default: 1, the likeliest, or off once --temperature is above 0.",
+            help="Choose among the N most likely tokens; 0 is off. "
+            "Default: 1 (always the most likely), or off if --temperature is above 0.",
         ),
     ] = None
     temperature: Annotated[
@@ -251,7 +262,7 @@ class SamplingFlags:
             "--temperature",
             metavar="T",
             callback=within_option("temperature"),
-            help="0 always takes the likeliest token, 1 follows the model, higher is wilder.",
+            help="0 always takes the most likely token, 1 follows the model, higher is more random.",
         ),
     ] = None
     top_p: Annotated[
@@ -260,7 +271,7 @@ class SamplingFlags:
             "--top-p",
             metavar="P",
             callback=within_option("top_p"),
-            help="Choose among the likeliest tokens that together have this probability.",
+            help="Choose among the most likely tokens that together have this probability.",
         ),
     ] = 1.0
     min_p: Annotated[
@@ -269,7 +280,7 @@ class SamplingFlags:
             "--min-p",
             metavar="P",
             callback=within_option("min_p"),
-            help="Leave out tokens less likely than this share of the likeliest.",
+            help="Leave out tokens whose probability is below this share of the most likely token's.",
         ),
     ] = 0.0
     repetition_penalty: Annotated[
@@ -278,18 +289,23 @@ class SamplingFlags:
             "--repetition-penalty",
             metavar="X",
             callback=within_option("repetition_penalty"),
-            help="Above 1 makes tokens that were there already less likely.",
+            help="Above 1 makes tokens less likely that have already occurred.",
         ),
     ] = 1.0
     seed: Annotated[
         int | None,
-        _answer("--seed", metavar="N", callback=within_option("seed"), help="The same seed, the same choices."),
+        _answer(
+            "--seed",
+            metavar="N",
+            callback=within_option("seed"),
+            help="With the same seed, the same tokens are chosen.",
+        ),
     ] = None
     stop: Annotated[
         list[str] | None,
         _answer("--stop", metavar="TEXT", callback=stop_texts, help="End the answer before this text. Repeatable."),
     ] = None
-    ignore_eos: Annotated[bool, _answer("--ignore-eos", help="Go on after the model's end-of-answer token.")] = False
+    ignore_eos: Annotated[bool, _answer("--ignore-eos", help="Continue after the model's end-of-answer token.")] = False
 
     def options(self) -> dict[str, Any]:
         """The same as keyword arguments of `Pixtral.chat`."""
@@ -312,7 +328,8 @@ class OutputFlags:
 class ReportFlags:
     """What is told beside the answer."""
 
-    stats: Annotated[bool, _output("--stats", help="Tokens and speeds, on standard error.")] = False
+    stats: Annotated[bool, _output("--stats", help="Print token counts and speeds on standard error.")] = False
     logprobs: Annotated[
-        bool, _output("--logprobs", help="Each token's log-probability: in the JSON object, else on standard error.")
+        bool,
+        _output("--logprobs", help="Print each token's log-probability: in the JSON object, else on standard error."),
     ] = False

@@ -1,1 +1,1 @@
-"""One file per command: flags in, calls of the Python API, console out. Heavy imports stand inside the functions."""
+"""One file per command: it reads flags, calls the Python API and prints. Heavy imports are inside the functions."""

@@ -1,4 +1,4 @@
-"""`pixtral cache`: what lies in the caches in, a table, a check or a removal out. Loads no model and no torch."""
+"""`pixtral cache`: lists, checks and removes the models in the caches. Loads no model and no torch."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from weights_cache.wording import size
 if TYPE_CHECKING:
     from weights_cache.inventory import Model
 
-HELP = "See, check and remove the models that lie on this machine."
+HELP = "List, check and remove the models on this machine."
 EXAMPLES = """\
 Examples:
 
@@ -58,7 +58,7 @@ class NamesArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SomeArguments:
+class RequiredNamesArguments:
     """Which models; at least one."""
 
     names: Annotated[list[str], _names(metavar="MODEL...")]
@@ -68,7 +68,7 @@ class SomeArguments:
 class YesFlags:
     """Whether to ask first."""
 
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,9 @@ class AgeFlags:
 
     older_than: Annotated[
         float,
-        typer.Option("--older-than", metavar="AGE", parser=age, help="Not used for so long: 12h, 30d or 4w."),
+        typer.Option(
+            "--older-than", metavar="AGE", parser=age, help="Remove models not used for this long: 12h, 30d or 4w."
+        ),
     ]
 
 
@@ -96,7 +98,7 @@ def list_models(output: OutputFlags) -> None:
 
 
 def path(output: OutputFlags) -> None:
-    """Print the folders of the Hub's cache and of our own."""
+    """Print the folders of the Hub's cache and of pixtral's own."""
     from weights_cache.cache import hub_cache_folder, own_cache_folder
 
     console = output.console()
@@ -105,7 +107,7 @@ def path(output: OutputFlags) -> None:
 
 
 def verify(arguments: NamesArguments, output: OutputFlags) -> None:
-    """Compare every file with its hash."""
+    """Check every file against its hash."""
     from weights_cache import inventory
 
     console = output.console()
@@ -125,13 +127,13 @@ def verify(arguments: NamesArguments, output: OutputFlags) -> None:
         raise PixtralError(f"{counted(len(damaged), 'model')} damaged: {', '.join(damaged)}.", again)
 
 
-def remove(arguments: SomeArguments, yes: YesFlags, output: OutputFlags) -> None:
+def remove(arguments: RequiredNamesArguments, yes: YesFlags, output: OutputFlags) -> None:
     """Remove models by name."""
     _remove(chosen(arguments.names), yes.yes, output.console())
 
 
 def prune(older: AgeFlags, yes: YesFlags, output: OutputFlags) -> None:
-    """Remove what pixtral used and nobody has for long."""
+    """Remove models that pixtral has used, but not for a long time."""
     before = time.time() - older.older_than
     old = [model for model in chosen(None) if model.known and model.used < before]
     _remove(old, yes.yes, output.console())

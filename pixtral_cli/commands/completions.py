@@ -1,4 +1,4 @@
-"""`pixtral completions`: a shell's name in, its script for Tab out. Loads no model and no torch."""
+"""`pixtral completions`: prints the Tab completion script of a shell. Loads no model and no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,7 +18,7 @@ Examples:
   source <(pixtral completions zsh)         # in ~/.zshrc, after compinit
   pixtral completions fish > ~/.config/fish/completions/pixtral.fish
 
-Commands, flags and their choices stand in the script; the models that are here it asks of pixtral.
+The script holds commands, flags and their choices. For the models on this machine it asks pixtral.
 """
 
 
@@ -33,7 +33,7 @@ class CompletionsArguments:
 
 
 def completions(arguments: CompletionsArguments) -> None:
-    """Print a script with which a shell completes commands, flags, models and files."""
+    """Print a shell script that completes commands, flags, models and files."""
     console = Console()
     if arguments.shell in LISTINGS:
         console.write("".join(f"{word}\n" for word in listed_now(arguments.shell)))

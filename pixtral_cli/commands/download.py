@@ -1,4 +1,4 @@
-"""`pixtral download`: a model's name in, the folder where it now lies out. Loads nothing."""
+"""`pixtral download`: fetches a model and prints its folder. Loads nothing."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,7 +17,7 @@ Examples:
   pixtral download owner/name:model-Q4_K_M.gguf
   pixtral run --model-path "$(pixtral download owner/name)" -p "Hello"
 
-A download that breaks off goes on where it stopped when the same command is run again.
+To continue an interrupted download, run the same command again.
 """
 
 
@@ -30,13 +30,13 @@ class DownloadArguments:
         typer.Argument(
             metavar="MODEL",
             autocompletion=MODEL.offered,
-            help="owner/name, owner/name@revision, owner/name:file.gguf, or its page on the Hub.",
+            help="owner/name, owner/name@revision, owner/name:file.gguf, or the address of its page on the Hub.",
         ),
     ]
 
 
 def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlags) -> None:
-    """Fetch a model beforehand, and print where it lies."""
+    """Download a model and print its folder."""
     console = output.console()
     with console.progress(f"looking for {arguments.model}") as progress:
         notes: list[str] = []

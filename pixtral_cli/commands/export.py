@@ -1,4 +1,4 @@
-"""`pixtral export`: a model in, one serialized file of it out, encoded tensor by tensor. Loads no model."""
+"""`pixtral export`: writes a model as one serialized file, encoded tensor by tensor. Loads no model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,13 @@ class ExportArguments:
         typer.Argument(
             metavar="FILE",
             autocompletion=completions.FILES.offered,
-            help="The file to write; one that is there is replaced.",
+            help="The file to write. An existing file is replaced.",
         ),
     ]
 
 
 def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlags, output: OutputFlags) -> None:
-    """Write a model as one file that starts at once."""
+    """Write a model as one file that loads immediately."""
     from pixtral_cli.encoding_choices import asked_for
     from pixtral_cli.source import Source
 

@@ -1,4 +1,4 @@
-"""`pixtral inspect`: a model's headers in, what it is and what it needs out. Reads no weights, imports no torch."""
+"""`pixtral inspect`: shows from headers what a model is and needs. Reads no weights, imports no torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from weights_cache.names import VISION
 from weights_cache.wording import size
 
 if TYPE_CHECKING:
-    from pixtral_cli.source import Source
+    from pixtral_cli.source import Device, Need, Source
     from weights_cache.layout import Form
 
 VERDICTS = {True: "fits", False: "does not fit", None: "?"}
@@ -28,7 +28,7 @@ Examples:
   pixtral inspect mistral-community/pixtral-12b
   pixtral inspect owner/name:model-Q4_K_M.gguf --json
 
-Of a model that is not here only the small files and the headers are fetched.
+If the model is not on this machine, only its small files and headers are downloaded.
 """
 
 
@@ -49,14 +49,14 @@ class InspectArguments:
         typer.Option(
             "--weights-format",
             metavar="hf|native|gguf",
-            help="Which form to look at where a model comes in several.",
+            help="Which format to look at if the model has several.",
             **one_of(FORMATS),
         ),
     ] = None
 
 
 def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
-    """Show what a model is and what memory it needs, before its weights are fetched."""
+    """Show what a model is and how much memory it needs, before it is downloaded."""
     console = output.console()
     with TemporaryDirectory(prefix="pixtral-") as folder:
         with console.progress(f"looking at {arguments.model}") as progress:
@@ -74,7 +74,7 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
     """The object that `--json` prints. Sizes are in bytes, lengths in tokens, pictures in pixels."""
     config, tensors = source.config, source.checkpoint.tensors
     text, vision, images = config.text, config.vision, config.image_layout
-    needs, devices = source.needs(), source.devices()
+    devices = source.devices()
     return {
         "model": name,
         "architecture": config.architecture,
@@ -94,23 +94,22 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
         },
         "bytes_on_disk": sum(path.stat().st_size for path in {tensor.file for tensor in tensors.values()}),
         "devices": [{"name": device.name, "free_bytes": device.free} for device in devices],
-        "encodings": [
-            {
-                "name": need.encoding,
-                "weights_bytes": need.weights,
-                "lengths": [
-                    {
-                        "tokens": tokens,
-                        "kv_cache_bytes": cache,
-                        "total_bytes": need.total(tokens),
-                        "fits": {device.name: need.fits(device, tokens) for device in devices},
-                    }
-                    for tokens, cache in need.cache.items()
-                ],
-            }
-            for need in needs
-        ],
+        "encodings": [_needed(need, devices) for need in source.needs()],
     }
+
+
+def _needed(need: "Need", devices: "list[Device]") -> dict[str, Any]:
+    """What the model takes in one encoding, by itself and with a cache of each length, and where that fits."""
+    lengths = [
+        {
+            "tokens": tokens,
+            "kv_cache_bytes": cache,
+            "total_bytes": need.total(tokens),
+            "fits": {device.name: need.fits(device, tokens) for device in devices},
+        }
+        for tokens, cache in need.cache.items()
+    ]
+    return {"name": need.encoding, "weights_bytes": need.weights, "lengths": lengths}
 
 
 def as_text(found: dict[str, Any]) -> str:

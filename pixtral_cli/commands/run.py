@@ -1,4 +1,4 @@
-"""`pixtral run`: one request in, one answer streamed out. Knows flags and the Python API, nothing below it."""
+"""`pixtral run`: answers one request and streams the answer. Knows flags and the Python API, nothing below it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Examples:
   pdftotext letter.pdf - | pixtral run -p "Summarise this in one sentence."
   curl -s https://example.org/cat.jpg | pixtral run -i - -p "What is this?" --json
 
-Text on standard input goes before the prompt. Without -p it is the prompt and is waited for; with -p, a
-pipe in which nothing comes is not. `pixtral run --serve` means `pixtral serve`.
+Text on standard input goes before the prompt. Without -p, it is the whole prompt, and pixtral waits for it.
+With -p, pixtral does not wait long for an empty pipe. `pixtral run --serve` means `pixtral serve`.
 """
 
 
@@ -28,7 +28,7 @@ def run(
     report: ReportFlags,
     weights: WeightFlags,
 ) -> None:
-    """Ask a model about pictures and text, and stream its answer."""
+    """Ask a model about pictures and text, and stream the answer."""
     console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)

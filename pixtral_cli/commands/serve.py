@@ -1,4 +1,4 @@
-"""`pixtral serve`: a model behind HTTP until a signal ends it. Joins flags, model and server; knows no route."""
+"""`pixtral serve`: serves a model over HTTP until a signal. Joins flags, model and server; knows no route."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Examples:
   pixtral serve --quantization-encoding q4_k --kv-cache-memory 8GiB --served-model-name pixtral
 
 Any OpenAI client works with the base URL http://127.0.0.1:8000/v1, and a chat page is at http://127.0.0.1:8000.
-SIGTERM or Ctrl-C ends it when what runs is finished; a second one, at once.
+After SIGTERM or Ctrl-C, running requests may finish; a second signal stops the server at once.
 """
 GIB = 2**30
 
@@ -39,7 +39,7 @@ def serve(
     limits: LimitFlags,
     weights: ServedWeightFlags,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API and as a chat page."""
+    """Serve a model over HTTP, with OpenAI's API and a chat page."""
     console = Console(quiet=listen.quiet)
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)

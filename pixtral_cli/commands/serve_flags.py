@@ -1,4 +1,4 @@
-"""The flags that only `serve` has: Typer's parameters in, small frozen records out. Knows no model and no server.
+"""The flags of `serve` alone, as Typer parameters in small frozen dataclasses. Knows no model and no server.
 
 Their types stay real objects (no `from __future__ import annotations` here), because Typer reads them.
 """
@@ -16,7 +16,7 @@ from pixtral_cli.cli.flags import byte_count, networks, within
 from pixtral_cli.cli.options import SamplingFlags, WeightFlags
 
 _server, _guard, _limit, _machine = (
-    partial(typer.Option, rich_help_panel=panel) for panel in ("Server", "Guard", "Limits", "Speed and memory")
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Server", "Access", "Limits", "Speed and memory")
 )
 
 
@@ -27,7 +27,7 @@ def _option(flags: type, name: str, panel: str | None = None) -> Any:
     return option
 
 
-_default = partial(_option, SamplingFlags, panel="Answer, where a request does not say")
+_default = partial(_option, SamplingFlags, panel="Answer, if a request does not say")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +39,18 @@ class ListenFlags:
         _server(
             "--host",
             metavar="ADDRESS",
-            help="The address to bind. One that others can reach wants a key, or --insecure.",
+            help="The address to bind. One that others can reach needs a key, or --insecure.",
         ),
     ] = "127.0.0.1"
     port: Annotated[
-        int, _server("--port", metavar="N", callback=within(0, 65535), help="The port; 0 takes a free one.")
+        int, _server("--port", metavar="N", callback=within(0, 65535), help="The port; 0 takes any free port.")
     ] = 8000
     served_model_name: Annotated[
         list[str] | None,
         _server(
             "--served-model-name",
             metavar="NAME",
-            help="The model's name in requests. Default: the one it is loaded by. Repeatable.",
+            help="The model's name in requests. Default: the name that it is loaded by. Repeatable.",
         ),
     ] = None
     drain_timeout: Annotated[
@@ -59,7 +59,7 @@ class ListenFlags:
             "--drain-timeout",
             metavar="SECONDS",
             callback=within(0),
-            help="After SIGTERM or Ctrl-C, how long running requests may take to finish.",
+            help="How long running requests may take to finish after SIGTERM or Ctrl-C.",
         ),
     ] = 30.0
     quiet: Annotated[bool, _server("--quiet", help="On standard error, print nothing but errors.")] = False
@@ -75,18 +75,18 @@ class GuardFlags:
             "--api-key",
             metavar="KEY",
             envvar="PIXTRAL_API_KEY",
-            help="Ask for this key. Repeatable; in the variable, white space between keys.",
+            help="Require this key. Repeatable; in the variable, separate keys with white space.",
         ),
     ] = None
     insecure: Annotated[
-        bool, _guard("--insecure", help="Let everybody who reaches --host use the server without a key.")
+        bool, _guard("--insecure", help="Let everybody who can reach --host use the server without a key.")
     ] = False
     allow_media_domain: Annotated[
         list[str] | None,
         _guard(
             "--allow-media-domain",
             metavar="NAME",
-            help="Fetch pictures from this host only; *.example.org means the names below. Repeatable.",
+            help="Fetch pictures only from this host; *.example.org stands for its subdomains. Repeatable.",
         ),
     ] = None
     allow_private_media: Annotated[
@@ -95,7 +95,7 @@ class GuardFlags:
             "--allow-private-media",
             metavar="CIDR",
             callback=networks,
-            help="Fetch pictures from this network too, although it is not public. Repeatable.",
+            help="Also fetch pictures from this private network. Repeatable.",
         ),
     ] = None
     media_path: Annotated[
@@ -116,13 +116,13 @@ class LimitFlags:
     """What is too much."""
 
     max_queue: Annotated[
-        int, _limit("--max-queue", metavar="N", callback=within(1), help="Requests that wait; more get 429.")
+        int, _limit("--max-queue", metavar="N", callback=within(1), help="How many requests may wait; more get 429.")
     ] = 512
     max_images: Annotated[
-        int, _limit("--max-images", metavar="N", callback=within(0), help="Pictures in one request.")
+        int, _limit("--max-images", metavar="N", callback=within(0), help="Maximum number of pictures in one request.")
     ] = 32
     max_body_mib: Annotated[
-        int, _limit("--max-body-mib", metavar="N", callback=within(1), help="Size of one request in MiB.")
+        int, _limit("--max-body-mib", metavar="N", callback=within(1), help="Maximum size of one request in MiB.")
     ] = 64
 
 
@@ -137,7 +137,7 @@ class ServedWeightFlags(WeightFlags):
             "--kv-cache-memory",
             metavar="SIZE",
             parser=byte_count,
-            help="Memory for keys and values, such as 8GiB. Default: as much as is free and of use.",
+            help="Memory for keys and values, such as 8GiB. Default: as much as is free and useful.",
         ),
     ] = None
     image_cache_memory: Annotated[
@@ -146,7 +146,7 @@ class ServedWeightFlags(WeightFlags):
             "--image-cache-memory",
             metavar="SIZE",
             parser=byte_count,
-            help="Memory for the features of pictures seen before. Default: 512MiB.",
+            help="Memory for the features of earlier pictures. Default: 512MiB.",
         ),
     ] = None
 

@@ -1,4 +1,4 @@
-"""`pixtral verify`: a serialized model in, whether every byte is as it was written out."""
+"""`pixtral verify`: checks that every byte of a serialized model is as it was written. Loads no model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class VerifyArguments:
 
 
 def verify(arguments: VerifyArguments, output: OutputFlags) -> None:
-    """Check every hash of a serialized model."""
+    """Check every hash in a serialized model."""
     from weights_cache.formats.serialized import verify_path
 
     console = output.console()

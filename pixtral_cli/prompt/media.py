@@ -188,7 +188,7 @@ def name_of(source: Any) -> str:
         return str(source) if hasattr(source, "__fspath__") else f"({type(source).__name__})"
     if source == STDIN:
         return "from standard input"
-    source = PASSWORD.sub(r"\1", source) or '""'
+    source = PASSWORD.sub(r"\1", source) if source.strip() else f'"{source}"'
     return source if len(source) <= 120 else f"{source[:40]}…"
 
 

@@ -22,9 +22,10 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How a SentencePiece vocabulary spells a byte that is no character."""
 BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 PART_LENGTH = 16 * 1024
-TextOrId = str | int
 LETTERS_A_TOKEN = 8
 """More than any real text has on average: what is longer for its room is not worth tokenising."""
+TextOrId = str | int
+"""A part of a prompt: plain text, or the id of a control token."""
 
 
 def _byte_letters() -> dict[int, str]:

@@ -12,8 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from pixtral_cli import __version__
-from pixtral_cli.server import page, responses, wire
-from pixtral_cli.server.delivery import ClientLeft, EventStream, NoResponse, while_there, whole
+from pixtral_cli.server import responses, static_files, wire
 from pixtral_cli.server.errors import ApiError, refusal_of, remember, unavailable
 from pixtral_cli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from pixtral_cli.server.request_body import JsonRoute
@@ -36,7 +35,6 @@ from pixtral_cli.server.response_schemas import (
     Tokenized,
     Version,
 )
-from pixtral_cli.server.responses import Chunks, Envelope, takes_pieces
 from pixtral_cli.server.service import Service
 from pixtral_cli.server.wire import AnswerRequest
 
@@ -132,7 +130,7 @@ async def tokenize(
     """The tokens of a text or a conversation, and what its pictures cost."""
     wire.check_tokenize(body)
     service.check_name(body.model)
-    prompt = await while_there(request.receive, service.prompt(body.prompt, body.messages, body.tools))
+    prompt = await responses.while_there(request.receive, service.prompt(body.prompt, body.messages, body.tools))
     tokens = prompt.token_ids
     answer: Tokenized = {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.max_length}
     if prompt.images:
@@ -184,15 +182,16 @@ async def _answered(request: Request, service: Service, answer_request: AnswerRe
     """
     service.check_name(answer_request.model)
     state = request.scope.setdefault("state", {})
-    events = service.answer(answer_request, state.get("key_salt", b""))
+    salt = state.get("key_salt", b"")
     fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
-    envelope = Envelope(answer_request, answer_request.model or service.names[0], fingerprint)
+    envelope = responses.Envelope(answer_request, answer_request.model or service.names[0], fingerprint)
     token_bytes = service.model.processor.tokenizer.token_bytes
     if answer_request.stream:
-        first = await while_there(request.receive, anext(events))
-        chunks = Chunks(envelope, token_bytes, takes_pieces(request.headers.get("user-agent", "")))
-        return EventStream(first, events, chunks, service.metrics, service.work)
-    replies = await while_there(request.receive, whole(events, answer_request.answers))
+        events = service.answer(answer_request, salt)
+        first = await responses.while_there(request.receive, anext(events))
+        chunks = responses.Chunks(envelope, token_bytes, responses.takes_pieces(request.headers.get("user-agent", "")))
+        return responses.EventStream(first, events, chunks, service.metrics, service.work)
+    replies = await responses.while_there(request.receive, service.replies(answer_request, salt))
     used = responses.usage([reply.usage for reply in replies], answer_request.n)
     state["tokens"] = used["prompt_tokens"], used["completion_tokens"]
 
@@ -241,7 +240,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
-    return NoResponse()
+    return responses.NoResponse()
 
 
 class _App(FastAPI):
@@ -276,12 +275,17 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
-        exception_handlers={ApiError: _failed, HTTPException: _not_routed, ClientLeft: _nobody, Exception: _failed},
+        exception_handlers={
+            ApiError: _failed,
+            HTTPException: _not_routed,
+            responses.ClientLeft: _nobody,
+            Exception: _failed,
+        },
     )
     app.state.service, app.state.work = service, service.work
     app.include_router(router)
     for route in router.routes:
         if isinstance(route, JsonRoute) and route.methods == {"GET"}:
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
-    app.router.routes.extend(page.routes())
+    app.router.routes.extend(static_files.routes())
     return app

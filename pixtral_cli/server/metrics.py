@@ -39,13 +39,13 @@ class Metrics:
         self.registry.register(_EngineState(driver))
         self._requests = Counter("pixtral_requests", "Requests answered.", ("route", "status"), registry=self.registry)
         self._errors = Counter("pixtral_errors", "Requests that failed.", ("kind",), registry=self.registry)
-        self._first_token = Histogram(
+        self.first_token = Histogram(
             "pixtral_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
             buckets=FIRST_TOKEN,
             registry=self.registry,
         )
-        self._per_token = Histogram(
+        self.per_token = Histogram(
             "pixtral_time_per_token_seconds",
             "From each token of an answer to the next.",
             buckets=PER_TOKEN,
@@ -61,12 +61,6 @@ class Metrics:
     def failed(self, status: int) -> None:
         """A request failed, in a way that has this HTTP status, which a stream can no longer say."""
         self._errors.labels(KINDS.get(status, "invalid_request" if status < 500 else "server_error")).inc()
-
-    def first_token(self, seconds: float) -> None:
-        self._first_token.observe(seconds)
-
-    def next_token(self, seconds: float) -> None:
-        self._per_token.observe(seconds)
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format, of type `CONTENT_TYPE`."""

@@ -1,43 +1,43 @@
-"""Replies and text events in, OpenAI's JSON of answers out, whole or as the chunks of a stream.
+"""Replies and text events in, OpenAI's JSON of answers out, whole or as a stream of events, for who still listens.
 
-Knows no engine, no event loop and no HTTP. A chunk is put together from prepared text, and only what the model wrote is
-encoded: at a thousand tokens a second anything more would be felt.
+Knows no route and no engine. A chunk is put together from prepared text, and only what the model wrote is encoded: at a
+thousand tokens a second anything more would be felt.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from pixtral_cli import generation
 from pixtral_cli.generation import Echo, Reply, TextEvent, TokenLogprob, characters
 from pixtral_cli.prompt import tool_calls, tools
-from pixtral_cli.prompt.tool_calls import whole_deltas
-from pixtral_cli.server.response_schemas import (
-    AnswerHead,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatMessage,
-    Completion,
-    FinishReason,
-    FunctionCallDelta,
-    Logprob,
-    TextChoice,
-    TextLogprobs,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
-)
+from pixtral_cli.server import response_schemas as schemas
+from pixtral_cli.server.errors import ApiError, remember
+from pixtral_cli.server.metrics import Metrics
+from pixtral_cli.server.service import Events
 from pixtral_cli.server.wire import AnswerRequest
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come: JSON has no infinities."""
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 TokenBytes = Callable[[int], bytes]
+Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
 compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """In ASCII: many a client takes U+2028 and its like for the end of a line."""
@@ -58,7 +58,7 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def head(self) -> AnswerHead:
+    def head(self) -> schemas.AnswerHead:
         return {
             "id": f"{'chatcmpl' if self.request.kind == 'chat' else 'cmpl'}-{self.number}",
             "created": self.created,
@@ -67,7 +67,9 @@ class Envelope:
         }
 
 
-def answer(envelope: Envelope, replies: Sequence[Reply], token_bytes: TokenBytes) -> ChatCompletion | Completion:
+def answer(
+    envelope: Envelope, replies: Sequence[Reply], token_bytes: TokenBytes
+) -> schemas.ChatCompletion | schemas.Completion:
     """A whole answer; `replies` in the order of the prompts, `n` to each."""
     request, used = envelope.request, usage([reply.usage for reply in replies], envelope.request.n)
     if request.kind == "text":
@@ -77,8 +79,8 @@ def answer(envelope: Envelope, replies: Sequence[Reply], token_bytes: TokenBytes
     return {"object": "chat.completion", **envelope.head, "choices": choices, "usage": used}
 
 
-def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes, older_calls: bool) -> ChatChoice:
-    message: ChatMessage = {"role": "assistant", "content": reply.text, "refusal": None}
+def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes, older_calls: bool) -> schemas.ChatChoice:
+    message: schemas.ChatMessage = {"role": "assistant", "content": reply.text, "refusal": None}
     if reply.tool_calls:
         message["content"] = reply.text or None
     if reply.tool_calls and older_calls:
@@ -93,36 +95,29 @@ def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes, older_calls: 
     }
 
 
-def older_reason(finish_reason: FinishReason) -> FinishReason:
+def older_reason(finish_reason: schemas.FinishReason) -> schemas.FinishReason:
     return "function_call" if finish_reason == "tool_calls" else finish_reason
 
 
-def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> TextChoice:
+def text_choice(index: int, reply: Reply, token_bytes: TokenBytes) -> schemas.TextChoice:
     echoed = "" if reply.echo is None else reply.echo.text
-    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, len(echoed), token_bytes)
-    if reply.echo is not None and logprobs is not None and (before := echo_logprobs(reply.echo)) is not None:
-        logprobs = {
-            "tokens": before["tokens"] + logprobs["tokens"],
-            "token_logprobs": before["token_logprobs"] + logprobs["token_logprobs"],
-            "top_logprobs": before["top_logprobs"] + logprobs["top_logprobs"],
-            "text_offset": before["text_offset"] + logprobs["text_offset"],
-        }
+    logprobs = None if reply.logprobs is None else text_logprobs(reply.logprobs, len(echoed), token_bytes, reply.echo)
     return {"index": index, "text": echoed + reply.text, "logprobs": logprobs, "finish_reason": reply.finish_reason}
 
 
-def tool_call(call: tools.ToolCall) -> ToolCall:
+def tool_call(call: tools.ToolCall) -> schemas.ToolCall:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def tool_call_delta(delta: tool_calls.ToolCallDelta) -> ToolCallDelta:
+def tool_call_delta(delta: tool_calls.ToolCallDelta) -> schemas.ToolCallDelta:
     """What tells a client of a new call has its id and name; what goes on with one has neither."""
     if delta.id is None or delta.name is None:
         return {"index": delta.index, "function": {"arguments": delta.arguments}}
-    function: FunctionCallDelta = {"name": delta.name, "arguments": delta.arguments}
+    function: schemas.FunctionCallDelta = {"name": delta.name, "arguments": delta.arguments}
     return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
-def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChatLogprobs:
+def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> schemas.ChatLogprobs:
     return {
         "content": [
             {**_logprob(entry, token_bytes), "top_logprobs": [_logprob(other, token_bytes) for other in entry.top]}
@@ -132,7 +127,7 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> 
     }
 
 
-def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> Logprob:
+def _logprob(entry: TokenLogprob, token_bytes: TokenBytes) -> schemas.Logprob:
     data = list(token_bytes(entry.token_id))
     return {"token": entry.token, "logprob": _number(entry), "bytes": data}
 
@@ -141,18 +136,14 @@ def _number(entry: TokenLogprob) -> float | None:
     return None if entry.logprob is None else max(entry.logprob, LOWEST_LOGPROB)
 
 
-def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, token_bytes: TokenBytes) -> TextLogprobs:
-    """`offset`: characters of the text before the first of them."""
-    rooms = [characters(token_bytes(entry.token_id)) for entry in logprobs]
-    return _text_logprobs(logprobs, list(accumulate(rooms, initial=offset))[:-1])
-
-
-def echo_logprobs(echo: Echo) -> TextLogprobs | None:
-    """Of the prompt that comes before an answer, if they were asked for."""
-    return None if echo.logprobs is None else _text_logprobs(echo.logprobs, echo.offsets)
-
-
-def _text_logprobs(logprobs: Sequence[TokenLogprob], offsets: list[int]) -> TextLogprobs:
+def text_logprobs(
+    logprobs: Sequence[TokenLogprob], offset: int, token_bytes: TokenBytes, echo: Echo | None = None
+) -> schemas.TextLogprobs:
+    """Those of an answer, which begins after `offset` characters; those of the `echo` of its prompt come first."""
+    widths = [characters(token_bytes(entry.token_id)) for entry in logprobs]
+    offsets = list(accumulate(widths, initial=offset))[:-1]
+    if echo is not None and echo.logprobs is not None:
+        logprobs, offsets = [*echo.logprobs, *logprobs], [*echo.offsets, *offsets]
     return {
         "tokens": [entry.token for entry in logprobs],
         "token_logprobs": [_number(entry) for entry in logprobs],
@@ -171,7 +162,7 @@ def _alternatives(entry: TokenLogprob) -> dict[str, float | None] | None:
     return found
 
 
-def usage(answers: Sequence[generation.Usage], n: int) -> Usage:
+def usage(answers: Sequence[generation.Usage], n: int) -> schemas.Usage:
     """Of all answers; a prompt counts once, however many answers it has."""
     prompts = answers[::n]
     prompt_tokens = sum(each.prompt_tokens for each in prompts)
@@ -230,7 +221,7 @@ class Chunks:
             return DONE
         return self._with_usage("", self.usage()).encode() + DONE
 
-    def usage(self) -> Usage:
+    def usage(self) -> schemas.Usage:
         """Of all answers, when they have ended."""
         return usage([reply.usage for reply in self.replies if reply is not None], self.request.n)
 
@@ -251,7 +242,7 @@ class Chunks:
             choices.append(self._echo(place, event.echo))
         if event.text:
             choices.append(self._text(place, event.text))
-        deltas = event.tool_call_deltas if self.in_pieces else whole_deltas(event.tool_calls)
+        deltas = event.tool_call_deltas if self.in_pieces else tool_calls.whole_deltas(event.tool_calls)
         choices += [self._call(place, delta) for delta in deltas]
         if event.finish_reason and self.held[place]:
             choices.append(self._text(place, ""))
@@ -269,14 +260,15 @@ class Chunks:
     def _echo(self, place: int, echo: Echo) -> str:
         """The prompt, which comes before the answer."""
         self.offsets[place] = len(echo.text)
-        said, logprobs = compact(echo.text), compact(echo_logprobs(echo))
-        return f'{{"index":{place},"text":{said},"logprobs":{logprobs},"finish_reason":null}}'
+        logprobs = None if echo.logprobs is None else text_logprobs((), 0, self.token_bytes, echo)
+        said, told = compact(echo.text), compact(logprobs)
+        return f'{{"index":{place},"text":{said},"logprobs":{told},"finish_reason":null}}'
 
     def _choice(self, place: int, content: str) -> str:
         logprobs = self._logprobs(place) if self.held[place] else "null"
         return f'{{"index":{place},{content},"logprobs":{logprobs},"finish_reason":null}}'
 
-    def _end(self, place: int, finish_reason: FinishReason, used: generation.Usage | None) -> str:
+    def _end(self, place: int, finish_reason: schemas.FinishReason, used: generation.Usage | None) -> str:
         """The last chunk of an answer. The last of all answers has their usage, for clients that want calls whole."""
         said = '"delta":{}' if self.is_chat else '"text":""'
         reason = older_reason(finish_reason) if self.request.older_calls else finish_reason
@@ -298,5 +290,89 @@ class Chunks:
         """`used` is told only where each chunk tells the usage so far."""
         return f"{self.head}{choice}{self.tail}" if used is None else self._with_usage(choice, usage([used], 1))
 
-    def _with_usage(self, choice: str, usage: Usage) -> str:
+    def _with_usage(self, choice: str, usage: schemas.Usage) -> str:
         return f'{self.head}{choice}],"usage":{compact(usage)}}}\n\n'
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any longer."""
+
+
+class EventStream(Response):
+    """Sends what comes until it ends or the client leaves; then nothing of it is computed any longer.
+
+    `work` runs a function on a thread.
+    """
+
+    def __init__(
+        self,
+        first: Events,
+        events: AsyncGenerator[Events],
+        chunks: Chunks,
+        metrics: Metrics,
+        work: Callable[[Callable[[], bytes]], Awaitable[bytes]],
+    ) -> None:
+        super().__init__(headers=STREAM_HEADERS)
+        del self.headers["content-length"]
+        self.first, self.events, self.chunks, self.metrics, self.work = first, events, chunks, metrics, work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.events):
+            with suppress(ClientLeft):
+                await while_there(receive, self._send(scope, send))
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await _write(send, self.chunks.opening(self.first) + await self._written(self.first))
+            async for events in self.events:
+                await _write(send, await self._written(events))
+        except ApiError as error:
+            self.metrics.failed(error.status)
+            remember(scope, error)
+            await _write(send, error.as_event())
+        else:
+            used = self.chunks.usage()
+            scope["state"]["tokens"] = used["prompt_tokens"], used["completion_tokens"]
+            await _write(send, self.chunks.closing())
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _written(self, events: Events) -> bytes:
+        """An echo has every token of a prompt, and may take seconds: too long for the event loop."""
+        if any(event.echo is not None for _, event in events):
+            return await self.work(partial(self.chunks.of, events))
+        return self.chunks.of(events)
+
+
+class NoResponse(Response):
+    """For a client that has left."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+async def _write(send: Send, data: bytes) -> None:
+    if data:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def while_there(receive: Receive, work: Awaitable[Result]) -> Result:
+    """What `work` gives; it is cancelled when the client leaves. `receive` has no body left to give.
+
+    Raises:
+        ClientLeft: nobody waits any longer.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeft
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

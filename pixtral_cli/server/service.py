@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from pixtral_cli.api import Pixtral
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.errors import RequestError
-from pixtral_cli.generation import Failure, GenerationOptions, Request, TextEvent, TextStream
+from pixtral_cli.generation import Failure, GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.errors import ApiError, leaving, queue_full, refusal_of, unknown_model
@@ -122,6 +123,12 @@ class Service:
             subscription.cancel()
             self._open.discard(subscription)
             self.accepted -= request.answers
+
+    async def replies(self, request: AnswerRequest, salt: bytes = b"") -> list[Reply]:
+        """All answers in order, when they have ended. Raises ApiError as `answer`."""
+        async with aclosing(self.answer(request, salt)) as events:
+            found = {place: event.reply async for batch in events for place, event in batch if event.reply is not None}
+        return [found[place] for place in range(request.answers)]
 
     async def prompt(self, text: str | None, messages: list[dict[str, Any]] | None, tools: Any) -> Prompt:
         """The prompt of a text or of a chat, whose pictures are looked at. Raises ApiError."""
@@ -320,7 +327,7 @@ class Subscription:
     def _measure(self, place: int, now: float) -> None:
         before = self._latest.get(place)
         if before is None:
-            self.metrics.first_token(now - self._begun)
+            self.metrics.first_token.observe(now - self._begun)
         else:
-            self.metrics.next_token(now - before)
+            self.metrics.per_token.observe(now - before)
         self._latest[place] = now

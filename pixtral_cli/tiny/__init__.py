@@ -1,4 +1,4 @@
-"""The built-in model: where its weights lie, in ordinary Hugging Face form. Nothing heavy is imported."""
+"""The built-in model: the folder of its weights, in ordinary Hugging Face form. Imports nothing heavy."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""A seed in, a table of right answers out: `python -m pixtral_cli.tiny.evaluate --scenes 1000 --seed 20000`.
+"""Measures how well the built-in model answers: `python -m pixtral_cli.tiny.evaluate --scenes 1000 --seed 20000`.
 
-Draws fresh scenes from the seed, asks about them through `Pixtral.chat_batch`, greedy and single-turn, and counts the
-answers that are right to the last character. Seeds that training used are refused.
+Draws new scenes from the seed, asks about them through `Pixtral.chat_batch`, greedy and single-turn, and prints how
+many answers are exactly right, for each kind of question. Seeds that training used are refused.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""A scene (or two) in, questions with their one right answer out; knows no pixels and no model.
+"""Makes questions about one scene or two, each with its one right answer. Knows no pixels and no model.
 
-Every function here that makes questions returns candidates, each true and unambiguous of the scene it was given; the
-caller picks among them. Answers are exact strings: "red", "top left", "3", "yes", "K7".
+Every function that makes questions returns candidates. Each is true and unambiguous for the given scene, and the caller
+chooses among them. Answers are exact strings: "red", "top left", "3", "yes", "K7".
 """
 
 from collections import Counter

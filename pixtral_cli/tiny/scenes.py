@@ -1,7 +1,7 @@
-"""A seed in, a scene and its picture out: what the built-in model is taught to see; knows no question and no model.
+"""Makes random scenes and draws their pictures, which the built-in model learns from. Knows no question and no model.
 
-A scene is a list of facts (shapes with colours and places, printed text, a background); `draw` turns the facts
-into pixels. Facts are drawn first and pixels follow from them, so every answer is known exactly.
+A scene is a list of facts: shapes with colours and places, printed text, a background. The facts are chosen first, and
+`draw` makes pixels from them, so every answer is known exactly.
 """
 
 import math

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/busy.py [--load 6] [--runs 5] [--tokens 64] [-- --model-path tiny ...]
 
-Each process answers once; as shipped and with one thread take turns, first when it is quiet, then beside `load`
-processes that compute without end. Prints medians (smallest, largest) in tokens a second.
+Each process answers once. The settings alternate: as shipped, with one thread, and with libgomp's own waiting. They run
+first on the idle machine, then beside `load` processes that keep the CPU busy. Prints medians (smallest, largest) in
+tokens per second.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How fast weights are encoded and decoded: `python tests/benchmarks/encoding.py [--rounds N] [ENCODING ...]`.
 
-One matrix of bfloat16 weights, one thread, and the processor time that it takes: so the figures are MB of bfloat16 per
-second and core, and a busy machine spoils them little. The encodings take turns; each has its median and its spread
-(the middle half).
+Uses one matrix of bfloat16 weights and one thread, and measures processor time. So the figures are MB of bfloat16 per
+second and core, and other programs affect them little. The encodings are measured in turn. Prints the median and the
+spread (the middle half) of each.
 """
 
 from __future__ import annotations

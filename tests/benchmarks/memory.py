@@ -1,9 +1,9 @@
-"""What encoding on load and a saved file cost: peak memory, time, and the time to a first token.
+"""What encoding on load costs, and loading a saved file: peak memory, total time, and time to the first token.
 
     python tests/benchmarks/memory.py [--layers 30] [--encoding q4_k] [--folder FOLDER]
 
 Writes a Mistral checkpoint of random bfloat16 weights (30 layers: 1.5 billion parameters, 3 GB) into the folder,
-exports it, and runs it from the exported file: each in a process of its own, which the operating system accounts.
+exports it, and runs it from the exported file. Each step is a process of its own, measured by the operating system.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What HTTP costs: tokens a second of the engine itself, and of the same requests through `pixtral serve`.
+"""What HTTP costs: tokens per second of the engine itself, and of the same requests through `pixtral serve`.
 
     python tests/benchmarks/serving.py [--model-path FOLDER] [--quantization-encoding ENCODING] [--tokens 64]
 
-Both sides run by turns, in processes of their own. The model should be large enough to be of interest: of a checkpoint
-of 1.5 billion parameters (memory.py writes one), at most 5 % may be lost. On a machine that others use as well, times
-say little; the processor time of each side, which is told too, then says more.
+The two sides alternate, each in its own process. Use a model of realistic size: with a checkpoint of 1.5 billion
+parameters (memory.py writes one), HTTP should cost at most 5 %. On a shared machine, times say little; compare the
+processor times, which are printed too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What requests gain from each other: tokens a second in a batch, and the time to a first token about a known picture.
+"""What requests gain from each other: tokens per second in a batch, and time to the first token for a known picture.
 
     python tests/benchmarks/sharing.py
 
-The batch is of the built-in model; the picture of 4,160 tokens is shown to a Pixtral of random weights (0.4 billion
-parameters, bfloat16). Every figure is a median of several runs, with the smallest and the largest.
+The batch runs on the built-in model. The picture has 4,160 tokens and goes to a Pixtral with random weights (0.4
+billion parameters, bfloat16). Every figure is the median of several runs, with the smallest and the largest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long the command takes to start: `python tests/benchmarks/startup.py [--rounds N] [--picture FILE]`.
 
-Each round times every pair side by side, so that a busy machine slows both; what is compared are the pairs'
-differences and ratios, their median and their spread (the middle half). Times are seconds of a whole process.
+Each round times the two commands of every pair one after the other, so that a busy machine slows both. Prints the
+median and the spread (the middle half) of the pairs' differences and ratios. Times are seconds of a whole process.
 """
 
 from __future__ import annotations

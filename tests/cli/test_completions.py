@@ -151,7 +151,7 @@ def test_what_fits_is_listed(shell, line, wanted):
 def test_flags_and_commands_are_described_where_the_shell_can(shell):
     if shell.name == "bash":
         pytest.skip("bash shows no descriptions")
-    shell.offers("pixtral run --quantiz", "How the weights are kept", "Pack the picture part as well")
+    shell.offers("pixtral run --quantiz", "How the weights are stored", "Pack the picture part too")
     shell.offers("pixtral cache ", "Remove models by name")
 
 

@@ -21,11 +21,12 @@ def told(call, *arguments):
 
 
 def test_the_facts_are_those_of_the_loaded_model(call):
+    import torch
+
     from pixtral_cli.model.load import load
     from pixtral_cli.source import Source
 
     found, source = told(call, "tiny"), Source.open("tiny")
-    torch = pytest.importorskip("torch")
     model = load(source.checkpoint, source.config, source.placement(None), torch.device("cpu"))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     vision = sum(size for name, size in sizes.items() if name.startswith(("vision_tower", "multi_modal_projector")))

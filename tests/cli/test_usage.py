@@ -160,6 +160,13 @@ def test_messages_that_are_not_there_name_the_file(refused):
     assert "no/such.json" in refused("run", "--messages", "no/such.json")
 
 
+@pytest.mark.parametrize("command", ["run", "tokenize"])
+def test_an_empty_name_of_a_model_is_not_the_default_one(refused, monkeypatch, command):
+    """As of a variable that a script forgot to set: the default model is a download of 24 GB."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "There is no model ''" in refused(command, "--model-path", "", "-p", "hi")
+
+
 def test_the_program_and_python_have_the_same_default_model():
     from pixtral_cli import Pixtral
     from pixtral_cli.cli.options import SourceFlags

@@ -11,7 +11,7 @@ import mistral_common
 import pytest
 import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from support.tool_builders import later_tekken
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pixtral_cli.prompt.tokenizer import Tokenizer
@@ -45,13 +45,7 @@ def mistral(tekken_file: Path) -> MistralTokenizer:
 @pytest.fixture(scope="session")
 def both(tekken_file, tmp_path_factory):
     """Pixtral's vocabulary with the control tokens of the later versions added, as ours and as Mistral's."""
-    data = json.loads(tekken_file.read_bytes())
-    names = [token["token_str"] for token in data.get("special_tokens") or Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
-    names += ("[CALL_ID]", "[ARGS]")
-    data["special_tokens"] = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(names)]
-    data["config"]["version"] = "v7"
-    path = tmp_path_factory.mktemp("later") / "tekken.json"
-    path.write_text(json.dumps(data))
+    path = later_tekken(tekken_file, tmp_path_factory.mktemp("later"), "v7", "[CALL_ID]", "[ARGS]")
     theirs = MistralTokenizer.from_file(str(path)).instruct_tokenizer.tokenizer
     return load_tokenizer({"tekken.json": path}.get), theirs
 

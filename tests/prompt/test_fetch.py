@@ -86,7 +86,7 @@ def test_a_picture_is_fetched(site, page):
     ("page", "reason", "connect", "total"),
     [
         ("page", "text/html", 10, 20),
-        ("nothing", ".", 10, 20),
+        ("nothing", "closed connection", 10, 20),
         ("to_file", "file", 10, 20),
         ("cut", "1008 of 5000 bytes", 10, 20),
         ("slow", "within 0.3 seconds", 0.3, 20),

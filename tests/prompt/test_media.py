@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright 8-bit RGB on white, and what is no picture is one sentence."""
+"""Pictures of every kind become 8-bit RGB on white, the right way up, and what is no picture is one sentence."""
 
 from __future__ import annotations
 
@@ -250,7 +250,8 @@ def test_a_tilde_is_the_home_folder_only_where_it_is_typed_first(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "no name"),
+        ("", 'picture "": it has no name'),
+        ("  ", 'No picture at "  "'),
         ("file://", "names no file"),
         ("file://elsewhere/etc/passwd", "another computer, elsewhere"),
         ("ftp://example.org/a.png", "address is not known"),

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV7, get_normalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV7
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
-from support.tool_builders import KINDS, call
+from support.tool_builders import call, later_tekken, mistral_ids, mistral_request
 
 from pixtral_cli.prompt.image import ImageSpec
 from pixtral_cli.prompt.messages import parse
@@ -45,8 +39,10 @@ def theirs(entry):
     return THEIR_ROLES[entry["role"]](content=content)
 
 
-def mistral_ids(mistral, messages):
-    return mistral.encode_chat_completion(ChatCompletionRequest(messages=list(map(theirs, messages)))).tokens
+def ids_of(mistral, version, messages):
+    """Those of mistral-common, by its rules of that version."""
+    given = mistral.instruct_tokenizer
+    return mistral_ids(given.tokenizer, version, list(map(theirs, messages)), images=given.image_encoder)
 
 
 @pytest.fixture(scope="session")
@@ -97,19 +93,14 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_v3_ids_are_those_of_mistral_common(native, mistral, name):
     messages = CONVERSATIONS[name]
-    assert native.chat(parse(messages)).token_ids == mistral_ids(mistral, messages)
+    whole = mistral.encode_chat_completion(mistral_request(list(map(theirs, messages))))
+    assert native.chat(parse(messages)).token_ids == whole.tokens
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERSATIONS if "empty system" not in name])
 def test_v7_ids_are_those_of_mistral_common(native, mistral, tekken, name, monkeypatch):
     monkeypatch.setattr(tekken, "version", 7)
-    assert native.chat(parse(CONVERSATIONS[name])).token_ids == v7_ids(mistral, CONVERSATIONS[name])
-
-
-def v7_ids(mistral, messages):
-    seven = InstructTokenizerV7(mistral.instruct_tokenizer.tokenizer, mistral.instruct_tokenizer.image_encoder)
-    request = ChatCompletionRequest(messages=list(map(theirs, messages)))
-    return seven.encode_instruct(InstructRequestNormalizerV7.normalizer().from_chat_completion_request(request)).tokens
+    assert native.chat(parse(CONVERSATIONS[name])).token_ids == ids_of(mistral, 7, CONVERSATIONS[name])
 
 
 turns = st.lists(
@@ -129,7 +120,7 @@ def test_ids_of_any_conversation_are_those_of_mistral_common(native, mistral, sy
     for values in contents:
         content = values if isinstance(values, str) else [part(value) for value in values]
         messages += [message("assistant", "ok")] * (len(messages) > 1) + [message("user", content)]
-    assert native.chat(parse(messages)).token_ids == mistral_ids(mistral, messages)
+    assert native.chat(parse(messages)).token_ids == ids_of(mistral, 3, messages)
 
 
 def test_the_golden_vectors_of_pixtral(native):
@@ -149,19 +140,16 @@ def test_a_user_turn_that_is_missing_is_empty(native):
 def test_a_continued_answer_has_the_ids_of_mistral_commons_prefix(native, mistral, tekken, monkeypatch, version, said):
     monkeypatch.setattr(tekken, "version", version)
     messages = [message("system", "S"), message("user", "a"), message("assistant", said)]
-    given = [*map(theirs, messages[:2]), AssistantMessage(content=said, prefix=True)]
-    name, kind = KINDS[version]
-    rules = kind(mistral.instruct_tokenizer.tokenizer, mistral.instruct_tokenizer.image_encoder)
-    asked = get_normalizer(name).from_chat_completion_request(ChatCompletionRequest(messages=given))
-    assert native.chat(parse(messages)).token_ids == rules.encode_instruct(asked).tokens
+    given = [*messages[:2], message("assistant", said) | {"prefix": True}]
+    expected = mistral_ids(mistral.instruct_tokenizer.tokenizer, version, given)
+    assert native.chat(parse(messages)).token_ids == expected
 
 
 @pytest.mark.parametrize("version", [3, 7])
 def test_a_system_text_alone_is_asked_as_mistral_common_asks_it(native, mistral, tekken, monkeypatch, version):
     monkeypatch.setattr(tekken, "version", version)
     messages = [message("system", "S")]
-    expected = v7_ids(mistral, messages) if version == 7 else mistral_ids(mistral, messages)
-    assert native.chat(parse(messages)).token_ids == expected
+    assert native.chat(parse(messages)).token_ids == ids_of(mistral, version, messages)
 
 
 def test_tools_are_offered_without_a_user_turn(native, tekken, monkeypatch):
@@ -197,7 +185,7 @@ def test_images_of_tools_stand_in_their_results_from_v15_on(fifteen):
     for result in (wide, small):
         chunks = [TextChunk(text=p["text"]) if "text" in p else ImageChunk(image=p["image"]) for p in result["content"]]
         given.append(ToolMessage(content=chunks, tool_call_id=result["tool_call_id"]))
-    expected = theirs.encode_chat_completion(ChatCompletionRequest(messages=given))
+    expected = theirs.encode_chat_completion(mistral_request(given))
     prompt = ours.chat(parse([*turns, wide, small]))
     assert prompt.token_ids == expected.tokens
     assert [image.original_size for image in prompt.images] == [SMALL.size, WIDE.size]
@@ -206,14 +194,9 @@ def test_images_of_tools_stand_in_their_results_from_v15_on(fifteen):
 @pytest.fixture(scope="session")
 def fifteen(tekken_file, tmp_path_factory):
     """Pixtral's vocabulary as one of V15, as ours and as Mistral's."""
-    data = json.loads(tekken_file.read_bytes())
-    names = [token["token_str"] for token in data.get("special_tokens") or Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
-    names += ("[CALL_ID]", "[ARGS]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")
-    data["special_tokens"] = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(names)]
-    data["config"]["version"] = "v15"
-    data["model_settings_builder"] = {}
-    path = tmp_path_factory.mktemp("fifteen") / "tekken.json"
-    path.write_text(json.dumps(data))
+    names = ("[CALL_ID]", "[ARGS]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")
+    folder = tmp_path_factory.mktemp("fifteen")
+    path = later_tekken(tekken_file, folder, "v15", *names, model_settings_builder={})
     ours = load_tokenizer({"tekken.json": path}.get)
     made = Processor(ours, MistralFormat(ours), ImageTokens.of(ours, SideFile()), "native", ImageSpec())
     return made, MistralTokenizer.from_file(str(path))

@@ -7,16 +7,11 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
-from mistral_common.protocol.instruct.normalize import get_normalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.tool_calls import Tool
 from support.prompts import chat_ids
-from support.tool_builders import KINDS, arguments, call, json_values
+from support.tool_builders import KINDS, arguments, call, json_values, mistral_ids
 
 from pixtral_cli.prompt.mistral_format import MistralFormat
 
-ROLES = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
 SCHEMA = {"type": "object", "properties": {"a [/AVAILABLE_TOOLS]": {"type": "integer", "description": "é 何"}}}
 TOOLS = [
     {"type": "function", "function": {"name": "add", "description": "Adds </s>[INST].", "parameters": SCHEMA}},
@@ -27,13 +22,7 @@ TOOLS = [
 def assert_equal_ids(both, version, messages, tools):
     ours, theirs = both
     ours.version = version
-    name, kind = KINDS[version]
-    request = ChatCompletionRequest(
-        messages=[ROLES[m["role"]](**{key: value for key, value in m.items() if key != "role"}) for m in messages],
-        tools=[Tool.from_openai(tool) for tool in tools] or None,
-    )
-    expected = kind(theirs).encode_instruct(get_normalizer(name).from_chat_completion_request(request)).tokens
-    assert chat_ids(MistralFormat(ours), messages, tools) == expected
+    assert chat_ids(MistralFormat(ours), messages, tools) == mistral_ids(theirs, version, messages, tools)
 
 
 def result(id, content="3"):

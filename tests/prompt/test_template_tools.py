@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.tool_calls import Tool
 from support.builders import CONTROLS
 from support.prompts import chat_ids
-from support.tool_builders import arguments, call
+from support.tool_builders import arguments, call, mistral_request
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.messages import parse
@@ -94,14 +91,12 @@ def test_a_template_that_passes_over_tools_gives_way_to_mistrals_rules(checkpoin
     assert plain.token_ids == chat_ids(processor.chat_format, [USER]) and plain.tools == ()
 
     prompt = processor.chat(parse([USER]), parse_tools(TOOLS))
-    theirs = ChatCompletionRequest(messages=[UserMessage(**USER)], tools=[Tool.from_openai(tool) for tool in TOOLS])
-    assert prompt.token_ids == mistral.encode_chat_completion(theirs).tokens
+    assert prompt.token_ids == mistral.encode_chat_completion(mistral_request([USER], TOOLS)).tokens
     assert (prompt.tools, prompt.call_form) == (parse_tools(TOOLS), "list")
 
     turns = [USER, {"role": "assistant", "tool_calls": [call("abcdefgh1")]}]
     turns.append({"role": "tool", "tool_call_id": "abcdefgh1", "content": "3"})
-    theirs = [UserMessage(**USER), AssistantMessage(**turns[1]), ToolMessage(**turns[2])]
-    expected = mistral.encode_chat_completion(ChatCompletionRequest(messages=theirs)).tokens
+    expected = mistral.encode_chat_completion(mistral_request(turns)).tokens
     assert processor.chat(parse(turns)).token_ids == expected
 
 

@@ -9,14 +9,10 @@ from types import SimpleNamespace
 
 import mistral_common
 import pytest
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
-from mistral_common.protocol.instruct.normalize import get_normalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from sentencepiece import SentencePieceProcessor
-from support.tool_builders import KINDS, call
+from support.tool_builders import call, mistral_ids, mistral_request
 
 from pixtral_cli.prompt import tokenizer_files
 from pixtral_cli.prompt.messages import parse
@@ -25,7 +21,6 @@ from pixtral_cli.prompt.processor import Processor
 from pixtral_cli.prompt.tools import parse_tools
 
 DATA = Path(mistral_common.__file__).parent / "data"
-ROLES = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
 TOOLS = [{"type": "function", "function": {"name": "now", "description": "é", "parameters": {"type": "object"}}}]
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -40,13 +35,8 @@ PIXTRALS = (
 SMALLS = PIXTRALS.replace("{% elif", "[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]{% elif", 1)
 
 
-def request(messages, tools=TOOLS):
-    messages = [ROLES[m["role"]](**{key: value for key, value in m.items() if key != "role"}) for m in messages]
-    return ChatCompletionRequest(messages=messages, tools=[Tool.from_openai(tool) for tool in tools] or None)
-
-
 def theirs(tokenizer, messages, tools=TOOLS):
-    return tokenizer.encode_chat_completion(request(messages, tools)).tokens
+    return tokenizer.encode_chat_completion(mistral_request(messages, tools)).tokens
 
 
 def ours(files, messages, tools=TOOLS):
@@ -103,10 +93,7 @@ def test_a_v3_vocabulary_with_the_names_of_v7_gets_the_rules_of_v3(checkpoint, n
 
 def test_a_template_with_a_system_turn_shows_v7(checkpoint, named_json, mistral):
     files = checkpoint("hf", tokenizer_json=named_json, chat_template_jinja=SMALLS)
-    version, kind = KINDS[7]
-    seven = kind(mistral.instruct_tokenizer.tokenizer)
-    expected = seven.encode_instruct(get_normalizer(version).from_chat_completion_request(request(TURNS))).tokens
-    assert ours(files, TURNS) == expected
+    assert ours(files, TURNS) == mistral_ids(mistral.instruct_tokenizer.tokenizer, 7, TURNS, TOOLS)
 
 
 @pytest.mark.parametrize("name", ["tekken_240718.json", "tekken_240911.json"])

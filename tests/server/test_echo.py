@@ -12,8 +12,7 @@ from transformers import AutoModelForImageTextToText
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation import Echo, TextEvent
 from pixtral_cli.server import service
-from pixtral_cli.server.delivery import EventStream
-from pixtral_cli.server.responses import Chunks, Envelope
+from pixtral_cli.server.responses import Chunks, Envelope, EventStream
 from pixtral_cli.server.threads import Threads
 from pixtral_cli.server.wire import AnswerRequest
 from pixtral_cli.tiny import FOLDER

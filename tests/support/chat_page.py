@@ -60,10 +60,10 @@ class Page:
     def write(self, words):
         self.find("#words").send_keys(words)
 
-    def ask(self, words, turn=1):
-        """Send `words` and wait for the end of the answer, which is the conversation's `turn`-th."""
+    def ask(self, words, exchange=1):
+        """Send `words` and wait for the end of the answer, which is the conversation's `exchange`-th."""
         self.write(words + Keys.ENTER)
-        self.until(lambda: len(self.all(".turn")) == turn and self.is_idle())
+        self.until(lambda: len(self.all(".exchange")) == exchange and self.is_idle())
 
     def is_idle(self):
         return self.find("#send").get_attribute("aria-label") == "Send"

@@ -151,7 +151,7 @@ def gguf_text(
             theirs = names.get_name(name.replace("language_model.", ""), (".weight",))
             if theirs != without:
                 _add(writer, theirs, _reordered(name, weight, settings), choose)
-    _write(writer)
+    finish(writer)
 
 
 def gguf_pictures(source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32, edit=lambda writer: None) -> None:
@@ -181,7 +181,7 @@ def gguf_pictures(source: Path, path: Path, choose: Choose = lambda name: QUANTS
             _add(writer, theirs, _reordered(name, weight, settings), choose)
     image_break = next(weight for name, weight in tensors(source).items() if "embed_tokens" in name)[12]
     _add(writer, gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.V_TOK_EMBD_IMG_BREAK], image_break, choose)
-    _write(writer)
+    finish(writer)
 
 
 def _add(writer: GGUFWriter, name: str, weight: Tensor, choose: Choose) -> None:
@@ -203,7 +203,8 @@ def add_tensors(writer: GGUFWriter, more: Mapping[str, Tensor]) -> None:
         writer.add_tensor(name, tensor.numpy())
 
 
-def _write(writer: GGUFWriter) -> None:
+def finish(writer: GGUFWriter) -> None:
+    """Write the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

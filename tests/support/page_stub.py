@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pixtral_cli.server.middleware import SecurityHeaders
-from pixtral_cli.server.page import routes
+from pixtral_cli.server.static_files import routes
 
 USAGE = {
     "prompt_tokens": 1234,

@@ -1,8 +1,13 @@
-"""Tool calls for tests, and mistral-common's rules of each version, which are the oracle for how they are written."""
+"""Tool calls for tests, and mistral-common's rules of each version, which are the oracle for the ids of prompts."""
 
 from __future__ import annotations
 
+import json
+
 from hypothesis import strategies as st
+from mistral_common.protocol.instruct.normalize import get_normalizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import (
     InstructTokenizerV3,
@@ -10,6 +15,7 @@ from mistral_common.tokens.tokenizers.instruct import (
     InstructTokenizerV11,
     InstructTokenizerV13,
 )
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 KINDS = {
     3: (TokenizerVersion.v3, InstructTokenizerV3),
@@ -17,6 +23,29 @@ KINDS = {
     11: (TokenizerVersion.v11, InstructTokenizerV11),
     13: (TokenizerVersion.v13, InstructTokenizerV13),
 }
+
+
+def mistral_request(messages, tools=()):
+    """OpenAI-style messages (or mistral-common's own) and tools, as mistral-common takes them."""
+    return ChatCompletionRequest(messages=messages, tools=[Tool.from_openai(tool) for tool in tools] or None)
+
+
+def mistral_ids(tokenizer, version, messages, tools=(), images=None):
+    """What mistral-common's rules of that version make of a conversation; `images` is its encoder of images."""
+    name, rules = KINDS[version]
+    request = get_normalizer(name).from_chat_completion_request(mistral_request(messages, tools))
+    return rules(tokenizer, images).encode_instruct(request).tokens
+
+
+def later_tekken(tekken_file, folder, version, *controls, **settings):
+    """A file with Pixtral's vocabulary, that version of the rules, and more control tokens."""
+    data = json.loads(tekken_file.read_bytes())
+    names = [token["token_str"] for token in data.get("special_tokens") or Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    listed = [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate((*names, *controls))]
+    data |= {"special_tokens": listed, "config": data["config"] | {"version": version}, **settings}
+    path = folder / "tekken.json"
+    path.write_text(json.dumps(data))
+    return path
 
 
 def call(id, name="add", arguments='{"a": 1}'):

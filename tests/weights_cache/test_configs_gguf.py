@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter, RopeScalingType
+from support import format_builders
 
 from weights_cache import checkpoint
 from weights_cache.errors import CheckpointCorrupt, ModelUnsupported, UnknownArchitecture, WeightsNotFound
@@ -70,10 +71,7 @@ def write(path: Path, arch: str, edit, tensors=("output.weight",)) -> Path:
     edit(writer)
     for name in tensors:
         writer.add_tensor(name, np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    format_builders.finish(writer)
     return path
 
 

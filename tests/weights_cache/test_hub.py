@@ -258,7 +258,18 @@ def test_nothing_is_printed_not_even_by_the_library_when_it_retries(
 
 @pytest.mark.parametrize(
     "name",
-    ["/no/such/folder", "./nothing", "~/nothing", "a/b/c", "nothing", "a b/c", "a/..b", "~nobody/x", "x" * 999, "a\0b"],
+    [
+        "/no/such/folder",
+        "./nothing",
+        "~/nothing",
+        "a/b/c",
+        "nothing",
+        "a b/c",
+        "a/..b",
+        "~nobody-by-this-name/x",
+        "x" * 999,
+        "a\0b",
+    ],
 )
 def test_what_is_no_folder_and_no_hub_name_is_not_asked_for(hub, name: str):
     assert repr(name) in str(failure(ModelNotFound, name))

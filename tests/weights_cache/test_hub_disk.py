@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from pixtral_cli.cli.main import run_program
 from weights_cache import cache, inventory
@@ -26,8 +28,7 @@ BYTES = 300_000
 
 
 def shard(seed: int) -> bytes:
-    header = b'{"t%d":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (seed, BYTES, BYTES)
-    return len(header).to_bytes(8, "little") + header + random.Random(seed).randbytes(BYTES)
+    return save({f"t{seed}": np.frombuffer(random.Random(seed).randbytes(BYTES), np.uint8)})
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from weights_cache import cache, checkpoint
 from weights_cache.errors import DownloadFailed, ModelNotFound, Offline, WeightsError, WeightsNotFound
@@ -25,8 +27,7 @@ def repo(hub, single_file):
 
 @pytest.fixture
 def single_file() -> bytes:
-    header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}   '
-    return len(header).to_bytes(8, "little") + header + b"1234"
+    return save({"a": np.frombuffer(b"1234", np.uint8)})
 
 
 def names(folder: Path) -> set[str]:

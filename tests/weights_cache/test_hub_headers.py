@@ -25,14 +25,13 @@ def large(rows: int) -> bytes:
 def gguf(path: Path, words: int) -> bytes:
     import gguf
     import numpy as np
+    from support import format_builders
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_token_list([str(random.Random(n).random()) for n in range(words)])
     writer.add_tensor("output.weight", np.ones((2000, 512), np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    format_builders.finish(writer)
     return path.read_bytes()
 
 

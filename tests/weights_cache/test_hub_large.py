@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from weights_cache import cache
 from weights_cache.cache import CachedRepo
@@ -24,9 +26,7 @@ real_sleep = time.sleep
 
 @pytest.fixture
 def repo(hub, monkeypatch: pytest.MonkeyPatch):
-    header = b'{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (BYTES, BYTES)
-    content = len(header).to_bytes(8, "little") + header + random.Random(0).randbytes(BYTES)
-    hub.repos[REPO] = SIDE | {NAME: content}
+    hub.repos[REPO] = SIDE | {NAME: save({"a": np.frombuffer(random.Random(0).randbytes(BYTES), np.uint8)})}
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
     return hub
 

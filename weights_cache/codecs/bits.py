@@ -1,6 +1,6 @@
-"""Small fields of bytes in, numbers out, and back. Knows no encoding.
+"""Fields of a few bits, packed into bytes, -> numbers, and back. Knows no encoding.
 
-Everywhere `blocks` is uint8 [n, bytes of a block], and can be looked at as numbers of two bytes.
+Everywhere `blocks` is uint8 [n, bytes of a block], aligned for numbers of two bytes.
 """
 
 import torch

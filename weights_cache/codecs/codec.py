@@ -34,9 +34,9 @@ class Codec(ABC):
         return self.encoding.name
 
     @property
-    @abstractmethod
     def encodes(self) -> bool:
         """Whether weights can be put into this encoding, rather than only taken out of it."""
+        return True
 
     @abstractmethod
     def decode(self, data: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:

@@ -21,10 +21,6 @@ class FloatCodec(Codec):
 
     dtype: torch.dtype
 
-    @property
-    def encodes(self) -> bool:
-        return True
-
     def decode(self, data: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """As Codec.decode; where `dtype` is the bytes' own, the result looks at the same memory."""
         assert data.dtype == torch.uint8, f"packed weights are uint8, not {data.dtype}"

@@ -1,6 +1,6 @@
-"""The weights files of a folder that bitsandbytes' 4-bit layers were saved in, in; their matrices as one tensor each
-out. A `Reader` over all files, since a matrix and what belongs to it may lie in different ones. Importing this
-imports torch.
+"""Reads weights files with layers that bitsandbytes encoded in 4 bits: each matrix is one tensor. Imports torch.
+
+A `Reader` over all files of a folder, since a matrix and what belongs to it may lie in different ones.
 
 Beside `X.weight`, the codes, such a file has `X.weight.absmax`, `.quant_map`, with double quantisation
 `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`: JSON as bytes, with shape, sizes of

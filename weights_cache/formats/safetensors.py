@@ -45,20 +45,17 @@ class SafetensorsFile:
     def __init__(self, path: Path, left_out: Collection[str] = ()):
         self.path = path
         self._buffer = map_file(path, LENGTH_BYTES, "safetensors")
-        entries = _read_header(path, self._buffer)
-        self._entries = {name: entry for name, entry in entries.items() if name not in left_out}
-
-    @property
-    def header_bytes(self) -> bytes:
+        self.header_bytes = _header_bytes(path, self._buffer)
         """The header's JSON as it stands in the file, its padding included."""
-        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "little")
-        return self._buffer[LENGTH_BYTES : LENGTH_BYTES + length]
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
+        header = parse_json_object(path, self.header_bytes, "its header")
+        metadata = header.pop("__metadata__", None)
+        texts = metadata.items() if isinstance(metadata, dict) else ()
+        self.metadata = {key: value for key, value in texts if isinstance(value, str)}
         """The header's `__metadata__`: what is not text in it is left out."""
-        found = parse_json_object(self.path, self.header_bytes, "its header").get("__metadata__")
-        return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+        data = LENGTH_BYTES + len(self.header_bytes)
+        entries = {name: _entry(path, name, described, data) for name, described in header.items()}
+        _check_layout(path, entries, data, len(self._buffer))
+        self._entries = {name: entry for name, entry in entries.items() if name not in left_out}
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -66,10 +63,7 @@ class SafetensorsFile:
         return {name: entry.info for name, entry in self._entries.items()}
 
     def weight(self, name: str) -> "torch.Tensor":
-        """The tensor `name`, sharing the file's mapping: no copy; writing to it never reaches the file.
-
-        A tensor that does not lie at a multiple of its element size (the format allows it) is copied.
-        """
+        """The tensor `name`, sharing the file's mapping (see `mapped_tensor`)."""
         import torch
 
         entry = self._entries[name]
@@ -85,7 +79,7 @@ class SafetensorsFile:
         release(self._buffer, self._entries[name])
 
 
-def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
+def _header_bytes(path: Path, buffer: mmap.mmap) -> bytes:
     if buffer[: len(GGUF_MAGIC)] == GGUF_MAGIC:
         raise WeightsNotFound(path, "safetensors header: it is a GGUF file", "Give it to --model-path.")
     length = int.from_bytes(buffer[:LENGTH_BYTES], "little")
@@ -94,12 +88,7 @@ def _read_header(path: Path, buffer: mmap.mmap) -> dict[str, Entry]:
         raise CheckpointCorrupt(path, f"its header claims {length} bytes, and {room} follow; it may be cut short")
     if length > MAX_HEADER_BYTES:
         raise CheckpointCorrupt(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    header = parse_json_object(path, buffer[LENGTH_BYTES : LENGTH_BYTES + length], "its header")
-    header.pop("__metadata__", None)
-    data = LENGTH_BYTES + length
-    entries = {name: _entry(path, name, described, data) for name, described in header.items()}
-    _check_layout(path, entries, data, len(buffer))
-    return entries
+    return buffer[LENGTH_BYTES : LENGTH_BYTES + length]
 
 
 def _entry(path: Path, name: str, described: Any, data: int) -> Entry:

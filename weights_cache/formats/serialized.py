@@ -1,10 +1,10 @@
-"""A serialized model's file in, its manifest, its side files and its tensors out, and whether it is as it was written.
+"""Reads a serialized model: its manifest, its side files, its tensors, and whether all is as it was written.
 
 A serialized model is a valid safetensors file: any safetensors tool opens it. Its metadata entry `pixtral` is the
 `Manifest` as JSON; side files ("config.json", "tokenizer.json", …) are U8 tensors named `file/NAME`. The manifest says
 each tensor's encoding and true shape. A packed matrix is stored as its parts (`PackedWeight.tensors`): the first goes
 by the matrix's own name, the others by NAME.PART. The last tensor, `seal`, is the SHA-256 of the header, which holds
-the SHA-256 of every other tensor: so nothing can change unseen. But a seal does not say that the writer meant well, so
+the SHA-256 of every other tensor: so no change goes unnoticed. But a seal does not say that the writer meant well, so
 every field is checked here. serialized_writer.py writes such files.
 """
 
@@ -108,7 +108,8 @@ class SerializedFile:
             raise WeightsNotFound(f"{path} is no file, so it", "model", "Check the path.")
         self.path = path
         self._file = SafetensorsFile(path)
-        self._header = self._file.header_bytes
+        self.seal = hashlib.sha256(self._file.header_bytes).digest()
+        """SHA-256 of the header: it names the whole content."""
         self.manifest, self._hashes = self._read_manifest()
 
     def _read_manifest(self) -> tuple[Manifest, dict[str, str]]:
@@ -129,20 +130,15 @@ class SerializedFile:
             raise CheckpointCorrupt(self.path, "its manifest does not have a hash for each of its tensors")
         return Manifest.read(self.path, raw, stored), hashes
 
-    @property
-    def seal(self) -> bytes:
-        """SHA-256 of the header: it names the whole content."""
-        return hashlib.sha256(self._header).digest()
-
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Our names -> TensorInfo with true shapes and encodings; a packed matrix has the bytes of all its parts."""
-        return {name: self._info(name, parts) for name, parts in self._parts.items()}
-
-    def _info(self, name: str, parts: list[str]) -> TensorInfo:
-        encoding, shape = self.manifest.tensors[name]
-        nbytes = sum(self._file.tensors[part].nbytes for part in parts)
-        return TensorInfo(name, self._file.tensors[name].dtype, shape, nbytes, self.path, encoding)
+        found, stored = {}, self._file.tensors
+        for name, parts in self._parts.items():
+            encoding, shape = self.manifest.tensors[name]
+            nbytes = sum(stored[part].nbytes for part in parts)
+            found[name] = TensorInfo(name, stored[name].dtype, shape, nbytes, self.path, encoding)
+        return found
 
     @cached_property
     def _parts(self) -> Mapping[str, list[str]]:
@@ -219,8 +215,8 @@ class SerializedFile:
         return cache.is_stamped(self.path, self.seal)
 
 
-class SideFile:
-    """A file inside the file: what readers of side files need of a Path."""
+class EmbeddedFile:
+    """A side file inside the serialized file: what readers of side files need of a Path."""
 
     def __init__(self, model: Path, name: str, data: bytes) -> None:
         self.model, self.name, self.data = model, name, data

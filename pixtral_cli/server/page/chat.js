@@ -1,15 +1,15 @@
-// What the reader does in, one conversation with the server out. Knows no wire format: client.js does.
+// The conversation on the page: turns the user's actions into requests. Knows no wire format: client.js does.
 
 import { MOST_BYTES, Problem, completion, firstModel, pictureCosts, whenKeyIsWanted } from "./client.js";
 import { Pictures } from "./pictures.js";
-import { Turn, figuresOf } from "./turn.js";
+import { Exchange, figuresOf } from "./exchange.js";
 
 const find = (selector) => document.querySelector(selector);
 const [words, send, notice, conversation, settings] = ["#words", "#send", "#notice", "#conversation", "#settings"].map(find);
 const pictures = new Pictures(find("#pictures"), { costs, changed, tell });
 const count = new Intl.NumberFormat("en");
 
-let turns = [];
+let exchanges = [];
 let running = null; // the AbortController of the answer that is being written
 let model = null; // as the server describes it, once it has
 
@@ -51,48 +51,48 @@ async function ask() {
   const text = words.value.trim();
   if (running || (!text && !pictures.all.length)) return;
   if (tooLarge()) return tell(tooLarge());
-  const turn = new Turn({ words: text, pictures: pictures.take() }, { retry: () => retry(turn), edit: () => edit(turn) });
+  const exchange = new Exchange({ words: text, pictures: pictures.take() }, { retry: () => retry(exchange), edit: () => edit(exchange) });
   words.value = "";
-  turns.push(turn);
-  conversation.append(turn.element);
+  exchanges.push(exchange);
+  conversation.append(exchange.element);
   changed();
-  await answer(turn);
+  await answer(exchange);
 }
 
-async function answer(turn) {
+async function answer(exchange) {
   if (running) return;
   const run = (running = new AbortController());
   busy(true);
-  turn.begin();
+  exchange.begin();
   toEnd();
   const seen = { usage: null, started: performance.now(), first: null, last: null, ending: [], problem: "" };
   try {
     await meet();
-    for await (const chunk of completion(requestFor(turn), run.signal)) take(turn, chunk, seen);
-    if (!turn.answer) seen.problem = "The answer is empty.";
+    for await (const chunk of completion(requestFor(exchange), run.signal)) take(exchange, chunk, seen);
+    if (!exchange.answer) seen.problem = "The answer is empty.";
   } catch (error) {
     if (!run.signal.aborted) seen.problem = sentenceOf(error);
-    else if (turn.answer) seen.ending.push("stopped");
+    else if (exchange.answer) seen.ending.push("stopped");
     else seen.problem = "Stopped before the first word.";
   }
-  following(() => turn.end(figuresOf(seen), seen.problem));
+  following(() => exchange.end(figuresOf(seen), seen.problem));
   if (running === run) busy(false);
 }
 
-function take(turn, chunk, seen) {
+function take(exchange, chunk, seen) {
   if (chunk.usage) seen.usage = chunk.usage;
   const choice = chunk.choices[0];
   if (choice?.finish_reason === "length") seen.ending.push("cut off at max tokens");
   if (!choice?.delta?.content) return;
   seen.last = performance.now();
   seen.first ??= seen.last;
-  turn.add(choice.delta.content, following);
+  exchange.add(choice.delta.content, following);
 }
 
 // Questions that failed without a word of answer are not history: a model expects each to be answered.
-function requestFor(turn) {
-  const before = turns.slice(0, turns.indexOf(turn)).filter((earlier) => earlier.answer);
-  const messages = [...before, turn].flatMap((each) => each.messages);
+function requestFor(exchange) {
+  const before = exchanges.slice(0, exchanges.indexOf(exchange)).filter((earlier) => earlier.answer);
+  const messages = [...before, exchange].flatMap((each) => each.messages);
   const system = find("#system").value.trim();
   if (system) messages.unshift({ role: "system", content: system });
   const request = { model: model.id, messages, stream: true, stream_options: { include_usage: true } };
@@ -107,24 +107,24 @@ function stop() {
   running?.abort();
 }
 
-function retry(turn) {
+function retry(exchange) {
   home(); // the button is gone, and its focus with it
-  answer(turn);
+  answer(exchange);
 }
 
-function edit(turn) {
+function edit(exchange) {
   if (running) return;
-  turns = turns.filter((kept) => kept !== turn);
-  turn.element.remove();
-  words.value = [turn.question.words, words.value].filter(Boolean).join("\n");
-  pictures.giveBack(turn.question.pictures);
+  exchanges = exchanges.filter((kept) => kept !== exchange);
+  exchange.element.remove();
+  words.value = [exchange.question.words, words.value].filter(Boolean).join("\n");
+  pictures.giveBack(exchange.question.pictures);
   home();
 }
 
 function clear() {
   stop();
   running = null;
-  turns = [];
+  exchanges = [];
   conversation.replaceChildren();
   busy(false);
   changed();
@@ -148,14 +148,14 @@ function changed() {
   words.style.height = "auto";
   words.style.height = `${words.scrollHeight}px`;
   send.disabled = !running && !words.value.trim() && !pictures.all.length;
-  find("#clear").hidden = turns.length === 0;
-  find("#welcome").hidden = turns.length > 0;
+  find("#clear").hidden = exchanges.length === 0;
+  find("#welcome").hidden = exchanges.length > 0;
   tell(tooLarge());
 }
 
 /** A sentence when the next request would be more than the server takes, else nothing. */
 function tooLarge() {
-  const sent = turns.filter((turn) => turn.answer).flatMap((turn) => turn.question.pictures);
+  const sent = exchanges.filter((exchange) => exchange.answer).flatMap((exchange) => exchange.question.pictures);
   const bytes = [...sent, ...pictures.all].reduce((sum, picture) => sum + picture.url.length, 0);
   if (bytes < MOST_BYTES) return "";
   const all = sent.length ? "The pictures of this conversation" : "These pictures";

@@ -1,4 +1,4 @@
-// Requests of the page in, what the server answers out. Knows no element of the page.
+// Sends the page's requests to the server and reads its answers. Knows no element of the page.
 
 const KEY = "pixtral-key";
 const LOST = "The connection to the server was lost before the answer was complete.";

@@ -1,4 +1,4 @@
-// Swagger UI over the server's own description; nothing is asked of any other server.
+// Swagger UI for the server's own openapi.json. Contacts no other server.
 SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#docs",

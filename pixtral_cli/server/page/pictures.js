@@ -1,5 +1,4 @@
-// Files that are chosen, pasted or dropped in, the pictures of the next message out. Knows no server but what it is
-// told to ask for costs.
+// The pictures of the next message: files that the user chooses, pastes or drops. Knows no server.
 
 const template = document.querySelector("#picture-template");
 const count = new Intl.NumberFormat("en");

@@ -1,8 +1,10 @@
-"""A seed and a number in, one training batch out: token ids with labels, pictures, and what each patch holds.
+"""Makes training batches: token ids with labels, pictures, and the content of each patch. Knows no model.
 
-Several questions share one picture in a sequence: `[picture][Q1 A1][Q2 A2]…`. Tokens carry a `group`: 0 is seen by
-all later tokens, a question's own number only by itself, and its positions start again after the picture. That is
-single-turn chat, at a fraction of the price. Knows no model. Letters: B sequences, T tokens, S answers, P patches.
+Several questions share one picture in a sequence: `[picture][Q1 A1][Q2 A2]…`. Every token has a `group`. Group 0, the
+picture, is seen by all later tokens. Each question is a group that is seen only by itself, and its positions start
+again after the picture. This is equal to single-turn chat, but much cheaper.
+
+Letters: B sequences, T tokens, S answers, P patches.
 """
 
 import math

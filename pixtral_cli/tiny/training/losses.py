@@ -1,6 +1,6 @@
-"""A training batch in, its losses out: answers, and what the heads of training read. Knows no optimizer.
+"""Computes the losses of a training batch: of the answers, and of the additional heads. Knows no optimizer.
 
-Letters: B sequences, T tokens, M image tokens, S answers, P patches of a image, C hidden size.
+Letters: B sequences, T tokens, M image tokens, S answers, P patches of an image, C hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Sizes in, the built-in model before training out, and how the tokens of a training batch see each other.
+"""The untrained built-in model, and the attention masks of its training batches.
 
 Letters: B sequences or pictures, T tokens of each, N = B * T, H heads, K key-value heads, D head_dim.
 """

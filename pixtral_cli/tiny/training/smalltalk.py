@@ -1,4 +1,4 @@
-"""Everything that is not a question about a drawn scene, and the one answer to it; knows no model."""
+"""Prompts that are not questions about a drawn scene, and the one answer to all of them. Knows no model."""
 
 from random import Random
 

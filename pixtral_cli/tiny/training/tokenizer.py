@@ -1,7 +1,7 @@
-"""The question language in, tokenizer.json and its side files out: a byte-level BPE with the V3 control tokens.
+"""Trains the tokenizer and writes its files: a byte-level BPE with the V3 control tokens.
 
-Capitals and digits are tokens of their own and never merge, so printed text is spelled out character by character;
-all 256 bytes are tokens, so every byte string can be encoded and produced.
+Each capital and each digit is a token of its own that never merges, so printed text is spelled character by character.
+All 256 bytes are tokens, so every byte string can be encoded and produced.
 """
 
 import json

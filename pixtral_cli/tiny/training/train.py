@@ -1,8 +1,8 @@
-"""Nothing in, a trained built-in model out: `python -m pixtral_cli.tiny.training.train --out runs/tiny --minutes 110`.
+"""Trains the built-in model: `python -m pixtral_cli.tiny.training.train --out runs/tiny --minutes 110`.
 
-Stops and goes on at will: a checkpoint is written every two minutes, and the same command continues from it. The
-recipe is the table STAGES: first the vision tower alone learns what patches hold, then few shapes on small pictures,
-then all. Letters as in network.py.
+A checkpoint is written every two minutes. If training is stopped, the same command continues from the last one. The
+recipe is the table STAGES: first the vision tower alone learns what the patches hold, then the model learns few shapes
+on small pictures, then everything. Letters as in model.py.
 """
 
 import argparse

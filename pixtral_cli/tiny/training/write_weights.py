@@ -1,4 +1,4 @@
-"""Writes what training has come to as a model folder in Hugging Face form.
+"""Writes the latest training checkpoint as a model folder in Hugging Face form.
 
 `python -m pixtral_cli.tiny.training.write_weights runs/tiny`
 """

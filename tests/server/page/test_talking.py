@@ -54,7 +54,7 @@ def test_the_stream_is_read_right_wherever_its_bytes_are_cut(page, size):
     page.script(ANSWER_IN_PIECES, list(wire), size)
     page.ask("Hello")
     assert page.text(".answer") == "Grüße 🦊 日本\nend"
-    assert not page.shows(".turn .problem")
+    assert not page.shows(".exchange .problem")
 
 
 def test_the_request_streams_with_usage_and_only_the_settings_that_were_made(page, stub):
@@ -68,7 +68,7 @@ def test_the_request_streams_with_usage_and_only_the_settings_that_were_made(pag
     page.find("#settings summary").click()
     for selector, value in [("#temperature", "0.5"), ("#max-tokens", "64"), ("#system", "Be brief.")]:
         page.find(selector).send_keys(value)
-    page.ask("Second", turn=2)
+    page.ask("Second", exchange=2)
     assert (stub.asked[1]["temperature"], stub.asked[1]["max_tokens"]) == (0.5, 64)
     assert stub.asked[1]["messages"] == [
         {"role": "system", "content": "Be brief."},
@@ -89,7 +89,7 @@ def test_stopping_ends_the_request_and_keeps_what_has_come(page, stub, how):
     page.until(page.is_idle)
     assert page.text(".answer").startswith("slow slow") and page.text(".figures").endswith(" · stopped")
     stub.words, stub.pause = ["On."], 0
-    page.ask("Again", turn=2)
+    page.ask("Again", exchange=2)
     assert stub.asked[1]["messages"][1]["content"].startswith(" slow slow")
 
 
@@ -127,7 +127,7 @@ def test_clearing_stops_the_answer_forgets_the_conversation_and_keeps_the_draft(
     page.write("next")
     page.find("#clear").click()
     assert stub.left.wait(5)
-    assert page.all(".turn") == [] and page.shows("#welcome") and not page.shows("#clear")
+    assert page.all(".exchange") == [] and page.shows("#welcome") and not page.shows("#clear")
     stub.words, stub.pause = ["Yes."], 0
     page.ask("")
     assert stub.asked[1]["messages"] == [{"role": "user", "content": "next"}]

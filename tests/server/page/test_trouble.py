@@ -41,11 +41,11 @@ def test_an_error_is_a_sentence_and_trying_again_sends_the_same(page, stub, pict
     page.choose(picture)
     page.until(lambda: page.shows("#pictures .cost"))
     page.ask("What is it?")
-    assert page.text(".turn .problem span") == "The prompt is too long." and page.text(".words") == "What is it?"
+    assert page.text(".exchange .problem span") == "The prompt is too long." and page.text(".words") == "What is it?"
     stub.error = None
     page.find(".retry").click()
     page.until(lambda: page.text(".answer") == "One picture says more." and page.is_idle())
-    assert stub.asked[0] == stub.asked[1] and not page.shows(".turn .problem")
+    assert stub.asked[0] == stub.asked[1] and not page.shows(".exchange .problem")
 
 
 def test_editing_a_failed_question_gives_back_its_words_and_pictures(page, stub, picture):
@@ -56,14 +56,14 @@ def test_editing_a_failed_question_gives_back_its_words_and_pictures(page, stub,
     page.write("and then")
     page.find(".edit").click()
     assert page.find("#words").get_attribute("value") == "What is it?\nand then"
-    assert page.shows("#pictures img") and page.all(".turn") == []
+    assert page.shows("#pictures img") and page.all(".exchange") == []
 
 
 def test_a_failed_question_is_not_part_of_the_next_request(page, stub):
     stub.error = (429, "Too many ask at once.")
     page.ask("First")
     stub.error = None
-    page.ask("Second", turn=2)
+    page.ask("Second", exchange=2)
     assert stub.asked[1]["messages"] == [{"role": "user", "content": "Second"}]
 
 
@@ -72,7 +72,7 @@ def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(page, stub,
     stub.ending, stub.pause = ending, 0.05
     page.ask("Hello")
     assert page.text(".answer") == "One picture says more."
-    assert "lost before the answer was complete" in page.text(".turn .problem span")
+    assert "lost before the answer was complete" in page.text(".exchange .problem span")
     assert page.shows(".retry") and page.text(".words") == "Hello"
 
 
@@ -80,7 +80,7 @@ def test_an_error_in_the_middle_of_the_stream_is_said(page, stub):
     first = event({"choices": [{"index": 0, "delta": {"content": "Half"}}]})
     stub.pieces = [first, event({"error": {"message": "Out of memory.", "type": "server_error"}})]
     page.ask("Hello")
-    assert (page.text(".answer"), page.text(".turn .problem span")) == ("Half", "Out of memory.")
+    assert (page.text(".answer"), page.text(".exchange .problem span")) == ("Half", "Out of memory.")
 
 
 def test_a_server_that_is_gone_is_said_and_the_question_waits_for_its_return(page):
@@ -90,7 +90,7 @@ def test_a_server_that_is_gone_is_said_and_the_question_waits_for_its_return(pag
         gone.open()
         gone.until(lambda: gone.text("#model").startswith("stub-12b"))
     gone.ask("Anyone there?")
-    assert gone.text(".turn .problem span") == "The server cannot be reached. Is it still running?"
+    assert gone.text(".exchange .problem span") == "The server cannot be reached. Is it still running?"
     with on_thread(stub.app, port=int(url.rpartition(":")[2])):
         gone.find(".retry").click()
         gone.until(lambda: gone.text(".answer") == "One picture says more.")
@@ -102,7 +102,7 @@ def test_what_the_model_writes_is_text_never_markup(page, stub):
     page.ask(attack)
     assert page.text(".answer p") == attack and page.text(".words") == attack
     assert page.text(".answer pre") == "<b>bold</b>" and page.text(".answer p:last-child") == "End"
-    assert page.all(".answer b, .turn script, .answer img") == [] and page.browser.title == "stub-12b · pixtral"
+    assert page.all(".answer b, .exchange script, .answer img") == [] and page.browser.title == "stub-12b · pixtral"
 
 
 def test_the_policy_stops_a_script_in_the_page(page):

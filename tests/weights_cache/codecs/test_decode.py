@@ -15,15 +15,6 @@ SCALES = {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_
 SCALES |= dict.fromkeys(("q8_0", "q4_0", "q5_0", "iq4_nl", "iq4_xs"), (0,)) | dict.fromkeys(("q4_1", "q5_1"), (0, 2))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Arrays this small are not worth a second thread, which torch waits for at each step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gguf_type(name):
     return GGMLQuantizationType[GGUF_NAMES.get(name, name.upper())]
 

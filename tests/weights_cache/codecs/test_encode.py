@@ -19,15 +19,6 @@ several = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Arrays this small are not worth a second thread, which torch waits for at each step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def there_and_back(name, plain):
     codec = codecs.get(name)
     return codec.decode(codec.encode(plain))

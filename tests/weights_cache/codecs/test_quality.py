@@ -67,15 +67,6 @@ GGML_ERRORS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Arrays this small are not worth a second thread, which torch waits for at each step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def weights(kind):
     random = np.random.Generator(np.random.PCG64(20240917))
     return KINDS[kind](random, (ROWS, COLUMNS)).astype(np.float32)

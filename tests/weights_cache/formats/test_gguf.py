@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from support import format_builders
 
 from weights_cache import checkpoint
 from weights_cache.encodings import GGML, GGML_NOT_READ
@@ -31,10 +32,7 @@ def write(path: Path, tensors: dict[str, np.ndarray] | None = None, edit=lambda 
     edit(writer)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data, raw_dtype=raw.get(name))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    format_builders.finish(writer)
     return path
 
 
@@ -265,10 +263,7 @@ def split(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     writer.add_layer_norm_rms_eps(1e-5)
     for name, data in tensors.items():
         writer.add_tensor(name, data)
-    writer.write_header_to_file(tmp_path / "m.gguf")
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    format_builders.finish(writer)
     assert len(list(tmp_path.iterdir())) == 3
     return tmp_path, tensors
 

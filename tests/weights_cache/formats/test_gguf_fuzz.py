@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from support import format_builders
 
 from weights_cache import checkpoint
 from weights_cache.errors import WeightsError
@@ -37,10 +38,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
     for name in ("token_embd", "output", "blk.0.attn_q", "blk.0.ffn_up"):
         writer.add_tensor(f"{name}.weight", np.ones((2, 2), np.float32))
     writer.add_tensor("packed", np.zeros((3, 34), np.uint8), raw_dtype=8)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    format_builders.finish(writer)
     data = path.read_bytes()
     return data, min(entry.begin for entry in Header(path).entries.values())
 

@@ -20,31 +20,14 @@ from safetensors.torch import save, save_file
 
 from weights_cache import checkpoint, inventory
 from weights_cache.checkpoint import SerializedCheckpoint
-from weights_cache.codecs.nf4 import NF4
+from weights_cache.codecs.nf4 import NF4, TABLE
 from weights_cache.errors import WeightsError
 from weights_cache.formats.serialized import verify_path
 from weights_cache.formats.serialized_writer import Weight, write
 from weights_cache.packed import PackedRows, parts
 
 EXTREMES = [0, 1, 7, 9, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**400]
-WORDS = [
-    "F32",
-    "BF16",
-    "U8",
-    "F64",
-    "BOOL",
-    "F4",
-    "q4_0",
-    "nf4",
-    "bfloat16",
-    "",
-    "null",
-    "-1",
-    "1e9",
-    "[]",
-    "{}",
-    "NaN",
-]
+WORDS = [*"F32 BF16 U8 F64 BOOL F4 q4_0 nf4 bfloat16 null -1 1e9 [] {} NaN".split(), ""]
 ENOUGH = 2_000_000  # bytes of Python's own; a file has some 3,000
 PARAMS = {"dim": 4, "n_layers": 1, "head_dim": 4, "hidden_dim": 8, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-5}
 PARAMS |= {"vocab_size": 8, "rope_theta": 1e4}
@@ -82,8 +65,6 @@ def _write_serialized(path: Path) -> None:
 
 def _bitsandbytes(path: Path) -> bytes:
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64]}
-    from weights_cache.codecs.nf4 import TABLE
-
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(
         {

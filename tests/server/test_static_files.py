@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from support.page_stub import Stub
 from support.serving import on_thread
 
-from pixtral_cli.server.page import FILES
+from pixtral_cli.server.static_files import FILES
 
 
 def test_every_file_of_the_page_is_served_with_its_type_and_the_policy():

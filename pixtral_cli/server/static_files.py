@@ -20,7 +20,7 @@ FILES = {
     "/page/chat.js": PAGE / "chat.js",
     "/page/client.js": PAGE / "client.js",
     "/page/pictures.js": PAGE / "pictures.js",
-    "/page/turn.js": PAGE / "turn.js",
+    "/page/exchange.js": PAGE / "exchange.js",
     "/page/icon.svg": PAGE / "icon.svg",
     "/docs": PAGE / "docs.html",
     "/docs/docs.js": PAGE / "docs.js",

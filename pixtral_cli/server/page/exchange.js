@@ -1,12 +1,12 @@
-// A question and the pieces of its answer in, both shown out. Knows no server.
+// Shows one question and its answer while the answer arrives. Knows no server.
 
 import { picturePart } from "./client.js";
 
-const template = document.querySelector("#turn-template");
+const template = document.querySelector("#exchange-template");
 const count = new Intl.NumberFormat("en");
 
 /** A question, `{words, pictures}`, and the answer as far as it has come. */
-export class Turn {
+export class Exchange {
   answer = "";
   #frame = 0;
 
