@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support import builders
-from support.engines import wait_until
+from support.processes import wait_until
 
 from pixtral_cli import GenerationOptions, Pixtral, PixtralError
 from pixtral_cli.errors import ModelError, RequestError

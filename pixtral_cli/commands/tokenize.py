@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.cli.console import Console, counted
+from pixtral_cli.cli.console import counted
 from pixtral_cli.cli.loading import NO_REMOTE_CODE
 from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags
-from pixtral_cli.cli.user_input import PendingInput, UserInput
+from pixtral_cli.cli.user_input import PendingInput
 
 if TYPE_CHECKING:
     from pixtral_cli.prompt.processor import Prompt
-    from pixtral_cli.source import Source
 
 EXAMPLES = """\
 Examples:
@@ -28,17 +27,10 @@ def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) ->
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
     pending = PendingInput(request)
-    model = open_source(source, console)
-    prompt = encode(model, pending.finish(console))
-    console.result(as_object(source.name, prompt), as_text(prompt))
-
-
-def open_source(source: SourceFlags, console: Console) -> Source:
-    """The Source that the flags name; only its small files are fetched."""
     with console.progress(f"loading {source.name}") as progress:
         from pixtral_cli.source import Source
 
-        return Source.open(
+        model = Source.open(
             source.name,
             weights=False,
             weights_format=source.form,
@@ -46,14 +38,10 @@ def open_source(source: SourceFlags, console: Console) -> Source:
             force_download=source.force_download,
             progress=progress,
         )
-
-
-def encode(model: Source, asked: UserInput) -> Prompt:
-    """The Prompt of a request: token ids, and prepared pictures whose pixels nobody asks for."""
     model.processor.sizes_only = True
-    if asked.messages is None:
-        return model.complete(asked.prompt, asked.images)
-    return model.chat(asked.messages)
+    asked = pending.finish(console)
+    prompt = model.complete(asked.prompt, asked.images) if asked.messages is None else model.chat(asked.messages)
+    console.result(as_object(source.name, prompt), as_text(prompt))
 
 
 def as_object(model: str, prompt: Prompt) -> dict[str, Any]:

@@ -156,7 +156,6 @@ class ImagesMisplaced(PromptError):
             f"The prompt has {marks} [IMG] but {given} given.",
             hint="Write one [IMG] for each picture, or none: then the pictures come first.",
         )
-        self.marks, self.images = marks, images
 
 
 class ImagesUnsupported(PromptError):

@@ -5,12 +5,11 @@ Knows the checkpoint's side files and nothing of its tensors; imports torch only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.prompt import gguf_tokenizer, media, tokenizer_files
 from pixtral_cli.prompt.errors import (
@@ -29,22 +28,15 @@ from pixtral_cli.prompt.tokenizer import TextOrId, Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
 
+if TYPE_CHECKING:
+    from weights_cache.checkpoint import Checkpoint
+
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_IMAGES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
 ChatFormat = ChatTemplate | MistralFormat
 OpenImage = Callable[[Any], AbstractContextManager[Any]]
 """An image's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
-
-
-class CheckpointFiles(Protocol):
-    """What is needed of a checkpoint."""
-
-    form: Literal["hf", "native", "gguf"]
-    written_tokenizer: Mapping[str, Any] | None
-    """A tokenizer in a GGUF's metadata, which stands for the side files; None elsewhere."""
-
-    def file(self, name: str) -> Path | None: ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ class Processor:
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: CheckpointFiles,
+        checkpoint: Checkpoint,
         *,
         image_preprocessing: Recipe | None = None,
         patch_size: int = 16,
@@ -247,7 +239,7 @@ def _as_list(images: Any) -> list[Any]:
     return list(images)
 
 
-def _chat_format(checkpoint: CheckpointFiles, tokenizer: Tokenizer) -> ChatFormat | None:
+def _chat_format(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatFormat | None:
     """A template that comes with the checkpoint is data; without one Mistral's rules, if the tokens are there."""
     written = checkpoint.written_tokenizer
     if checkpoint.form == "gguf":

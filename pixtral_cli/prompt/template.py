@@ -71,7 +71,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         self._user_text = UserTextMarks(self.tokenizer.controls)
-        has_type, loops = TYPE.search(self.source), PART_LOOP.search(self.source)  # descriptions of tools have a type
+        has_type, loops = TYPE.search(self.source), PART_LOOP.search(self.source)  # a tool's description has a type too
         self._knows_parts = bool(PART_TYPE.search(self.source) or (has_type and loops))
         self._knows_strings = bool(STRING_TEST.search(self.source))
 

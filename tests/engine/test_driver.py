@@ -12,8 +12,8 @@ from queue import SimpleQueue
 import pytest
 import torch
 from support import builders
-from support.engines import run, tokens, wait_until
-from support.processes import PATIENCE
+from support.engines import run, tokens
+from support.processes import PATIENCE, wait_until
 
 from pixtral_cli import Pixtral
 from pixtral_cli.encoding_choices import find

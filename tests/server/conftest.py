@@ -1,5 +1,6 @@
 """The built-in model behind HTTP, for as long as the tests last."""
 
+import httpx
 import pytest
 from support.serving import serving
 
@@ -21,3 +22,24 @@ def server(tiny):
     """One for all tests: who leaves something running in it harms the others."""
     with serving(Service(tiny, ("tiny",))) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def own(tiny):
+    """Another server of the same model, for tests that stop or limit it; call it with the service's fields."""
+    started = []
+
+    def start(**fields):
+        running = serving(Service(tiny, ("tiny",), **fields))
+        started.append(running)
+        return running.__enter__()
+
+    yield start
+    for running in started:
+        running.__exit__(None, None, None)

@@ -1,21 +1,17 @@
-"""The routes over a real socket: shapes, statuses, streams byte by byte, and clients that leave."""
+"""The routes over a real socket: shapes, statuses, and streams byte by byte."""
 
 import json
 import re
-import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from support.processes import PATIENCE
-from support.serving import serving
+from support.processes import PATIENCE, wait_until
+from support.serving import error_of, serving
 
 from pixtral_cli.server.service import Limits, Service, checkpoint_defaults
 
 HELLO = [{"role": "user", "content": "What can you do?"}]
-LONG = {"model": "tiny", "messages": HELLO, "max_tokens": 4000, "ignore_eos": True}
 POSTS = ["/v1/chat/completions", "/v1/completions", "/predict", "/tokenize", "/detokenize"]
 SQUARE = (
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAQCAIAAAD4YuoOAAAAHklEQVR4nGP8"
@@ -23,41 +19,6 @@ SQUARE = (
 )
 """A PNG of 32x16 pixels."""
 GETS = ["/v1/models", "/v1/models/tiny", "/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs", "/"]
-
-
-@pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
-def own(tiny):
-    """Another server of the same model, for tests that stop or limit it; call it with the service's fields."""
-    started = []
-
-    def start(**fields):
-        running = serving(Service(tiny, ("tiny",), **fields))
-        started.append(running)
-        return running.__enter__()
-
-    yield start
-    for running in started:
-        running.__exit__(None, None, None)
-
-
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
-
-
-def wait_for(condition, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
 
 
 def picture(url):
@@ -215,120 +176,19 @@ def test_the_page_of_the_description_names_nothing_but_files_of_the_server(http)
     assert [http.get(f"/{address}").status_code for address in addresses] == [200] * 5
 
 
-def test_a_stream_that_its_reader_leaves_frees_all_it_held(http, server):
-    before, generated = server.engine.table.in_use, server.engine.counters.generated_tokens
-    with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True, "n": 4}) as answer:
-        next(answer.iter_raw())
-        assert server.engine.running == 4
-    assert server.wait_until_idle()
-    assert server.engine.running == 0 and server.engine.table.in_use == before
-    assert server.engine.counters.generated_tokens - generated < 4 * LONG["max_tokens"]
-
-
-def leave_after(server, body, condition, path="/v1/chat/completions"):
-    """Ask, wait until `condition`, then cut the connection."""
-    data = json.dumps(body).encode()
-    lines = f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}"
-    port = int(server.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall("\r\n".join((*lines, "", "")).encode() + data)
-        assert wait_for(condition)
-
-
-def test_a_client_that_leaves_without_a_stream_frees_all_it_held(server):
-    before, generated = server.engine.table.in_use, server.engine.counters.generated_tokens
-    leave_after(server, LONG, lambda: server.engine.running == 1)
-    assert server.wait_until_idle()
-    assert server.engine.table.in_use == before
-    assert server.engine.counters.generated_tokens - generated < LONG["max_tokens"]
-
-
-def test_a_client_that_leaves_while_its_prompt_is_computed_frees_all_it_held(server):
-    before = server.engine.table.in_use
-    words = " ".join(str(number) for number in range(2500))
-    body = {"model": "tiny", "prompt": words, "max_tokens": 4000}
-    generated = server.engine.counters.generated_tokens
-    leave_after(server, body, lambda: server.engine.running == 1, "/v1/completions")
-    assert server.wait_until_idle()
-    assert server.engine.table.in_use == before
-    assert server.engine.counters.generated_tokens == generated
-
-
-def test_a_client_that_leaves_the_queue_is_never_computed(server):
-    with ThreadPoolExecutor(1) as pool:
-        blocking = pool.submit(
-            httpx.post, f"{server.url}/predict", json={**LONG, "n": 16, "max_tokens": 120}, timeout=60
-        )
-        assert wait_for(lambda: server.engine.running == 16)
-        leave_after(server, LONG, lambda: server.engine.waiting == 1)
-        assert wait_for(lambda: server.engine.waiting == 0)
-        assert server.engine.running == 16
-        assert blocking.result().status_code == 200
-    assert server.wait_until_idle()
-
-
-def test_a_client_that_leaves_while_its_picture_is_fetched_is_forgotten_at_once(own, tiny, monkeypatch):
-    running = own()
-    fetching, go_on = threading.Event(), threading.Event()
-
-    def load(source):
-        fetching.set()
-        go_on.wait(2 * PATIENCE)
-        raise AssertionError("nobody waits for it")
-
-    monkeypatch.setattr(tiny.processor, "open_image", load)
-    body = {**LONG, "messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
-    leave_after(running, body, fetching.is_set)
-    assert wait_for(lambda: running.service.accepted == 0)
-    assert not running.service.idle
-    go_on.set()
-    assert running.wait_until_idle()
-
-
 def test_a_full_queue_is_429_and_names_the_flag(own):
     running = own(limits=Limits(max_queue=1))
     room = running.engine.scheduler.max_batch_size + 1
     with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=running.url, timeout=60) as http:
         first = pool.submit(http.post, "/predict", json={"messages": HELLO, "n": 16, "max_tokens": 100})
-        assert wait_for(lambda: running.service.accepted == 16)
+        wait_until(lambda: running.service.accepted == 16)
         second = pool.submit(http.post, "/predict", json={"messages": HELLO, "max_tokens": 3})
-        assert wait_for(lambda: running.service.accepted == room)
+        wait_until(lambda: running.service.accepted == room)
         refused = http.post("/predict", json={"messages": HELLO, "max_tokens": 3})
         assert "--max-queue" in error_of(refused, 429)["message"]
         assert int(refused.headers["retry-after"]) > 0
         assert first.result().status_code == second.result().status_code == 200
         assert http.post("/predict", json={"messages": HELLO, "max_tokens": 3}).status_code == 200
-
-
-def test_who_waits_when_the_server_drains_is_503_and_who_runs_is_finished(own):
-    running = own()
-    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=running.url, timeout=60) as http:
-        first = pool.submit(http.post, "/predict", json={"messages": HELLO, "n": 16, "max_tokens": 60})
-        assert wait_for(lambda: running.engine.running == 16)
-        second = pool.submit(http.post, "/predict", json={"messages": HELLO})
-        assert wait_for(lambda: running.engine.waiting == 1)
-        running.call(running.service.drain)
-        assert error_of(second.result(), 503)["code"] == "stopping"
-        assert int(second.result().headers["retry-after"]) > 0
-        error_of(http.post("/predict", json={"messages": HELLO}), 503)
-        error_of(http.get("/ready"), 503)
-        assert http.get("/health").status_code == 200
-        assert all(choice["finish_reason"] for choice in first.result().json()["choices"])
-
-
-def test_who_waits_for_a_picture_when_the_server_drains_is_503_at_once(own, tiny, monkeypatch):
-    running = own()
-    fetching, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(tiny.processor, "open_image", lambda source: fetching.set() or go_on.wait(2 * PATIENCE))
-    body = {"messages": [{"role": "user", "content": [picture("http://example.org/slow.png")]}]}
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=60)
-        assert fetching.wait(PATIENCE)
-        running.call(running.service.drain)
-        assert error_of(asking.result(PATIENCE), 503)["code"] == "stopping"
-        assert not running.service.idle
-        go_on.set()
-    assert running.wait_until_idle()
 
 
 @pytest.mark.parametrize(

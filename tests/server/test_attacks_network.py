@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 from PIL import Image
-from support.processes import PATIENCE
+from support.processes import PATIENCE, wait_until
 from support.web_server import names, web
 
 from pixtral_cli.prompt.errors import ImageFetchFailed
@@ -201,10 +201,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_left_in_time_and_holds_no_th
         scheme = "https" if endless == "handshake" else "http"
         refused(f"{scheme}://127.0.0.1:{port}/x", match="more than 0.5 seconds", total_seconds=0.5)
         dripping.join(PATIENCE)
-    deadline = time.monotonic() + PATIENCE
-    while set(threading.enumerate()) - before:
-        assert time.monotonic() < deadline, "the download's thread should end"
-        time.sleep(0.02)
+    wait_until(lambda: not set(threading.enumerate()) - before)  # the download's thread ends
 
 
 def test_a_name_that_takes_for_ever_to_look_up_is_left_in_time():

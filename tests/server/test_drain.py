@@ -1,16 +1,18 @@
 """How `pixtral serve` ends: what runs is finished or cut, what is new is refused, a second signal does not wait."""
 
-import asyncio
 import json
 import signal
+import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from urllib.error import URLError
 
 import httpx
 import pytest
-from support.processes import PATIENCE
-from support.serving import hello, served, starting
-
-from pixtral_cli.server.middleware import RequestTracker
+from support.processes import PATIENCE, wait_until
+from support.serving import error_of, hello, served, starting
+from support.traffic import SLOW_PICTURE
 
 DRAINING = "stopping"
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -81,57 +83,49 @@ def test_while_the_model_loads_the_first_signal_ends_it_at_once(number, code):
 def test_quiet_says_nothing_and_an_idle_server_ends_when_it_is_told_to():
     with starting("--port", str(free_port()), "--quiet") as server:
         server.url = f"http://127.0.0.1:{server.process.args[-2]}"
-        wait_until_ready(server)
+        wait_until(lambda: is_ready(server))
         assert server.open("/v1/chat/completions", hello(max_tokens=2)).status == 200
         assert server.open("/nowhere").status == 404
         assert server.end(seconds=5) == 0 and server.said() == ""
 
 
-def test_before_the_model_is_there_it_lives_but_is_not_ready():
-    async def ask():
-        front = RequestTracker(lambda line: None)
-        transport = httpx.ASGITransport(front)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return [await client.get("/health"), await client.get("/ready"), await client.post("/predict", json={})]
+def test_who_waits_when_the_server_drains_is_503_and_who_runs_is_finished(own):
+    running = own()
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=running.url, timeout=60) as http:
+        first = pool.submit(http.post, "/predict", json=hello(n=16, max_tokens=60))
+        wait_until(lambda: running.engine.running == 16)
+        second = pool.submit(http.post, "/predict", json=hello())
+        wait_until(lambda: running.engine.waiting == 1)
+        running.call(running.service.drain)
+        assert error_of(second.result(), 503)["code"] == "stopping"
+        assert int(second.result().headers["retry-after"]) > 0
+        error_of(http.post("/predict", json=hello()), 503)
+        error_of(http.get("/ready"), 503)
+        assert http.get("/health").status_code == 200
+        assert all(choice["finish_reason"] for choice in first.result().json()["choices"])
 
-    health, *others = asyncio.run(ask())
-    assert health.status_code == 200
-    assert [(each.status_code, each.json()["error"]["code"]) for each in others] == [(503, "loading")] * 2
-    assert all(int(each.headers["retry-after"]) > 0 for each in others)
 
-
-def test_a_bug_behind_it_is_told_and_answered_with_500(caplog):
-    async def broken(scope, receive, send):
-        raise ZeroDivisionError("a bug")
-
-    async def ask():
-        front = RequestTracker(lambda line: None)
-        front.begin(broken, lambda route, status: None)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://localhost") as client:
-            return await client.get("/v1/models")
-
-    answer = asyncio.run(ask())
-    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
-    assert "a bug" not in answer.text and "A request failed" in caplog.text
+def test_who_waits_for_a_picture_when_the_server_drains_is_503_at_once(own, tiny, monkeypatch):
+    running = own()
+    fetching, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(tiny.processor, "open_image", lambda source: fetching.set() or go_on.wait(2 * PATIENCE))
+    body = hello(messages=[{"role": "user", "content": [SLOW_PICTURE]}])
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(httpx.post, f"{running.url}/predict", json=body, timeout=60)
+        assert fetching.wait(PATIENCE)
+        running.call(running.service.drain)
+        assert error_of(asking.result(PATIENCE), 503)["code"] == "stopping"
+        assert not running.service.idle
+        go_on.set()
+    assert running.wait_until_idle()
 
 
 def free_port():
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
-def wait_until_ready(server, seconds=PATIENCE):
-    import time
-    import urllib.error
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if server.open("/ready").status == 200:
-                return
-        except urllib.error.URLError:
-            assert server.process.poll() is None
-        time.sleep(0.02)
-    raise AssertionError("it did not become ready")
+def is_ready(server):
+    assert server.process.poll() is None
+    with suppress(URLError):
+        return server.open("/ready").status == 200

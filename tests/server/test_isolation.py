@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from support.processes import PATIENCE
+from support.processes import wait_until
 from support.serving import hello, served
 from support.traffic import CHAT, picture
 
@@ -89,10 +89,8 @@ def open_stream(server, body):
     return connection
 
 
-def wait_for(server, name, wanted, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while (now := sample(server, name)) != wanted:
-        assert time.monotonic() < deadline, (name, now)
+def wait_for(server, name, wanted):
+    wait_until(lambda: sample(server, name) == wanted)
 
 
 def test_a_client_that_leaves_during_its_prefill_leaves_the_rest_of_it_uncomputed(server):

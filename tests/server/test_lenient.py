@@ -2,7 +2,6 @@
 
 import json
 
-import httpx
 import pytest
 
 HELLO = [{"role": "user", "content": "What can you do?"}]
@@ -10,12 +9,6 @@ ADD = {
     "name": "add",
     "parameters": {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]},
 }
-
-
-@pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
 
 
 def ask(http, path="/v1/chat/completions", status=200, **fields):

@@ -1,6 +1,5 @@
 """Every form of messages that real clients send is answered; what changes nothing makes the same prompt."""
 
-import httpx
 import pytest
 
 SQUARE = (
@@ -15,12 +14,6 @@ CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "argu
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"}
 SAID = {"role": "assistant", "content": "Three, or"}
-
-
-@pytest.fixture(scope="module")
-def http(server):
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
 
 
 def tokens(http, messages):

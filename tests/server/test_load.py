@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import traffic
-from support.processes import PATIENCE
+from support.processes import wait_until
 from support.serving import served
 
 LITTLE = ("--kv-cache-memory", "16MiB", "--image-cache-memory", "4MiB", "--quantization-encoding", "float32")
@@ -35,11 +35,8 @@ def state(server):
     return {name: values[name] for name in STATE}
 
 
-def wait_until_idle(server, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while any((now := state(server)).values()):
-        assert time.monotonic() < deadline, now
-        time.sleep(0.02)
+def wait_until_idle(server):
+    wait_until(lambda: not any(state(server).values()))
 
 
 def held(server):

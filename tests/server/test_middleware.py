@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-import json
-import subprocess
-import sys
 
+import httpx
 import openai
 import pytest
-from support.guarded_server import ask, serving
+from support.guarded_server import ask, guarded_port
 
 from pixtral_cli.errors import PixtralError
 from pixtral_cli.server import middleware
-from pixtral_cli.server.client_limits import connections_allowed
-from pixtral_cli.server.errors import ApiError
-from pixtral_cli.server.middleware import ApiKeys, is_loopback
+from pixtral_cli.server.middleware import ApiKeys, RequestTracker, is_loopback
 from pixtral_cli.server.process import check_binding
-from pixtral_cli.server.request_body import parse_json
 
 KEYS = ("first-key", "second-key")
 
 
 @pytest.fixture(scope="module")
 def keyed():
-    with serving(keys=KEYS) as port:
+    with guarded_port(keys=KEYS) as port:
         yield port
 
 
 @pytest.fixture(scope="module")
 def local():
-    with serving() as port:
+    with guarded_port() as port:
         yield port
 
 
@@ -120,7 +116,7 @@ def test_every_answer_tells_browsers_what_to_hold_to_but_keeps_its_own_headers(l
         await send({"type": "http.response.start", "status": 200, "headers": [(b"cache-control", b"max-age=5")]})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    with serving(app) as port:
+    with guarded_port(app) as port:
         assert ask(port)[1]["cache-control"] == "max-age=5"
     for answered in (ask(local)[1], ask(local, Host="evil.example")[1]):
         assert answered["x-content-type-options"] == "nosniff" and answered["cache-control"] == "no-store"
@@ -149,38 +145,29 @@ def test_a_key_that_no_client_could_send_or_that_is_empty_is_refused(key):
         check_binding("127.0.0.1", (key,), True)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"a": [1, -2.5, "\\ud83d\\ude00", null, true], "b": {}}',
-        '{"é": "日本"}'.encode(),
-        b' {"a": 9223372036854775807}',
-    ],
-)
-def test_json_is_what_python_reads(body):
-    assert parse_json(body) == json.loads(body)
+def test_before_the_model_is_there_it_lives_but_is_not_ready():
+    async def ask():
+        tracker = RequestTracker(lambda line: None)
+        transport = httpx.ASGITransport(tracker)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.get("/health"), await client.get("/ready"), await client.post("/predict", json={})]
+
+    health, *others = asyncio.run(ask())
+    assert health.status_code == 200
+    assert [(each.status_code, each.json()["error"]["code"]) for each in others] == [(503, "loading")] * 2
+    assert all(int(each.headers["retry-after"]) > 0 for each in others)
 
 
-def test_json_may_be_nested_64_deep_and_no_deeper():
-    assert parse_json(b'{"a":' + b"[" * 63 + b"]" * 63 + b"}")
-    with pytest.raises(ApiError, match="64 levels"):
-        parse_json(b'{"a":' + b"[" * 64 + b"]" * 64 + b"}")
+def test_a_bug_behind_it_is_told_and_answered_with_500(caplog):
+    async def broken(scope, receive, send):
+        raise ZeroDivisionError("a bug")
 
+    async def ask():
+        tracker = RequestTracker(lambda line: None)
+        tracker.begin(broken, lambda route, status: None)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(tracker), base_url="http://localhost") as client:
+            return await client.get("/v1/models")
 
-def test_more_files_are_allowed_than_connections():
-    import resource
-
-    allowed = connections_allowed(512)
-    assert 1 <= allowed <= 512 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] > allowed
-
-
-@pytest.mark.parametrize("files", [64, 300])
-def test_where_few_files_are_allowed_several_clients_still_are(files):
-    code = f"""
-import resource
-from pixtral_cli.server.client_limits import connections_allowed
-resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
-print(connections_allowed())
-"""
-    allowed = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
-    assert files / 4 <= allowed <= files / 2
+    answer = asyncio.run(ask())
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "a bug" not in answer.text and "A request failed" in caplog.text

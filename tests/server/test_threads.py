@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from support.processes import PATIENCE
+from support.processes import PATIENCE, wait_until
 
 from pixtral_cli.server.threads import Threads, WeightedSemaphore
 
@@ -75,15 +75,8 @@ def waiting(semaphore, *amounts):
     for amount in amounts:
         threads.append(threading.Thread(target=hold, args=(amount,)))
         threads[-1].start()
-        until(lambda: len(semaphore._waiting) + len(got) == len(threads))
+        wait_until(lambda: len(semaphore._waiting) + len(got) == len(threads))
     return threads, got, go_on
-
-
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def end(threads, go_on):
@@ -117,7 +110,7 @@ def test_who_comes_later_does_not_pass_one_that_waits_for_more():
     with semaphore.held(6, PATIENCE):
         threads, got, go_on = waiting(semaphore, 8, 3)
         assert got == []
-    until(lambda: got == [8])
+    wait_until(lambda: got == [8])
     end(threads, go_on)
     assert got == [8, 3]
 
@@ -127,7 +120,7 @@ def test_what_is_larger_than_the_room_goes_alone():
     with semaphore.held(1, PATIENCE):
         threads, got, go_on = waiting(semaphore, 99, 1)
         assert got == []
-    until(lambda: got == [99])
+    wait_until(lambda: got == [99])
     assert semaphore.free == 0
     end(threads, go_on)
     assert got == [99, 1] and semaphore.free == 10

@@ -175,57 +175,6 @@ def test_a_bias_names_token_ids_and_scores_within_reason(bias):
     assert refused(chat, logit_bias=bias).param.startswith("logit_bias")
 
 
-def test_what_is_missing_is_named():
-    assert refused(validated, ChatRequest, {"model": "m"}).param == "messages"
-    assert refused(validated, ChatRequest, {"messages": HELLO}).param == "model"
-    assert refused(validated, CompletionRequest, {"model": "m"}).param == "prompt"
-    assert refused(validated, ChatRequest, {"model": "m", "messages": [{"role": "tool", "content": "3"}]}).param == (
-        "messages[0].tool_call_id"
-    )
-
-
-def test_an_error_is_about_the_innermost_thing_that_is_wrong():
-    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 5}}]
-    assert refused(chat, messages=[{"role": "user", "content": parts}]).param == "messages[0].content[1].image_url.url"
-    assert refused(completion, prompt=[[1, 2], [3, "x"]]).param == "prompt[1][1]"
-    assert refused(chat, messages=[{"role": "robot", "content": "a"}]).param == "messages[0].role"
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "words"),
-    [
-        ({"prompt": ["a"] * 65}, "prompt", "at most 64 items"),
-        ({"prompt": [[1]] * 65}, "prompt", "at most 64 items"),
-        ({"prompt": ["a", 1]}, "prompt[1]", "a valid string"),
-        ({"prompt": [1, 2, "a"]}, "prompt[2]", "a valid integer"),
-        ({"prompt": [[1], [-2]]}, "prompt[1][0]", "greater than or equal to 0"),
-        ({"prompt": 5}, "prompt", "a valid string or be a valid list"),
-        ({"stop": "a" * 501}, "stop", "at most 500 characters"),
-        ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
-    ],
-)
-def test_of_the_forms_that_a_value_may_have_the_one_that_was_meant_is_named(fields, param, words):
-    error = refused(completion, **fields)
-    assert error.param == param and error.message == f"{param} should {error.message.partition(' should ')[2]}"
-    assert error.message.endswith(f"{words}.") and " or " not in error.message.removesuffix(f"{words}.")
-
-
-def test_texts_of_parts_are_named_however_many_are_wrong():
-    parts = [{"type": "text", "text": 5}, {"type": "text", "text": 6}]
-    assert refused(chat, messages=[{"role": "user", "content": parts}]).param == "messages[0].content[0].text"
-
-
-def test_a_strangers_text_is_not_echoed_at_length():
-    error = refused(chat, **{"x" * 10_000: 1})
-    assert len(error.message) < 200 and len(error.param) < 200
-
-
-def test_a_tool_is_chosen_by_a_name_that_a_tool_can_have():
-    choice = {"type": "function", "function": {"name": "x" * 100_000}}
-    error = refused(chat, tools=[TOOL], tool_choice=choice)
-    assert error.param == "tool_choice.function.name" and len(error.message) < 200
-
-
 def test_the_two_names_of_the_longest_answer_may_not_differ():
     assert chat(max_tokens=5).options["max_new_tokens"] == 5
     assert chat(max_completion_tokens=6).options["max_new_tokens"] == 6

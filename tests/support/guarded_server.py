@@ -27,7 +27,7 @@ async def echo(scope, receive, send):
 
 
 @contextmanager
-def serving(app=echo, **limits) -> Iterator[int]:
+def guarded_port(app=echo, **limits) -> Iterator[int]:
     """The port of a guarded server on 127.0.0.1; `limits` are those of `guarded_on_thread`."""
     with guarded_on_thread(app, **limits) as url:
         yield int(url.rpartition(":")[2])

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_pixtral.py")]
@@ -14,6 +15,15 @@ safetensors""".split()
 
 PATIENCE = 120
 """Seconds in which whatever is waited for comes, on the busiest machine: nothing waits so long when all is well."""
+
+
+def wait_until(holds):
+    """What `holds()` gives, as soon as that is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
+    return found
 
 
 def clean_environment(**extra):

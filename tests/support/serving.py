@@ -95,6 +95,14 @@ def hello(**more):
     return {"model": "tiny", "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0} | more
 
 
+def error_of(response, status):
+    """The error of an httpx response that has this status, in OpenAI's shape."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
 @dataclass
 class Served:
     """A running server: its process, where it is, and what it has said so far."""

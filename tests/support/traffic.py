@@ -19,6 +19,8 @@ from PIL import Image
 
 CHAT = "/v1/chat/completions"
 CLOSED_BY_SERVER = 0
+SLOW_PICTURE = {"type": "image_url", "image_url": {"url": "http://example.org/slow.png"}}
+"""For tests that stand in for what opens it."""
 SYSTEM = "You look at pictures and say what is on them, in one short sentence, with colours and places. " * 3
 WORDS = "what colour is the circle on left right above below square star how many shapes are there please".split()
 NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
