@@ -158,7 +158,7 @@ async def health() -> Status:
 @router.get("/ready", responses=refusals(503), openapi_extra=NO_KEY)
 async def ready(service: Serving) -> Status:
     """Whether requests are worked on."""
-    if not service.ready:
+    if service.draining:
         raise unavailable("The server is not ready.", "not_ready")
     return {"status": "ready"}
 
@@ -240,7 +240,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     return await _failed(request, refusal)
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
+async def _client_left(request: Request, error: Exception) -> Response:
     return responses.NoResponse()
 
 
@@ -279,7 +279,7 @@ def create_app(service: Service) -> FastAPI:
         exception_handlers={
             ApiError: _failed,
             HTTPException: _not_routed,
-            responses.ClientLeft: _nobody,
+            responses.ClientLeft: _client_left,
             Exception: _failed,
         },
     )
