@@ -74,12 +74,10 @@ def altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     settings = [row.sampling for row in rows]
     logits = keep_allowed(logits, [None if row.constraint is None else row.constraint.mask() for row in rows])
     logits = add_bias(logits, [each.logit_bias for each in settings])
-    repeating = [row.token_ids if row.sampling.repetition_penalty != 1 else () for row in rows]
-    logits = penalise_repetition(logits, repeating, [each.repetition_penalty for each in settings])
-    counting = (each.frequency_penalty != 0 or each.presence_penalty != 0 for each in settings)
-    answers = [row.token_ids[row.prompt_length :] if counts else () for row, counts in zip(rows, counting, strict=True)]
-    penalties = [(each.frequency_penalty, each.presence_penalty) for each in settings]
-    return penalise_frequency(logits, answers, penalties)
+    seen = [row.token_ids for row in rows]
+    logits = penalise_repetition(logits, seen, [each.repetition_penalty for each in settings])
+    answers = [row.token_ids[row.prompt_length :] for row in rows]
+    return penalise_frequency(logits, answers, [(each.frequency_penalty, each.presence_penalty) for each in settings])
 
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -122,9 +120,10 @@ def add_bias(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> Tensor:
 
 def penalise_repetition(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequence[float]) -> Tensor:
     """Divide positive and multiply negative logits of tokens already there (Keskar et al. 2019, section 4.1)."""
-    if not any(seen):
+    tokens = [set(ids) if penalty != 1 else set() for ids, penalty in zip(seen, penalties, strict=True)]
+    if not any(tokens):
         return logits
-    rows, ids = _places([set(tokens) for tokens in seen], logits)
+    rows, ids = _places(tokens, logits)
     scores, penalty = logits[rows, ids], _like(penalties, logits)[rows]
     return logits.index_put((rows, ids), torch.where(scores < 0, scores * penalty, scores / penalty))
 
@@ -136,13 +135,11 @@ def penalise_frequency(
 
     Source: OpenAI's API reference, "frequency and presence penalties"; as there and in vLLM, the prompt is not counted.
     """
-    if not any(answers):
-        return logits
-    counts = [Counter(answer) for answer in answers]
-    rows, ids = _places(counts, logits)
-    times = _like([times for count in counts for times in count.values()], logits)
-    frequency, presence = _like(penalties, logits)[rows].unbind(-1)
-    return logits.index_put((rows, ids), -(times * frequency + presence), accumulate=True)
+    biases: list[dict[int, float]] = []
+    for answer, (frequency, presence) in zip(answers, penalties, strict=True):
+        counts = Counter(answer) if frequency or presence else {}
+        biases.append({token_id: -(times * frequency + presence) for token_id, times in counts.items()})
+    return add_bias(logits, biases)
 
 
 def keep_top_k(logits: Tensor, ks: Sequence[int]) -> Tensor:

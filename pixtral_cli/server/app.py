@@ -158,7 +158,7 @@ async def health() -> Status:
 @router.get("/ready", responses=refusals(503), openapi_extra=NO_KEY)
 async def ready(service: Serving) -> Status:
     """Whether requests are worked on."""
-    if not service.ready:
+    if service.draining:
         raise unavailable("The server is not ready.", "not_ready")
     return {"status": "ready"}
 
@@ -232,14 +232,15 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == 405:
-        allowed = (error.headers or {}).items()
-        refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
+        allowed = (error.headers or {}).get("Allow", "")
+        allow = ("Allow", "GET, HEAD" if "GET" in allowed else allowed)  # HEAD is a route of its own, beside GET's
+        refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=[allow])
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
     return await _failed(request, refusal)
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
+async def _client_left(request: Request, error: Exception) -> Response:
     return responses.NoResponse()
 
 
@@ -278,7 +279,7 @@ def create_app(service: Service) -> FastAPI:
         exception_handlers={
             ApiError: _failed,
             HTTPException: _not_routed,
-            responses.ClientLeft: _nobody,
+            responses.ClientLeft: _client_left,
             Exception: _failed,
         },
     )

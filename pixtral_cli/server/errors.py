@@ -82,8 +82,8 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, "server_error", code=code, headers=RETRY)
 
 
-def leaving() -> ApiError:
-    """For who comes, or still waits, when the server is about to end."""
+def stopping() -> ApiError:
+    """For requests that come, or still wait, when the server is about to end."""
     return unavailable("The server is stopping.", "stopping")
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from ipaddress import ip_address
 from typing import Any
@@ -26,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixtral_cli.errors import reason_of
 from pixtral_cli.server.client_limits import BODY_SECONDS, MAX_BODY_BYTES, Bodies
-from pixtral_cli.server.errors import ApiError, leaving, refuse, remember, unavailable
+from pixtral_cli.server.errors import ApiError, refuse, remember, stopping, unavailable
 
 logger = logging.getLogger(__name__)
 WATCHED = ("/health", "/ready", "/metrics")
@@ -79,7 +80,7 @@ def guarded(
     if keys:
         checks.insert(0, ApiKeys(keys).check)
     elif is_loopback(host):
-        checks.insert(0, LocalNames(host).check)
+        checks.insert(0, partial(check_host, host.lower()))
     return SecurityHeaders(CheckedHeads(Bodies(app, max_body_bytes, body_seconds), checks))
 
 
@@ -127,22 +128,20 @@ class CheckedHeads:
         await self.app(scope, receive, send)
 
 
-class LocalNames:
-    """Against DNS rebinding: a page of another name that was made to resolve to 127.0.0.1 gets no answer."""
+def check_host(host: str, scope: Scope, headers: Headers) -> None:
+    """Against DNS rebinding: a page of another name that was made to resolve to 127.0.0.1 gets no answer.
 
-    def __init__(self, host: str) -> None:
-        self.host = host.lower()
-
-    def check(self, scope: Scope, headers: Headers) -> None:
-        for value in headers.getlist("host"):
-            name = _host_name(value)
-            if not (name in (self.host, "localhost") or name.endswith(".localhost") or _is_loopback_address(name)):
-                raise ApiError(
-                    421,
-                    "Without an API key this server answers to localhost only, not to the name in the Host header. "
-                    "Start it with --api-key to reach it by another name.",
-                    code="unknown_host",
-                )
+    Names of this machine are let pass, and `host`, at which the server listens.
+    """
+    for value in headers.getlist("host"):
+        name = _host_name(value)
+        if not (name in (host, "localhost") or name.endswith(".localhost") or _is_loopback_address(name)):
+            raise ApiError(
+                421,
+                "Without an API key this server answers to localhost only, not to the name in the Host header. "
+                "Start it with --api-key to reach it by another name.",
+                code="unknown_host",
+            )
 
 
 def _host_name(value: str) -> str:
@@ -167,7 +166,7 @@ class ApiKeys:
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self.digests = [_digest(key.strip().encode()) for key in keys]
+        self.digests = [sha256(key.strip().encode()).digest() for key in keys]
 
     def check(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
@@ -178,11 +177,11 @@ class ApiKeys:
             raise _unauthorised("An API key is needed: send the header Authorization: Bearer <key>.", None)
         if not self.knows(given):
             raise _unauthorised("This API key is not one of this server's.", "invalid_api_key")
-        scope.setdefault("state", {})["key_salt"] = _digest(b"prefix cache of " + given)
+        scope.setdefault("state", {})["key_salt"] = sha256(b"prefix cache of " + given).digest()
 
     def knows(self, given: bytes) -> bool:
         """Compared with every key, in full, whatever the outcome: time tells nothing."""
-        digest = _digest(given)
+        digest = sha256(given).digest()
         return any([hmac.compare_digest(digest, known) for known in self.digests])  # noqa: C419
 
 
@@ -191,10 +190,6 @@ def _presented(headers: Headers) -> bytes | None:
     shown = (value.strip(BLANKS).partition(" ") for value in headers.getlist("authorization"))
     keys = [key for scheme, _, key in shown if scheme.lower() in KEY_SCHEMES] + headers.getlist("api-key")
     return next((key.strip(BLANKS).encode("latin-1") for key in keys if key.strip(BLANKS)), None)
-
-
-def _digest(key: bytes) -> bytes:
-    return sha256(key).digest()
 
 
 def _unauthorised(message: str, code: str | None) -> ApiError:
@@ -319,7 +314,7 @@ class RequestTracker:
         elif self.app is None:
             await refuse(unavailable("The model is still loading.", "loading"), scope, receive, request.send)
         elif self.draining and path not in ("/health", "/metrics"):
-            await refuse(leaving(), scope, receive, request.send)
+            await refuse(stopping(), scope, receive, request.send)
         else:
             await self.app(scope, receive, request.send)
 

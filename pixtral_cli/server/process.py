@@ -128,7 +128,7 @@ def assemble(model: Pixtral, settings: Settings, greeting: str) -> Loaded:
 
 @dataclass(frozen=True)
 class Terminal:
-    """Whom the server tells, and how the process is left at once."""
+    """Where the server's lines go, and how the process ends at once."""
 
     say: Callable[[str], None]
     tell_error: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""Replies and text events in, OpenAI's JSON of answers out, whole or as a stream of events, for who still listens.
+"""Replies and text events in, OpenAI's JSON of answers out, whole, or as a stream for as long as its client stays.
 
 Knows no route and no engine. A chunk is put together from prepared text, and only what the model wrote is encoded: at a
 thousand tokens a second anything more would be felt.

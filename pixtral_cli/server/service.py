@@ -22,7 +22,7 @@ from pixtral_cli.errors import RequestError
 from pixtral_cli.generation import Failure, GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
-from pixtral_cli.server.errors import ApiError, leaving, queue_full, refusal_of, unknown_model
+from pixtral_cli.server.errors import ApiError, queue_full, refusal_of, stopping, unknown_model
 from pixtral_cli.server.metrics import Metrics
 from pixtral_cli.server.threads import Threads
 from pixtral_cli.server.wire import AnswerRequest, TextOrTokens, count_images
@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass
 class Service:
-    """One model and those who ask it.
+    """One model and the requests that it answers.
 
     Args:
         names: what requests may call the model; the first is what it calls itself.
@@ -75,11 +75,6 @@ class Service:
         self._open: set[Subscription] = set()
 
     @property
-    def ready(self) -> bool:
-        """Whether a request would be worked on."""
-        return not self.draining
-
-    @property
     def preparing(self) -> bool:
         """Whether a thread still works on a prompt."""
         return bool(self.quick.busy or self.slow.busy)
@@ -90,7 +85,7 @@ class Service:
         return not (self._open or self.preparing)
 
     def drain(self) -> None:
-        """Take nothing new, and refuse who waits; what the engine has begun may finish."""
+        """Refuse what comes and what waits; what the engine has begun may finish."""
         self.draining = True
         begun = {sequence.id for sequence in self.model.engine.scheduler.running}
         for subscription in self._open:
@@ -142,7 +137,7 @@ class Service:
         return await self.work(partial(self._decoded, token_ids))
 
     async def work(self, build: Callable[[], Result], *, param: str = "prompt", slow: bool = False) -> Result:
-        """`build()` on a thread; who is cancelled meanwhile does not wait for it.
+        """What `build()` gives, on a thread; a caller that is cancelled does not wait for it.
 
         Raises ApiError, about the field `param` where that is too long.
         """
@@ -152,7 +147,7 @@ class Service:
             raise self._refusal(error, param) from error
 
     def _refusal(self, error: Exception, param: str) -> ApiError:
-        """How a failure is told to who asked; what is not theirs is logged."""
+        """What a client is told of a failure; one of the server's own is logged."""
         refusal = refusal_of(error, param)
         if refusal is not error and refusal.status >= 500:
             logger.error("A request failed: %s: %.300s", type(error).__name__, error)
@@ -161,7 +156,7 @@ class Service:
 
     def _check_room(self) -> None:
         if self.draining:
-            raise leaving()
+            raise stopping()
         if self.accepted >= self.model.engine.scheduler.max_batch_size + self.limits.max_queue:
             raise queue_full(self.limits.max_queue)
 
@@ -243,7 +238,7 @@ class EventLoopBridge:
             subscription.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._called = False  # before the deque is emptied: who puts after this calls again
+        self._called = False  # before the deque is emptied: a `put` after this calls again
         while self._arrived:
             arrival = self._arrived.popleft()
             arrival.subscription.receive(arrival)
@@ -272,7 +267,7 @@ class Subscription:
             return await self._preparing
         except asyncio.CancelledError:
             if self._is_refused:
-                raise leaving() from None
+                raise stopping() from None
             raise
 
     def submit(self, jobs: Sequence[tuple[Request, TextStream]], bridge: EventLoopBridge) -> None:
@@ -300,7 +295,7 @@ class Subscription:
             await self._wake.wait()
             self._wake.clear()
             if self._is_refused:
-                raise leaving()
+                raise stopping()
             arrived, self._arrived = self._arrived, []
             events = [
                 (arrival.place, self._text_event(arrival)) for arrival in arrived if arrival.place in self.running

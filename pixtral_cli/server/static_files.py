@@ -29,8 +29,8 @@ FILES = {
 }
 """By address."""
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-KEPT = "no-cache"
-"""Kept, but asked for again each time: an upgrade shows at once."""
+CACHING = "no-cache"
+"""A browser keeps a file, but asks each time whether it has changed: an upgrade shows at once."""
 
 
 def routes() -> list[Route]:
@@ -48,7 +48,7 @@ def _endpoint(file: Traversable) -> Callable[[Request], Awaitable[Response]]:
 
     async def send(request: Request) -> Response:
         content, etag = read()
-        headers = {"Content-Type": f"{kind}; charset=utf-8", "ETag": etag, "Cache-Control": KEPT}
+        headers = {"Content-Type": f"{kind}; charset=utf-8", "ETag": etag, "Cache-Control": CACHING}
         if _has(request, etag):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers)

@@ -14,11 +14,11 @@ Result = TypeVar("Result")
 
 
 class Abandoned(Exception):
-    """The one who wanted the work of this thread has left."""
+    """Nobody waits any longer for what this thread does."""
 
 
 def raise_if_abandoned() -> None:
-    """Raise Abandoned if nobody wants the work of this thread any more. Call it before each long step."""
+    """Raise Abandoned if nobody waits any longer for what this thread does. Call it before each long step."""
     if getattr(current_thread(), "abandoned", False):
         raise Abandoned
 
@@ -28,7 +28,7 @@ class _Worker(Thread):
 
 
 class Threads:
-    """So many at most, each of which ends with its work. Who waits for one waits in the event loop.
+    """Runs work on at most `count` threads at a time, each of which ends with its work. Callers wait in the event loop.
 
     A thread that has run torch keeps OpenMP's threads for as long as it lives. With those of the engine they would be
     more than there are cores, and OpenMP then waits in the kernel at every turn: a quarter fewer tokens a second.
@@ -42,7 +42,7 @@ class Threads:
     async def run(self, build: Callable[[], Result]) -> Result:
         """What `build()` gives.
 
-        Who is cancelled meanwhile does not wait for it, but the thread is taken until it ends: `raise_if_abandoned`
+        A caller that is cancelled does not wait for it, but the thread is taken until it ends: `raise_if_abandoned`
         makes that soon.
         """
         await self._free.acquire()
@@ -70,7 +70,7 @@ class Threads:
 def _into(future: Future[Result], build: Callable[[], Result]) -> None:
     try:
         result = build()
-    except BaseException as error:  # noqa: BLE001  for who waits
+    except BaseException as error:  # noqa: BLE001  for the caller
         future.set_exception(error)
     else:
         future.set_result(result)

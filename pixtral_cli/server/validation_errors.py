@@ -11,18 +11,19 @@ from pydantic import ValidationError
 from pixtral_cli.server.errors import ApiError
 
 SHOULD = re.compile(r"^\w+ should ")
+"""How most of pydantic's messages begin, as in "Input should be a valid string"."""
 MISSING = ("missing", "union_tag_not_found")
 WORDS = {"none_required": "be null"} | dict.fromkeys(
     ("dict_type", "model_type", "model_attributes_type"), "be an object"
 )
-LONGEST = 64
-MOST = 200
-"""Problems that are looked at: a body may have a hundred thousand."""
+MAX_KEY_LENGTH = 64
+MAX_PROBLEMS = 200
+"""More are not looked at: a body may have a hundred thousand."""
 
 
 def refusal_of_body(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
     """The refusal of `body`: a field that nobody knows, else what is wrong furthest inside."""
-    problems = _meant(error.errors(include_url=False)[:MOST], body)
+    problems = _meant(error.errors(include_url=False)[:MAX_PROBLEMS], body)
     found = [(_path(problem, body), problem) for problem in problems]
     for path, problem in found:
         if problem["type"] == "extra_forbidden":
@@ -35,7 +36,7 @@ def refusal_of_body(error: ValidationError, body: Mapping[str, Any]) -> ApiError
 
 
 def _meant(problems: Sequence[Mapping[str, Any]], value: Any, level: int = 0) -> list[Mapping[str, Any]]:
-    """Without those of branches of a union that `value` was not meant for: of another kind, or wrong in more places.
+    """`problems` without those of branches of a union that `value` was not meant for: see `_misfit`.
 
     The problems have the first `level` places in common, which lead to `value`.
     """
@@ -44,7 +45,7 @@ def _meant(problems: Sequence[Mapping[str, Any]], value: Any, level: int = 0) ->
     for problem in problems:
         is_here = len(problem["loc"]) <= level + (problem["type"] == "missing")
         (here if is_here else further.setdefault(problem["loc"][level], [])).append(problem)
-    steps = {place: value[place] for place in further if _leads_on(place, value)}
+    steps = {place: value[place] for place in further if _is_place(place, value)}
     branches = [place for place in further if place not in steps]
     ranks = {place: _misfit(further[place], level + 1) for place in branches}
     for place in branches:
@@ -66,7 +67,7 @@ def _is_of_another_kind(problem: Mapping[str, Any]) -> bool:
     return problem["type"].endswith(("_type", "literal_error")) and not is_word
 
 
-def _leads_on(place: int | str, value: Any) -> bool:
+def _is_place(place: int | str, value: Any) -> bool:
     """Whether the place is one in the value, and not the name of a branch."""
     return (isinstance(value, dict) and place in value) or (isinstance(value, list) and isinstance(place, int))
 
@@ -96,7 +97,7 @@ def _ways(body: Any, places: Sequence[int | str]) -> Iterator[list[int | str]]:
         yield []
         return
     place, *rest = places
-    if _leads_on(place, body):
+    if _is_place(place, body):
         yield from ([place, *steps] for steps in _ways(body[place], rest))
     if isinstance(place, str):
         yield from _ways(body, rest)
@@ -106,7 +107,7 @@ def _path(problem: Mapping[str, Any], body: Any) -> str:
     """E.g. ``messages[0].content[1].text``."""
     path = ""
     for step in _inside(problem, body):
-        path += f"[{step}]" if isinstance(step, int) else f".{step[:LONGEST]}"
+        path += f"[{step}]" if isinstance(step, int) else f".{step[:MAX_KEY_LENGTH]}"
     return path.removeprefix(".") or "The body"
 
 
