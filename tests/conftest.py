@@ -1,7 +1,10 @@
-"""What every test shares: no network, quiet oracles, one thread, GPU tests only where there is one."""
+"""What every test shares: no network, an empty cache, quiet oracles, one thread, GPU tests only where there is one."""
 
 import os
+import shutil
+import tempfile
 
+os.environ["PIXTRAL_CACHE"] = tempfile.mkdtemp(prefix="pixtral-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are tiny: more threads only wait for each other
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -22,3 +25,7 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["PIXTRAL_CACHE"], ignore_errors=True)

@@ -6,6 +6,7 @@ Only folders are trusted to say what is ours to remove: links are removed, never
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,18 +92,26 @@ def serialized_files() -> dict[Path, str]:
 
 def altered(model: Model, progress: Progress | None = None) -> list[str]:
     """The names of the model's files that are not what they were when they were fetched or written; reads them all."""
+    found, done = [], 0
+
+    def report(read: int, total: int = model.nbytes) -> None:
+        """`read` bytes of the file after the `done` of those before it."""
+        if progress is not None:
+            progress(f"checking {model.name}", done + read, total)
+
     if model.format == SERIALIZED:
         try:
-            return [f"{model.path.name}: {name}" for name in serialized.SerializedFile(model.path).altered()]
+            names = serialized.SerializedFile(model.path).altered(
+                progress=lambda _, read, total: report(read, total or read)
+            )
         except WeightsError:
             return [model.path.name]
-    found, done = [], 0
+        return [f"{model.path.name}: {name}" for name in names]
     for path in model.files:
-        if not _is_genuine(path):
+        if not _is_genuine(path, report):
             found.append(path.name)
         done += _size(path)
-        if progress is not None:
-            progress(f"checking {model.name}", done, model.nbytes)
+        report(0)
     return found
 
 
@@ -295,13 +304,13 @@ def _serialized(name: str, path: Path, *, known: bool) -> Model:
     return Model(name, SERIALIZED, path, (path,), encoding, found.st_size, used, known)
 
 
-def _is_genuine(path: Path) -> bool:
+def _is_genuine(path: Path, report: Callable[[int], None]) -> bool:
     """A content's name in the Hub's cache is its hash; a file without such a name can only be whole by its header."""
     digest = path.resolve().name
     if path.is_symlink() and len(digest) == SHA256_HEX:
-        return cache.has_hash(path, sha256=digest)
+        return cache.has_hash(path, sha256=digest, report=lambda read, _: report(read))
     if path.is_symlink() and len(digest) == SHA1_HEX:
-        return cache.has_hash(path, sha1=digest)
+        return cache.has_hash(path, sha1=digest, report=lambda read, _: report(read))
     return cache.is_whole(path)
 
 

@@ -232,8 +232,9 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == 405:
-        allowed = (error.headers or {}).items()
-        refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=allowed)
+        allowed = (error.headers or {}).get("Allow", "")
+        allow = ("Allow", "GET, HEAD" if "GET" in allowed else allowed)  # HEAD is a route of its own, beside GET's
+        refusal = ApiError(405, f"{request.method} is not for {path}.", code="wrong_method", headers=[allow])
     else:
         refusal = ApiError(error.status_code, f"There is nothing at {path}.", code="unknown_path")
     return await _failed(request, refusal)

@@ -9,6 +9,8 @@ import pytest
 from support.hub_cache import COMMIT, DAYS, HF, put, weights
 from support.processes import imported_by
 
+from weights_cache import inventory
+
 
 def listed(call):
     code, out, err = call("cache", "list", "--json")
@@ -232,6 +234,23 @@ def test_an_export_that_is_loaded_was_used_then(exported, call):
     assert listed(call)[str(exported)]["last_used"] == 1e9 and len(stamps) == 1
     assert call("run", "--serialized-model-path", str(exported), "-p", "hi", "--max-new-tokens", "1")[0] == 0
     assert time.time() - listed(call)[str(exported)]["last_used"] < 60
+
+
+def checked(model):
+    """The steps of comparing a whole model with its hashes."""
+    steps = []
+    assert inventory.altered(model, lambda *step: steps.append(step)) == []
+    return steps
+
+
+def test_progress_is_told_inside_large_files_of_every_form(exported, caches, monkeypatch):
+    put(caches, "a/hf", HF | {"model.safetensors": weights()})
+    monkeypatch.setattr("weights_cache.cache.CHUNK", 1000)
+    for model in inventory.models():
+        steps = checked(model)
+        done = [step[1] for step in steps]
+        assert {step[0] for step in steps} == {f"checking {model.name}"} and done == sorted(done)
+        assert len(set(done)) > len(model.files) and done[-1] == steps[-1][2]
 
 
 def test_an_altered_or_overwritten_export_is_found_by_verify(exported, call):

@@ -37,6 +37,14 @@ def test_a_wrong_method_is_405_in_openais_shape(http, path):
     assert http.get(path).headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", GETS)
+def test_what_can_be_read_says_so_to_a_wrong_method(http, path):
+    assert set(http.delete(path, headers={"Content-Type": "application/json"}).headers["allow"].split(", ")) == {
+        "GET",
+        "HEAD",
+    }
+
+
 def test_an_unknown_path_is_404_in_openais_shape(http):
     assert error_of(http.get("/v1/engines"), 404)["code"] == "unknown_path"
     assert error_of(http.get("/page/../../secret"), 404)

@@ -30,7 +30,7 @@ def clean_environment(**extra):
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("PIXTRAL_", "FAKE_", "_TYPER", "NO_COLOR", "FORCE_COLOR"))
+        if name == "PIXTRAL_CACHE" or not name.startswith(("PIXTRAL_", "FAKE_", "_TYPER", "NO_COLOR", "FORCE_COLOR"))
     }
     one_thread = {"OMP_NUM_THREADS": "1"}  # small models are quicker so, above all on a busy machine
     return kept | {"PYTHONUNBUFFERED": "", "COLUMNS": "100"} | one_thread | extra
