@@ -21,7 +21,7 @@ import uvicorn
 
 from pixtral_cli.server.client_limits import guarded_protocol
 from pixtral_cli.server.middleware import guarded
-from support.processes import PATIENCE, PROGRAM, clean_environment
+from support.processes import PATIENCE, PROGRAM, clean_environment, wait_until
 
 JSON = {"Content-Type": "application/json"}
 
@@ -71,14 +71,9 @@ class Serving:
         """Call it on the server's event loop, where all of the service belongs."""
         self.loop.call_soon_threadsafe(function)
 
-    def wait_until_idle(self, seconds=PATIENCE):
-        """Whether nothing runs, waits or is being prepared within that time."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if not self.engine.busy and self.service.accepted == 0 and self.service.idle:
-                return True
-            time.sleep(0.01)
-        return False
+    def wait_until_idle(self):
+        """True, once nothing runs, waits or is being prepared."""
+        return wait_until(lambda: not self.engine.busy and self.service.accepted == 0 and self.service.idle)
 
 
 @contextmanager
