@@ -60,7 +60,8 @@ def models() -> list[Model]:
             found += _models_of(repo)
     folder = cache.models_folder()
     for path, name in serialized_files().items():
-        found.append(_serialized(name, path, known=path.is_relative_to(folder)))
+        with suppress(FileNotFoundError):  # removed since it was listed
+            found.append(_serialized(name, path, known=path.is_relative_to(folder)))
     return sorted(found, key=lambda model: (model.name, model.format))
 
 

@@ -296,3 +296,8 @@ def test_nothing_heavy_is_imported_even_for_models_of_every_form(caches, exporte
 @pytest.mark.parametrize("age", ["", "x", "3x", "-1d", "1.5d"])
 def test_an_age_that_is_none_is_a_usage_error(refused, age):
     assert "--older-than" in refused("cache", "prune", "--older-than", age, code=2)
+
+
+def test_a_serialized_file_that_goes_while_the_models_are_listed_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(inventory, "serialized_files", lambda: {tmp_path / "gone": "gone"})
+    assert "gone" not in [model.name for model in inventory.models()]
