@@ -114,14 +114,17 @@ class GenerationOptions:
             self._check_bias(self.logit_bias)
         if not isinstance(self.logprobs, bool) and self.logprobs not in OPTION_RANGES["logprobs"]:
             raise _wrong("logprobs", self.logprobs, "True, False or a number of alternatives")
+        self._check_stop()
+        _ = self.schema  # which raises for what it is not
+        if self.tool_choice not in CHOICES and self.chosen_tool is None:
+            raise RequestError(f"tool_choice should be {', '.join(CHOICES)} or name a function.", hint=CHOICE_HINT)
+
+    def _check_stop(self) -> None:
         if not isinstance(self.stop, str | list | tuple | None):
             raise RequestError(f"stop should be a text or a list of texts, not {self.stop!r}.")
         for stop in self.stops:
             if not isinstance(stop, str) or not stop:
                 raise _wrong("stop", stop, "texts, none of them empty")
-        _ = self.schema  # which raises for what it is not
-        if self.tool_choice not in CHOICES and self.chosen_tool is None:
-            raise RequestError(f"tool_choice should be {', '.join(CHOICES)} or name a function.", hint=CHOICE_HINT)
 
     @staticmethod
     def _check_bias(biases: Any) -> None:

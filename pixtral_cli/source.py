@@ -228,7 +228,7 @@ class Source:
         self, messages: Sequence[dict[str, Any]] | Conversation, tools: Sequence[dict[str, Any]] | None = None
     ) -> Prompt:
         """The prompt for OpenAI-style messages (see `parse`) and tools. Raises PromptError or RequestError."""
-        offered = parse_tools(tools)
+        offered = () if tools is None else parse_tools(tools)
         conversation = parse(messages)
         self._check_images(len(conversation.images))
         with self._advising():

@@ -166,7 +166,6 @@ def _each_driver(do: Callable[[Driver], object]) -> None:
 
 
 _drivers: WeakSet[Driver] = WeakSet()
-atexit.register(
-    _each_driver, Driver.stop
-)  # a thread that came back from torch into a closed interpreter would abort it
+# A thread that came back from torch into a closed interpreter would abort the process.
+atexit.register(_each_driver, Driver.stop)
 os.register_at_fork(after_in_child=partial(_each_driver, Driver.forget_thread))

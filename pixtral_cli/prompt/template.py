@@ -116,7 +116,9 @@ class ChatTemplate:
         raise refusal
 
     def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
-        texts = [text for message in conversation.messages for text in _texts(message)] + [*texts_in(tools)]
+        texts = [text for message in conversation.messages for text in _texts(message)]
+        if tools:
+            texts += texts_in(tools)
         used = set().union(self.source, *texts)
         unused = (char for code in PRIVATE_USE if (char := chr(code)) not in used)
         mark, end = next(unused), next(unused)
