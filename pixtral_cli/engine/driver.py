@@ -40,7 +40,7 @@ class Driver:
         """Changes to make between two steps, and whose engine they change; None for the end."""
         self._sinks: dict[int, Sink] = {}
         self._thread: threading.Thread | None = None
-        self._stepping = False
+        self._step_lock = threading.Lock()  # held during a step, and while the process forks
         self._lock = threading.Lock()  # of `_thread`; never held during a step
         finalize(self, self._inbox.put, (None, _leave)).atexit = False
         _drivers.add(self)
@@ -76,7 +76,7 @@ class Driver:
         self._inbox.put((self, _leave))
         raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc  # when the tensor operation under way has ended
         while thread.is_alive() and time.monotonic() < until:
-            if self._stepping:  # a step of a large model takes many seconds
+            if self._step_lock.locked():  # a step of a large model takes many seconds
                 raise_in_thread(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
             thread.join(min(RAISE_AGAIN, until - time.monotonic()))
         return not thread.is_alive()
@@ -97,13 +97,11 @@ class Driver:
 
     def _step(self) -> None:
         """A step that fails as a whole is a bug: who is there learns of it, and who comes next is answered."""
-        self._stepping = True
         try:
-            events = self.engine.step()
+            with self._step_lock:
+                events = self.engine.step()
         except Exception as error:  # noqa: BLE001  whatever it is, those who wait are told
             events = [Failure(request_id, error) for request_id in self._sinks]
-        finally:
-            self._stepping = False
         for event in events:
             self._deliver(event)
 
@@ -136,9 +134,17 @@ class Driver:
             for request_id in list(self._sinks):
                 self._deliver(Failure(request_id, error))
 
+    def pause(self) -> None:
+        """Before a fork: wait for the step under way. In the child oneDNN would wait for what it was computing."""
+        self._step_lock.acquire()
+
+    def resume(self) -> None:
+        """In the parent of a fork."""
+        self._step_lock.release()
+
     def forget_thread(self) -> None:
-        """In the child of a fork. The thread, and whoever held the lock, are the parent's."""
-        self._lock = threading.Lock()
+        """In the child of a fork. The thread, and whoever held the locks, are the parent's."""
+        self._lock, self._step_lock = threading.Lock(), threading.Lock()
         self._abandon(RequestError("The process was forked before the answer ended."))
 
 
@@ -160,12 +166,30 @@ def _leave() -> None:
     raise SystemExit
 
 
-def _each_driver(do: Callable[[Driver], object]) -> None:
-    for driver in list(_drivers):
-        do(driver)
-
-
 _drivers: WeakSet[Driver] = WeakSet()
-# A thread that came back from torch into a closed interpreter would abort the process.
-atexit.register(_each_driver, Driver.stop)
-os.register_at_fork(after_in_child=partial(_each_driver, Driver.forget_thread))
+_paused: list[Driver] = []
+
+
+def _stop_all() -> None:
+    """Before the interpreter closes: a thread that came back from torch into a closed one would abort the process."""
+    for driver in list(_drivers):
+        driver.stop()
+
+
+def _before_fork() -> None:
+    for driver in list(_drivers):
+        driver.pause()
+        _paused.append(driver)
+
+
+def _after_fork(do: Callable[[Driver], None]) -> None:
+    while _paused:
+        do(_paused.pop())
+
+
+atexit.register(_stop_all)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=partial(_after_fork, Driver.resume),
+    after_in_child=partial(_after_fork, Driver.forget_thread),
+)
