@@ -16,7 +16,7 @@ import torch
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
 from pixtral_cli.encoding_choices import asked_for
-from pixtral_cli.engine.driver import Driver
+from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
@@ -103,17 +103,20 @@ class Pixtral:
         check_weights(source.checkpoint.tensors, placement, device)
         most = pages_for(context) * PAGE * max_batch_size
         room = kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, most, kv_cache_memory)
-        model = load(source.checkpoint, source.config, placement, device, progress)
         unasked = kv_cache_memory is None and device.type == "cpu"
-        engine = Engine(
-            model,
-            context,
-            max_batch_size,
-            max_ce_batch_size,
-            kv_tokens=room,
-            kv_kept=KEPT_UNASKED if unasked else 1.0,
-            image_cache=image_cache_memory,
-        )
+
+        def make_engine() -> Engine:
+            return Engine(
+                load(source.checkpoint, source.config, placement, device, progress),
+                context,
+                max_batch_size,
+                max_ce_batch_size,
+                kv_tokens=room,
+                kv_kept=KEPT_UNASKED if unasked else 1.0,
+                image_cache=image_cache_memory,
+            )
+
+        engine = on_a_thread_that_ends(make_engine)
         return cls(source, placement, engine, time.perf_counter() - begun)
 
     def save(self, path: str | PathLike[str], progress: Progress | None = None) -> None:

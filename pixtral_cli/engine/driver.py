@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
+from typing import TypeVar
 from weakref import WeakSet, finalize
 
 from pixtral_cli.engine.engine import Engine
@@ -23,6 +24,7 @@ from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import RequestError
 
 Sink = Callable[[Event], None]
+Result = TypeVar("Result")
 RAISE_AGAIN = 0.2  # seconds; an exception that is raised within a destructor is lost
 logger = logging.getLogger(__name__)
 
@@ -74,10 +76,9 @@ class Driver:
         if thread is None:
             return True
         self._inbox.put((self, _leave))
-        raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc  # when the tensor operation under way has ended
         while thread.is_alive() and time.monotonic() < until:
             if self._step_lock.locked():  # a step of a large model takes many seconds
-                raise_in_thread(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+                _end(thread)
             thread.join(min(RAISE_AGAIN, until - time.monotonic()))
         return not thread.is_alive()
 
@@ -164,6 +165,39 @@ def _run(inbox: Inbox) -> None:
 
 def _leave() -> None:
     raise SystemExit
+
+
+def _end(thread: threading.Thread) -> None:
+    """Raise SystemExit in the thread, as soon as the tensor operation under way has ended."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+
+
+def on_a_thread_that_ends(work: Callable[[], Result]) -> Result:
+    """What `work` gives or raises, for work with tensors before a driver's.
+
+    libgomp keeps threads for every thread that has computed and lives. With more of them than cores it waits in the
+    kernel, which costs a quarter of decoding.
+    """
+    outcome: list[Result | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001  raised again below
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="loading", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:  # Ctrl-C
+        while thread.is_alive():
+            _end(thread)
+            thread.join(RAISE_AGAIN)
+        raise
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 _drivers: WeakSet[Driver] = WeakSet()

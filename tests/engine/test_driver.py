@@ -17,7 +17,7 @@ from support.processes import PATIENCE, wait_until
 
 from pixtral_cli import Pixtral
 from pixtral_cli.encoding_choices import find
-from pixtral_cli.engine.driver import Driver
+from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
 from pixtral_cli.errors import RequestError
@@ -194,3 +194,38 @@ print([next(stream).finish_reason for stream in streams], flush=True)
     expected = {"pass": 0, "1 / 0": 1, "raise KeyboardInterrupt": -2, "model.chat(question)": 0}
     assert (ended.stdout, ended.returncode) == ("[None, None, None]\n", expected[ending]), ended.stderr
     assert "engine" not in ended.stderr and "terminate" not in ended.stderr
+
+
+LOADED = """
+import os, sys, time
+import torch
+from pixtral_cli import Pixtral
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+model = Pixtral.load("tiny", quantization_encoding="q4_k", devices="cpu")
+until = time.monotonic() + float(sys.argv[1])
+while threads() > before and time.monotonic() < until:
+    time.sleep(0.01)
+print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_loading_leaves_no_thread_behind_that_decoding_would_wait_for():
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, str(PATIENCE)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_what_fails_on_a_thread_that_ends_fails_here():
+    with pytest.raises(ZeroDivisionError):
+        on_a_thread_that_ends(lambda: 1 // 0)
+    assert on_a_thread_that_ends(lambda: 7) == 7
