@@ -1,4 +1,4 @@
-"""Who may import whom, as DESIGN.md draws it: the arrows run down, never back up and never around."""
+"""Who may import whom, as ARCHITECTURE.md draws it: the arrows run down, never back up and never around."""
 
 import ast
 from graphlib import TopologicalSorter
