@@ -11,8 +11,8 @@ COLUMNS = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, COLUMNS: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+def _silu_mul(gate_up, out, width, columns: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * columns + tl.arange(0, columns)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside).to(tl.float32)

@@ -27,4 +27,4 @@ def test_the_gate_compiles(card):
     from pixtral_cli.model import fused_triton
 
     signature = {"gate_up": "*bf16", "out": "*bf16", "width": "i32"}
-    assert compile_for(card, fused_triton._silu_mul, signature, {"COLUMNS": 1024}).asm["cubin"]
+    assert compile_for(card, fused_triton._silu_mul, signature, {"columns": 1024}).asm["cubin"]

@@ -1,4 +1,4 @@
-"""Triton without a card: tests of kernels' numbers in its interpreter, and kernels compiled for cards that are not here.
+"""Triton without a card: kernels interpreted, for tests of their numbers, and compiled for cards that are not here.
 
 Whether kernels are interpreted is settled when triton is imported. So such tests run in one child Python of their own,
 and the process of pytest imports triton as a user does.
