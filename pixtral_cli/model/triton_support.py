@@ -8,6 +8,7 @@ imported only after `available` has said yes.
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 import torch
 
@@ -33,6 +34,12 @@ def available(device: torch.device) -> bool:
 def why_not() -> str | None:
     """The reason why Triton cannot be used on a card that was asked for; None where it works or none was asked for."""
     return next(filter(None, _reasons.values()), None)
+
+
+@cache
+def chains(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one before it has ended (programmatic dependent launch): Hopper and on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _try(device: torch.device) -> str | None:
