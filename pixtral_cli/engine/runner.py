@@ -14,7 +14,8 @@ from pixtral_cli.engine import sampler
 from pixtral_cli.engine.request import ImageInput, TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.model.kv_cache import AttendPaged, KVCache, Span
+from pixtral_cli.model.attention import AttendPaged, Span
+from pixtral_cli.model.kv_cache import KVCache
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 

@@ -1,23 +1,21 @@
-"""The layers that decoder and vision tower are made of, and the attention within them. Flattened tokens in and out;
-knows no cache.
+"""The layers that decoder and vision tower are made of. Flattened tokens in and out; how they see each other is an
+`Attend`, which the caller brings.
 
 Rotations pair halves (x[i] with x[i + D/2]), the order of Hugging Face weights: one position for a token of text, two
-for a patch of an image. Letters: N new tokens or patches, L tokens to attend to, C hidden_size, H query heads, K
-key-value heads, G = H / K, D head_dim.
+for a patch of an image. Letters: N new tokens or patches, C hidden_size, H query heads, K key-value heads, D
+head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, silu
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
-MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
 
 class Attend(Protocol):
@@ -71,49 +69,6 @@ class Embedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, C]."""
         return embedding(token_ids, self.weight)
-
-
-def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
-    """The last N of L tokens look back: q [N, H, D], k and v [K, L, D] -> [N, H, D].
-
-    `window` counts the tokens that one token sees, itself included; None is all of them. `mask_of` is `causal_mask`,
-    or remembers what it made.
-    """
-    if q.shape[0] == 1:
-        return _one_query(q, k, v, window)
-    n, length = q.shape[0], k.shape[1]
-    if window is not None and length > n + window - 1:  # keys that no query of ours can see
-        k, v = k[:, -(n + window - 1) :], v[:, -(n + window - 1) :]
-        length = k.shape[1]
-    q, k, v = q.transpose(0, 1)[None], k[None], v[None]  # [1, H, N, D], [1, K, L, D]
-    whole = n == length and (window is None or length <= window)
-    mask = None if whole else mask_of(n, length, window, q.device)
-    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
-    return mixed[0].transpose(0, 1)
-
-
-def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """One token: the G heads that share a key head become G rows of one query, 7 to 13 times cheaper."""
-    if window is not None:
-        k, v = k[:, -window:], v[:, -window:]
-    kv_heads, _, dim = k.shape
-    folded = q.view(1, kv_heads, -1, dim)  # [1, K, G, D]
-    return scaled_dot_product_attention(folded, k[None], v[None]).reshape(1, -1, dim)
-
-
-def causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [N, L], True where query i (token L - N + i) sees key j."""
-    query = torch.arange(length - n, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:

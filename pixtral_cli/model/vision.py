@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from pixtral_cli.model.attention import attend_within
 from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.layers import (
@@ -20,7 +21,6 @@ from pixtral_cli.model.layers import (
     GatedFeedForward,
     Rotary,
     SelfAttention,
-    attend_within,
     cos_sin,
     grid_angles,
 )
