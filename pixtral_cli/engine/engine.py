@@ -19,6 +19,7 @@ from pixtral_cli.engine.sampler import Choice, Choices
 from pixtral_cli.engine.scheduler import CARD_CHUNKS, Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
+from pixtral_cli.model import triton_support
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 
@@ -75,7 +76,9 @@ class Engine:
         self.features = ImageFeatures(model, image_cache)
         kv_cache = KVCache(text, model.dtype, model.device, pages)
         if on_card and triton_support.available(model.device):
-            self.runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)
+            from pixtral_cli.engine.card_runner import CardRunner
+
+            self.runner: Runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)
         else:
             self.runner = Runner(model, kv_cache, self.features, exact)
         self._launched: deque[list[Pass]] = deque()
@@ -148,7 +151,8 @@ class Engine:
         passes = self._launch(self.scheduler.schedule())
         if passes:
             self._launched.append(passes)
-        return events + self._read(self.runner.steps_ahead if passes else 0)
+        failed = any(isinstance(each.choices, Exception) for each in passes)
+        return events + self._read(0 if failed or not passes else self.runner.steps_ahead)
 
     def _launch(self, chunks: list[Chunk]) -> list[Pass]:
         """Compute the chunks, choose what comes after them, and wait for nothing."""
@@ -236,9 +240,9 @@ class Engine:
             sequence.read(chosen)
             self.scheduler.read(sequence)
             self.counters.generated_tokens += 1
+        else:
+            choice = Choice(choice.token_id)
         scores, sequence.scores = tuple(sequence.scores), []  # they are told once
-        ended = sequence.finish_reason
-        if chosen is None:
-            return TokenEvent(sequence.id, None, ended, None, (), sequence.cached_tokens, scores)
-        _, logprob, alternatives = choice
-        return TokenEvent(sequence.id, chosen, ended, logprob, alternatives, sequence.cached_tokens, scores)
+        return TokenEvent(
+            sequence.id, chosen, sequence.finish_reason, choice.logprob, choice.alternatives, sequence.cached_tokens, scores
+        )
