@@ -48,7 +48,8 @@ class Engine:
     `max_length` bounds the tokens of one prompt and its answer; default the model's own. Keys and values have room
     for `kv_tokens` tokens of all requests together, by default as many as the batch can need; those of requests that
     have ended stay known, up to the share `kv_kept` of that room. `image_cache` is how many bytes of images' features
-    are kept. In float32 on a CPU a request gets the very tokens that it gets alone.
+    are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". In float32 on a CPU a request gets the very
+    tokens that it gets alone.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         kv_tokens: int | None = None,
         kv_kept: float = 1.0,
         image_cache: int = IMAGE_CACHE,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         text = model.config.text
         wanted = max_length or text.max_length
@@ -74,7 +76,7 @@ class Engine:
         chunks = CARD_CHUNKS if on_card else None
         self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact, chunks)
         self.features = ImageFeatures(model, image_cache)
-        kv_cache = KVCache(text, model.dtype, model.device, pages)
+        kv_cache = KVCache(text, model.dtype, model.device, pages, kv_cache_dtype)
         if on_card and triton_support.available(model.device):
             from pixtral_cli.engine.card_runner import CardRunner
 

@@ -26,7 +26,11 @@ class KVCache:
     of 128) a token takes 160 KiB and a page 2.5 MiB.
     """
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device, pages: int) -> None:
+    def __init__(
+        self, config: TextConfig, dtype: torch.dtype, device: torch.device, pages: int, kv_cache_dtype: str = "auto"
+    ) -> None:
+        if kv_cache_dtype != "auto":
+            raise NotImplementedError(kv_cache_dtype)
         shape = (2, config.num_layers, pages * PAGE, config.num_kv_heads, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
 
