@@ -19,7 +19,6 @@ from pixtral_cli.engine.sampler import Choice, Choices
 from pixtral_cli.engine.scheduler import CARD_CHUNKS, Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
-from pixtral_cli.model import triton_support
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 
@@ -77,12 +76,7 @@ class Engine:
         self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact, chunks)
         self.features = ImageFeatures(model, image_cache)
         kv_cache = KVCache(text, model.dtype, model.device, pages, kv_cache_dtype)
-        if on_card and triton_support.available(model.device):
-            from pixtral_cli.engine.card_runner import CardRunner
-
-            self.runner: Runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)
-        else:
-            self.runner = Runner(model, kv_cache, self.features, exact)
+        self.runner = Runner(model, kv_cache, self.features, exact)
         self._launched: deque[list[Pass]] = deque()
         self._ids = count()
 
@@ -163,9 +157,10 @@ class Engine:
             if isinstance(computed, Exception):
                 passes.append(Pass([chunk.sequence for chunk in some], computed))
                 continue
-            completed = self._advance(some, computed.scores)
+            logits, scores = computed
+            completed = self._advance(some, scores)
             if completed:
-                passes += self._choose(completed, computed.logits)
+                passes += self._choose(completed, logits)
         return passes
 
     def _run(self, chunks: list[Chunk]) -> Iterator[tuple[list[Chunk], Computed | Exception]]:
@@ -246,5 +241,11 @@ class Engine:
             choice = Choice(choice.token_id)
         scores, sequence.scores = tuple(sequence.scores), []  # they are told once
         return TokenEvent(
-            sequence.id, chosen, sequence.finish_reason, choice.logprob, choice.alternatives, sequence.cached_tokens, scores
+            sequence.id,
+            chosen,
+            sequence.finish_reason,
+            choice.logprob,
+            choice.alternatives,
+            sequence.cached_tokens,
+            scores,
         )

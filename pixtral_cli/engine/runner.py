@@ -158,7 +158,7 @@ class Runner:
         return self.model.embed(ids, self._features([chunk]), torch.tensor(places, device=device))
 
     def _image_places(self, chunk: Chunk) -> list[int]:
-        """Which tokens of the chunk stand for images: only a prompt's own, for one that was generated is like others."""
+        """Which tokens of the chunk stand for images: only a prompt's own. One that was generated is like others."""
         sequence, start = chunk.sequence, chunk.sequence.computed
         if not sequence.request.images:
             return []

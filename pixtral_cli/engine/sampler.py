@@ -81,8 +81,8 @@ class Choices:
             return BrokenLogits()
         if scores is None:
             return Choice(token_id)
-        logprob, ids, logprobs = (each[0].tolist() for each in scores)
-        return Choice(token_id, logprob, tuple(zip(ids, logprobs, strict=True)))
+        logprob, ids, logprobs = scores
+        return Choice(token_id, float(logprob), tuple(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True)))
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> Choices:

@@ -9,7 +9,6 @@ from pixtral_cli.engine.request import FinishReason, Request, TokenScores
 from pixtral_cli.engine.sampler import Row
 from pixtral_cli.model.kv_cache import PAGE
 
-
 UNREAD = -1
 """Stands for a token that was chosen on a card, until it is read."""
 
@@ -53,7 +52,9 @@ class Sequence:
             random.seed()
         else:
             random.manual_seed(request.sampling.seed)
-        self.row = Row(request.sampling, self.token_ids, self.prompt_length, random, request.constraint)
+        self.row = Row(
+            request.sampling, self.token_ids, self.prompt_length, random, request.constraint, request.logprobs
+        )
 
     @property
     def known(self) -> int:

@@ -7,6 +7,8 @@ Parameter names are ours (weights_cache.names maps every checkpoint's to them). 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -37,19 +39,24 @@ class LanguageModel(nn.Module):
         """One image, normalised pixels [channels, height, width] -> features [M, C] for its image tokens."""
         raise NotImplementedError("a text model has no vision tower")
 
-    def embed(self, token_ids: Tensor, features: Tensor | None = None) -> Tensor:
+    def encode_images(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """As `encode_image`, of several images together."""
+        return [self.encode_image(each) for each in pixels]
+
+    def embed(self, token_ids: Tensor, features: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """token_ids [N] -> [N, C]; `features` [M, C] replace the M image tokens among them, in order.
 
-        Only [IMG] takes a feature; [IMG_BREAK] and [IMG_END] keep their embeddings.
+        `places` [M] says where those are, without which the device is asked. Only [IMG] takes a feature; [IMG_BREAK]
+        and [IMG_END] keep their embeddings.
         """
         x = self.language_model.embed_tokens(token_ids)
         if features is None:
             return x
         assert self.config.image_token_id is not None, self.config.architecture
-        places = token_ids.eq(self.config.image_token_id)
-        assert int(places.sum()) == len(features), (int(places.sum()), len(features))
-        x[places] = features.to(x.dtype)
-        return x
+        if places is None:
+            places = token_ids.eq(self.config.image_token_id).nonzero()[:, 0]
+        assert len(places) == len(features), (len(places), len(features))
+        return x.index_copy_(0, places, features.to(x.dtype))
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embedded tokens [N, C] at positions [N] -> hidden states [N, C]."""
