@@ -53,12 +53,11 @@ class LanguageModel(nn.Module):
         x = self.language_model.embed_tokens(token_ids)
         if features is None:
             return x
+        assert self.config.image_token_id is not None, self.config.architecture
         if places is None:
-            assert self.config.image_token_id is not None, self.config.architecture
             places = token_ids.eq(self.config.image_token_id).nonzero()[:, 0]
         assert len(places) == len(features), (len(places), len(features))
-        x[places] = features.to(x.dtype)
-        return x
+        return x.index_copy_(0, places, features.to(x.dtype))
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embedded tokens [N, C] at positions [N] -> hidden states [N, C]."""
