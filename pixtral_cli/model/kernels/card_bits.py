@@ -1,4 +1,4 @@
-"""An encoding's name in, the bits a weight takes on a card out. Knows no torch: plans are made before it is imported."""
+"""An encoding's name in, the bits that a weight takes on a card out. Knows no torch, for plans come before that."""
 
 from __future__ import annotations
 

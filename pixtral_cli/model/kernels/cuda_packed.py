@@ -20,8 +20,8 @@ from torch import Tensor
 from pixtral_cli.model.kernels import card_bits, card_layout, nvrtc
 from pixtral_cli.model.kernels.card_bits import UNIT, UNIT_BYTES
 from pixtral_cli.model.kernels.nvrtc import CompilationFailed, Function
-from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.int4 import ROWS as INT4_ROWS
+from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.packed import PackedWeight
@@ -101,8 +101,7 @@ class CudaPackedKernel:
     @property
     def weight(self) -> PackedRows | NF4:
         """The weight as it came, in rows: made anew from the kernel's own order."""
-        rows, columns = self.shape
-        parts = self._units.split(card_layout.rows_at_once(columns) // UNIT[0])
+        parts = self._units.split(card_layout.rows_at_once(self.shape[1]) // UNIT[0])
         if self.encoding != "nf4":
             unpack = card_layout.LAYOUTS[self.encoding].unpack
             return PackedRows(self.encoding, torch.cat([unpack(part) for part in parts]))
@@ -112,31 +111,35 @@ class CudaPackedKernel:
         return NF4(codes, **{name: part for name, part in self._beside.tensors().items() if name != "codes"})
 
     def decode(self, start: int, stop: int, out: Tensor) -> None:
-        """Rows [start, stop), whole tiles of 16, into bfloat16 `out` [stop - start, C]: what the codec decodes them to."""
+        """Rows [start, stop), whole tiles of 16, into bfloat16 `out` [stop - start, C], as the codec decodes them."""
         tiles, units = (stop - start) // UNIT[0], self.shape[1] // UNIT[1]
         blocks = -(-tiles * units // DECODING_WARPS)
         shared = TABLES.get(self.encoding, (0, 0))[1]
         function = self._functions[1]["decode"]
         function(blocks, 32 * DECODING_WARPS, shared, self._units, out, start // UNIT[0], tiles, units)
 
-    def use(self, launch: Launch) -> None:
-        """Run the kernel for few rows like this."""
-        self._launch = launch
-        self._functions = {tiles: _functions(self.encoding, launch, tiles, self._units.device) for tiles in (1, 2)}
+    def use(self, launch: Launch, most: int = 2 * VECTORS) -> None:
+        """Run the kernel for few rows like this, with at most so many of them at a time."""
+        self._launches = {1: launch, 2: launch._replace(tiles=1)}  # else there would be too few registers
+        self._functions = {
+            tiles: _functions(self.encoding, self._launches[tiles], tiles, self._units.device)
+            for tiles in range(1, most // VECTORS + 1)
+        }
 
     def _few(self, x: Tensor) -> Tensor:
         """Slices of at most 16 rows of x, each in one go."""
+        most = VECTORS * len(self._functions)
         x = x.contiguous()
         if x.data_ptr() % 16:
             x = x.clone()
         y = x.new_empty(len(x), self.shape[0])
-        for some, found in zip(x.split(2 * VECTORS), y.split(2 * VECTORS), strict=True):
+        for some, found in zip(x.split(most), y.split(most), strict=True):
             self._multiply(some, found)
         return y
 
     def _multiply(self, x: Tensor, y: Tensor) -> None:
-        launch, device = self._launch, self._units.device
-        vector_tiles = -(-len(x) // VECTORS)
+        device, vector_tiles = self._units.device, -(-len(x) // VECTORS)
+        launch = self._launches[vector_tiles]
         row_tiles = self.shape[0] // UNIT[0]
         blocks = -(-row_tiles // launch.tiles)
         if launch.per_processor:

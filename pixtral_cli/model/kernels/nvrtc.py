@@ -1,4 +1,4 @@
-"""CUDA source in, functions to launch out: compiled by NVRTC, which torch's wheels for CUDA bring along. Knows no kernel.
+"""CUDA source in, functions to launch out: compiled by NVRTC, which torch brings along. Knows no kernel.
 
 No toolkit and no header is needed. What was compiled is kept on disk, and found again in milliseconds.
 """
