@@ -4,6 +4,7 @@ The oracle is the codec's decode, multiplied in float64. Letters: N rows of x, C
 """
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -238,7 +239,8 @@ def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
         options = cuda_packed.macros(encoding, 1 if vector_tiles == 2 else launch.tiles, launch.stages, vector_tiles)
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")
-        assert log.count(" 0 bytes spill stores, 0 bytes spill loads") == 2, log
+        spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", log)]
+        assert len(spilled) == 2 and max(spilled) <= 16, log  # a word or two, for the sake of another warp
 
 
 def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
