@@ -15,7 +15,7 @@ import torch
 
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
-from pixtral_cli.encoding_choices import asked_for
+from pixtral_cli.encoding_choices import asked_for, kv_encoding
 from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
@@ -46,12 +46,20 @@ class Memory(NamedTuple):
 class Pixtral:
     """A loaded model. Streams and threads may be open at once: their requests share the engine."""
 
-    def __init__(self, source: Source, placement: Placement, engine: Engine, load_seconds: float) -> None:
+    def __init__(
+        self,
+        source: Source,
+        placement: Placement,
+        engine: Engine,
+        load_seconds: float,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         self.source = source
         self.placement = placement
         self.engine = engine
         self.driver = Driver(engine)
         self.load_seconds = load_seconds
+        self.kv_encoding = kv_encoding(kv_cache_dtype, placement.dtype)
 
     @classmethod
     def load(
@@ -69,6 +77,7 @@ class Pixtral:
         max_batch_size: int = 32,
         max_ce_batch_size: int = 32,
         kv_cache_memory: int | None = None,
+        kv_cache_dtype: str = "auto",
         image_cache_memory: int = IMAGE_CACHE,
         image_preprocessing: str | None = None,
         force_download: bool = False,
@@ -78,12 +87,14 @@ class Pixtral:
 
         The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
         32 requests at once unless told otherwise. `kv_cache_memory` bounds keys and values, `image_cache_memory` the
-        images' features that are kept, both in bytes. `progress(label, done, total)` is told of bytes downloaded and
-        loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a sentence and a `hint`.
+        images' features that are kept, both in bytes. `kv_cache_dtype` "fp8" keeps keys and values in half the memory.
+        `progress(label, done, total)` is told of bytes downloaded and loaded. Raises PixtralError or
+        weights_cache.errors.WeightsError, each with a sentence and a `hint`.
         """
         begun = time.perf_counter()
         _positive(max_length=max_length, max_batch_size=max_batch_size, max_ce_batch_size=max_ce_batch_size)
         wanted = asked_for(quantization_encoding, double_quantization)
+        kv_encoding(kv_cache_dtype, "")  # what is not known is refused before anything is fetched
         device = torch.device(_device(devices))
         if serialized_model_path is not None:
             source = Source.open_serialized(serialized_model_path, image_preprocessing, progress=progress)
@@ -102,7 +113,9 @@ class Pixtral:
         placement = source.placement(wanted, quantize_vision)
         check_weights(source.checkpoint.tensors, placement, device)
         most = pages_for(context) * PAGE * max_batch_size
-        room = kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, most, kv_cache_memory)
+        room = kv_tokens(
+            source.checkpoint.tensors, placement, source.config.text, device, most, kv_cache_memory, kv_cache_dtype
+        )
         unasked = kv_cache_memory is None and device.type == "cpu"
 
         def make_engine() -> Engine:
@@ -114,10 +127,11 @@ class Pixtral:
                 kv_tokens=room,
                 kv_kept=KEPT_UNASKED if unasked else 1.0,
                 image_cache=image_cache_memory,
+                kv_cache_dtype=kv_cache_dtype,
             )
 
         engine = on_a_thread_that_ends(make_engine)
-        return cls(source, placement, engine, time.perf_counter() - begun)
+        return cls(source, placement, engine, time.perf_counter() - begun, kv_cache_dtype)
 
     def save(self, path: str | PathLike[str], progress: Progress | None = None) -> None:
         """Write the loaded model as one file that `serialized_model_path` loads, with nothing else needed.
@@ -141,7 +155,7 @@ class Pixtral:
     def memory(self) -> Memory:
         engine = self.engine
         tokens = engine.table.count * PAGE
-        kept = kv_bytes(self.source.config.text, tokens, engine.model.dtype.itemsize)
+        kept = kv_bytes(self.source.config.text, tokens, self.kv_encoding)
         return Memory(weight_bytes(self.source.checkpoint.tensors, self.placement), kept, tokens, engine.features.limit)
 
     @property

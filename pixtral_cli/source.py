@@ -122,10 +122,10 @@ class Source:
                 error.hint = again + error.hint.removeprefix(FETCH_AGAIN)
             raise
 
-    def needs(self) -> list[Need]:
+    def needs(self, kv_cache_dtype: str = "auto") -> list[Need]:
         """What the model takes in each encoding that it can be loaded in, from headers alone: a serialized model in its
         own only. Raises ModelError and WeightsError."""
-        found = memory.needs(self.checkpoint.tensors, self.config.text)
+        found = memory.needs(self.checkpoint.tensors, self.config.text, kv_cache_dtype)
         return found[:1] if self.format == "serialized" else found
 
     def devices(self) -> list[Device]:

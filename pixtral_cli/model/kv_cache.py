@@ -64,19 +64,19 @@ class LayerStore(NamedTuple):
 class KVCache:
     """Room for `pages` pages of keys and values, [2, S, T, K, D].
 
-    `codes="fp8"` keeps e4m3 codes and, [2, S, T, K], a power of two for each token and head. On a CPU memory is taken
+    `kv_cache_dtype="fp8"` keeps e4m3 codes and, [2, S, T, K], a power of two for each token and head. On a CPU memory is taken
     as pages are first written, not before. On a card there is one page more, number `scratch_page`: rows of a step
     that stand for nobody write there.
     """
 
     def __init__(
-        self, config: TextConfig, dtype: torch.dtype, device: torch.device, pages: int, codes: str = "auto"
+        self, config: TextConfig, dtype: torch.dtype, device: torch.device, pages: int, kv_cache_dtype: str = "auto"
     ) -> None:
         self.dtype = dtype
         self.scratch_page = None if device.type == "cpu" else pages
         slots = (pages + (self.scratch_page is not None)) * PAGE
         shape = (2, config.num_layers, slots, config.num_kv_heads, config.head_dim)
-        coded = codes == "fp8"
+        coded = kv_cache_dtype == "fp8"
         self._store = torch.empty(shape, dtype=torch.uint8 if coded else dtype, device=device)
         self._exponents: Tensor | None = None
         if coded:

@@ -8,11 +8,14 @@ head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
+
+from pixtral_cli.model.fused import rotate, silu_mul
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
@@ -27,7 +30,12 @@ class Attend(Protocol):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; head_dim is its own number, not hidden_size / heads (5120 / 32 in NeMo)."""
+    """Grouped-query attention; head_dim is its own number, not hidden_size / heads (5120 / 32 in NeMo).
+
+    `qkv_proj` is q_proj, k_proj and v_proj in one matrix, for a card; None where each multiplies by itself.
+    """
+
+    qkv_proj: nn.Module | None
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -36,26 +44,41 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.register_module("qkv_proj", None)
+        self._heads = [num_heads, num_kv_heads, num_kv_heads]
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))  # [N, H or K, D]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = attend(index, rotate(q, *rotary), rotate(k, *rotary), v)
-        return self.o_proj(mixed.flatten(1))
+        """x [N, C] -> what attention adds to it [N, C]."""
+        q, k, v = self._project(x)
+        q, k = rotate(q, k, *rotary)
+        return self.o_proj(attend(index, q, k, v).flatten(1))
+
+    def _project(self, x: Tensor) -> Iterable[Tensor]:
+        """x [N, C] -> q [N, H, D], k and v [N, K, D]."""
+        if self.qkv_proj is not None:
+            return self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self._heads, dim=1)
+        return (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
 
 
 class GatedFeedForward(nn.Module):
-    """down(SiLU(gate(x)) * up(x)), Shazeer 2020."""
+    """down(SiLU(gate(x)) * up(x)), Shazeer 2020.
+
+    `gate_up_proj` is gate_proj and up_proj in one matrix, for a card; None where each multiplies by itself.
+    """
+
+    gate_up_proj: nn.Module | None
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.register_module("gate_up_proj", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, C] -> what the feed-forward layer adds to it [N, C]."""
+        if self.gate_up_proj is not None:
+            return self.down_proj(silu_mul(self.gate_up_proj(x)))
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -94,9 +117,3 @@ def cos_sin(angles: Tensor, dtype: torch.dtype) -> Rotary:
     """Angles [N, D/2] -> (cos, sin), each [N, 1, D] in `dtype`, to share among the heads."""
     both = torch.cat([angles, angles], dim=-1)[:, None]
     return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, heads, D] rotated by (cos, sin) [N, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixtral_cli.encoding_choices import CHOICES
+from pixtral_cli.encoding_choices import CHOICES, kv_encoding
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.placement import Placement, place
@@ -32,6 +32,7 @@ GIB = 2**30
 WEIGHTS_PER_KERNEL_BYTE = {"q4_0": 8, "q4_k": 8, "nf4": 32}
 """What kernels.int4 has beside the codes is a bfloat16 scale and zero for 32 weights, kernels.nf4 a scale for 64; they
 import torch, and so cannot be asked here."""
+FP8_SCALE = 1  # byte for the numbers of a head and token that fp8 keeps
 KV_SHARE = 0.9  # of what the weights leave: some is for images on their way
 LEAST = 256  # tokens, with which something can be asked
 
@@ -64,14 +65,14 @@ class Need:
         return None if device.free is None else self.total(tokens) + beside <= device.free
 
 
-def needs(tensors: Mapping[str, TensorInfo], config: TextConfig) -> list[Need]:
+def needs(tensors: Mapping[str, TensorInfo], config: TextConfig, kv_cache_dtype: str = "auto") -> list[Need]:
     """One Need for each encoding that can be asked for; the file's own comes first, if it is another."""
     placements = [place(tensors, None), *(place(tensors, ENCODINGS[name]) for name in CHOICES)]
     unique = {placement.label: placement for placement in reversed(placements)}
     found = []
     for placement in (unique[label] for label in dict.fromkeys(each.label for each in placements)):
-        width = ENCODINGS[placement.dtype].block_bytes
-        cache = {tokens: kv_bytes(config, tokens, width) for tokens in lengths(config)}
+        kept = kv_encoding(kv_cache_dtype, placement.dtype)
+        cache = {tokens: kv_bytes(config, tokens, kept) for tokens in lengths(config)}
         weights, beside = weight_bytes(tensors, placement), kernel_bytes(tensors, placement)
         found.append(Need(placement.label, weights, beside, cache))
     return found
@@ -102,9 +103,11 @@ def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
     )
 
 
-def kv_bytes(config: TextConfig, tokens: int, width: int) -> int:
-    """Bytes of keys and values for `tokens` tokens in numbers of `width` bytes."""
-    return config.kv_numbers_per_token * tokens * width
+def kv_bytes(config: TextConfig, tokens: int, kept: str) -> int:
+    """Bytes of keys and values for `tokens` tokens, which are kept as "fp8" (a byte a number, and FP8_SCALE) or in one
+    of torch's dtypes."""
+    numbers = config.head_dim + FP8_SCALE if kept == "fp8" else config.head_dim * ENCODINGS[kept].block_bytes
+    return 2 * config.num_layers * config.num_kv_heads * numbers * tokens
 
 
 def devices() -> list[Device]:
@@ -189,13 +192,14 @@ def kv_tokens(
     device: torch.device,
     wanted: int,
     memory: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> int:
     """Tokens whose keys and values there is room for: `wanted`, or as many as `memory` bytes hold; without such a
     bound as many as fit on `device` beside weights that are not loaded yet.
 
     Raises ModelError when there is no room for as many as LEAST.
     """
-    token = kv_bytes(config, 1, ENCODINGS[placement.dtype].block_bytes)
+    token = kv_bytes(config, 1, kv_encoding(kv_cache_dtype, placement.dtype))
     if memory is not None:
         if memory // token < min(LEAST, wanted):
             raise ModelError(

@@ -83,6 +83,24 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(call):
         assert each["kv_cache_bytes"] == cache._store.nbytes
 
 
+def test_keys_and_values_in_fp8_take_a_byte_a_number_and_one_for_their_scale(call):
+    from pixtral_cli.source import Source
+
+    text = Source.open("tiny").config.text
+    wide, narrow = (
+        told(call, "tiny", *flags)["encodings"][0]["lengths"] for flags in ((), ("--kv-cache-dtype", "fp8"))
+    )
+    for before, now in zip(wide, narrow, strict=True):
+        assert now["kv_cache_bytes"] * 2 * text.head_dim == before["kv_cache_bytes"] * (text.head_dim + 1)
+        assert before["total_bytes"] - now["total_bytes"] == before["kv_cache_bytes"] - now["kv_cache_bytes"]
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "inspect"])
+def test_a_way_to_keep_keys_and_values_that_is_not_known_is_refused_with_those_that_are(call, command):
+    code, _, err = call(command, *(["tiny"] if command == "inspect" else []), "--kv-cache-dtype", "fp4")
+    assert code == 2 and "'fp4'" in err and "auto, fp8" in err
+
+
 def test_what_is_free_decides_what_fits_on_each_device(call, monkeypatch):
     monkeypatch.setattr(
         memory, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", GIB), Device("x", None)]

@@ -11,6 +11,7 @@ from support import builders
 from pixtral_cli.encoding_choices import find
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import memory
+from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kernels import KernelLinear, int4, nf4
 from pixtral_cli.model.load import load
@@ -154,10 +155,10 @@ def test_keys_and_values_get_what_the_weights_leave_and_no_more_than_is_wanted(f
     tensors = checkpoint.open(folder).tensors
     placement, config = place(tensors, find("float32")), read_config(checkpoint.open(folder).config).text
     beside = memory.weight_bytes(tensors, placement) + memory.WORKSPACE
-    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 1000, 4))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 1000, "float32"))
     assert memory.kv_tokens(tensors, placement, config, CPU, 500) == 500
     assert memory.kv_tokens(tensors, placement, config, CPU, 10**6) == 900
-    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 100, 4))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 100, "float32"))
     with pytest.raises(ModelError, match="keys and values: 90 tokens"):
         memory.kv_tokens(tensors, placement, config, CPU, 500)
 
@@ -168,3 +169,21 @@ def test_a_containers_limit_counts(tmp_path):
     assert memory.container_free(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.container_free(tmp_path) is None
+
+
+NEMO = TextConfig(131072, 5120, 14336, 40, 32, 8, 128, 1e-5, 1e6, 131072, (None,) * 40, tied_embeddings=False)
+
+
+@pytest.mark.parametrize(("kept", "bytes_of_a_head"), [("float32", 512), ("bfloat16", 256), ("fp8", 129)])
+def test_a_token_of_a_12_b_model_takes_so_many_bytes_of_keys_and_values(kept, bytes_of_a_head):
+    assert memory.kv_bytes(NEMO, 3, kept) == 3 * 2 * 40 * 8 * bytes_of_a_head
+
+
+def test_a_bound_on_keys_and_values_holds_twice_the_tokens_in_fp8(folder):
+    tensors, config = checkpoint.open(folder).tensors, read_config(checkpoint.open(folder).config).text
+    wide, narrow = (
+        memory.kv_tokens(tensors, place(tensors, find("bfloat16")), config, CPU, 10**6, 2**20, dtype)
+        for dtype in ("auto", "fp8")
+    )
+    head = config.head_dim
+    assert narrow == pytest.approx(wide * 2 * head / (head + 1), rel=1e-3)

@@ -128,6 +128,11 @@ class NF4:
         return {part.name: tensor for part in fields(self) if (tensor := getattr(self, part.name)) is not None}
 
 
+def has_whole_blocks(weight: NF4) -> bool:
+    """Whether no block is cut off at the end and magnitudes are plain: other rows may then follow."""
+    return not weight.nested and weight.absmax.numel() * weight.block == math.prod(weight.shape)
+
+
 def beside(
     rows: int, columns: int, *, block: int = BLOCK, nested: bool = False
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -1,0 +1,89 @@
+"""Tensors in the computer's memory in, the same on a card out, read and copied at once. Knows no model and no file.
+
+A card copies fast only from pinned memory, and a file is mapped into memory that is not. So a tensor is read into
+pinned buffers piece by piece, by all of torch's threads, and while one piece travels the next is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from weights_cache.packed import PackedWeight
+
+PIECE = 64 * 2**20  # bytes: long enough that starting a copy costs nothing, short enough that a small model overlaps
+BUFFERS = 2
+
+
+class ToCard:
+    """Copies tensors to `device`, of any dtype and layout, and packed weights with all their parts.
+
+    Copies run on a stream of their own. The stream that is current when one is asked for waits for it, so that what
+    comes back can be used at once; the host waits only for a buffer that it wants to fill again.
+    """
+
+    def __init__(self, device: torch.device, piece: int = PIECE, buffers: int = BUFFERS) -> None:
+        self.device = device
+        self._buffers = cycle([_Buffer(piece, device) for _ in range(buffers)])
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def weight(self, weight: Tensor | PackedWeight) -> Tensor | PackedWeight:
+        """The same weight on the card."""
+        if isinstance(weight, Tensor):
+            return self.tensor(weight)
+        parts = {name: self.tensor(part) for name, part in weight.tensors().items()}
+        return replace(weight, **parts)  # type: ignore[type-var]  # each of them is a dataclass of its parts
+
+    def tensor(self, source: Tensor) -> Tensor:
+        """The same tensor on the card, contiguous."""
+        copied = torch.empty(source.shape, dtype=source.dtype, device=self.device)
+        if self._stream is None:
+            self._send(source, copied)
+            return copied
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)  # the memory of `copied` may have been another's, who still uses it
+        with torch.cuda.stream(self._stream):
+            self._send(source, copied)
+        current.wait_stream(self._stream)
+        return copied
+
+    def finish(self) -> None:
+        """Wait until all is there, whatever stream uses it next, and give back the card's memory that is free again."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def _send(self, source: Tensor, copied: Tensor) -> None:
+        """Start the copies of all pieces; the last of them may not have ended."""
+        whole, there = _bytes(source.contiguous()), _bytes(copied)
+        begin = 0
+        while begin < len(whole):
+            begin += next(self._buffers).send(whole[begin:], there[begin:])
+
+
+class _Buffer:
+    """Pinned memory for one piece, and when it may be filled again."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        on_card = device.type == "cuda"
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_card)
+        self._sent = torch.cuda.Event() if on_card else None
+
+    def send(self, source: Tensor, there: Tensor) -> int:
+        """Start copying the first bytes of `source`, as many as there is room for, and give back their number."""
+        piece = self._memory[: len(source)]
+        if self._sent is not None:
+            self._sent.synchronize()
+        piece.copy_(source[: len(piece)])
+        there[: len(piece)].copy_(piece, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+        return len(piece)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's bytes, uint8 [n], sharing its memory."""
+    return tensor.reshape(-1).view(torch.uint8)
