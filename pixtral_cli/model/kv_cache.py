@@ -24,16 +24,6 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def token_bytes(config: TextConfig, itemsize: int, coded: bool) -> int:
-    """What one token takes in the store; `itemsize` is that of the dtype, `coded` says that 8-bit codes replace it.
-
-    Pixtral-12B (40 layers, 8 heads of 128): 160 KiB in bfloat16, 80 KiB and 640 bytes of exponents in codes.
-    """
-    if not coded:
-        return config.kv_numbers_per_token * itemsize
-    return config.kv_numbers_per_token + config.kv_numbers_per_token // config.head_dim
-
-
 def encode(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, K, D] -> e4m3 codes [N, K, D] and int8 exponents [N, K], so that x is about codes * 2**exponents.
 
@@ -64,9 +54,9 @@ class LayerStore(NamedTuple):
 class KVCache:
     """Room for `pages` pages of keys and values, [2, S, T, K, D].
 
-    `kv_cache_dtype="fp8"` keeps e4m3 codes and, [2, S, T, K], a power of two for each token and head. On a CPU memory is taken
-    as pages are first written, not before. On a card there is one page more, number `scratch_page`: rows of a step
-    that stand for nobody write there.
+    `kv_cache_dtype` "fp8" keeps e4m3 codes and, [2, S, T, K], a power of two for each token and head. On a CPU memory
+    is taken as pages are first written, not before. On a card there is one page more, number `scratch_page`: rows of a
+    step that stand for nobody write there.
     """
 
     def __init__(
