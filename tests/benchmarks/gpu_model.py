@@ -1,0 +1,552 @@
+"""What the whole engine does on one card, beside what the card's memory and matrix units allow in the same run.
+
+    python tests/benchmarks/gpu_model.py [--json FILE] [--only PART,PART] [--quick] [--seconds S]
+                                         [--shape nemo|tiny] [--device cuda|cpu]
+
+The model is Pixtral-12B with random weights (random_models.py): no network, no checkpoint. Each figure is the
+median of several rounds, beside the smallest and the largest. A row is printed, and written to FILE, as soon as it is
+measured; a measurement that fails tells why in a line, and the others go on; what does not fit into S seconds is told.
+
+The limit of decoding is what memory allows: every weight, and every key and value, is read once a step, at the rate of
+a copy of 4 GiB (bytes read and bytes written). That of prefill and of pictures is the rate of a bfloat16 matrix
+product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import inspect
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_model
+
+from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.request import Event, Failure, ImageInput, Request
+from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.kv_cache import PAGE
+
+PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
+PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
+IMAGE, BREAK = 10, 12
+WARM_STEPS = 8
+ROUND_SECONDS, MOST_STEPS = 0.4, 40  # of a round of decoding; a step that takes longer is a round by itself
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: contexts in tokens, a picture's side in patches."""
+
+    short: int = 128
+    long: int = 32768
+    batch: int = 64
+    few: int = 8
+    shared: int = 512
+    prompt: int = 4096
+    side: int = 64
+    pictures: int = 8
+    matrix: int = 8192
+    copy: int = 2**32
+    answer: int = 320
+    rounds: int = 5
+
+
+TINY_SIZES = Sizes(16, 128, 4, 2, 32, 64, 4, 2, 256, 2**22, 32, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `ours` with its spread, what the card allows, and what is asked of it."""
+
+    work: str
+    encoding: str
+    tokens: int
+    batch: int
+    ours: float
+    low: float
+    high: float
+    unit: str
+    limit: float | None
+    limit_fraction: float | None
+    asked: float | None
+    asked_as: str
+    reached: bool | None
+    card: str
+    torch: str
+    date: str
+
+    def __str__(self) -> str:
+        share = "" if self.limit_fraction is None else f"{self.limit_fraction:6.1%} of {self.limit:,.4g}"
+        verdict = {None: "", True: "reached", False: "NOT reached"}[self.reached]
+        asked = "" if self.asked is None else f"asked {self.asked:,.4g} ({self.asked_as}): {verdict}"
+        spread = f"({self.low:,.4g} to {self.high:,.4g})"
+        name = f"{self.work} {self.encoding}, {self.batch} x {self.tokens}"
+        return f"{name:44} {self.ours:>9,.5g} {self.unit} {spread:20} {share:22} {asked}"
+
+
+class Bench:
+    """The card, its ceilings, the rows so far and the time that is left."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device(options.device)
+        self.sizes = TINY_SIZES if options.shape == "tiny" else Sizes(rounds=3 if options.quick else 5)
+        self.config, self.shape, self.quick = config_of(options.shape), options.shape, options.quick
+        self.until = time.monotonic() + options.seconds
+        self.path = options.json
+        self.card = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        self.rows: list[Row] = []
+        self.copy = self.matrix = float("nan")
+        self.skipped: list[str] = []
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def measure(self, what: str, work: Callable[[], object]) -> None:
+        """Run it if time is left; whatever goes wrong is a line."""
+        if time.monotonic() > self.until:
+            self.skipped.append(what)
+            print(f"left out, no time left: {what}", flush=True)
+            return
+        begun = time.monotonic()
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  the others are measured all the same
+            self.skipped.append(what)
+            print(f"FAILED: {what}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+        self.free()
+        print(f"  [{what}: {time.monotonic() - begun:.1f} s]", flush=True)
+
+    def free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def add(
+        self,
+        work: str,
+        encoding: str,
+        tokens: int,
+        batch: int,
+        values: list[float],
+        unit: str = "tok/s",
+        limit: float | None = None,
+        asked: float | None = None,
+        asked_as: str = "",
+    ) -> float:
+        """Note a row -> its median. A unit that is a time is better when it is less."""
+        ours, less = statistics.median(values), unit in ("ms", "error")
+        fraction = None if limit is None else (limit / ours if less else ours / limit)
+        reached = None if asked is None else (ours <= asked if less else ours >= asked)
+        row = Row(
+            work, encoding, tokens, batch, ours, min(values), max(values), unit, limit, fraction, asked, asked_as,
+            reached, self.card, torch.__version__, today(),
+        )  # fmt: skip
+        self.rows.append(row)
+        print(row, flush=True)
+        self.write()
+        return ours
+
+    def write(self) -> None:
+        if self.path is not None:
+            found = {"rows": [asdict(row) for row in self.rows], "left_out": self.skipped}
+            self.path.write_text(json.dumps(found, indent=1) + "\n")
+
+    def found(self, work: str, encoding: str, batch: int, tokens: int | None = None) -> float | None:
+        """The median of an earlier row."""
+        for row in self.rows:
+            if (row.work, row.encoding, row.batch) == (work, encoding, batch) and tokens in (None, row.tokens):
+                return row.ours
+        return None
+
+    def times(self, work: Callable[[], object], rounds: int | None = None) -> list[float]:
+        """Seconds of each round, after one that is not counted."""
+        found = []
+        for _ in range(1 + (rounds or self.sizes.rounds)):
+            self.wait()
+            begun = time.perf_counter()
+            work()
+            self.wait()
+            found.append(time.perf_counter() - begun)
+        return found[1:]
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def ceilings(bench: Bench) -> None:
+    """The card's own rates: a copy, and a bfloat16 product of random matrices."""
+    sizes, device = bench.sizes, bench.device
+    source, target = (torch.ones(sizes.copy, dtype=torch.uint8, device=device) for _ in range(2))
+    copies = [2 * sizes.copy / seconds / 1e12 for seconds in bench.times(partial(target.copy_, source), 9)]
+    a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).bfloat16() for _ in range(2))
+    products = [2 * sizes.matrix**3 / seconds / 1e12 for seconds in bench.times(partial(torch.matmul, a, b), 9)]
+    bench.copy = bench.add("copy", "-", 0, 1, copies, "TB/s") * 1e12
+    bench.matrix = bench.add("matrix product", "bfloat16", sizes.matrix, 1, products, "TF/s") * 1e12
+
+
+class Loaded:
+    """A model of random weights in one encoding, and an engine of it."""
+
+    def __init__(self, bench: Bench, encoding: str, **engine: object) -> None:
+        sizes, begun = bench.sizes, time.monotonic()
+        self.bench, self.encoding = bench, encoding
+        self.checkpoint = RandomCheckpoint(bench.config, encoding, bench.device)
+        self.model = random_model(self.checkpoint, bench.config)
+        room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
+        self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
+        bench.wait()
+        taken = torch.cuda.memory_allocated() / 1e9 if bench.device.type == "cuda" else 0.0
+        print(
+            f"  [{encoding}: made in {time.monotonic() - begun:.1f} s; {self.weight_bytes / 1e9:.2f} GB are read for a "
+            f"token; {taken:.1f} GB of the card are taken]",
+            flush=True,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrices that a token's way through the decoder and its head reads."""
+        names = ("language_model.layers.", "lm_head.")
+        return sum(info.nbytes for name, info in self.checkpoint.tensors.items() if name.startswith(names))
+
+    def decode_limit(self, batch: int, context: int) -> float:
+        """Tokens a second that memory allows."""
+        read = self.weight_bytes + batch * context * self.bench.config.text.kv_numbers_per_token * 2
+        return batch * self.bench.copy / read
+
+    def prefill_limit(self, tokens: int) -> float:
+        """Tokens a second that the matrix units allow: two operations a weight, and the causal half of attention."""
+        text = self.bench.config.text
+        attention = 2 * text.num_layers * text.num_heads * text.head_dim * tokens
+        return self.bench.matrix / (2 * self.model.multiplications_per_token + attention)
+
+
+@contextmanager
+def loaded(bench: Bench, encoding: str, **engine: object) -> Iterator[Loaded]:
+    """Nothing of it is left in memory afterwards."""
+    one = Loaded(bench, encoding, **engine)
+    try:
+        yield one
+    finally:
+        one.__dict__.clear()
+        del one
+        bench.free()
+
+
+def text(length: int) -> tuple[int, ...]:
+    """Random tokens: no two prompts begin alike."""
+    return tuple(random.choices(range(20, SPOKEN), k=length))
+
+
+def step(engine: Engine) -> list[Event]:
+    """One step's events; a request that failed raises what it failed with."""
+    events = engine.step()
+    for event in events:
+        if isinstance(event, Failure):
+            raise event.error
+    return events
+
+
+def steps(engine: Engine) -> Iterator[Event]:
+    """The events of all that runs and waits, to its end."""
+    while engine.busy:
+        yield from step(engine)
+
+
+def leave(engine: Engine, ids: list[int]) -> None:
+    """Nothing of the requests is left under way."""
+    for request_id in ids:
+        engine.cancel(request_id)
+    while engine.busy:
+        engine.step()
+
+
+def decode_rates(one: Loaded, batch: int, context: int) -> list[float]:
+    """Tokens a second of each round, while `batch` requests decode after `context` tokens."""
+    engine, rounds = one.engine, one.bench.sizes.rounds
+    most = engine.max_length - context
+    ids = [engine.submit(Request(text(context), most)) for _ in range(batch)]
+    begun: set[int] = set()
+    try:
+        while len(begun) < batch:
+            begun |= {event.request_id for event in step(engine)}
+        for _ in range(WARM_STEPS):
+            before = time.perf_counter()
+            step(engine)
+        steps = max(1, min(MOST_STEPS, int(ROUND_SECONDS / (time.perf_counter() - before))))
+        rates = []
+        for _ in range(rounds):
+            before, tokens = time.perf_counter(), 0
+            for _ in range(steps):
+                tokens += len(step(engine))
+            rates.append(tokens / (time.perf_counter() - before))
+        return rates
+    finally:
+        leave(engine, ids)
+
+
+def first_token(one: Loaded, request: Request) -> float:
+    """Seconds until the first token is there."""
+    one.bench.wait()
+    begun = time.perf_counter()
+    one.engine.submit(request)
+    while not step(one.engine):
+        pass
+    seconds = time.perf_counter() - begun
+    assert not list(steps(one.engine)), "one token was asked for"
+    return seconds
+
+
+def first_tokens(one: Loaded, make: Callable[[], Request]) -> list[float]:
+    return [first_token(one, make()) for _ in range(one.bench.sizes.rounds + 1)][1:]
+
+
+def decode(one: Loaded) -> None:
+    bench, sizes = one.bench, one.bench.sizes
+
+    def row(batch: int, context: int, share: float) -> None:
+        limit, single = one.decode_limit(batch, context), bench.found("decode", one.encoding, 1, sizes.short)
+        asked: tuple = (share * limit, f"{share:.0%} of the limit") if share else ()
+        if batch == sizes.batch and single:
+            asked = 40 * single, "40 x one request"
+        bench.add("decode", one.encoding, context, batch, decode_rates(one, batch, context), "tok/s", limit, *asked)
+
+    for batch, context, share in (
+        (1, sizes.short, 0.70),
+        (sizes.few, sizes.shared, 0.0),
+        (sizes.batch, sizes.shared, 0.0),
+        (1, sizes.long, 0.65),
+    ):
+        bench.measure(f"decode {one.encoding}, {batch} x {context}", partial(row, batch, context, share))
+
+
+def prefill(one: Loaded) -> None:
+    bench, tokens = one.bench, one.bench.sizes.prompt
+    seconds = first_tokens(one, lambda: Request(text(tokens), 1))
+    limit, plain = one.prefill_limit(tokens), bench.found("prefill", "bfloat16", 1)
+    asked: tuple = (0.65 * limit, "65% of the limit")
+    if one.encoding != "bfloat16":
+        asked = () if plain is None else (0.8 * plain, "0.8 of bfloat16")
+    bench.add("prefill", one.encoding, tokens, 1, [tokens / s for s in seconds], "tok/s", limit, *asked)
+
+
+def pictures(bench: Bench, count: int) -> list[torch.Tensor]:
+    side = bench.sizes.side * 16
+    return [torch.randn(3, side, side) for _ in range(count)]
+
+
+def tower_operations(config: ModelConfig, patches: int) -> float:
+    """Of one picture: the tower's matrices, its attention without order, and the projector."""
+    tower, hidden = config.vision, config.text.hidden_size
+    width, inner = tower.hidden_size, tower.intermediate_size
+    layer = 2 * (4 * width * width + 3 * width * inner) + 4 * patches * width
+    return patches * (tower.num_layers * layer + 2 * (width * hidden + hidden * hidden))
+
+
+@torch.inference_mode()
+def tower(one: Loaded) -> None:
+    bench, sizes = one.bench, one.bench.sizes
+    for count in (sizes.pictures, 1):
+        pixels = [each.to(bench.device, torch.bfloat16) for each in pictures(bench, count)]
+        together = getattr(one.model, "encode_images", None)
+
+        def encode(pixels=pixels, together=together) -> None:
+            if together is not None:
+                together(pixels)
+            else:
+                for each in pixels:
+                    one.model.encode_image(each)
+
+        limit = 1e3 * tower_operations(bench.config, sizes.side**2) / bench.matrix
+        asked = (limit / 0.40, "40% of the limit") if count > 1 else ()
+        each_ms = [1e3 * seconds / count for seconds in bench.times(encode)]
+        bench.add("tower, each picture", "bfloat16", sizes.side**2, count, each_ms, "ms", limit, *asked)
+
+
+def picture_prompt(one: Loaded) -> None:
+    """The first token after a picture that nobody has shown before, against the tower and as long a text alone."""
+    bench, side = one.bench, one.bench.sizes.side
+    ids = tuple(([IMAGE] * side + [BREAK]) * side)
+
+    def asked() -> Request:
+        [pixels] = pictures(bench, 1)
+        key = hashlib.sha256(random.randbytes(16)).digest()
+        return Request(ids, 1, images=(ImageInput(key, side * side, lambda: pixels),))
+
+    texts = statistics.median(first_tokens(one, lambda: Request(text(len(ids)), 1)))
+    alone = bench.found("tower, each picture", "bfloat16", 1)
+    limit = None if alone is None else alone + 1e3 * texts
+    more = () if limit is None else (1.15 * limit, "tower + prefill + 15%")
+    seconds = first_tokens(one, asked)
+    bench.add("first token of a picture", one.encoding, len(ids), 1, [1e3 * s for s in seconds], "ms", limit, *more)
+
+
+def serve(one: Loaded) -> None:
+    """The same engine behind `pixtral serve`'s application, asked by another process."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from support.serving import serving
+
+    from pixtral_cli.api import Pixtral
+    from pixtral_cli.server.service import Service
+    from pixtral_cli.source import Source
+
+    bench, sizes = one.bench, one.bench.sizes
+    model = Pixtral(Source.open("tiny"), one.checkpoint.placement, one.engine, 0.0)
+    client = Path(__file__).with_name("http_streams.py")
+    rates = []
+    try:
+        with serving(Service(model, ("x",))) as server:
+            port = server.url.rpartition(":")[2]
+            figures = [port, sizes.batch, sizes.answer, sizes.shared, SPOKEN]
+            for _ in range(3):
+                command = [sys.executable, str(client), *map(str, figures)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                if done.returncode:
+                    raise RuntimeError(done.stderr.strip()[-300:])
+                rates.append(json.loads(done.stdout)["rate"])
+    finally:
+        model.driver.stop(5.0)
+    engine = bench.found("decode", one.encoding, sizes.batch, sizes.shared)
+    asked = (engine, 0.8 * engine, "80% of the engine") if engine else ()
+    bench.add("serve", one.encoding, sizes.shared, sizes.batch, rates[1:], "tok/s", *asked)
+
+
+def packed(bench: Bench, encoding: str) -> None:
+    """All that is measured with packed weights."""
+    sizes, plain = bench.sizes, bench.found("decode", "bfloat16", 1, bench.sizes.short)
+    times = 1.5 if encoding in ("q4_k", "q4_0") else 1.2
+
+    def row(one: Loaded, batch: int) -> None:
+        single = bench.found("decode", encoding, 1, sizes.short)
+        base, factor, what = (plain, times, "bfloat16") if batch == 1 else (single, 6, "one request")
+        asked = () if base is None else (factor * base, f"{factor:g} x {what}")
+        rates = decode_rates(one, batch, sizes.short)
+        bench.add("decode", encoding, sizes.short, batch, rates, "tok/s", one.decode_limit(batch, sizes.short), *asked)
+
+    with loaded(bench, encoding) as one:
+        bench.measure(f"decode {encoding}, 1", partial(row, one, 1))
+        if encoding == "q4_k":
+            bench.measure(f"decode {encoding}, {sizes.few}", partial(row, one, sizes.few))
+            bench.measure(f"prefill {encoding}", partial(prefill, one))
+
+
+def kv(bench: Bench) -> None:
+    """How far logits are from those of a bfloat16 cache, when keys and values are kept in fp8."""
+    name = next((name for name in ("kv_cache_dtype", "kv_dtype") if name in inspect.signature(Engine).parameters), None)
+    if name is None:
+        raise NotImplementedError("the engine keeps keys and values in one way only")
+    vocabulary, tokens = bench.config.text.vocab_size, min(bench.sizes.prompt, 96)
+    checkpoint = RandomCheckpoint(bench.config, "bfloat16", bench.device)
+    model, ids = random_model(checkpoint, bench.config), text(tokens)
+    logits = []
+    for kind in ("auto", "fp8"):
+        engine = Engine(model, 4 * PAGE + tokens, **{name: kind})
+        engine.submit(Request(ids, 0, prompt_logprobs=vocabulary))
+        scores = [part for event in steps(engine) for part in event.prompt_scores]
+        logprobs = torch.cat(
+            [torch.zeros_like(s.best_logprobs).scatter(1, s.best_ids, s.best_logprobs) for s in scores]
+        )
+        spoken = logprobs[:, :SPOKEN]
+        logits.append(spoken - spoken.mean(1, keepdim=True))
+    plain, narrow = logits
+    error = (narrow - plain).norm(dim=1) / plain.norm(dim=1)
+    bench.add("logits with fp8 keys and values", "bfloat16", tokens, 1, error.tolist(), "error")
+
+
+def transformers(bench: Bench) -> None:
+    """Its own model of the same sizes, greedy: the time between a short and a longer answer, prefill left out."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {**SHAPES[bench.shape][0]}
+    rope = {"rope_theta": sizes.pop("rope_theta"), "rope_type": "default"}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with bench.device:
+            model = MistralForCausalLM(MistralConfig(**sizes, rope_parameters=rope, dtype="bfloat16")).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+
+    def seconds(batch: int, context: int, tokens: int) -> float:
+        ids = torch.tensor([text(context) for _ in range(batch)], device=bench.device)
+        bench.wait()
+        begun = time.perf_counter()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        bench.wait()
+        return time.perf_counter() - begun
+
+    def row(batch: int, context: int, times: int) -> None:
+        seconds(batch, context, 2)
+        pairs = [(seconds(batch, context, 2), seconds(batch, context, 14)) for _ in range(min(3, bench.sizes.rounds))]
+        rates = [12 * batch / max(long - short, 1e-9) for short, long in pairs]
+        theirs = bench.add("decode by transformers", "bfloat16", context, batch, rates)
+        if ours := bench.found("decode", "bfloat16", batch, context):
+            ratio = "times transformers", "bfloat16", context, batch, [ours / theirs], "x"
+            bench.add(*ratio, None, times, f"{times} x")
+
+    with torch.inference_mode():
+        for batch, context, times in ((1, bench.sizes.short, 10), (bench.sizes.batch, bench.sizes.shared, 6)):
+            bench.measure(f"transformers, {batch} x {context}", partial(row, batch, context, times))
+
+
+def plain(bench: Bench, parts: list[str]) -> None:
+    """All that is measured with bfloat16 weights."""
+    with loaded(bench, "bfloat16") as one:
+        if "decode" in parts:
+            decode(one)
+        if "prefill" in parts:
+            bench.measure("prefill bfloat16", lambda: prefill(one))
+        if "tower" in parts:
+            bench.measure("tower", lambda: tower(one))
+            bench.measure("first token of a picture", lambda: picture_prompt(one))
+        if "serve" in parts:
+            bench.measure("serve", lambda: serve(one))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--encodings", default=",".join(PACKED), help="packed ones to measure")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--seconds", type=float, default=600, help="nothing begins after so many")
+    parser.add_argument("--shape", choices=SHAPES, default="nemo")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    bench, parts = Bench(options), options.only.split(",")
+    random.seed(0)
+    torch.manual_seed(0)
+    print(f"{bench.card}, torch {torch.__version__}, {today()}, shape {options.shape}", flush=True)
+    bench.measure("ceilings", lambda: ceilings(bench))
+    if {"decode", "prefill", "tower", "serve"} & set(parts):
+        bench.measure("bfloat16", lambda: plain(bench, parts))
+    for encoding in options.encodings.split(",") if "packed" in parts else ():
+        bench.measure(encoding, partial(packed, bench, encoding))
+    if "kv" in parts:
+        bench.measure("fp8 keys and values", lambda: kv(bench))
+    if "transformers" in parts:
+        bench.measure("transformers", lambda: transformers(bench))
+    bench.write()
+    missed = [row for row in bench.rows if row.reached is False]
+    print(f"{len(bench.rows)} rows, {len(missed)} below what is asked, {len(bench.skipped)} left out or failed")
+
+
+if __name__ == "__main__":
+    main()
