@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import inspect
 import json
 import random
 import statistics
@@ -42,7 +41,7 @@ from pixtral_cli.model.kv_cache import PAGE
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
 PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
 IMAGE, BREAK = 10, 12
-WARM_STEPS = 8
+WARM_STEPS, WARM_SECONDS = 8, 2.0
 ROUND_SECONDS, MOST_STEPS = 0.4, 40  # of a round of decoding; a step that takes longer is a round by itself
 
 
@@ -101,7 +100,7 @@ class Bench:
     """The card, its ceilings, the rows so far and the time that is left."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = torch.device(options.device)
+        self.device = torch.device(options.device, 0)
         self.sizes = TINY_SIZES if options.shape == "tiny" else Sizes(rounds=3 if options.quick else 5)
         self.config, self.shape, self.quick = config_of(options.shape), options.shape, options.quick
         self.until = time.monotonic() + options.seconds
@@ -225,8 +224,9 @@ class Loaded:
 
     def decode_limit(self, batch: int, context: int) -> float:
         """Tokens a second that memory allows."""
-        read = self.weight_bytes + batch * context * self.bench.config.text.kv_numbers_per_token * 2
-        return batch * self.bench.copy / read
+        text = self.bench.config.text
+        token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 2  # keys and values in bfloat16
+        return batch * self.bench.copy / (self.weight_bytes + batch * context * token)
 
     def prefill_limit(self, tokens: int) -> float:
         """Tokens a second that the matrix units allow: two operations a weight, and the causal half of attention."""
@@ -284,12 +284,15 @@ def decode_rates(one: Loaded, batch: int, context: int) -> list[float]:
     try:
         while len(begun) < batch:
             begun |= {event.request_id for event in step(engine)}
+        warm = time.perf_counter()
         for _ in range(WARM_STEPS):
             before = time.perf_counter()
             step(engine)
-        steps = max(1, min(MOST_STEPS, int(ROUND_SECONDS / (time.perf_counter() - before))))
+            if (last := time.perf_counter()) - warm > WARM_SECONDS:
+                break
+        steps = max(1, min(MOST_STEPS, int(ROUND_SECONDS / (last - before))))
         rates = []
-        for _ in range(rounds):
+        for _ in range(rounds if last - before < 1 else 2):
             before, tokens = time.perf_counter(), 0
             for _ in range(steps):
                 tokens += len(step(engine))
@@ -446,15 +449,12 @@ def packed(bench: Bench, encoding: str) -> None:
 
 def kv(bench: Bench) -> None:
     """How far logits are from those of a bfloat16 cache, when keys and values are kept in fp8."""
-    name = next((name for name in ("kv_cache_dtype", "kv_dtype") if name in inspect.signature(Engine).parameters), None)
-    if name is None:
-        raise NotImplementedError("the engine keeps keys and values in one way only")
     vocabulary, tokens = bench.config.text.vocab_size, min(bench.sizes.prompt, 96)
     checkpoint = RandomCheckpoint(bench.config, "bfloat16", bench.device)
     model, ids = random_model(checkpoint, bench.config), text(tokens)
     logits = []
     for kind in ("auto", "fp8"):
-        engine = Engine(model, 4 * PAGE + tokens, **{name: kind})
+        engine = Engine(model, 4 * PAGE + tokens, kv_cache_dtype=kind)
         engine.submit(Request(ids, 0, prompt_logprobs=vocabulary))
         scores = [part for event in steps(engine) for part in event.prompt_scores]
         logprobs = torch.cat(
@@ -528,7 +528,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--seconds", type=float, default=600, help="nothing begins after so many")
     parser.add_argument("--shape", choices=SHAPES, default="nemo")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
     bench, parts = Bench(options), options.only.split(",")
     random.seed(0)
