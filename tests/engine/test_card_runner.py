@@ -1,4 +1,4 @@
-"""What runs on a GPU, on a CPU: Triton's kernels interpreted, no graph captured, the engine and its runner as they are."""
+"""The runner for GPUs, on a CPU: Triton interpreted, no graph captured, all else as it is."""
 
 import contextlib
 import os
