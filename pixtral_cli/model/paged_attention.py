@@ -32,8 +32,7 @@ HIGHEST = tl.constexpr(HIGHEST_EXPONENT)
 class Blocks(NamedTuple):
     """How one kernel cuts its work: query rows and keys of one step of its loop, warps, Triton's stages.
 
-    A step first loads page numbers, then keys and values. Triton divides the stages among the two: with 2 n + 1 of
-    them, the keys and values of n later steps are under way.
+    With n stages the keys and values of n - 1 later steps are under way.
     """
 
     rows: int
@@ -135,7 +134,10 @@ def _as_read(x, CODES: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _slots(pages, tokens, seen):
-    """tokens [L] of the sequence whose pages lie at `pages` -> slots, int64 [L]."""
+    """tokens [L] of the sequence whose pages lie at `pages` -> slots, int64 [L].
+
+    Loops ask for those of the next step: Triton makes loads wait for their addresses, and keys are then under way.
+    """
     page = tl.load(pages + tokens // PAGE_TOKENS, mask=seen, other=0)
     return page.to(tl.int64) * PAGE_TOKENS + tokens % PAGE_TOKENS
 
@@ -159,14 +161,13 @@ def _read(
 
 @triton.jit
 def _mix_block(
-    q, pages, tokens, loaded, seen, peak, total, mixed, scale, keys, values, key_exponents, value_exponents, head, dims,
+    q, slots, loaded, seen, peak, total, mixed, scale, keys, values, key_exponents, value_exponents, head, dims,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax: q [R, DP] sees those of `tokens` [L] that `seen` [R or 1, L] says.
+    """One step of the running softmax: q [R, DP] sees those of the tokens in `slots` [L] that `seen` [R or 1, L] says.
 
     peak and total [R]: the highest score until now and the sum of weights; mixed [R, DP]: the sum of weighted values.
     """
-    slots = _slots(pages, tokens, loaded)
     k = _read(keys, key_exponents, slots, loaded, head, dims, q.dtype, K, D, DP, MASKED, CODES, NATIVE)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
@@ -297,15 +298,19 @@ def _decode(
         first = 0
         if WINDOWED:
             first = tl.maximum(position + 1 - window, 0) // BLOCK
+        tokens = (first + at - pair) * BLOCK + tl.arange(0, BLOCK)
+        slots = _slots(pages, tokens, tokens < position)
         for block in range(first + at - pair, first + until - pair):
             tokens = block * BLOCK + tl.arange(0, BLOCK)
+            later = _slots(pages, tokens + BLOCK, tokens + BLOCK < position)
             seen = tokens < position
             if WINDOWED:
                 seen = seen & (tokens > position - window)
             peak, total, mixed = _mix_block(
-                queries, pages, tokens, seen, seen[None, :], peak, total, mixed, scale,
+                queries, slots, seen, seen[None, :], peak, total, mixed, scale,
                 keys, values, key_exponents, value_exponents, head, dims, K, D, DP, True, CODES, NATIVE,
             )  # fmt: skip
+            slots = later
 
         at_out = out + (b * K + head).to(tl.int64) * (G * D)
         offsets = group[:, None] * D + dims[None, :]
@@ -367,7 +372,7 @@ def _join(
 def decode_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
     if dtype == torch.float32:
         return Blocks(16, 32, 4, 2)
-    return _fitting(Blocks(16, 64, 4, 5), dtype, dim, shared // PROGRAMS_PER_PROCESSOR)
+    return _fitting(Blocks(16, 64, 4, 3), dtype, dim, shared // PROGRAMS_PER_PROCESSOR)
 
 
 def decode(
@@ -405,15 +410,19 @@ def _look_back(
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over the tokens from `begin` up to `stop`, in blocks; none from `end` on exists."""
+    tokens = begin + tl.arange(0, BLOCK)
+    slots = _slots(pages, tokens, tokens < end)
     for at in range(begin, stop, BLOCK):
         tokens = at + tl.arange(0, BLOCK)
+        later = _slots(pages, tokens + BLOCK, tokens + BLOCK < end)
         seen = tokens[None, :] <= positions[:, None]
         if WINDOWED:
             seen = seen & (tokens[None, :] > positions[:, None] - window)
         peak, total, mixed = _mix_block(
-            q, pages, tokens, tokens < end, seen, peak, total, mixed, scale,
+            q, slots, tokens < end, seen, peak, total, mixed, scale,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, MASKED, CODES, NATIVE,
         )  # fmt: skip
+        slots = later
     return peak, total, mixed
 
 
@@ -483,7 +492,7 @@ def _prefill(
 def prefill_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 1)
-    return _fitting(Blocks(128, 64, 8, 3), dtype, dim, shared)
+    return _fitting(Blocks(128, 64, 8, 2), dtype, dim, shared)
 
 
 def prefill(
@@ -519,9 +528,9 @@ def _power(size: int) -> int:
 def _fitting(blocks: Blocks, dtype: torch.dtype, dim: int, shared: int) -> Blocks:
     """The same with fewer loads under way, then fewer keys, until one program's tiles fit `shared` bytes."""
     row = _power(dim) * dtype.itemsize
-    while row * (blocks.rows + 2 * blocks.keys * (blocks.stages // 2 + 1)) > shared and blocks.keys > 16:
-        if blocks.stages > 3:
-            blocks = blocks._replace(stages=blocks.stages - 2)
+    while row * (blocks.rows + 2 * blocks.keys * blocks.stages) > shared and blocks.keys > 16:
+        if blocks.stages > 2:
+            blocks = blocks._replace(stages=blocks.stages - 1)
         else:
             blocks = blocks._replace(keys=blocks.keys // 2)
     return blocks
