@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import markdown
+
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 KERNELS = ("gpu_packed", "gpu_attention", "gpu_ops", "gpu_load")
@@ -48,18 +50,22 @@ def main() -> int:
         print(why, file=sys.stderr)
         return 2
     found: dict[str, Any] = {"tests": None, "rows": [], "left_out": []}
-    try:
-        if "tests" in parts:
-            found["tests"] = run_tests(options.seconds * TESTS_SHARE)
-        if "model" in parts:
-            left = options.seconds - (time.monotonic() - begun)
-            found |= run_model(left, options.device, options.model.split())
-        if options.kernels:
-            found["kernels"] = {name: run_kernels(name) for name in KERNELS}
-    finally:
+
+    def write() -> None:
         found["seconds"] = round(time.monotonic() - begun, 1)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+
+    if "tests" in parts:
+        found["tests"] = run_tests(options.seconds * TESTS_SHARE)
+        write()
+    if "model" in parts:
+        left = options.seconds - (time.monotonic() - begun)
+        found |= run_model(left, options.device, options.model.split())
+        write()
+    if options.kernels:
+        found["kernels"] = {name: run_kernels(name) for name in KERNELS}
+        write()
+    print(summary(found))
     tests = found["tests"]
     return int(tests is not None and not tests["passes"])
 
@@ -144,29 +150,14 @@ def run_kernels(name: str) -> str:
     return output if code == 0 else f"{output}\n(exit {code})"
 
 
-def table(found: Mapping[str, Any]) -> str:
-    lines = []
-    if rows := found["rows"]:
-        first = rows[0]
-        lines += ["", f"{first['card']}, torch {first['torch']}, {first['date']}"]
-        lines += ["| work | encoding | tokens | batch | measured | limit | asked | |", "| --- " * 8 + "|"]
-        lines += [line(row) for row in rows]
-    lines += [f"left out: {what}" for what in found["left_out"]]
+def summary(found: Mapping[str, Any]) -> str:
+    lines = ["", markdown(found)] if found["rows"] or found["left_out"] else []
     lines += [f"\n{name}\n{text}" for name, text in found.get("kernels", {}).items()]
     if (tests := found["tests"]) is not None:
         counts = f"{tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped"
         lines.append(f"tests: {counts} in {tests['seconds']} s" + ("" if tests["ended"] else "; cut off, out of time"))
-        lines += [f"  failed: {name}" for name in tests["failed"]]
+        lines += [f"- failed: {name}" for name in tests["failed"]]
     return "\n".join([*lines, f"{found['seconds']} s in all"])
-
-
-def line(row: Mapping[str, Any]) -> str:
-    limit = "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%} of {row['limit']:,.4g}"
-    asked = "" if row["asked"] is None else f"{row['asked']:,.4g} ({row['asked_as']})"
-    verdict = {None: "", True: "reached", False: "**not reached**"}[row["reached"]]
-    measured = f"{row['ours']:,.4g} {row['unit']} ({row['low']:,.4g} to {row['high']:,.4g})"
-    columns = row["work"], row["encoding"], row["tokens"], row["batch"], measured, limit, asked, verdict
-    return "| " + " | ".join(map(str, columns)) + " |"
 
 
 if __name__ == "__main__":

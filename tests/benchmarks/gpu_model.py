@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import inspect
 import json
 import random
 import statistics
@@ -26,12 +25,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from measured import Table, today
 from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_model
 
 from pixtral_cli.engine.engine import Engine
@@ -42,7 +41,7 @@ from pixtral_cli.model.kv_cache import PAGE
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
 PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
 IMAGE, BREAK = 10, 12
-WARM_STEPS = 8
+WARM_STEPS, WARM_SECONDS = 8, 2.0
 ROUND_SECONDS, MOST_STEPS = 0.4, 40  # of a round of decoding; a step that takes longer is a round by itself
 
 
@@ -67,110 +66,31 @@ class Sizes:
 TINY_SIZES = Sizes(16, 128, 4, 2, 32, 64, 4, 2, 256, 2**22, 32, 2)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: `ours` with its spread, what the card allows, and what is asked of it."""
-
-    work: str
-    encoding: str
-    tokens: int
-    batch: int
-    ours: float
-    low: float
-    high: float
-    unit: str
-    limit: float | None
-    limit_fraction: float | None
-    asked: float | None
-    asked_as: str
-    reached: bool | None
-    card: str
-    torch: str
-    date: str
-
-    def __str__(self) -> str:
-        share = "" if self.limit_fraction is None else f"{self.limit_fraction:6.1%} of {self.limit:,.4g}"
-        verdict = {None: "", True: "reached", False: "NOT reached"}[self.reached]
-        asked = "" if self.asked is None else f"asked {self.asked:,.4g} ({self.asked_as}): {verdict}"
-        spread = f"({self.low:,.4g} to {self.high:,.4g})"
-        name = f"{self.work} {self.encoding}, {self.batch} x {self.tokens}"
-        return f"{name:44} {self.ours:>9,.5g} {self.unit} {spread:20} {share:22} {asked}"
-
-
 class Bench:
-    """The card, its ceilings, the rows so far and the time that is left."""
+    """The card, its ceilings, the table so far and the time that is left."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = torch.device(options.device)
+        self.device = torch.device(options.device, 0)
+        self.on_card = self.device.type == "cuda"
         self.sizes = TINY_SIZES if options.shape == "tiny" else Sizes(rounds=3 if options.quick else 5)
-        self.config, self.shape, self.quick = config_of(options.shape), options.shape, options.quick
+        self.config, self.shape = config_of(options.shape), options.shape
         self.until = time.monotonic() + options.seconds
-        self.path = options.json
-        self.card = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        self.rows: list[Row] = []
+        card = torch.cuda.get_device_name() if self.on_card else "cpu"
+        self.table = Table(options.json, card, torch.__version__)
         self.copy = self.matrix = float("nan")
-        self.skipped: list[str] = []
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def measure(self, what: str, work: Callable[[], object]) -> None:
         """Run it if time is left; whatever goes wrong is a line."""
-        if time.monotonic() > self.until:
-            self.skipped.append(what)
-            print(f"left out, no time left: {what}", flush=True)
-            return
         begun = time.monotonic()
+        if begun > self.until:
+            self.table.leave_out(what, "no time left")
+            return
         try:
             work()
         except Exception as error:  # noqa: BLE001  the others are measured all the same
-            self.skipped.append(what)
-            print(f"FAILED: {what}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+            self.table.leave_out(what, f"{type(error).__name__}: {str(error).strip()[:300]}")
         self.free()
         print(f"  [{what}: {time.monotonic() - begun:.1f} s]", flush=True)
-
-    def free(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def add(
-        self,
-        work: str,
-        encoding: str,
-        tokens: int,
-        batch: int,
-        values: list[float],
-        unit: str = "tok/s",
-        limit: float | None = None,
-        asked: float | None = None,
-        asked_as: str = "",
-    ) -> float:
-        """Note a row -> its median. A unit that is a time is better when it is less."""
-        ours, less = statistics.median(values), unit in ("ms", "error")
-        fraction = None if limit is None else (limit / ours if less else ours / limit)
-        reached = None if asked is None else (ours <= asked if less else ours >= asked)
-        row = Row(
-            work, encoding, tokens, batch, ours, min(values), max(values), unit, limit, fraction, asked, asked_as,
-            reached, self.card, torch.__version__, today(),
-        )  # fmt: skip
-        self.rows.append(row)
-        print(row, flush=True)
-        self.write()
-        return ours
-
-    def write(self) -> None:
-        if self.path is not None:
-            found = {"rows": [asdict(row) for row in self.rows], "left_out": self.skipped}
-            self.path.write_text(json.dumps(found, indent=1) + "\n")
-
-    def found(self, work: str, encoding: str, batch: int, tokens: int | None = None) -> float | None:
-        """The median of an earlier row."""
-        for row in self.rows:
-            if (row.work, row.encoding, row.batch) == (work, encoding, batch) and tokens in (None, row.tokens):
-                return row.ours
-        return None
 
     def times(self, work: Callable[[], object], rounds: int | None = None) -> list[float]:
         """Seconds of each round, after one that is not counted."""
@@ -183,9 +103,14 @@ class Bench:
             found.append(time.perf_counter() - begun)
         return found[1:]
 
+    def wait(self) -> None:
+        if self.on_card:
+            torch.cuda.synchronize()
 
-def today() -> str:
-    return datetime.now(UTC).date().isoformat()
+    def free(self) -> None:
+        gc.collect()
+        if self.on_card:
+            torch.cuda.empty_cache()
 
 
 def ceilings(bench: Bench) -> None:
@@ -195,8 +120,8 @@ def ceilings(bench: Bench) -> None:
     copies = [2 * sizes.copy / seconds / 1e12 for seconds in bench.times(partial(target.copy_, source), 9)]
     a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).bfloat16() for _ in range(2))
     products = [2 * sizes.matrix**3 / seconds / 1e12 for seconds in bench.times(partial(torch.matmul, a, b), 9)]
-    bench.copy = bench.add("copy", "-", 0, 1, copies, "TB/s") * 1e12
-    bench.matrix = bench.add("matrix product", "bfloat16", sizes.matrix, 1, products, "TF/s") * 1e12
+    bench.copy = bench.table.add("copy", "-", 0, 1, copies, "TB/s") * 1e12
+    bench.matrix = bench.table.add("matrix product", "bfloat16", sizes.matrix, 1, products, "TF/s") * 1e12
 
 
 class Loaded:
@@ -210,7 +135,7 @@ class Loaded:
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
         self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
         bench.wait()
-        taken = torch.cuda.memory_allocated() / 1e9 if bench.device.type == "cuda" else 0.0
+        taken = torch.cuda.memory_allocated() / 1e9 if bench.on_card else 0.0
         print(
             f"  [{encoding}: made in {time.monotonic() - begun:.1f} s; {self.weight_bytes / 1e9:.2f} GB are read for a "
             f"token; {taken:.1f} GB of the card are taken]",
@@ -225,8 +150,9 @@ class Loaded:
 
     def decode_limit(self, batch: int, context: int) -> float:
         """Tokens a second that memory allows."""
-        read = self.weight_bytes + batch * context * self.bench.config.text.kv_numbers_per_token * 2
-        return batch * self.bench.copy / read
+        text = self.bench.config.text
+        token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 2  # keys and values in bfloat16
+        return batch * self.bench.copy / (self.weight_bytes + batch * context * token)
 
     def prefill_limit(self, tokens: int) -> float:
         """Tokens a second that the matrix units allow: two operations a weight, and the causal half of attention."""
@@ -284,12 +210,15 @@ def decode_rates(one: Loaded, batch: int, context: int) -> list[float]:
     try:
         while len(begun) < batch:
             begun |= {event.request_id for event in step(engine)}
+        warm = time.perf_counter()
         for _ in range(WARM_STEPS):
             before = time.perf_counter()
             step(engine)
-        steps = max(1, min(MOST_STEPS, int(ROUND_SECONDS / (time.perf_counter() - before))))
+            if (last := time.perf_counter()) - warm > WARM_SECONDS:
+                break
+        steps = max(1, min(MOST_STEPS, int(ROUND_SECONDS / (last - before))))
         rates = []
-        for _ in range(rounds):
+        for _ in range(rounds if last - before < 1 else 2):
             before, tokens = time.perf_counter(), 0
             for _ in range(steps):
                 tokens += len(step(engine))
@@ -316,32 +245,33 @@ def first_tokens(one: Loaded, make: Callable[[], Request]) -> list[float]:
 
 
 def decode(one: Loaded) -> None:
-    bench, sizes = one.bench, one.bench.sizes
+    bench, sizes, table = one.bench, one.bench.sizes, one.bench.table
 
-    def row(batch: int, context: int, share: float) -> None:
-        limit, single = one.decode_limit(batch, context), bench.found("decode", one.encoding, 1, sizes.short)
-        asked: tuple = (share * limit, f"{share:.0%} of the limit") if share else ()
+    def row(batch: int, context: int, share: float | None) -> None:
+        limit, single = one.decode_limit(batch, context), table.found("decode", one.encoding, sizes.short, 1)
+        asked = None if share is None else (share * limit, f"{share:.0%} of the limit")
         if batch == sizes.batch and single:
             asked = 40 * single, "40 x one request"
-        bench.add("decode", one.encoding, context, batch, decode_rates(one, batch, context), "tok/s", limit, *asked)
+        rates = decode_rates(one, batch, context)
+        table.add("decode", one.encoding, context, batch, rates, "tok/s", limit, asked)
 
     for batch, context, share in (
         (1, sizes.short, 0.70),
-        (sizes.few, sizes.shared, 0.0),
-        (sizes.batch, sizes.shared, 0.0),
+        (sizes.few, sizes.shared, None),
+        (sizes.batch, sizes.shared, None),
         (1, sizes.long, 0.65),
     ):
         bench.measure(f"decode {one.encoding}, {batch} x {context}", partial(row, batch, context, share))
 
 
 def prefill(one: Loaded) -> None:
-    bench, tokens = one.bench, one.bench.sizes.prompt
-    seconds = first_tokens(one, lambda: Request(text(tokens), 1))
-    limit, plain = one.prefill_limit(tokens), bench.found("prefill", "bfloat16", 1)
-    asked: tuple = (0.65 * limit, "65% of the limit")
+    table, tokens = one.bench.table, one.bench.sizes.prompt
+    rates = [tokens / seconds for seconds in first_tokens(one, lambda: Request(text(tokens), 1))]
+    limit, plain = one.prefill_limit(tokens), table.found("prefill", "bfloat16", tokens, 1)
+    asked = 0.65 * limit, "65% of the limit"
     if one.encoding != "bfloat16":
-        asked = () if plain is None else (0.8 * plain, "0.8 of bfloat16")
-    bench.add("prefill", one.encoding, tokens, 1, [tokens / s for s in seconds], "tok/s", limit, *asked)
+        asked = (0.8 * plain, "0.8 of bfloat16") if plain else None
+    table.add("prefill", one.encoding, tokens, 1, rates, "tok/s", limit, asked)
 
 
 def pictures(bench: Bench, count: int) -> list[torch.Tensor]:
@@ -372,9 +302,9 @@ def tower(one: Loaded) -> None:
                     one.model.encode_image(each)
 
         limit = 1e3 * tower_operations(bench.config, sizes.side**2) / bench.matrix
-        asked = (limit / 0.40, "40% of the limit") if count > 1 else ()
-        each_ms = [1e3 * seconds / count for seconds in bench.times(encode)]
-        bench.add("tower, each picture", "bfloat16", sizes.side**2, count, each_ms, "ms", limit, *asked)
+        asked = (limit / 0.40, "40% of the limit") if count > 1 else None
+        each = [1e3 * seconds / count for seconds in bench.times(encode)]
+        bench.table.add("tower, each picture", "bfloat16", sizes.side**2, count, each, "ms", limit, asked)
 
 
 def picture_prompt(one: Loaded) -> None:
@@ -382,17 +312,17 @@ def picture_prompt(one: Loaded) -> None:
     bench, side = one.bench, one.bench.sizes.side
     ids = tuple(([IMAGE] * side + [BREAK]) * side)
 
-    def asked() -> Request:
+    def shown() -> Request:
         [pixels] = pictures(bench, 1)
         key = hashlib.sha256(random.randbytes(16)).digest()
         return Request(ids, 1, images=(ImageInput(key, side * side, lambda: pixels),))
 
-    texts = statistics.median(first_tokens(one, lambda: Request(text(len(ids)), 1)))
-    alone = bench.found("tower, each picture", "bfloat16", 1)
-    limit = None if alone is None else alone + 1e3 * texts
-    more = () if limit is None else (1.15 * limit, "tower + prefill + 15%")
-    seconds = first_tokens(one, asked)
-    bench.add("first token of a picture", one.encoding, len(ids), 1, [1e3 * s for s in seconds], "ms", limit, *more)
+    words = 1e3 * statistics.median(first_tokens(one, lambda: Request(text(len(ids)), 1)))
+    alone = bench.table.found("tower, each picture", "bfloat16", side * side, 1)
+    limit = alone + words if alone else None
+    asked = (1.15 * limit, "tower + prefill + 15%") if limit else None
+    times = [1e3 * seconds for seconds in first_tokens(one, shown)]
+    bench.table.add("first token of a picture", one.encoding, len(ids), 1, times, "ms", limit, asked)
 
 
 def serve(one: Loaded) -> None:
@@ -420,22 +350,20 @@ def serve(one: Loaded) -> None:
                 rates.append(json.loads(done.stdout)["rate"])
     finally:
         model.driver.stop(5.0)
-    engine = bench.found("decode", one.encoding, sizes.batch, sizes.shared)
-    asked = (engine, 0.8 * engine, "80% of the engine") if engine else ()
-    bench.add("serve", one.encoding, sizes.shared, sizes.batch, rates[1:], "tok/s", *asked)
+    engine = bench.table.found("decode", one.encoding, sizes.shared, sizes.batch)
+    asked = (0.8 * engine, "80% of the engine") if engine else None
+    bench.table.add("serve", one.encoding, sizes.shared, sizes.batch, rates[1:], "tok/s", engine, asked)
 
 
 def packed(bench: Bench, encoding: str) -> None:
     """All that is measured with packed weights."""
-    sizes, plain = bench.sizes, bench.found("decode", "bfloat16", 1, bench.sizes.short)
-    times = 1.5 if encoding in ("q4_k", "q4_0") else 1.2
+    sizes, table = bench.sizes, bench.table
 
     def row(one: Loaded, batch: int) -> None:
-        single = bench.found("decode", encoding, 1, sizes.short)
-        base, factor, what = (plain, times, "bfloat16") if batch == 1 else (single, 6, "one request")
-        asked = () if base is None else (factor * base, f"{factor:g} x {what}")
-        rates = decode_rates(one, batch, sizes.short)
-        bench.add("decode", encoding, sizes.short, batch, rates, "tok/s", one.decode_limit(batch, sizes.short), *asked)
+        of, times = ("bfloat16", 1.5 if encoding in ("q4_k", "q4_0") else 1.2) if batch == 1 else (encoding, 6)
+        base, limit = table.found("decode", of, sizes.short, 1), one.decode_limit(batch, sizes.short)
+        asked = (times * base, f"{times:g} x one in {of}") if base else None
+        table.add("decode", encoding, sizes.short, batch, decode_rates(one, batch, sizes.short), "tok/s", limit, asked)
 
     with loaded(bench, encoding) as one:
         bench.measure(f"decode {encoding}, 1", partial(row, one, 1))
@@ -446,15 +374,12 @@ def packed(bench: Bench, encoding: str) -> None:
 
 def kv(bench: Bench) -> None:
     """How far logits are from those of a bfloat16 cache, when keys and values are kept in fp8."""
-    name = next((name for name in ("kv_cache_dtype", "kv_dtype") if name in inspect.signature(Engine).parameters), None)
-    if name is None:
-        raise NotImplementedError("the engine keeps keys and values in one way only")
     vocabulary, tokens = bench.config.text.vocab_size, min(bench.sizes.prompt, 96)
     checkpoint = RandomCheckpoint(bench.config, "bfloat16", bench.device)
     model, ids = random_model(checkpoint, bench.config), text(tokens)
     logits = []
     for kind in ("auto", "fp8"):
-        engine = Engine(model, 4 * PAGE + tokens, **{name: kind})
+        engine = Engine(model, 4 * PAGE + tokens, kv_cache_dtype=kind)
         engine.submit(Request(ids, 0, prompt_logprobs=vocabulary))
         scores = [part for event in steps(engine) for part in event.prompt_scores]
         logprobs = torch.cat(
@@ -464,7 +389,7 @@ def kv(bench: Bench) -> None:
         logits.append(spoken - spoken.mean(1, keepdim=True))
     plain, narrow = logits
     error = (narrow - plain).norm(dim=1) / plain.norm(dim=1)
-    bench.add("logits with fp8 keys and values", "bfloat16", tokens, 1, error.tolist(), "error")
+    bench.table.add("logits with fp8 keys and values", "bfloat16", tokens, 1, error.tolist(), "error")
 
 
 def transformers(bench: Bench) -> None:
@@ -496,10 +421,10 @@ def transformers(bench: Bench) -> None:
         seconds(batch, context, 2)
         pairs = [(seconds(batch, context, 2), seconds(batch, context, 14)) for _ in range(min(3, bench.sizes.rounds))]
         rates = [12 * batch / max(long - short, 1e-9) for short, long in pairs]
-        theirs = bench.add("decode by transformers", "bfloat16", context, batch, rates)
-        if ours := bench.found("decode", "bfloat16", batch, context):
-            ratio = "times transformers", "bfloat16", context, batch, [ours / theirs], "x"
-            bench.add(*ratio, None, times, f"{times} x")
+        theirs = bench.table.add("decode by transformers", "bfloat16", context, batch, rates)
+        if ours := bench.table.found("decode", "bfloat16", context, batch):
+            asked = times, f"{times} x"
+            bench.table.add("times transformers", "bfloat16", context, batch, [ours / theirs], "x", asked=asked)
 
     with torch.inference_mode():
         for batch, context, times in ((1, bench.sizes.short, 10), (bench.sizes.batch, bench.sizes.shared, 6)):
@@ -528,12 +453,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--seconds", type=float, default=600, help="nothing begins after so many")
     parser.add_argument("--shape", choices=SHAPES, default="nemo")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
     bench, parts = Bench(options), options.only.split(",")
     random.seed(0)
     torch.manual_seed(0)
-    print(f"{bench.card}, torch {torch.__version__}, {today()}, shape {options.shape}", flush=True)
+    print(f"{bench.table.card}, torch {torch.__version__}, {today()}, shape {options.shape}", flush=True)
     bench.measure("ceilings", lambda: ceilings(bench))
     if {"decode", "prefill", "tower", "serve"} & set(parts):
         bench.measure("bfloat16", lambda: plain(bench, parts))
@@ -543,9 +468,9 @@ def main() -> None:
         bench.measure("fp8 keys and values", lambda: kv(bench))
     if "transformers" in parts:
         bench.measure("transformers", lambda: transformers(bench))
-    bench.write()
-    missed = [row for row in bench.rows if row.reached is False]
-    print(f"{len(bench.rows)} rows, {len(missed)} below what is asked, {len(bench.skipped)} left out or failed")
+    table = bench.table
+    missed = sum(row.reached is False for row in table.rows)
+    print(f"{len(table.rows)} rows, {missed} below what is asked, {len(table.left_out)} left out")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from weights_cache import checkpoint
 from weights_cache.encodings import ENCODINGS
 
 CPU = torch.device("cpu")
-GPU = pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)
+GPU = pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)
 DEVICES = [CPU, GPU]
 
 
