@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
+from pixtral_cli.model.kv_cache import PAGE, KVCache, Layout, pages_for
 
 MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
@@ -71,6 +71,41 @@ def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tenso
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
     segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
+
+
+class AttendOnCard:
+    """Attention for one step's new tokens on a CUDA device, without waiting for it: see `Layout`.
+
+    May be captured in a graph and replayed with other numbers in the layout's tensors. A graph does not keep the
+    memory that this has taken: keep this as long as the graph.
+    """
+
+    def __init__(self, config: TextConfig, kv_cache: KVCache, layout: Layout) -> None:
+        from pixtral_cli.model import paged_attention  # needs Triton
+
+        self._kernels = paged_attention
+        self._windows = config.sliding_windows
+        self._kv_cache = kv_cache
+        self._layout = layout
+        sizes = config.num_heads, config.num_kv_heads, config.head_dim
+        self._scratch = paged_attention.scratch(layout.decoding, *sizes, layout.positions.device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, H, D], k and v [N, K, D], whose rows may lie apart -> [N, H, D]."""
+        count = self._layout.decoding
+        if count == len(q):
+            return self._decode(layer, q, k, v)
+        if count == 0:
+            return self._prefill(layer, q, k, v)
+        decoded = self._decode(layer, q[:count], k[:count], v[:count])
+        return torch.cat([decoded, self._prefill(layer, q[count:], k[count:], v[count:])])
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._kernels.decode(q, k, v, self._kv_cache, layer, self._layout, self._windows[layer], self._scratch)
+
+    def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._kernels.write(k, v, self._kv_cache, layer, self._layout)
+        return self._kernels.prefill(q, self._kv_cache, layer, self._layout, self._windows[layer])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:

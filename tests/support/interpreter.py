@@ -34,7 +34,8 @@ def interpreted(test):
 def compile_for(card, kernel, signature, constants, warps=4, stages=3):
     """The kernel in machine code of a card of capability `card` -> triton's CompiledKernel; raises where it fails.
 
-    `signature` has a type for each argument that is no constant, such as "*bf16", "i32" or "fp32".
+    `signature` has a type for each argument that is no constant, such as "*bf16", "i32" or "fp32"; "i32:16" is a
+    multiple of 16, as pointers are.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no Triton here")
@@ -44,8 +45,17 @@ def compile_for(card, kernel, signature, constants, warps=4, stages=3):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    everything = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, everything, {(kernel.arg_names.index(name),): of for name, of in constants.items()})
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    places = {name: (place,) for place, name in enumerate(types)}
+    aligned = {
+        places[name]: [["tt.divisibility", 16]] for name, of in types.items() if of[0] == "*" or of[-3:] == ":16"
+    }
+    source = ASTSource(
+        kernel,
+        {name: of.removesuffix(":16") for name, of in types.items()},
+        {places[name]: value for name, value in constants.items()},
+        aligned,
+    )
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
 

@@ -1,0 +1,115 @@
+"""A bfloat16 matrix times few vectors, against float64: in Triton's interpreter, compiled, and on a card."""
+
+import pytest
+import torch
+from support.interpreter import CARDS, compile_for, interpreted
+
+from pixtral_cli.model import kernels
+from pixtral_cli.model.kernels import KernelLinear
+from pixtral_cli.model.kernels.gemv import FEW, SMALL, GemvKernel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def random(*shape, seed=0, scale=1.0, dtype=torch.bfloat16):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def difference(found, x, weight):
+    wanted = x.double() @ weight.double().T
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("stages", [1, 3], ids=["registers", "shared memory"])
+@pytest.mark.parametrize("shape", [(8, 128), (7, 200), (1, 16)], ids=str)
+def test_products_are_those_of_float64(shape, stages, rows):
+    """The tile of 4 x 64 divides the first shape, and neither side of the others."""
+    from pixtral_cli.model.kernels import gemv_triton
+
+    tile = gemv_triton.Tile(4, 64, 4, stages)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):  # the interpreter cuts bfloat16 off
+        x, weight = random(rows, shape[1], seed=1, dtype=dtype), random(*shape, dtype=dtype)
+        assert difference(gemv_triton.products(x, weight, tile), x, weight) < tolerance
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [2, 8, 16])
+@pytest.mark.parametrize("height", [32, 37])
+def test_products_by_matrix_units_are_those_of_float64(height, rows):
+    """In float32: the interpreter multiplies bfloat16 wrong."""
+    from pixtral_cli.model.kernels import gemv_triton
+
+    x, weight = random(rows, 128, seed=1, dtype=torch.float32), random(height, 128, dtype=torch.float32)
+    assert difference(gemv_triton.dots(x, weight, gemv_triton.Tile(16, 64, 4, 2)), x, weight) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("card", CARDS)
+def test_the_kernel_compiles_for_every_card(card, rows):
+    gemv_triton = pytest.importorskip("pixtral_cli.model.kernels.gemv_triton")
+    signature = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "height": "i32", "width": "i32:16"}
+    for tile in {gemv_triton.tile_of(*shape) for shape in ((6144, 5120), (28672, 5120), (5120, 14336))}:
+        constants = {"n": rows, "chained": card >= 90, **tile._asdict()}
+        warps = constants.pop("warps")
+        assert compile_for(card, gemv_triton._products, signature, constants, warps).asm["cubin"]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_kernel_for_matrix_units_compiles_for_every_card(card):
+    gemv_triton = pytest.importorskip("pixtral_cli.model.kernels.gemv_triton")
+    signature = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "n": "i32", "height": "i32", "width": "i32:16"}
+    constants = {"rows": 32, "columns": 128, "stages": 4, "chained": card >= 90}
+    assert compile_for(card, gemv_triton._dots, signature, constants).asm["cubin"]
+
+
+def test_only_a_card_that_triton_works_on_takes_it(monkeypatch):
+    weight = random(1024, 1024)
+    taking = {"cpu": False, "cuda": True}
+    monkeypatch.setattr(kernels.gemv.triton_support, "available", lambda device: taking[device.type])
+    assert not GemvKernel.takes(weight, torch.bfloat16, CPU)
+    assert GemvKernel.takes(weight, torch.bfloat16, CUDA)
+    assert not GemvKernel.takes(weight.float(), torch.bfloat16, CUDA)
+    assert not GemvKernel.takes(weight.float(), torch.float32, CUDA)
+    assert not GemvKernel.takes(weight[:, :1000], torch.bfloat16, CUDA)  # rows would begin anywhere
+    assert not GemvKernel.takes(weight[: SMALL // 1024 - 1], torch.bfloat16, CUDA)
+    taking["cuda"] = False
+    assert not GemvKernel.takes(weight, torch.bfloat16, CUDA)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(6144, 5120), (5120, 4096), (5120, 14336), (1030, 1040)], ids=str)
+def test_a_card_multiplies_any_number_of_rows(shape):
+    weight = random(*shape, scale=0.02)
+    assert kernels.choose(weight, torch.bfloat16, CUDA) is GemvKernel
+    layer = KernelLinear(GemvKernel(weight, CUDA))
+    assert torch.equal(layer.weight.cpu(), weight)
+    for rows in (1, 2, FEW, FEW + 1, 40):
+        x = random(rows, shape[1], seed=rows)
+        assert difference(layer(x.to(CUDA)).cpu(), x, weight) < 2**-8, rows
+
+
+@pytest.mark.gpu
+def test_a_card_multiplies_in_a_chain_of_kernels_as_each_alone():
+    """Kernels that begin before the one before has ended see what it wrote, in a captured graph too."""
+    first, second = (GemvKernel(random(2048, 2048, seed=seed, scale=0.02), CUDA) for seed in range(2))
+    few = first.products[1], second.products[1]
+    x = random(1, 2048, seed=3).to(CUDA)
+
+    def chain(x):
+        for _ in range(20):
+            x = few[1](few[0](x))
+        return x
+
+    expected = x
+    for _ in range(20):
+        for product in few:
+            expected = product(expected)
+            torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(x)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(found, expected)
