@@ -19,6 +19,7 @@ from pixtral_cli.engine.sampler import Choice, Choices
 from pixtral_cli.engine.scheduler import CARD_CHUNKS, Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
+from pixtral_cli.model import triton_support
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 
@@ -76,7 +77,12 @@ class Engine:
         self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact, chunks)
         self.features = ImageFeatures(model, image_cache)
         kv_cache = KVCache(text, model.dtype, model.device, pages, kv_cache_dtype)
-        self.runner = Runner(model, kv_cache, self.features, exact)
+        if on_card and triton_support.available(model.device):
+            from pixtral_cli.engine.card_runner import CardRunner
+
+            self.runner: Runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)
+        else:
+            self.runner = Runner(model, kv_cache, self.features, exact)
         self._launched: deque[list[Pass]] = deque()
         self._ids = count()
 

@@ -46,15 +46,15 @@ def _add_norm(
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x and delta [N, C] -> (x + delta, rounded; RMSNorm of that), each [N, C]; without `delta` of x itself."""
-    x = x.contiguous()
+    x, adds = x.contiguous(), delta is not None
     delta = x if delta is None else delta.contiguous()
-    total, normed = (x if delta is x else torch.empty_like(x)), torch.empty_like(x)
+    total, normed = (torch.empty_like(x) if adds else x), torch.empty_like(x)
     rows, width = x.shape
     if rows:
         columns, chained = triton.next_power_of_2(width), chains(x.device)
         warps = max(1, min(16, columns // 256))
         _add_norm[(rows,)](
-            x, delta, weight, total, normed, width, epsilon, delta is not x, columns, chained,
+            x, delta, weight, total, normed, width, epsilon, adds, columns, chained,
             num_warps=warps, launch_pdl=chained,
         )  # fmt: skip
     return total, normed

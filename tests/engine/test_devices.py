@@ -6,6 +6,7 @@ with transformers. All runs on the CPU as well, so that a test is known to be ri
 
 import hashlib
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -350,6 +351,31 @@ def test_cancelling_in_the_middle_leaves_the_others_as_they_are_and_loses_no_pag
     assert engine.table.in_use == 0 and engine.table.available == pages
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_comes_and_goes_each_gets_its_own_tokens(model, alone, seed):
+    """Requests come and are cancelled at random, in little memory: what is told is always the beginning of what comes
+    alone, and all of it unless it was cancelled."""
+    chance, pages = random.Random(seed), 26
+    engine = Engine(model, max_batch_size=4, kv_tokens=pages * PAGE)
+    left, events, cancelled = chance.sample(MANY, len(MANY)), {}, set()
+    asked_for = {}
+    while left or engine.busy:
+        if left and chance.random() < 0.3:
+            request = left.pop()
+            request_id = engine.submit(request)
+            asked_for[request_id], events[request_id] = request, []
+        if events and chance.random() < 0.05:
+            cancelled.add(request_id := chance.choice(list(events)))
+            engine.cancel(request_id)
+        for event in engine.step():
+            assert event.request_id not in cancelled
+            events[event.request_id].append(event)
+    for request_id, request in asked_for.items():
+        found, expected = tokens(events[request_id]), tokens(alone(request))
+        assert found == (expected[: len(found)] if request_id in cancelled else expected)
+    assert engine.table.in_use == 0 and engine.table.available == pages
+
+
 def unreadable():
     raise ValueError("no picture")
 
@@ -369,12 +395,12 @@ def test_numbers_that_are_none_fail_their_own_request_and_spoil_no_page(model, a
 
 def test_a_prompt_for_which_no_memory_is_left_fails_alone(model, alone):
     def refuse(layer, arguments):
-        if len(arguments[0]) > 150:
+        if len(arguments[0]) > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     hook = model.language_model.layers[1].register_forward_pre_hook(refuse)
     try:
-        assert_fails_alone(model, alone, of_words(52, 250), torch.OutOfMemoryError)
+        assert_fails_alone(model, alone, of_words(52, 400), torch.OutOfMemoryError)
     finally:
         hook.remove()
 
@@ -397,6 +423,16 @@ def test_without_triton_the_tokens_are_the_same(folder, device, alone, monkeypat
     requests = MANY[:5]
     found = run(Engine(loaded(folder, device), max_batch_size=3), *requests)
     assert [tokens(events) for events in found] == [tokens(alone(request)) for request in requests]
+
+
+def test_keys_and_values_in_8_bits_change_scores_little(model):
+    request = of_words(1, 60, tokens=8, prompt_logprobs=VOCABULARY)
+    plain, narrow = (
+        run(Engine(model, max_batch_size=2, kv_cache_dtype=kind), request, MANY[2])[0] for kind in ("auto", "fp8")
+    )
+    difference = (logprobs(narrow) - logprobs(plain)).norm() / logprobs(plain).norm()
+    assert 1e-4 < difference < 0.1
+    assert len(tokens(narrow)) == 8
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def test_triton_adds_and_norms_as_the_formulas_do(shape, dtype, adds):
     close(total, x.double() if delta is None else x.double() + delta.double(), dtype)
     close(found, normed(total, weight), dtype)
     assert torch.equal(x, before)
+    close(fused_triton.add_norm(x, x, weight, EPSILON)[0], 2 * x.double(), dtype)
 
 
 @interpreted
