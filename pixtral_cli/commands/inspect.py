@@ -68,6 +68,8 @@ def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
         found = as_object(arguments.model, source, arguments.kv_cache_dtype)
         if source.checkpoint.note:
             console.notice(source.checkpoint.note)
+        for note in source.device_notes():
+            console.notice(note)
     console.result(found, as_text(found))
 
 
