@@ -152,7 +152,7 @@ class Pixtral:
     def notes(self) -> list[str]:
         """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding, what is
         slower on this machine than it could be."""
-        slower = paths.notes(self.engine.model.device)
+        slower = paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
         return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
 
     @cached_property
