@@ -6,6 +6,7 @@ with transformers. All runs on the CPU as well, so that a test is known to be ri
 
 import hashlib
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -347,6 +348,31 @@ def test_cancelling_in_the_middle_leaves_the_others_as_they_are_and_loses_no_pag
         collect(engine, events)
     assert len(events[dropped]) == told
     assert [tokens(events[each]) for each in (kept, other)] == [tokens(alone(MANY[place])) for place in (11, 13)]
+    assert engine.table.in_use == 0 and engine.table.available == pages
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_comes_and_goes_each_gets_its_own_tokens(model, alone, seed):
+    """Requests come and are cancelled at random, in little memory: what is told is always the beginning of what comes
+    alone, and all of it unless it was cancelled."""
+    chance, pages = random.Random(seed), 26
+    engine = Engine(model, max_batch_size=4, kv_tokens=pages * PAGE)
+    left, events, cancelled = chance.sample(MANY, len(MANY)), {}, set()
+    asked_for = {}
+    while left or engine.busy:
+        if left and chance.random() < 0.3:
+            request = left.pop()
+            request_id = engine.submit(request)
+            asked_for[request_id], events[request_id] = request, []
+        if events and chance.random() < 0.05:
+            cancelled.add(request_id := chance.choice(list(events)))
+            engine.cancel(request_id)
+        for event in engine.step():
+            assert event.request_id not in cancelled
+            events[event.request_id].append(event)
+    for request_id, request in asked_for.items():
+        found, expected = tokens(events[request_id]), tokens(alone(request))
+        assert found == (expected[: len(found)] if request_id in cancelled else expected)
     assert engine.table.in_use == 0 and engine.table.available == pages
 
 

@@ -56,6 +56,14 @@ def test_the_kernel_compiles_for_every_card(card, rows):
         assert compile_for(card, gemv_triton._products, signature, constants, warps).asm["cubin"]
 
 
+@pytest.mark.parametrize("card", CARDS)
+def test_the_kernel_for_matrix_units_compiles_for_every_card(card):
+    gemv_triton = pytest.importorskip("pixtral_cli.model.kernels.gemv_triton")
+    signature = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "n": "i32", "height": "i32", "width": "i32:16"}
+    constants = {"rows": 32, "columns": 128, "stages": 4, "chained": card >= 90}
+    assert compile_for(card, gemv_triton._dots, signature, constants).asm["cubin"]
+
+
 def test_only_a_card_that_triton_works_on_takes_it(monkeypatch):
     weight = random(1024, 1024)
     taking = {"cpu": False, "cuda": True}
