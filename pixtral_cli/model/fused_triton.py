@@ -67,11 +67,10 @@ def _rotate(
 ):  # fmt: skip
     begin(chained)
     token, part, q_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.cdiv(q_heads, heads)
-    if part < q_parts:
-        base, stride, first, count = q + token * q_token, q_head, part * heads, q_heads
-    else:
-        base, stride, first, count = k + token * k_token, k_head, (part - q_parts) * heads, k_heads
-    head, column = first + tl.arange(0, heads), tl.arange(0, columns)
+    of_q = part < q_parts
+    base = tl.where(of_q, q + token * q_token, k + token * k_token)
+    head = tl.where(of_q, part, part - q_parts) * heads + tl.arange(0, heads)
+    count, stride, column = tl.where(of_q, q_heads, k_heads), tl.where(of_q, q_head, k_head), tl.arange(0, columns)
     inside = (head < count)[:, None] & (column < half)[None]
     place = base + head[:, None] * stride + column[None]
     left, right = tl.load(place, mask=inside).to(tl.float32), tl.load(place + half, mask=inside).to(tl.float32)

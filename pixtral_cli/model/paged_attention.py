@@ -491,7 +491,7 @@ def _prefill(
 
 def prefill_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1)
+        return Blocks(32, 32, 8, 1)
     return _fitting(Blocks(128, 64, 8, 2), dtype, dim, shared)
 
 

@@ -174,7 +174,7 @@ def test_a_gradient_flows_through_every_operation():
 def test_a_card_without_triton_says_so_once_and_names_the_reason(monkeypatch, caplog):
     monkeypatch.setattr(triton_support, "_reasons", {})
     monkeypatch.setattr(triton_support, "_try", lambda device: "RuntimeError: Failed to find C compiler.")
-    device = torch.device("cuda")
+    device = torch.device("cuda:0")
     assert not triton_support.available(device) and not triton_support.available(device)
     assert triton_support.why_not() == "RuntimeError: Failed to find C compiler."
     (record,) = caplog.records
