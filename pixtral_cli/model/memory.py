@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, log2, prod
+from math import prod
 from typing import TYPE_CHECKING, get_args
 
 from pixtral_cli.encoding_choices import CHOICES, kv_encoding
@@ -42,13 +42,14 @@ WORKSPACES = 2 * 32 * 2**20
 MARGIN, MARGIN_SHARE = 256 * 2**20, 0.03
 """Bytes of a card that are left free, at least, and the part of what was free: allocators lose some between their
 blocks, and a card that draws a screen is asked for more by others."""
-PREFILL = 4096  # tokens of prompts in one pass on a card
-PATCHES = 16384  # of images in one pass of the tower on a card
+PREFILL = 8192  # tokens of prompts in one pass on a card, as engine.scheduler has it
+PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision has it
 SCORED = 64
 """Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
 DECODED = 256 * 2**20  # bytes of the buffer into which packed weights are decoded for passes of many rows
-GRAPH = 8 * 2**20
-"""Bytes of a captured graph beside what it computes in: its nodes and their parameters."""
+GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that one
+decodes, as engine.card_runner has them."""
 VECTORS = 6
 """Vectors [C] of a token that live at one time in a layer: the residual and what is added to it, those of the layer
 before, which its caller holds, the normed sum, and the embedded tokens."""
@@ -191,10 +192,10 @@ def _numbers_of_a_patch(vision: VisionConfig, text: TextConfig) -> int:
 
 
 def graph_bytes(text: TextConfig, width: int, batch: int) -> int:
-    """Bytes of the captured steps of 1, 2, 4, ... up to `batch` sequences: they compute in the same memory, that of the
-    largest, its logits included."""
-    graphs = 1 + ceil(log2(batch))
-    return graphs * GRAPH + batch * (width * _numbers(text) + (width + 4) * text.vocab_size)
+    """Bytes of the captured steps of up to `batch` sequences: they compute in the same memory, that of the largest; its
+    logits are there as computed, in float32, and where they are read."""
+    graphs = 1 + sum(rows < batch for rows in GRAPH_ROWS)
+    return graphs * GRAPH + batch * (width * _numbers(text) + (width + 4 + 4) * text.vocab_size)
 
 
 def kv_bytes(config: TextConfig, tokens: int, kept: str) -> int:

@@ -5,12 +5,17 @@ import math
 import pytest
 import torch
 from support import builders
+from support.engines import run
 
 from pixtral_cli.encoding_choices import find
+from pixtral_cli.engine import card_runner, runner, scheduler
+from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.request import Request
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model import memory, vision
+from pixtral_cli.model import free_memory, memory, vision
 from pixtral_cli.model.config import ModelConfig, TextConfig, VisionConfig
 from pixtral_cli.model.families import read_config
+from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import GIB, Plan, Work
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
@@ -49,9 +54,9 @@ def test_a_bound_on_keys_and_values_holds_twice_the_tokens_in_fp8(small, monkeyp
 
 
 def test_the_largest_pass_of_a_12_b_model_is_its_feed_forward_layers():
-    """A prefill of 4,096 tokens: gate, up, their product and six vectors of each, in bfloat16."""
+    """A prefill of 8,192 tokens: gate, up, their product and six vectors of each, in bfloat16."""
     alone = memory.pass_bytes(ModelConfig("m", NEMO), 2, Work())
-    assert alone == 4096 * 2 * (3 * 14336 + 6 * 5120)
+    assert alone == 8192 * 2 * (3 * 14336 + 6 * 5120)
     assert memory.pass_bytes(ModelConfig("m", NEMO), 4, Work()) == 2 * alone
 
 
@@ -60,7 +65,11 @@ def test_a_tower_that_needs_more_than_the_decoder_decides():
     seeing, blind = (ModelConfig("m", small_decoder, tower) for tower in (TOWER, None))
     patch = 3 * 4096 + 6 * 1024 + 3 * 3 * 16 * 16
     assert memory.pass_bytes(seeing, 2, Work()) == memory.PATCHES * 2 * patch > memory.pass_bytes(blind, 2, Work())
-    assert memory.PATCHES == vision.PATCHES_AT_ONCE
+
+
+def test_the_plan_counts_the_passes_that_the_engine_makes():
+    assert scheduler.CARD_CHUNKS[0] == memory.PREFILL and memory.GRAPH_ROWS == card_runner.BUCKETS
+    assert memory.PATCHES == vision.PATCHES_AT_ONCE and memory.SCORED == runner.SCORED_ROWS
 
 
 def test_of_many_sequences_the_logits_count_once_they_are_larger():
@@ -71,7 +80,7 @@ def test_of_many_sequences_the_logits_count_once_they_are_larger():
 
 def test_a_context_shorter_than_a_prefill_bounds_it():
     config = ModelConfig("m", NEMO)
-    half, whole = (memory.pass_bytes(config, 2, Work(batch, 1024)) for batch in (2, 100))
+    half, whole = (memory.pass_bytes(config, 2, Work(batch, 1024)) for batch in (4, 100))
     assert whole == memory.pass_bytes(config, 2, Work()) == 2 * half
 
 
@@ -127,8 +136,33 @@ def test_weights_that_leave_no_room_to_compute_are_refused_before_they_are_loade
     assert "--devices cpu" in refused.value.hint
 
 
-def test_graphs_are_captured_for_powers_of_two_and_share_the_memory_of_the_largest():
-    one, many = (memory.graph_bytes(NEMO, 2, batch) for batch in (1, 64))
-    rows = 2 * (3 * 14336 + 6 * 5120) + 6 * 131072
-    assert one == memory.GRAPH + rows and many == 7 * memory.GRAPH + 64 * rows
+def test_graphs_for_several_numbers_of_sequences_share_the_memory_of_the_largest():
+    one, odd, many = (memory.graph_bytes(NEMO, 2, batch) for batch in (1, 5, 1000))
+    rows = 2 * (3 * 14336 + 6 * 5120) + 10 * 131072
+    assert one == memory.GRAPH + rows and odd == 4 * memory.GRAPH + 5 * rows  # for 1, 2, 4 and 5 sequences
+    assert many == 15 * memory.GRAPH + 1000 * rows
     assert math.isclose(Plan(1, 2, 3, 4).total(5), 1 + 2 + 3 + 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_what_is_taken_of_a_card_is_within_a_tenth_of_what_was_planned(tmp_path, kv_cache_dtype):
+    """Half of it are weights and the cache, half of it passes and graphs."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 8192}
+    builders.mistral(tmp_path, **sizes, head_dim=128, max_position_embeddings=2 * memory.PREFILL)
+    opened, work = checkpoint.open(tmp_path), Work(16, 2 * memory.PREFILL, kv_cache_dtype=kv_cache_dtype)
+    config, placement, card = read_config(opened.config), place(opened.tensors, find("bfloat16")), torch.device("cuda")
+    plan = memory.check_weights(opened.tensors, placement, config, card, work)
+    tokens = memory.kv_tokens(plan, card, 10**6, 2**28)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(card)
+    torch.cuda.reset_peak_memory_stats(card)
+    model = load(opened, config, placement, card)
+    engine = Engine(model, work.context, work.batch, kv_tokens=tokens, kv_cache_dtype=kv_cache_dtype)
+    engine.warm_up()
+    prompt = tuple(number % 8000 for number in range(memory.PREFILL - 1))
+    few = [prompt[at : at + 100] for at in range(work.batch)]
+    for requests in ([prompt], few):
+        run(engine, *(Request(each, max_new_tokens=4) for each in requests))
+    taken = free_memory.taken_bytes(card) - before
+    assert taken == pytest.approx(plan.taken(tokens), rel=0.1)
