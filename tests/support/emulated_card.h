@@ -189,6 +189,7 @@ template <int LEFT> inline void wait_for_copies() {
         for (const auto &[to, from] : groups.front()) std::memcpy(to, from, 16);
 }
 
+inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 inline float low_half(uint32_t word) { return emulated::half(word & 0xFFFF); }
 inline float high_half(uint32_t word) { return emulated::half(word >> 16); }
 inline uint32_t rounded_pair(float low, float high) {

@@ -52,6 +52,13 @@ INLINE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 /// Wait for all groups of copies of this lane but the last LEFT.
 template <int LEFT> INLINE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
+/// (word & mask) | bits, in one instruction.
+INLINE u32 and_or(u32 word, u32 mask, u32 bits) {
+    u32 found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(word), "r"(mask), "r"(bits));
+    return found;
+}
+
 /// The float16 numbers in the low and in the high half of a word.
 INLINE float low_half(u32 word) {
     float found;
@@ -83,15 +90,30 @@ INLINE void read_16(u32 (&words)[4], const u8 *from) {
 INLINE float low_bfloat16(u32 word) { return __uint_as_float(word << 16); }
 INLINE float high_bfloat16(u32 word) { return __uint_as_float(word & 0xFFFF0000); }
 
+/// Constants that the compiler may not know: it would make them anew for each instruction, instead of keeping them.
+struct Constants {
+    u32 nibbles, upper, exponents, sixteens, float_exponent;
+    /// `zero` is 0.
+    INLINE explicit Constants(u32 zero)
+        : nibbles(0x000F000F ^ zero), upper(0x00300030 ^ zero), exponents(0x43004300 ^ zero),
+          sixteens(0x45004500 ^ zero), float_exponent(0x4B000000 ^ zero) {}
+};
+
 /// Byte `index` of a word as a number 0..255: its place in 2^23 + byte.
-INLINE float byte_at(u32 word, int index) {
-    return __uint_as_float(__byte_perm(word, 0x4B000000, 0x7440 | index)) - 8388608.0f;
+INLINE float byte_at(u32 word, int index, const Constants &constants) {
+    return __uint_as_float(__byte_perm(word, constants.float_exponent, 0x7440 | index)) - 8388608.0f;
 }
 
-/// A word of eight 4-bit codes as four pairs of bfloat16 numbers: 128 + code, or with 0x4500 2048 + 16 code.
-INLINE void spread(u32 (&pairs)[4], u32 word, u32 exponents = 0x43004300) {
+/// A word of eight 4-bit codes as four pairs of bfloat16 numbers: 128 + code.
+INLINE void spread(u32 (&pairs)[4], u32 word, const Constants &constants) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) pairs[j] = (word >> 4 * j & 0x000F000F) | exponents;
+    for (int j = 0; j < 4; ++j) pairs[j] = and_or(word >> 4 * j, constants.nibbles, constants.exponents);
+}
+
+/// The same as 2048 + 16 code.
+INLINE void spread_sixteens(u32 (&pairs)[4], u32 word, const Constants &constants) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pairs[j] = and_or(word >> 4 * j, constants.nibbles, constants.sixteens);
 }
 
 /// Sums of a group of rows g and g + 8, scaled, added to the totals.
@@ -114,7 +136,6 @@ struct Vectors {
             sums[0] = sums[1] = sums[2] = sums[3] = 0;
             mma(sums, constant, x[n][0], x[n][1]);
             mma(sums, constant, x[n][2], x[n][3]);
-            sums[2] = sums[0], sums[3] = sums[1];
         }
     }
 
@@ -128,7 +149,6 @@ struct Vectors {
                 float(&sums)[4] = start[n][half];
                 sums[0] = sums[1] = sums[2] = sums[3] = 0;
                 mma(sums, constant, x[n][2 * half], x[n][2 * half + 1]);
-                sums[2] = sums[0], sums[3] = sums[1];
             }
         }
     }
@@ -145,6 +165,7 @@ struct Vectors {
 // of shared memory are filled by `prepare` once a block. ADJACENT: columns of a lane that follow each other.
 
 struct Plain {
+    Constants constants{0};
     static constexpr int ADJACENT = 8, SHARED = 0;
     INLINE static void prepare(u8 *) {}
     INLINE void finish(float (&)[N_TILES][4]) {}
@@ -180,8 +201,8 @@ struct Q4_0 : Nibbles {
     INLINE void multiply(const u8 *unit, int step, int lane, const Vectors &vectors, float (&totals)[N_TILES][4]) {
         read_codes(unit, step, lane);
         u32 first[4], second[4];
-        spread(first, words[step % 2 * 2]);
-        spread(second, words[step % 2 * 2 + 1]);
+        spread(first, words[step % 2 * 2], constants);
+        spread(second, words[step % 2 * 2 + 1], constants);
         const float scale = low_half(scales.at(step)), scale_8 = high_half(scales.at(step));
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
@@ -199,7 +220,7 @@ struct Q4_0 : Nibbles {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             u32 pairs[4];
-            spread(pairs, words[step % 2 * 2 + half]);
+            spread(pairs, words[step % 2 * 2 + half], constants);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int row = j % 2, at = 4 * half + j / 2 * 2;
@@ -232,10 +253,10 @@ struct Q4_K : Nibbles {
     INLINE void multiply(const u8 *unit, int step, int lane, const Vectors &vectors, float (&)[N_TILES][4]) {
         read_codes(unit, step, lane);
         u32 first[4], second[4];
-        spread(first, words[step % 2 * 2]);
-        spread(second, words[step % 2 * 2 + 1]);
-        const float scale = byte_at(scales[step / 4], step % 4), scale_8 = byte_at(scales[2 + step / 4], step % 4);
-        const float less = byte_at(offsets[step / 4], step % 4), less_8 = byte_at(offsets[2 + step / 4], step % 4);
+        spread(first, words[step % 2 * 2], constants);
+        spread(second, words[step % 2 * 2 + 1], constants);
+        const float scale = byte_at(scales[step / 4], step % 4, constants), scale_8 = byte_at(scales[2 + step / 4], step % 4, constants);
+        const float less = byte_at(offsets[step / 4], step % 4, constants), less_8 = byte_at(offsets[2 + step / 4], step % 4, constants);
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
             float sums[4], start[4];
@@ -261,14 +282,14 @@ struct Q4_K : Nibbles {
 
     INLINE void decode(const u8 *unit, int step, int lane, float (&weights)[2][8]) {
         read_codes(unit, step, lane);
-        const float scale[2] = {low_half(units.x) * byte_at(scales[step / 4], step % 4),
-                                low_half(units.y) * byte_at(scales[2 + step / 4], step % 4)};
-        const float less[2] = {high_half(units.x) * byte_at(offsets[step / 4], step % 4),
-                               high_half(units.y) * byte_at(offsets[2 + step / 4], step % 4)};
+        const float scale[2] = {low_half(units.x) * byte_at(scales[step / 4], step % 4, constants),
+                                low_half(units.y) * byte_at(scales[2 + step / 4], step % 4, constants)};
+        const float less[2] = {high_half(units.x) * byte_at(offsets[step / 4], step % 4, constants),
+                               high_half(units.y) * byte_at(offsets[2 + step / 4], step % 4, constants)};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             u32 pairs[4];
-            spread(pairs, words[step % 2 * 2 + half]);
+            spread(pairs, words[step % 2 * 2 + half], constants);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int row = j % 2, at = 4 * half + j / 2 * 2;
@@ -305,17 +326,17 @@ struct Q6_K : Nibbles {
     }
 
     INLINE void pairs_of(u32 (&pairs)[4], int step, int half) const {
-        spread(pairs, words[step % 2 * 2 + half]);
+        spread(pairs, words[step % 2 * 2 + half], constants);
         const u32 above = upper[step % 4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int field = 4 * half + j;
             const u32 moved = field < 6 ? above >> 2 * field : above << (16 - 2 * field);
-            pairs[j] |= moved & 0x00300030;
+            pairs[j] = and_or(moved, constants.upper, pairs[j]);
         }
     }
 
-    INLINE float scale(const u32 (&bytes)[4], int group) const { return byte_at(bytes[group / 4], group % 4) - 128; }
+    INLINE float scale(const u32 (&bytes)[4], int group) const { return byte_at(bytes[group / 4], group % 4, constants) - 128; }
 
     INLINE void multiply(const u8 *unit, int step, int lane, const Vectors &vectors, float (&)[N_TILES][4]) {
         read(unit, step, lane);
@@ -360,8 +381,7 @@ struct Q6_K : Nibbles {
 /// d q: the low four bits of q + 128 like codes of 4 bits, then the upper four, then the scales.
 struct Q8_0 : Nibbles {
     static constexpr int BYTES = 2048 + 2048 + 256;
-    static constexpr u32 LESS = 0xC510C510;      // -2304 = -(128 + 2048 + 128)
-    static constexpr u32 SIXTEENS = 0x45004500;  // 2048, whose last place is 16
+    static constexpr u32 LESS = 0xC510C510;  // -2304 = -(128 + 2048 + 128)
     u32 upper[4];
     HalfScales scales;
 
@@ -379,8 +399,8 @@ struct Q8_0 : Nibbles {
         u32 ones[2][4], sixteens[2][4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            spread(ones[half], words[step % 2 * 2 + half]);
-            spread(sixteens[half], upper[step % 2 * 2 + half], SIXTEENS);
+            spread(ones[half], words[step % 2 * 2 + half], constants);
+            spread_sixteens(sixteens[half], upper[step % 2 * 2 + half], constants);
         }
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
@@ -401,8 +421,8 @@ struct Q8_0 : Nibbles {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             u32 ones[4], sixteens[4];
-            spread(ones, words[step % 2 * 2 + half]);
-            spread(sixteens, upper[step % 2 * 2 + half], SIXTEENS);
+            spread(ones, words[step % 2 * 2 + half], constants);
+            spread_sixteens(sixteens, upper[step % 2 * 2 + half], constants);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int row = j % 2, at = 4 * half + j / 2 * 2;
@@ -508,16 +528,14 @@ struct Place {
     }
 };
 
-/// What the lane multiplies with in 32 columns: of vector g, or nothing where there are not so many.
-INLINE void read_x(u32 (&x)[4], const u8 *row, int column, int t, bool there) {
-    x[0] = x[1] = x[2] = x[3] = 0;
-    if (!there) return;
+/// What the lane multiplies with in 32 columns, from the first of them that are its own.
+INLINE void read_x(u32 (&x)[4], const u8 *from) {
     if (Encoding::ADJACENT == 8) {
-        const uint4 found = __ldg(reinterpret_cast<const uint4 *>(row + 2 * (column + 8 * t)));
+        const uint4 found = __ldg(reinterpret_cast<const uint4 *>(from));
         x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
     } else {
-        const uint2 first = __ldg(reinterpret_cast<const uint2 *>(row + 2 * (column + 4 * t)));
-        const uint2 second = __ldg(reinterpret_cast<const uint2 *>(row + 2 * (column + 16 + 4 * t)));
+        const uint2 first = __ldg(reinterpret_cast<const uint2 *>(from));
+        const uint2 second = __ldg(reinterpret_cast<const uint2 *>(from + 32));
         x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
     }
 }
@@ -558,12 +576,12 @@ extern "C" __global__ void __launch_bounds__(512) product(
     }
     Encoding::prepare(shared);
 
-    const u8 *x_rows[N_TILES];
-    bool there[N_TILES];
+    const Constants constants(row_tiles >> 31);
+    const u8 *x_rows[N_TILES];  // where there are not so many vectors the last of them: what comes of it is not written
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n) {
-        there[n] = n * VECTORS + lane / 4 < vectors;
-        x_rows[n] = x + static_cast<long long>(n * VECTORS + lane / 4) * units * (2 * COLUMNS);
+        const int vector = min(n * VECTORS + lane / 4, vectors - 1);
+        x_rows[n] = x + static_cast<long long>(vector) * units * (2 * COLUMNS) + lane % 4 * (2 * Encoding::ADJACENT);
     }
 
     int slot = 0;
@@ -577,13 +595,18 @@ extern "C" __global__ void __launch_bounds__(512) product(
             const u8 *const here = stages + slot * SLOT;
             Encoding tiles[TILES];
 #pragma unroll
-            for (int m = 0; m < TILES; ++m) tiles[m].begin(here + m * Encoding::BYTES, shared, lane);
+            for (int m = 0; m < TILES; ++m) {
+                tiles[m].constants = constants;
+                tiles[m].begin(here + m * Encoding::BYTES, shared, lane);
+            }
+            const u8 *x_here[N_TILES];
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) x_here[n] = x_rows[n] + unit * (2 * COLUMNS);
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 Vectors part;
 #pragma unroll
-                for (int n = 0; n < N_TILES; ++n)
-                    read_x(part.x[n], x_rows[n], unit * COLUMNS + step * 32, lane % 4, there[n]);
+                for (int n = 0; n < N_TILES; ++n) read_x(part.x[n], x_here[n] + step * 64);
                 Encoding::start(part);
 #pragma unroll
                 for (int m = 0; m < TILES; ++m)

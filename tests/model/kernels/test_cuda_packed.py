@@ -11,7 +11,8 @@ import pytest
 import torch
 from support import emulated_card
 
-from pixtral_cli.model.kernels import card_bits, card_layout, cuda_packed, nf4, nvrtc
+from pixtral_cli.model import card_bits
+from pixtral_cli.model.kernels import card_layout, cuda_packed, nf4, nvrtc
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel, Launch, launch_for
 from pixtral_cli.model.kernels.nvrtc import CompilationFailed
 from pixtral_cli.model.kernels.reference import PackedEmbedding
@@ -240,7 +241,7 @@ def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")
         spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", log)]
-        assert len(spilled) == 2 and max(spilled) <= 16, log  # a word or two, for the sake of another warp
+        assert len(spilled) == 2 and max(spilled) <= 64, log  # some words, for the sake of another warp
 
 
 def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
