@@ -22,7 +22,7 @@ from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
-from pixtral_cli.model import save
+from pixtral_cli.model import paths, save
 from pixtral_cli.model.free_memory import kind_of
 from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
@@ -150,8 +150,10 @@ class Pixtral:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding."""
-        return [note for note in (self.source.checkpoint.note, *self.placement.notes) if note]
+        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding, what is
+        slower on this machine than it could be."""
+        slower = paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
+        return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
 
     @cached_property
     def plan(self) -> Plan:
@@ -267,7 +269,7 @@ def _positive(**numbers: int | None) -> None:
 
 def _device(text: str | None) -> str:
     gpus = torch.cuda.device_count()
-    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus)
+    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus, paths.sees_gpus())
 
 
 def _context(model: int, wanted: int | None) -> int:

@@ -133,6 +133,15 @@ class Source:
         """This machine's devices and what is free on them."""
         return free_memory.devices()
 
+    def device_notes(self) -> list[str]:
+        """A sentence for whatever makes the GPUs of this machine slower than they could be, or of no use. Imports torch
+        if there are any."""
+        if all(device.kind == "cpu" for device in self.devices()):
+            return []
+        from pixtral_cli.model import paths
+
+        return paths.notes_of_this_machine()
+
     @property
     def format(self) -> str:
         """How the model is stored: a form, or "serialized"."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pixtral_cli.encoding_choices import CHOICES, kv_encoding
 from pixtral_cli.errors import ModelError
+from pixtral_cli.model import card_bits
 from pixtral_cli.model.config import ModelConfig, TextConfig, VisionConfig
 from pixtral_cli.model.free_memory import Device, Kind, free_bytes, kind_of
 from pixtral_cli.model.placement import Placement, place
@@ -46,7 +47,6 @@ PREFILL = 8192  # tokens of prompts in one pass on a card, as engine.scheduler h
 PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision has it
 SCORED = 64
 """Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
-DECODED = 256 * 2**20  # bytes of the buffer into which packed weights are decoded for passes of many rows
 GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that one
 decodes, as engine.card_runner has them."""
@@ -141,12 +141,11 @@ def plan(tensors: Mapping[str, TensorInfo], placement: Placement, config: ModelC
 
 def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
     """Bytes that the weights take as `placement` says: those of the file where it has them so."""
-    total = 0
-    for name, tensor in tensors.items():
-        encoding = placement.encodings[name]
-        kept = encoding == tensor.encoding
-        total += tensor.nbytes if kept else int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
-    return total
+    return sum(_bytes_in(placement.encodings[name], tensor) for name, tensor in tensors.items())
+
+
+def _bytes_in(encoding: str, tensor: TensorInfo) -> int:
+    return tensor.nbytes if encoding == tensor.encoding else int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
 
 
 def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
@@ -160,12 +159,19 @@ def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 
 
 def card_kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that a card's kernels have beside these weights: the buffer that packed ones are decoded into; and a packed
-    table that is the head, too, is there once more."""
-    packed = [name for name in tensors if ENCODINGS[placement.encodings[name]].packed]
-    tied = EMBEDDING in packed and HEAD not in tensors
-    again = prod(tensors[EMBEDDING].shape) * ENCODINGS[placement.encodings[EMBEDDING]].bits / 8 if tied else 0
-    return (DECODED if packed else 0) + int(again)
+    """Bytes that a card's kernels have beside these weights: what their own order adds to packed ones, the whole of a
+    packed table that is the head, too; and the buffer that they are decoded into."""
+    beside, buffer = 0.0, 0
+    for name, tensor in tensors.items():
+        encoding = placement.encodings[name]
+        tied = name == EMBEDDING and HEAD not in tensors
+        if len(tensor.shape) != 2 or not ENCODINGS[encoding].packed or (name == EMBEDDING and not tied):
+            continue
+        rows, columns = tensor.shape
+        beside += rows * columns * card_bits.bits_on_card(encoding, rows, columns) / 8
+        beside -= 0 if tied else _bytes_in(encoding, tensor)
+        buffer = card_bits.BUFFER if card_bits.fits(encoding, rows, columns) else buffer
+    return int(beside) + buffer
 
 
 def pass_bytes(config: ModelConfig, width: int, work: Work) -> int:

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixtral_cli.model.card_bits import UNIT_BYTES
 from pixtral_cli.model.kernels import cuda_packed, nvrtc
-from pixtral_cli.model.kernels.card_bits import UNIT_BYTES
 from pixtral_cli.model.kernels.cuda_packed import DECODED_FROM, CudaPackedKernel, Launch
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS

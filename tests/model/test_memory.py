@@ -1,6 +1,7 @@
 """The plan of a card's memory: every part counted by itself, and nothing promised that does not fit."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import GIB, Plan, Work
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
+from weights_cache.formats.reader import TensorInfo
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 NEMO = TextConfig(131072, 5120, 14336, 40, 32, 8, 128, 1e-5, 1e6, 131072, (None,) * 40, tied_embeddings=False)
@@ -84,8 +86,31 @@ def test_a_context_shorter_than_a_prefill_bounds_it():
     assert whole == memory.pass_bytes(config, 2, Work()) == 2 * half
 
 
-def test_packed_weights_bring_the_buffer_that_they_are_decoded_into(small):
-    assert plan_of(small, "q4_0").kernels >= 256 * 2**20 and plan_of(small, "bfloat16").kernels == 0
+def tensors_of(**shapes):
+    """Tensors that a file holds in float32, by the last word of their names."""
+    named = {f"language_model.layers.0.mlp.{name}.weight": shape for name, shape in shapes.items()}
+    if "embed_tokens" in shapes:
+        named["language_model.embed_tokens.weight"] = named.pop("language_model.layers.0.mlp.embed_tokens.weight")
+    return {name: TensorInfo(name, "F32", shape, 0, Path("file"), "float32") for name, shape in named.items()}
+
+
+def beside(encoding, **shapes):
+    tensors = tensors_of(**shapes)
+    return memory.card_kernel_bytes(tensors, place(tensors, find(encoding)))
+
+
+def test_packed_weights_take_on_a_card_what_its_kernel_makes_of_them_and_the_buffer_that_they_are_decoded_into():
+    """A block of 16 x 256 weights in q4_k: 2,304 bytes in a file, 2,368 on a card."""
+    shape = (4096, 5120)
+    assert beside("q4_k", up_proj=shape) == 256 * 2**20 + 4096 * 5120 // 4096 * (2368 - 2304)
+    assert beside("q4_0", up_proj=shape) == 256 * 2**20
+    assert beside("bfloat16", up_proj=shape) == 0
+    assert beside("q4_0", up_proj=(4096, 96)) == 0  # no rows for that kernel
+
+
+def test_a_packed_table_that_is_the_head_too_is_on_a_card_twice():
+    rows, columns = 1024, 512
+    assert beside("q6_k", embed_tokens=(rows, columns), up_proj=(16, 256)) == 256 * 2**20 + rows * columns * 210 // 256
 
 
 def test_a_card_leaves_room_for_others_and_for_its_own_libraries(small):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.kernels.card_bits import UNIT, UNIT_BYTES
+from pixtral_cli.model.card_bits import UNIT, UNIT_BYTES
 from weights_cache.codecs.k_quants import pack_scales_and_offsets, six_bit_words
 
 ROWS, COLUMNS = UNIT

@@ -17,8 +17,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from pixtral_cli.model.kernels import card_bits, card_layout, nvrtc
-from pixtral_cli.model.kernels.card_bits import UNIT, UNIT_BYTES
+from pixtral_cli.model import card_bits
+from pixtral_cli.model.card_bits import UNIT, UNIT_BYTES
+from pixtral_cli.model.kernels import card_layout, nvrtc
 from pixtral_cli.model.kernels.nvrtc import CompilationFailed, Function
 from weights_cache.codecs.int4 import ROWS as INT4_ROWS
 from weights_cache.codecs.int4 import Int4

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support import emulated_card
 
-from pixtral_cli.model.kernels import card_bits, card_layout, cuda_packed, nf4, nvrtc
+from pixtral_cli.model import card_bits
+from pixtral_cli.model.kernels import card_layout, cuda_packed, nf4, nvrtc
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel, Launch, launch_for
 from pixtral_cli.model.kernels.nvrtc import CompilationFailed
 from pixtral_cli.model.kernels.reference import PackedEmbedding
