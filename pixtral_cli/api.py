@@ -22,10 +22,11 @@ from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
-from pixtral_cli.model import save
+from pixtral_cli.model import paths, save
+from pixtral_cli.model.free_memory import kind_of
 from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
-from pixtral_cli.model.memory import check_weights, kv_bytes, kv_tokens, weight_bytes
+from pixtral_cli.model.memory import Plan, Work, check_weights, kv_tokens, plan
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import Form, Progress, Source
@@ -52,14 +53,14 @@ class Pixtral:
         placement: Placement,
         engine: Engine,
         load_seconds: float,
-        kv_cache_dtype: str = "auto",
+        work: Work | None = None,
     ) -> None:
         self.source = source
         self.placement = placement
         self.engine = engine
         self.driver = Driver(engine)
         self.load_seconds = load_seconds
-        self.kv_encoding = kv_encoding(kv_cache_dtype, placement.dtype)
+        self.work = work or Work()
 
     @classmethod
     def load(
@@ -111,27 +112,28 @@ class Pixtral:
         source.processor.tokenizer.room = context
         _ = source.end_token_ids  # what cannot be read fails now, not at the first question
         placement = source.placement(wanted, quantize_vision)
-        check_weights(source.checkpoint.tensors, placement, device)
+        work = Work(max_batch_size, context, image_cache_memory, kv_cache_dtype)
+        planned = check_weights(source.checkpoint.tensors, placement, source.config, device, work)
         most = pages_for(context) * PAGE * max_batch_size
-        room = kv_tokens(
-            source.checkpoint.tensors, placement, source.config.text, device, most, kv_cache_memory, kv_cache_dtype
-        )
+        room = kv_tokens(planned, device, most, kv_cache_memory)
         unasked = kv_cache_memory is None and device.type == "cpu"
 
         def make_engine() -> Engine:
+            model = load(source.checkpoint, source.config, placement, device, progress)
+            measured = kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if device.type == "cuda" else room
             return Engine(
-                load(source.checkpoint, source.config, placement, device, progress),
+                model,
                 context,
                 max_batch_size,
                 max_ce_batch_size,
-                kv_tokens=room,
+                kv_tokens=measured,
                 kv_kept=KEPT_UNASKED if unasked else 1.0,
                 image_cache=image_cache_memory,
                 kv_cache_dtype=kv_cache_dtype,
             )
 
         engine = on_a_thread_that_ends(make_engine)
-        return cls(source, placement, engine, time.perf_counter() - begun, kv_cache_dtype)
+        return cls(source, placement, engine, time.perf_counter() - begun, work)
 
     def save(self, path: str | PathLike[str], progress: Progress | None = None) -> None:
         """Write the loaded model as one file that `serialized_model_path` loads, with nothing else needed.
@@ -148,15 +150,22 @@ class Pixtral:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding."""
-        return [note for note in (self.source.checkpoint.note, *self.placement.notes) if note]
+        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding, what is
+        slower on this machine than it could be."""
+        slower = paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
+        return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the model was expected to take before it was loaded."""
+        kind = kind_of(self.engine.model.device)
+        return plan(self.source.checkpoint.tensors, self.placement, self.source.config, kind, self.work)
 
     @property
     def memory(self) -> Memory:
         engine = self.engine
         tokens = engine.table.count * PAGE
-        kept = kv_bytes(self.source.config.text, tokens, self.kv_encoding)
-        return Memory(weight_bytes(self.source.checkpoint.tensors, self.placement), kept, tokens, engine.features.limit)
+        return Memory(self.plan.weights, tokens * self.plan.token, tokens, engine.features.limit)
 
     @property
     def name(self) -> str:
@@ -260,7 +269,7 @@ def _positive(**numbers: int | None) -> None:
 
 def _device(text: str | None) -> str:
     gpus = torch.cuda.device_count()
-    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus)
+    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus, paths.sees_gpus())
 
 
 def _context(model: int, wanted: int | None) -> int:

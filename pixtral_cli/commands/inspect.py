@@ -12,6 +12,7 @@ import typer
 from pixtral_cli.cli.completions import ANY_MODEL
 from pixtral_cli.cli.console import table
 from pixtral_cli.cli.flags import one_of
+from pixtral_cli.cli.loading import notes_instead_of_log
 from pixtral_cli.cli.options import FORMATS, KV_CACHE_DTYPE, OutputFlags
 from weights_cache.names import VISION
 from weights_cache.wording import size
@@ -68,6 +69,10 @@ def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
         found = as_object(arguments.model, source, arguments.kv_cache_dtype)
         if source.checkpoint.note:
             console.notice(source.checkpoint.note)
+        with notes_instead_of_log():
+            slower = source.device_notes()
+        for note in slower:
+            console.notice(note)
     console.result(found, as_text(found))
 
 

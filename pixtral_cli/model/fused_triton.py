@@ -46,15 +46,15 @@ def _add_norm(
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x and delta [N, C] -> (x + delta, rounded; RMSNorm of that), each [N, C]; without `delta` of x itself."""
-    x = x.contiguous()
+    x, adds = x.contiguous(), delta is not None
     delta = x if delta is None else delta.contiguous()
-    total, normed = (x if delta is x else torch.empty_like(x)), torch.empty_like(x)
+    total, normed = (torch.empty_like(x) if adds else x), torch.empty_like(x)
     rows, width = x.shape
     if rows:
         columns, chained = triton.next_power_of_2(width), chains(x.device)
         warps = max(1, min(16, columns // 256))
         _add_norm[(rows,)](
-            x, delta, weight, total, normed, width, epsilon, delta is not x, columns, chained,
+            x, delta, weight, total, normed, width, epsilon, adds, columns, chained,
             num_warps=warps, launch_pdl=chained,
         )  # fmt: skip
     return total, normed
@@ -67,11 +67,10 @@ def _rotate(
 ):  # fmt: skip
     begin(chained)
     token, part, q_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.cdiv(q_heads, heads)
-    if part < q_parts:
-        base, stride, first, count = q + token * q_token, q_head, part * heads, q_heads
-    else:
-        base, stride, first, count = k + token * k_token, k_head, (part - q_parts) * heads, k_heads
-    head, column = first + tl.arange(0, heads), tl.arange(0, columns)
+    of_q = part < q_parts
+    base = tl.where(of_q, q + token * q_token, k + token * k_token)
+    head = tl.where(of_q, part, part - q_parts) * heads + tl.arange(0, heads)
+    count, stride, column = tl.where(of_q, q_heads, k_heads), tl.where(of_q, q_head, k_head), tl.arange(0, columns)
     inside = (head < count)[:, None] & (column < half)[None]
     place = base + head[:, None] * stride + column[None]
     left, right = tl.load(place, mask=inside).to(tl.float32), tl.load(place + half, mask=inside).to(tl.float32)

@@ -38,7 +38,9 @@ class ToCard:
         return replace(weight, **parts)  # type: ignore[type-var]  # each of them is a dataclass of its parts
 
     def tensor(self, source: Tensor) -> Tensor:
-        """The same tensor on the card, contiguous."""
+        """The same tensor on the card, contiguous; one that is there already as it is."""
+        if source.is_cuda:
+            return source
         copied = torch.empty(source.shape, dtype=source.dtype, device=self.device)
         if self._stream is None:
             self._send(source, copied)

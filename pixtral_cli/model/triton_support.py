@@ -14,7 +14,8 @@ import torch
 
 logger = logging.getLogger("pixtral_cli.model")
 
-_reasons: dict[torch.device, str | None] = {}
+_reasons: dict[int, str | None] = {}
+"""By the card's number, as torch counts."""
 
 
 def available(device: torch.device) -> bool:
@@ -24,11 +25,12 @@ def available(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    if device not in _reasons:
-        _reasons[device] = reason = _try(device)
+    card = torch.cuda.current_device() if device.index is None else device.index
+    if card not in _reasons:
+        _reasons[card] = reason = _try(device)
         if reason:
             logger.warning("Triton does not work here, so plain torch serves, more slowly: %s", reason)
-    return _reasons[device] is None
+    return _reasons[card] is None
 
 
 def why_not() -> str | None:

@@ -45,28 +45,26 @@ class PixtralModel(LanguageModel):
 
         A card computes several in one pass; a CPU one after the other, so that nobody's last bits depend on others.
         """
-        found: dict[int, Tensor] = {}
         grids = [self._grid(pixels) for pixels in images]
-        for chosen in self._passes(grids):
+        lengths = [rows * columns for rows, columns in grids]
+        found: dict[int, Tensor] = {}
+        for chosen in self._passes(lengths):
             patches = torch.cat([self._patches(images[index], grids[index]) for index in chosen])
             features = self.multi_modal_projector(self.vision_tower(patches, [grids[index] for index in chosen]))
-            found |= zip(chosen, features.split([grids[index][0] * grids[index][1] for index in chosen]), strict=True)
+            found |= zip(chosen, features.split([lengths[index] for index in chosen]), strict=True)
         return [found[index] for index in range(len(images))]
 
-    def _passes(self, grids: list[Grid]) -> Iterator[list[int]]:
-        """Which images go through the tower together: those of one size beside each other, for their attention."""
+    def _passes(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Which images go through the tower together, by their patches: equal ones beside each other, for attention."""
         if self.device.type == "cpu":
-            yield from ([index] for index in range(len(grids)))
+            yield from ([index] for index in range(len(lengths)))
             return
         chosen: list[int] = []
-        patches = 0
-        for index in sorted(range(len(grids)), key=grids.__getitem__):
-            here = grids[index][0] * grids[index][1]
-            if chosen and patches + here > PATCHES_AT_ONCE:
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if chosen and sum(lengths[other] for other in chosen) + lengths[index] > PATCHES_AT_ONCE:
                 yield chosen
-                chosen, patches = [], 0
+                chosen = []
             chosen.append(index)
-            patches += here
         if chosen:
             yield chosen
 

@@ -7,8 +7,8 @@ import pytest
 from support.processes import imported_by
 
 from pixtral_cli.encoding_choices import CHOICES
-from pixtral_cli.model import memory
-from pixtral_cli.model.memory import Device
+from pixtral_cli.model import free_memory, memory
+from pixtral_cli.model.free_memory import Device
 from pixtral_cli.tiny import FOLDER
 
 GIB = 2**30
@@ -79,7 +79,7 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(call):
 
     text = Source.open("tiny").config.text
     for each in told(call, "tiny")["encodings"][0]["lengths"]:
-        cache = KVCache(text, torch.bfloat16, torch.device("meta"), pages_for(each["tokens"]))
+        cache = KVCache(text, torch.bfloat16, torch.device("cpu"), pages_for(each["tokens"]))
         assert each["kv_cache_bytes"] == cache._store.nbytes
 
 
@@ -103,7 +103,7 @@ def test_a_way_to_keep_keys_and_values_that_is_not_known_is_refused_with_those_t
 
 def test_what_is_free_decides_what_fits_on_each_device(call, monkeypatch):
     monkeypatch.setattr(
-        memory, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", GIB), Device("x", None)]
+        free_memory, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", 4 * GIB), Device("x", None)]
     )
     for encoding in told(call, "tiny")["encodings"]:
         for row in encoding["lengths"]:
@@ -125,7 +125,7 @@ def test_gpus_are_asked_of_their_driver_and_a_broken_one_is_none(monkeypatch, tm
     ):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        assert [(device.name, device.free) for device in memory.devices()[1:]] == expected
+        assert [(device.name, device.free) for device in free_memory.devices()[1:]] == expected
 
 
 def test_a_gguf_and_its_own_mixture_are_looked_at(call, tmp_path):

@@ -76,6 +76,7 @@ def test_triton_adds_and_norms_as_the_formulas_do(shape, dtype, adds):
     close(total, x.double() if delta is None else x.double() + delta.double(), dtype)
     close(found, normed(total, weight), dtype)
     assert torch.equal(x, before)
+    close(fused_triton.add_norm(x, x, weight, EPSILON)[0], 2 * x.double(), dtype)
 
 
 @interpreted
@@ -173,7 +174,7 @@ def test_a_gradient_flows_through_every_operation():
 def test_a_card_without_triton_says_so_once_and_names_the_reason(monkeypatch, caplog):
     monkeypatch.setattr(triton_support, "_reasons", {})
     monkeypatch.setattr(triton_support, "_try", lambda device: "RuntimeError: Failed to find C compiler.")
-    device = torch.device("cuda")
+    device = torch.device("cuda:0")
     assert not triton_support.available(device) and not triton_support.available(device)
     assert triton_support.why_not() == "RuntimeError: Failed to find C compiler."
     (record,) = caplog.records

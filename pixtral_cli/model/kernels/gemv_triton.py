@@ -76,8 +76,8 @@ def _added(sums, here, x, inside, width, n: tl.constexpr):
 
 @triton.jit
 def _dots(
-    x, weight, y, height, width,
-    n: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr, chained: tl.constexpr,
+    x, weight, y, n, height, width,
+    rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr, chained: tl.constexpr,
 ):  # fmt: skip
     """The same by matrix units, which take 16 vectors at the least; C is whole tiles."""
     row, column, token = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, 16)
@@ -100,7 +100,7 @@ def dots(x: Tensor, weight: Tensor, tile: Tile, chained: bool | None = None) -> 
     y = torch.empty(n, height, dtype=x.dtype, device=x.device)
     chained = chains(x.device) if chained is None else chained
     _dots[(triton.cdiv(height, tile.rows),)](
-        x, weight, y, height, width, n, tile.rows, tile.columns, tile.stages, chained,
+        x, weight, y, n, height, width, tile.rows, tile.columns, tile.stages, chained,
         num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip
     return y

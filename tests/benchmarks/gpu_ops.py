@@ -1,0 +1,474 @@
+"""What single operations take on one card: products of a matrix with few vectors, fused operations, the vision tower.
+
+    python tests/benchmarks/gpu_ops.py [--json FILE] [--only gemv,chain,fused,tower] [--dry]
+
+Everything but the tower is timed inside a CUDA graph that goes through enough copies of its weights to find none of
+them in the card's cache. Beside each figure stand the rates that a copy and a large product reach in the same run.
+Results are compared with plain torch's before they are timed. Takes about a minute. `--dry` goes through it all on a
+CPU, tiny and untimed, with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from random_models import RandomCheckpoint, config_of, random_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pixtral_cli.model import fused, fused_triton, vision
+from pixtral_cli.model.kernels import gemv_triton
+from pixtral_cli.model.kernels.gemv_triton import Tile
+from pixtral_cli.model.layers import cos_sin
+
+SHAPES = {
+    "qkv": (6144, 5120),
+    "o": (5120, 4096),
+    "gate-up": (28672, 5120),
+    "down": (5120, 14336),
+    "head": (131072, 5120),
+}
+LAYER = ("qkv", "o", "gate-up", "down")
+TINY = {"qkv": (96, 64), "o": (64, 64), "gate-up": (256, 64), "down": (64, 128), "head": (512, 64)}
+BEYOND_CACHE = 400e6  # bytes of copies
+REPLAYS, ROUNDS = 3, 5
+
+
+class Bench:
+    """The card, the sizes, and what was found."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.shapes = TINY if dry else SHAPES
+        self.found: dict[str, Any] = {
+            "card": "none" if dry else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, scale)
+
+    def in_graph(self, calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
+        """Microseconds a call, all calls one after the other in one graph: the median of the rounds."""
+        calls[0]()
+        if self.dry:
+            return 1.0
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return self.timed(graph.replay, replays) / len(calls)
+
+    def timed(self, call: Callable[[], object], repeats: int = 1, rounds: int = ROUNDS) -> float:
+        """Microseconds a call, as events on the card see it."""
+        call()
+        if self.dry:
+            return 1.0
+        times = []
+        for _ in range(rounds):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / repeats)
+        return statistics.median(times)
+
+    def copies(self, shape: tuple[int, int]) -> list[Tensor]:
+        count = 1 if self.dry else max(1, -(-int(BEYOND_CACHE) // (2 * shape[0] * shape[1])))
+        return [self.random(*shape, scale=0.02) for _ in range(count)]
+
+    def rates(self) -> None:
+        """What a copy and a matrix product reach."""
+        size = 64 if self.dry else 8192
+        a, b = self.random(size, size), self.random(size, size)
+        self.found["matmul TF/s"] = round(2 * size**3 / self.timed(lambda: a @ b, 4) / 1e6, 1)
+        source = torch.empty(4096 if self.dry else 2**31, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        self.found["copy TB/s"] = round(2 * source.nbytes / self.timed(lambda: target.copy_(source), 2) / 1e6, 3)
+        print(f"copy {self.found['copy TB/s']} TB/s, matrix product {self.found['matmul TF/s']} TF/s")
+
+    @contextmanager
+    def chained(self, chained: bool) -> Iterator[None]:
+        """Kernels begin before those before them have ended, or not."""
+        with (
+            mock.patch.object(fused_triton, "chains", return_value=chained and not self.dry),
+            mock.patch.object(gemv_triton, "chains", return_value=chained and not self.dry),
+        ):
+            yield
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+Variant = tuple[str, Tile]
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def right(variants: dict[Variant, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Variant, Product]:
+    """Those that compile, several at a time, and give what torch gives."""
+
+    def wrong(variant: Variant) -> str | None:
+        try:
+            off = error(variants[variant](x, weight), wanted)
+        except Exception as failure:  # noqa: BLE001  the others are worth having
+            return str(failure).splitlines()[0]
+        return None if off < 1e-2 else f"wrong by {off:.1%}"
+
+    wanted = linear(x, weight)
+    first, *others = variants
+    with ThreadPoolExecutor(1 if dry else 12) as threads:
+        reasons = [wrong(first), *threads.map(wrong, others)]
+    for variant, reason in zip(variants, reasons, strict=True):
+        if reason:
+            print(f"left out for {len(x)} rows: {variant}: {reason}")
+    return {variant: variants[variant] for variant, reason in zip(variants, reasons, strict=True) if not reason}
+
+
+def tiles(rows: int, dry: bool) -> list[Tile]:
+    """To be tried for `rows` rows of x: so many numbers for each thread that all sums stay in registers."""
+    if dry:
+        return [Tile(2, 64, 4), Tile(4, 32, 4, 3)]
+    if rows > 1:
+        shapes = ((1, 1024, 4), (2, 512, 4), (2, 1024, 8), (4, 512, 8), (4, 256, 4))
+        return [Tile(*shape, stages) for shape, stages in product(shapes, (1, 3))]
+    shapes = (
+        (1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 512, 2), (2, 1024, 2), (2, 1024, 4), (2, 2048, 4), (2, 2048, 8),
+        (4, 256, 2), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (4, 2048, 8), (8, 512, 4), (8, 512, 8), (8, 1024, 8),
+    )  # fmt: skip
+    return [Tile(*shape, stages) for shape, stages in product(shapes, (1, 3))] + [
+        Tile(*shape, 5) for shape in ((2, 1024, 4), (4, 512, 4), (4, 1024, 8))
+    ]
+
+
+def dot_tiles(dry: bool) -> list[Tile]:
+    if dry:
+        return []  # the interpreter multiplies bfloat16 wrong
+    return [
+        Tile(16, 256, 2, 4), Tile(16, 256, 4, 5), Tile(16, 512, 4, 3), Tile(32, 128, 4, 5), Tile(32, 256, 4, 4),
+        Tile(32, 256, 8, 4), Tile(64, 64, 4, 6), Tile(64, 128, 4, 4), Tile(64, 256, 8, 3),
+    ]  # fmt: skip
+
+
+Best = dict[tuple[str, int], Product]
+
+
+def gemv(bench: Bench) -> Best:
+    """Every tile for every matrix and number of rows -> the fastest product of each."""
+    best: Best = {}
+    variants: dict[int, dict[Variant, Product]] = {
+        rows: {
+            **{("sum", tile): partial(gemv_triton.products, tile=tile) for tile in tiles(rows, bench.dry)},
+            **(
+                {("dot", tile): partial(gemv_triton.dots, tile=tile) for tile in dot_tiles(bench.dry)}
+                if rows > 1
+                else {}
+            ),
+        }
+        for rows in (1, 2, 4, 8)
+    }
+    begun = time.perf_counter()
+    small = bench.random(*bench.shapes["o"], scale=0.02)
+    with bench.chained(False):
+        for rows, each in variants.items():
+            variants[rows] = right(each, bench.random(rows, small.shape[1]), small, bench.dry)
+    print(f"{sum(map(len, variants.values()))} kernels compiled and right in {time.perf_counter() - begun:.0f} s")
+    print("\nmatrix    rows   cuBLAS us (TB/s)   now us (TB/s)   best sums   best dots   the best chained")
+    results = bench.found["gemv"] = {}
+    for name, shape in bench.shapes.items():
+        weights = bench.copies(shape)
+        default = partial(gemv_triton.products, tile=gemv_triton.tile_of(*shape))
+        for rows, each in variants.items():
+            x = bench.random(rows, shape[1])
+
+            def us(call: Product, chained: bool = False) -> float:
+                with bench.chained(chained):
+                    return bench.in_graph([partial(call, x, weight) for weight in weights], 2)  # noqa: B023
+
+            def shown(us: float) -> str:
+                return f"{us:7.1f} ({2 * shape[0] * shape[1] / us / 1e6:.2f})"  # noqa: B023
+
+            times = sorted((us(call), kind, tile) for (kind, tile), call in each.items())
+            first = {kind: next((t for t in times if t[1] == kind), None) for kind in ("sum", "dot")}
+            cublas, now = us(linear), us(default) if rows == 1 else 0.0
+            fastest = times[: 3 if rows == 1 else 1]
+            chained = sorted((us(each[kind, tile], True), kind, tile) for _, kind, tile in fastest)
+            best[name, rows] = each[chained[0][1:]]
+            tell = [f"{shown(t[0])} {tuple(t[2])}" for t in (first["sum"], first["dot"], chained[0]) if t]
+            print(f"{name:8s} {rows:5d} {shown(cublas)} {shown(now) if now else '':14s}  {'  '.join(tell)}", flush=True)
+            results[f"{name} {rows}"] = {
+                "cublas": cublas,
+                "now": now,
+                "times": [(round(t, 2), kind, *tile) for t, kind, tile in times[:12]],
+                "slowest": round(times[-1][0], 2),
+                "chained": [(round(t, 2), kind, *tile) for t, kind, tile in chained],
+            }
+    return best
+
+
+def chain(bench: Bench, best: Best) -> None:
+    """The products and element-wise operations of a decoder's layer, without its attention, in the engine's order."""
+    copies = 1 if bench.dry else 4
+    layers = [{name: bench.random(*bench.shapes[name], scale=0.02) for name in LAYER} for _ in range(copies)]
+    width = bench.shapes["qkv"][1]
+    nbytes = sum(2 * bench.shapes[name][0] * bench.shapes[name][1] for name in LAYER)
+    norm = nn.RMSNorm(width, eps=1e-5, device=bench.device, dtype=torch.bfloat16).requires_grad_(False)
+    results = bench.found["layer"] = {}
+
+    def default(name: str) -> Product:
+        return partial(gemv_triton.products, tile=gemv_triton.tile_of(*bench.shapes[name]))
+
+    print(f"\na layer without its attention, {nbytes / 1e6:.0f} MB: us (TB/s)")
+    for rows in (1, 2, 4, 8):
+        x = bench.random(rows, width)
+        mixed = bench.random(rows, bench.shapes["o"][1])
+
+        def layer(weights: dict[str, Tensor], product_of: Callable[[str], Any], operations: Any) -> Tensor:
+            total, normed = operations.add_norm(x, x, norm)  # noqa: B023
+            product_of("qkv")(normed, weights["qkv"])
+            delta = product_of("o")(mixed, weights["o"])  # noqa: B023
+            _, normed = operations.add_norm(total, delta, norm)
+            gate_up = product_of("gate-up")(normed, weights["gate-up"])
+            return product_of("down")(operations.silu_mul(gate_up), weights["down"])
+
+        variants: dict[str, tuple[Callable[[str], Any], Any, bool]] = {
+            "cuBLAS, plain": (lambda name: linear, Plain, False),
+            "cuBLAS, fused": (lambda name: linear, Fused, False),
+            "cuBLAS, fused, chained": (lambda name: linear, Fused, True),
+        }
+        if rows == 1:
+            variants["now"] = (default, Fused, False)
+            variants["now, chained"] = (default, Fused, True)
+        if best:
+            variants["best"] = (lambda name: best[name, rows], Fused, False)  # noqa: B023
+            variants["best, chained"] = (lambda name: best[name, rows], Fused, True)  # noqa: B023
+        wanted, tell = None, []
+        for label, (product_of, operations, chained) in variants.items():
+            with bench.chained(chained):
+                result = layer(layers[0], product_of, operations)
+                wanted = result if wanted is None else wanted
+                assert error(result, wanted) < (5e-2 if bench.dry else 2e-2), (label, error(result, wanted))
+                us = bench.in_graph([partial(layer, weights, product_of, operations) for weights in layers])
+            results[f"{rows} rows, {label}"] = us
+            tell.append(f"{label} {us:.1f} ({nbytes / us / 1e6:.2f})")
+        print(f"{rows} rows: " + "; ".join(tell), flush=True)
+
+
+class Plain:
+    """The operations by plain torch."""
+
+    @staticmethod
+    def add_norm(x: Tensor, delta: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        with mock.patch.object(fused, "_on_card", return_value=False):
+            return fused.add_norm(x, delta, norm)
+
+    @staticmethod
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        with mock.patch.object(fused, "_on_card", return_value=False):
+            return fused.rotate(q, k, cos, sin)
+
+    @staticmethod
+    def silu_mul(gate_up: Tensor) -> Tensor:
+        with mock.patch.object(fused, "_on_card", return_value=False):
+            return fused.silu_mul(gate_up)
+
+
+class Fused:
+    """The operations by Triton."""
+
+    rotate = staticmethod(fused_triton.rotate)
+    silu_mul = staticmethod(fused_triton.silu_mul)
+
+    @staticmethod
+    def add_norm(x: Tensor, delta: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        return fused_triton.add_norm(x, delta, norm.weight, norm.eps or 0.0)
+
+
+def fused_operations(bench: Bench) -> None:
+    """Each at one token, 64 and 4096: plain torch, Triton, Triton chained, and what a copy's rate would take."""
+    width, ffn = (64, 128) if bench.dry else (5120, 14336)
+    heads, kv_heads, dim = (4, 2, 16) if bench.dry else (32, 8, 128)
+    norm = nn.RMSNorm(width, eps=1e-5, device=bench.device, dtype=torch.bfloat16).requires_grad_(False)
+    results = bench.found["fused"] = {}
+    print("\noperation    tokens   plain us   Triton us   chained us   at the copy's rate")
+    for tokens in (1, 64, 3 if bench.dry else 4096):
+        x, delta, gate_up = (bench.random(tokens, size) for size in (width, width, 2 * ffn))
+        qkv = bench.random(tokens, heads + 2 * kv_heads, dim)
+        q, k, _ = qkv.split([heads, kv_heads, kv_heads], 1)
+        rotary = cos_sin(torch.rand(tokens, dim // 2, device=bench.device), torch.bfloat16)
+        calls = {
+            "add_norm": (lambda of: of.add_norm(x, delta, norm)[1], 8 * x.numel()),  # noqa: B023
+            "rotate": (lambda of: of.rotate(q, k, *rotary)[0], 4 * (q.numel() + k.numel())),  # noqa: B023
+            "silu_mul": (lambda of: of.silu_mul(gate_up), 3 * gate_up.numel()),  # noqa: B023
+        }
+        for name, (call, nbytes) in calls.items():
+            wanted = call(Plain)
+            times = [bench.in_graph([partial(call, Plain)] * 20)]
+            for chained in (False, True):
+                with bench.chained(chained):
+                    if name != "rotate":  # which turns its arguments on and on
+                        assert error(call(Fused), wanted) < 1e-2, (name, tokens)
+                    times.append(bench.in_graph([partial(call, Fused)] * 20))
+            least = nbytes / bench.found["copy TB/s"] / 1e6
+            print(
+                f"{name:12s} {tokens:6d} {times[0]:10.1f} {times[1]:11.1f} {times[2]:12.1f} {least:20.1f}", flush=True
+            )
+            results[f"{name} {tokens}"] = [round(each, 2) for each in times]
+        if not bench.dry:
+            found = {}
+            for warps in (4, 8, 16, 32):
+                total, normed = torch.empty_like(x), torch.empty_like(x)
+                call = partial(
+                    fused_triton._add_norm[(tokens,)],
+                    x, delta, norm.weight, total, normed, width, 1e-5, True, 8192, False, num_warps=warps,
+                )  # fmt: skip
+                found[warps] = round(bench.in_graph([call] * 20), 2)
+            results[f"add_norm {tokens} by warps"] = found
+            print(f"             add_norm by warps: {found}")
+
+
+def attention(bench: Bench) -> None:
+    """The tower's, within images of 4096 patches, by every backend; and what a size takes that is new to it."""
+    heads, length, dim = (2, 16, 16) if bench.dry else (16, 4096, 64)
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
+    results = bench.found["attention"] = {}
+    for images in (1, 4):
+        qkv = bench.random(images, length, 3 * heads, dim)
+        q, k, v = (part.transpose(1, 2) for part in qkv.split(heads, 2))
+        wanted = scaled_dot_product_attention(q.float(), k.float(), v.float()) if bench.dry else None
+        for name, backend in backends.items():
+            try:
+                with sdpa_kernel(backend):
+                    begun = time.perf_counter()
+                    found = scaled_dot_product_attention(q, k, v)
+                    if not bench.dry:
+                        torch.cuda.synchronize()
+                    first = time.perf_counter() - begun
+                    wanted = found if wanted is None else wanted
+                    assert error(found, wanted) < 2e-2, name
+                    us = bench.timed(partial(scaled_dot_product_attention, q, k, v), 3)
+            except RuntimeError as failure:
+                print(f"attention, {name}: {str(failure).splitlines()[0]}")
+                continue
+            rate = 4 * images * heads * length**2 * dim / us / 1e6
+            copied = not found.transpose(1, 2).is_contiguous()
+            results[f"{name} {images}"] = {"us": us, "TF/s": rate, "first ms": first * 1e3, "to be copied": copied}
+            print(f"attention, {images} images, {name}: {us:.0f} us, {rate:.0f} TF/s, first {first * 1e3:.0f} ms")
+
+
+def picture_flops(config: Any, patches: int) -> int:
+    """Multiplications and additions for one image: tower and projector."""
+    tower, text = config.vision, config.text
+    layer = 4 * tower.hidden_size**2 + 3 * tower.hidden_size * tower.intermediate_size
+    ends = 3 * tower.patch_size**2 * tower.hidden_size + (tower.hidden_size + text.hidden_size) * text.hidden_size
+    attention = 2 * patches * tower.hidden_size
+    return 2 * patches * (tower.num_layers * (layer + attention) + ends)
+
+
+@torch.inference_mode()
+def tower(bench: Bench) -> None:
+    """Eight pictures of 1024 x 1024 through 24 layers: by size of the chunks and by backend of attention."""
+    print()
+    attention(bench)
+    config = config_of("tiny" if bench.dry else "nemo")
+    text = replace(config.text, num_layers=1, vocab_size=1024, sliding_windows=(None,))
+    config = replace(config, text=text)
+    model = random_model(RandomCheckpoint(config, "bfloat16", bench.device), config)
+    assert isinstance(model, vision.PixtralModel)
+    small = torch.randn(3, 128, 96)
+    with mock.patch.object(fused, "_on_card", return_value=False):
+        plain = model.encode_image(small)
+    found = model.encode_images([small, small])
+    assert max(error(each, plain) for each in found) < 2e-2
+    side = 64 if bench.dry else 1024
+    here = [torch.randn(3, side, side) for _ in range(8)]
+    there = [pixels.to(bench.device) for pixels in here]
+    flops = picture_flops(config, (side // 16) ** 2)
+    results = bench.found["tower"] = {}
+
+    def tell(label: str, images: list[Tensor]) -> None:
+        us = bench.timed(lambda: model.encode_images(images), 1, 3) / len(images)
+        results[label] = {"ms a picture": us / 1e3, "TF/s": flops / us / 1e6}
+        part = flops / us / 1e6 / bench.found["matmul TF/s"]
+        print(f"tower, {label}: {us / 1e3:.2f} ms a picture, {flops / us / 1e6:.0f} TF/s, {part:.0%}", flush=True)
+
+    for limit in (4096, 8192, 16384, 32768):
+        with mock.patch.object(vision, "PATCHES_AT_ONCE", limit):
+            before = 0 if bench.dry else torch.cuda.memory_allocated()
+            if not bench.dry:
+                torch.cuda.reset_peak_memory_stats()
+            tell(f"8 pictures, {limit} patches at once", there)
+            if not bench.dry:
+                peak = torch.cuda.max_memory_allocated() - before
+                results[f"8 pictures, {limit} patches at once"]["bytes a patch"] = peak / min(limit, 32768)
+                print(f"    peak {peak / 2**20:.0f} MiB, {peak / min(limit, 32768) / 1024:.1f} KiB a patch")
+    tell("8 pictures from the computer's memory", here)
+    tell("1 picture", there[:1])
+    for name, backend in {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}.items():
+        try:
+            with mock.patch.object(vision, "BACKENDS", [backend, SDPBackend.MATH]):
+                tell(f"8 pictures, attention by {name}", there)
+        except RuntimeError as failure:
+            print(f"tower with {name}: {str(failure).splitlines()[0]}")
+    with mock.patch.object(vision, "AttendWithinImages", return_value=lambda layer, q, k, v: q.contiguous()):
+        tell("8 pictures without attention (its part of the work counted all the same)", there)
+    with mock.patch.object(fused, "_on_card", return_value=False):
+        tell("8 pictures, plain torch operations", there)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="gemv,chain,fused,tower")
+    parser.add_argument("--dry", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    bench, begun, best = Bench(options.dry), time.perf_counter(), {}
+    parts: dict[str, Callable[[], object]] = {
+        "tower": lambda: tower(bench),
+        "fused": lambda: fused_operations(bench),
+        "gemv": lambda: best.update(gemv(bench)),
+        "chain": lambda: chain(bench, best),
+    }
+    bench.rates()
+    for name, part in parts.items():
+        if name in options.only.split(","):
+            try:
+                part()
+            except Exception as failure:  # noqa: BLE001  the other parts are worth having
+                print(f"{name} failed: {type(failure).__name__}: {failure}")
+                bench.found[f"{name} failed"] = f"{type(failure).__name__}: {failure}"
+            bench.found["seconds"] = round(time.perf_counter() - begun, 1)
+            if options.json:
+                options.json.write_text(json.dumps(bench.found, indent=1))
+            print(f"[{bench.found['seconds']} s]")
+            if not options.dry:
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
