@@ -92,20 +92,17 @@ class AttendOnCard:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, D], k and v [N, K, D], whose rows may lie apart -> [N, H, D]."""
-        count = self._layout.decoding
-        if count == len(q):
-            return self._decode(layer, q, k, v)
-        if count == 0:
-            return self._prefill(layer, q, k, v)
-        decoded = self._decode(layer, q[:count], k[:count], v[:count])
-        return torch.cat([decoded, self._prefill(layer, q[count:], k[count:], v[count:])])
-
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._kernels.decode(q, k, v, self._kv_cache, layer, self._layout, self._windows[layer], self._scratch)
-
-    def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._kernels.write(k, v, self._kv_cache, layer, self._layout)
-        return self._kernels.prefill(q, self._kv_cache, layer, self._layout, self._windows[layer])
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        store, window = (self._kv_cache, layer, self._layout), self._windows[layer]
+        (q, new_q), (k, new_k), (v, new_v), (decoded, mixed) = (
+            (x[: self._layout.decoding], x[self._layout.decoding :]) for x in (q, k, v, out)
+        )
+        if len(q):
+            self._kernels.decode(q, k, v, decoded, *store, window, self._scratch)
+        if len(new_q):
+            self._kernels.write(new_k, new_v, *store)
+            self._kernels.prefill(new_q, mixed, *store, window)
+        return out
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:

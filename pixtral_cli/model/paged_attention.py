@@ -20,13 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixtral_cli.model.fused_triton import begin as begin_kernel
 from pixtral_cli.model.kv_cache import HIGHEST_EXPONENT, LOWEST_EXPONENT, PAGE, KVCache, Layout
+from pixtral_cli.model.triton_support import chains
 
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1e30)  # the peak of no scores: finite, so that a block without visible keys makes no NaN
 PAGE_TOKENS = tl.constexpr(PAGE)
 LOWEST = tl.constexpr(LOWEST_EXPONENT)
 HIGHEST = tl.constexpr(HIGHEST_EXPONENT)
+WHERE = ["page_table", "rows", "positions", "before", "starts"]
+"""May begin anywhere in a tensor; a kernel is not compiled anew for that."""
 
 
 class Blocks(NamedTuple):
@@ -184,15 +188,17 @@ def _mix_block(
 # ---- write ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "first"], do_not_specialize_on_alignment=WHERE)
 def _write(
-    k, v, keys, values, key_exponents, value_exponents, page_table, rows, positions, k_stride, v_stride, table_stride,
-    K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CODES: tl.constexpr,
+    k, v, keys, values, key_exponents, value_exponents, page_table, rows, positions, first,
+    k_stride, v_stride, table_stride,
+    K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CODES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One program a token."""
+    """One program a token; those of k and v are number `first` and on of the layout."""
+    begin_kernel(CHAINED)
     n = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + n)
-    pages = page_table + tl.load(rows + n).to(tl.int64) * table_stride
+    position = tl.load(positions + first + n)
+    pages = page_table + tl.load(rows + first + n).to(tl.int64) * table_stride
     slot = tl.load(pages + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
     heads, dims = tl.arange(0, KP), tl.arange(0, DP)
     there = heads < K
@@ -207,11 +213,12 @@ def _write(
 def write(k: Tensor, v: Tensor, kv_cache: KVCache, layer: int, layout: Layout) -> None:
     """Put k and v [M, K, D], the new tokens that are not decoding, into the store. Their rows may lie apart."""
     tokens, heads, dim = k.shape
-    store = kv_cache.layer(layer)
+    store, chained = kv_cache.layer(layer), chains(k.device)
     _write[(tokens,)](
-        k, v, *store, layout.page_table, layout.rows[layout.decoding :], layout.positions[layout.decoding :],
+        k, v, *store, layout.page_table, layout.rows, layout.positions, layout.decoding,
         k.stride(0), v.stride(0), layout.page_table.stride(0),
-        K=heads, KP=_power(heads), D=dim, DP=_power(dim), CODES=store.key_exponents is not None, num_warps=4,
+        K=heads, KP=_power(heads), D=dim, DP=_power(dim), CODES=store.key_exponents is not None, CHAINED=chained,
+        num_warps=4, launch_pdl=chained,
     )  # fmt: skip
 
 
@@ -241,19 +248,20 @@ def scratch(
     return Scratch(mixed, peaks, totals, torch.zeros(batch * kv_heads, dtype=torch.int32, device=device))
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "batch"])
+@triton.jit(do_not_specialize=["table_stride", "window", "batch"], do_not_specialize_on_alignment=WHERE)
 def _decode(
     q, k, v, out, keys, values, key_exponents, value_exponents, page_table, rows, positions,
     part_mixed, part_peaks, part_totals, arrived, scale, window, batch, q_stride, k_stride, v_stride, table_stride,
     K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
-    WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
+    WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The blocks of all sequences and key heads stand in one line, and each program takes as many as the others.
 
     A pair (sequence, key head) has its blocks in a row; who computes its first block also writes its new token and
     begins its softmax with it. A pair that several programs share is put together by the one that comes last.
     """
+    begin_kernel(CHAINED)
     program = tl.program_id(0)
     ids = tl.arange(0, BP)
     all_positions = tl.load(positions + ids, mask=ids < batch, other=0)
@@ -376,10 +384,10 @@ def decode_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, kv_cache: KVCache, layer: int, layout: Layout, window: int | None,
-    scratch: Scratch, blocks: Blocks | None = None, least: int = LEAST_BLOCKS,
-) -> Tensor:  # fmt: skip
-    """q [B, H, D], k and v [B, K, D], one new token of each sequence -> [B, H, D]; k and v are then in the store.
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, kv_cache: KVCache, layer: int, layout: Layout, window: int | None,
+    scratch: Scratch, blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    """q [B, H, D], k and v [B, K, D], one new token of each sequence -> out [B, H, D]; k and v are then in the store.
 
     `blocks` is for measurements.
     """
@@ -387,16 +395,15 @@ def decode(
     kv_heads, (_, shared, native) = k.shape[1], card(q.device)
     group, store = heads // kv_heads, kv_cache.layer(layer)
     rows, keys, warps, stages = blocks or decode_blocks(q.dtype, dim, shared)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    chained = chains(q.device)
     _decode[(len(scratch.peaks) // (2 * group),)](
         q, k, v, out, *store, layout.page_table, layout.rows, layout.positions, *scratch,
         LOG2_E / dim**0.5, window or 0, batch, q.stride(0), k.stride(0), v.stride(0), layout.page_table.stride(0),
         K=kv_heads, G=group, ROWS=max(rows, _power(group)), GP=triton.next_power_of_2(group), D=dim, DP=_power(dim),
-        BP=max(64, triton.next_power_of_2(batch)), BLOCK=keys, LEAST=least,
-        WINDOWED=window is not None, CODES=store.key_exponents is not None, NATIVE=native,
-        num_warps=warps, num_stages=stages,
+        BP=max(64, triton.next_power_of_2(batch)), BLOCK=keys, LEAST=LEAST_BLOCKS,
+        WINDOWED=window is not None, CODES=store.key_exponents is not None, NATIVE=native, CHAINED=chained,
+        num_warps=warps, num_stages=stages, launch_pdl=chained,
     )  # fmt: skip
-    return out
 
 
 # ---- prefill ----------------------------------------------------------------------------------------------------
@@ -426,17 +433,18 @@ def _look_back(
     return peak, total, mixed
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "sequences"])
+@triton.jit(do_not_specialize=["table_stride", "window", "sequences"], do_not_specialize_on_alignment=WHERE)
 def _prefill(
     q, out, keys, values, key_exponents, value_exponents, page_table, rows, before, starts, sequences,
     scale, window, q_stride, table_stride,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
+    WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program for ROWS queries of one sequence and key head: row r is query head r % G of new token r // G.
 
     Tiles of sequence s begin at number starts[s] * G // ROWS + s: no sequence needs more than lie up to the next.
     """
+    begin_kernel(CHAINED)
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # those that look back furthest come first
     begun = 0
@@ -496,9 +504,10 @@ def prefill_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
 
 
 def prefill(
-    q: Tensor, kv_cache: KVCache, layer: int, layout: Layout, window: int | None, blocks: Blocks | None = None
-) -> Tensor:
-    """q [M, H, D], the new tokens that are not decoding, whose keys and values are in the store -> [M, H, D].
+    q: Tensor, out: Tensor, kv_cache: KVCache, layer: int, layout: Layout, window: int | None,
+    blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    """q [M, H, D], the new tokens that are not decoding, whose keys and values are in the store -> out [M, H, D].
 
     Each sees its own sequence up to itself, or the last `window` tokens of that. `blocks` is for measurements.
     """
@@ -509,15 +518,14 @@ def prefill(
     kv_heads = store.keys.shape[1]
     group = heads // kv_heads
     rows, keys, warps, stages = blocks or prefill_blocks(q.dtype, dim, shared)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    chained = chains(q.device)
     _prefill[(kv_heads, tokens * group // rows + sequences)](
         q, out, *store, layout.page_table, layout.prefill_rows, layout.before, layout.starts, sequences,
         LOG2_E / dim**0.5, window or 0, q.stride(0), layout.page_table.stride(0),
         K=kv_heads, G=group, D=dim, DP=_power(dim), ROWS=rows, BLOCK=keys,
-        WINDOWED=window is not None, CODES=store.key_exponents is not None, NATIVE=native,
-        num_warps=warps, num_stages=stages,
+        WINDOWED=window is not None, CODES=store.key_exponents is not None, NATIVE=native, CHAINED=chained,
+        num_warps=warps, num_stages=stages, launch_pdl=chained,
     )  # fmt: skip
-    return out
 
 
 def _power(size: int) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -100,7 +101,7 @@ def filled(of: TextConfig, dtype: torch.dtype, device: torch.device, pages: int,
             store.random_(0, 0x70) if codes == "fp8" else store.normal_()
         for each in exponents:
             if each is not None:
-                each.fill_(-4)
+                each.fill_(-8)
     return kv_cache
 
 
@@ -213,14 +214,13 @@ def time_decode(kv_cache: KVCache, of: TextConfig, batch: int, length: int, pool
     pages = strewn([length] * batch, pool)
     where = layout(pages, [1] * batch, [length - 1] * batch, batch, device)
     q, k, v = random_qkv(batch, kv_cache.dtype, device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     processors = paged_attention.card(device).programs // paged_attention.PROGRAMS_PER_PROCESSOR
     scratch = paged_attention.scratch(batch, HEADS, KV_HEADS, DIM, device, max(processors, 1) * per_processor)
 
     def run() -> Tensor:
         for layer in range(of.num_layers):
-            out = paged_attention.decode(
-                q, k, v, kv_cache, layer, where, None, scratch, Blocks(16, keys, warps, stages)
-            )
+            paged_attention.decode(q, k, v, out, kv_cache, layer, where, None, scratch, Blocks(16, keys, warps, stages))
         return out
 
     return microseconds(run, of.num_layers, device)
@@ -230,11 +230,12 @@ def time_prefill(kv_cache: KVCache, new, before, window, pool: int, device, bloc
     pages = strewn([a + b for a, b in zip(new, before, strict=True)], pool)
     where = layout(pages, new, before, 0, device)
     q, _, _ = random_qkv(sum(new), kv_cache.dtype, device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     layers = 4
 
     def run() -> Tensor:
         for layer in range(layers):
-            out = paged_attention.prefill(q, kv_cache, layer, where, window, Blocks(*blocks))
+            paged_attention.prefill(q, out, kv_cache, layer, where, window, Blocks(*blocks))
         return out
 
     return microseconds(run, layers, device)
@@ -310,14 +311,24 @@ def measure_decode(report: Report, device: torch.device, codes: str, sweep: list
     token = KV_HEADS * 2 * (DIM + 1 if codes == "fp8" else 2 * DIM)
     rows = report.found.setdefault(f"decode {codes}", {})
     report.line(f"decode {codes}: us a layer; columns are keys/warps/stages/programs")
-    report.line(f"{'':14}" + "".join(f"{'/'.join(map(str, each)):>11}" for each in sweep) + "   best TB/s, of copy")
+    report.line(
+        f"{'':14}"
+        + "".join(f"{'/'.join(map(str, each)):>11}" for each in sweep)
+        + "   best TB/s, of copy; the first, not chained"
+    )
     for batch, length in shapes:
         times = [report.tried(time_decode, kv_cache, of, batch, length, pool, device, each) for each in sweep]
         best = min((each for each in times if each), default=float("nan"))
+        with patch.object(paged_attention, "chains", lambda device: False):
+            alone = report.tried(time_decode, kv_cache, of, batch, length, pool, device, sweep[0])
         rate = batch * (length - 1) * token / best * 1e6
-        rows[f"{batch}x{length}"] = {"us": dict(zip(map(str, sweep), times, strict=True)), "bytes_per_s": rate}
+        found = {**dict(zip(map(str, sweep), times, strict=True)), "not chained": alone}
+        rows[f"{batch}x{length}"] = {"us": found, "bytes_per_s": rate}
         shown = "".join(f"{each:11.1f}" if each else f"{'-':>11}" for each in times)
-        report.line(f"{batch:3} x {length:6}  {shown}   {rate / 1e12:5.2f}  {100 * rate / copy:.0f} %")
+        report.line(
+            f"{batch:3} x {length:6}  {shown}   {rate / 1e12:5.2f}  {100 * rate / copy:.0f} %"
+            + (f"   {alone:.1f}" if alone else "")
+        )
 
 
 def measure_prefill(report: Report, device: torch.device, codes: str, sweep: list, shapes: dict) -> None:

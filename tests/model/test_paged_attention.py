@@ -233,7 +233,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 TYPES = {
     **dict.fromkeys(("page_table", "rows", "positions", "before", "starts", "arrived"), "*i32"),
     **dict.fromkeys(("part_mixed", "part_peaks", "part_totals"), "*fp32"),
-    **dict.fromkeys(("window", "batch", "sequences", "table_stride"), "i32"),
+    **dict.fromkeys(("window", "batch", "sequences", "table_stride", "first"), "i32"),
     **dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32:16"),
     "scale": "fp32",
 }
@@ -260,7 +260,18 @@ def test_every_kernel_compiles_for_every_card_and_fits_it(name, dtype, coded, wi
     types = {**TYPES, **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")}
     types |= dict.fromkeys(("keys", "values"), "*u8" if coded else f"*{dtype}")
     types |= dict.fromkeys(("key_exponents", "value_exponents"), "*i8") if coded else {}
-    given = {"K": 8, "KP": 16, "G": 4, "GP": 4, "D": 128, "DP": 128, "CODES": coded, "NATIVE": card >= 89, "BP": 64}
+    given = {
+        "K": 8,
+        "KP": 16,
+        "G": 4,
+        "GP": 4,
+        "D": 128,
+        "DP": 128,
+        "CODES": coded,
+        "NATIVE": card >= 89,
+        "BP": 64,
+        "CHAINED": card >= 90,
+    }
     given |= {
         "WINDOWED": windowed,
         "LEAST": paged_attention.LEAST_BLOCKS,

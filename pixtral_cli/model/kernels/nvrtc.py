@@ -131,13 +131,16 @@ def version() -> tuple[int, int]:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    """The library that torch loads; else the one in the wheels beside torch's."""
+    """The one in the wheels beside torch's; else that of the system. What it opens itself it does not always find, and
+    so that is opened before."""
     major = (torch.version.cuda or "").partition(".")[0]
     beside = Path(torch.__file__).parents[1] / "nvidia"
     wheels = sorted(beside.glob(f"c*/lib/libnvrtc.so.{major or '1?'}"), reverse=True)  # cu13, cuda_nvrtc
-    for name in [*([f"libnvrtc.so.{major}"] if major else []), *map(str, wheels), "libnvrtc.so"]:
+    for path in [*wheels, Path(f"libnvrtc.so.{major}"), Path("libnvrtc.so")]:
         try:
-            return ctypes.CDLL(name)
+            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
         except OSError:
             continue
     raise CompilationFailed("there is no libnvrtc beside torch")
