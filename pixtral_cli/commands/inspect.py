@@ -111,6 +111,7 @@ def _needed(need: "Need", devices: "list[Device]") -> dict[str, Any]:
             "tokens": tokens,
             "kv_cache_bytes": cache,
             "total_bytes": need.total(tokens),
+            "needed_bytes": {device.name: need.on(device, tokens) for device in devices},
             "fits": {device.name: need.fits(device, tokens) for device in devices},
         }
         for tokens, cache in need.cache.items()

@@ -45,6 +45,7 @@ MARGIN, MARGIN_SHARE = 256 * 2**20, 0.03
 blocks, and a card that draws a screen is asked for more by others."""
 PREFILL = 8192  # tokens of prompts in one pass on a card, as engine.scheduler has it
 PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision has it
+IMAGE_CACHE = 512 * 2**20  # bytes of images' features that are kept unless another number is asked for
 SCORED = 64
 """Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
 GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -229,8 +230,12 @@ class Need:
         own."""
         return self.weights + self.cache[tokens] + WORKSPACE
 
+    def on(self, device: Device, tokens: int) -> int:
+        """Bytes of everything that is taken of `device` for such a sequence."""
+        return self.plans[device.kind].total(tokens)
+
     def fits(self, device: Device, tokens: int) -> bool | None:
-        """Whether that is free on `device`; None where nobody says."""
+        """Whether that is free on `device`, and a margin on a GPU; None where nobody says."""
         return None if device.free is None else self.plans[device.kind].fits(device.free, tokens)
 
 
@@ -238,7 +243,7 @@ def needs(tensors: Mapping[str, TensorInfo], config: ModelConfig, kv_cache_dtype
     """One Need for each encoding that can be asked for; the file's own comes first, if it is another."""
     placements = [place(tensors, None), *(place(tensors, ENCODINGS[name]) for name in CHOICES)]
     unique = {placement.label: placement for placement in reversed(placements)}
-    work, kinds = Work(kv_cache_dtype=kv_cache_dtype), get_args(Kind)
+    work, kinds = Work(image_cache=IMAGE_CACHE, kv_cache_dtype=kv_cache_dtype), get_args(Kind)
     found = []
     for placement in (unique[label] for label in dict.fromkeys(each.label for each in placements)):
         plans = {kind: plan(tensors, placement, config, kind, work) for kind in kinds}

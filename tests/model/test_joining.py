@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import builders
 from torch import nn
 
@@ -133,3 +134,29 @@ def test_a_model_loaded_as_on_a_card_computes_what_one_does_that_is_not(monkeypa
     pixels = torch.rand(3, 32, 48)
     one, other = (model.encode_image(pixels) for model in (usual, joined))
     torch.testing.assert_close(one.float(), other.float(), **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4"])
+def test_a_model_on_a_card_is_saved_as_one_on_a_cpu(tmp_path, encoding):
+    builders.pixtral(tmp_path, hidden_size=256, intermediate_size=256)
+    opened = checkpoint.open(tmp_path)
+    config, placement = read_config(opened.config), place(opened.tensors, find(encoding))
+    usual, there = (load(opened, config, placement, torch.device(name)) for name in ("cpu", "cuda"))
+    assert there.language_model.layers[0].self_attn.qkv_proj.weight.shape == (8 * 16 + 2 * 2 * 16, 256)
+    for name in opened.tensors:
+        one, other = save.loaded(usual, name), save.loaded(there, name)
+        one, other = (each if isinstance(each, torch.Tensor) else each.in_rows() for each in (one, other))
+        assert same(one, other), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64])
+def test_floats_are_cast_on_a_card_as_on_a_cpu(tmp_path, stored):
+    builders.mistral(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    opened = checkpoint.open(tmp_path)
+    config, placement = read_config(opened.config), place(opened.tensors, find("bfloat16"))
+    usual, there = (load(opened, config, placement, torch.device(name)) for name in ("cpu", "cuda"))
+    assert all(torch.equal(save.loaded(usual, name), save.loaded(there, name)) for name in opened.tensors)

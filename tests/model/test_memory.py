@@ -10,7 +10,7 @@ from support.engines import run
 
 from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import card_runner, runner, scheduler
-from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.request import Request
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import free_memory, memory, vision
@@ -72,6 +72,7 @@ def test_a_tower_that_needs_more_than_the_decoder_decides():
 def test_the_plan_counts_the_passes_that_the_engine_makes():
     assert scheduler.CARD_CHUNKS[0] == memory.PREFILL and memory.GRAPH_ROWS == card_runner.BUCKETS
     assert memory.PATCHES == vision.PATCHES_AT_ONCE and memory.SCORED == runner.SCORED_ROWS
+    assert memory.IMAGE_CACHE == IMAGE_CACHE
 
 
 def test_of_many_sequences_the_logits_count_once_they_are_larger():

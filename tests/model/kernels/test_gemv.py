@@ -3,8 +3,9 @@
 import pytest
 import torch
 from support.interpreter import CARDS, compile_for, interpreted
+from torch import nn
 
-from pixtral_cli.model import kernels
+from pixtral_cli.model import fused, kernels
 from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.gemv import FEW, SMALL, GemvKernel
 
@@ -91,25 +92,29 @@ def test_a_card_multiplies_any_number_of_rows(shape):
 
 
 @pytest.mark.gpu
-def test_a_card_multiplies_in_a_chain_of_kernels_as_each_alone():
-    """Kernels that begin before the one before has ended see what it wrote, in a captured graph too."""
-    first, second = (GemvKernel(random(2048, 2048, seed=seed, scale=0.02), CUDA) for seed in range(2))
-    few = first.products[1], second.products[1]
+def test_kernels_that_begin_before_the_one_before_has_ended_see_all_that_it_wrote():
+    """In a captured graph, again and again, against the same with a pause after each kernel."""
+    norm = nn.RMSNorm(2048, eps=1e-5, device=CUDA, dtype=torch.bfloat16).requires_grad_(False)
+    gate_up, down = (GemvKernel(random(*shape, scale=0.02), CUDA) for shape in ((8192, 2048), (2048, 4096)))
     x = random(1, 2048, seed=3).to(CUDA)
 
-    def chain(x):
+    def chain(pause=lambda: None):
+        total, delta = x, None
         for _ in range(20):
-            x = few[1](few[0](x))
-        return x
+            total, normed = fused.add_norm(total, delta, norm)
+            pause()
+            both = gate_up.products[1](normed)
+            pause()
+            gated = fused.silu_mul(both)
+            pause()
+            delta = down.products[1](gated)
+            pause()
+        return total + delta
 
-    expected = x
-    for _ in range(20):
-        for product in few:
-            expected = product(expected)
-            torch.cuda.synchronize()
+    expected = chain(torch.cuda.synchronize)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = chain(x)
-    for _ in range(3):
+        found = chain()
+    for _ in range(5):
         graph.replay()
         assert torch.equal(found, expected)
