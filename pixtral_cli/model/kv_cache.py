@@ -33,13 +33,17 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor]:
     fraction, exponent = torch.frexp(x.abs().amax(-1))  # the peak is fraction * 2**exponent, fraction in [0.5, 1)
     exponent = exponent - 9 + (fraction > 448 / 512).int()
     exponent = exponent.clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
-    codes = torch.ldexp(x, -exponent[..., None]).to(torch.float8_e4m3fn)
-    return codes, exponent.to(torch.int8)
+    return (x * _power_of_two(-exponent)).to(torch.float8_e4m3fn), exponent.to(torch.int8)
 
 
 def decode(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """codes [..., D] and exponents [...] -> numbers [..., D]; exact in every dtype with float32's range."""
-    return torch.ldexp(codes.float(), exponents[..., None].int()).to(dtype)
+    return (codes.float() * _power_of_two(exponents)).to(dtype)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """[...] -> float32 [..., 1], exactly, which not every device's `pow` promises."""
+    return ((exponents.int() + 127) << 23).view(torch.float32)[..., None]
 
 
 class LayerStore(NamedTuple):
@@ -113,10 +117,10 @@ def _at(x: Tensor, where: slice | Tensor) -> Tensor:
 class Layout:
     """Where the N new tokens of a step on a card lie; tensors are int32 on the card.
 
-    The first `decoding` tokens are the only new ones of their sequences. Those after them belong to S sequences, in
-    order; of these the host may know that there is one alone with nothing before it (`fresh`). Token n goes to slot
-    `page_table[rows[n], positions[n] // PAGE] * PAGE + positions[n] % PAGE`. A row that stands for nobody has position
-    0 in the scratch page.
+    The first `decoding` tokens are the only new ones of their sequences; those after them belong to S sequences, in
+    order. Token n goes to slot `page_table[rows[n], positions[n] // PAGE] * PAGE + positions[n] % PAGE`. What stands
+    for nobody has its place as well: a decoding row position 0 in the scratch page, tokens after the last prompt a
+    sequence of their own whose pages are all the scratch page.
     """
 
     page_table: Tensor
@@ -135,3 +139,4 @@ class Layout:
     longest: int = 0
     """most new tokens of one of the S sequences"""
     fresh: bool = False
+    """the host knows that S is 1 and that nothing comes before"""
