@@ -35,7 +35,7 @@ from measured import Table, today
 from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_model
 
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import ImageInput, Request
+from pixtral_cli.engine.request import ImageInput, Request, Sampling
 from pixtral_cli.model import free_memory, memory
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
@@ -44,6 +44,12 @@ from pixtral_cli.model.memory import Work
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
 PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
 IMAGE, BREAK = 10, 12
+GREEDY = Sampling()
+SAMPLED = {
+    "decode, drawn": Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01),
+    "decode, penalised": Sampling(repetition_penalty=1.1, frequency_penalty=0.2),
+}
+"""Beside greedy choices: what they cost is a part of the greedy rate."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +196,11 @@ def text(length: int) -> tuple[int, ...]:
     return engine_rates.text(length, SPOKEN)
 
 
-def decode_rates(one: Loaded, batch: int, context: int) -> list[float]:
+def decode_rates(one: Loaded, batch: int, context: int, sampling: Sampling = GREEDY) -> list[float]:
     """Tokens a second of each round, while `batch` requests decode after `context` tokens."""
-    prompts = [text(context) for _ in range(batch)]
-    return engine_rates.decode_rates(one.engine, prompts, one.bench.sizes.rounds)
+    most = one.engine.max_length - context
+    requests = [Request(text(context), most, sampling=sampling) for _ in range(batch)]
+    return engine_rates.decode_rates(one.engine, requests, one.bench.sizes.rounds)
 
 
 def first_tokens(one: Loaded, make: Callable[[], Request]) -> list[float]:
@@ -219,6 +226,14 @@ def decode(one: Loaded) -> None:
         (1, sizes.long, 0.65),
     ):
         bench.measure(f"decode {one.encoding}, {batch} x {context}", partial(row, batch, context, share))
+
+    def sampled(kind: str) -> None:
+        batch, context = sizes.batch, sizes.shared
+        greedy = table.found("decode", one.encoding, context, batch)
+        table.add(kind, one.encoding, context, batch, decode_rates(one, batch, context, SAMPLED[kind]), limit=greedy)
+
+    for kind in SAMPLED:
+        bench.measure(kind, partial(sampled, kind))
 
 
 def prefill(one: Loaded) -> None:
