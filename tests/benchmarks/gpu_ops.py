@@ -207,7 +207,7 @@ def gemv(bench: Bench) -> Best:
     results = bench.found["gemv"] = {}
     for name, shape in bench.shapes.items():
         weights = bench.copies(shape)
-        for rows in (1, 2, 4, 8):
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128):
             x, each = bench.random(rows, shape[1]), variants.get(rows, {})
 
             def us(call: Product) -> float:
