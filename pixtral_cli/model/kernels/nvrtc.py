@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -85,17 +86,11 @@ def compiled(source: str, options: Sequence[str], sm: int) -> bytes:
     """Machine code for `sm`, from the cache where it is there; raises CompilationFailed. Needs no GPU."""
     key = hashlib.sha256("\0".join([source, *options, str(sm), str(version())]).encode()).hexdigest()
     path = own_cache_folder() / "kernels" / f"{key[:32]}.cubin"
-    try:
+    with suppress(OSError):
         return path.read_bytes()
-    except OSError:
-        pass
     cubin, _ = _compile(source, options, sm)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_bytes(cubin)
-    except OSError:
-        pass  # a folder that cannot be written to: it is compiled again next time
+    with suppress(OSError), replacing(path) as partial:  # where nothing can be written it is compiled again next time
+        partial.write_bytes(cubin)
     return cubin
 
 
@@ -136,13 +131,11 @@ def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "").partition(".")[0]
     beside = Path(torch.__file__).parents[1] / "nvidia"
     wheels = sorted(beside.glob(f"c*/lib/libnvrtc.so.{major or '1?'}"), reverse=True)  # cu13, cuda_nvrtc
-    for path in [*wheels, Path(f"libnvrtc.so.{major}"), Path("libnvrtc.so")]:
-        try:
-            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+    for name in [*map(str, wheels), f"libnvrtc.so.{major}", "libnvrtc.so"]:
+        with suppress(OSError):
+            for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*") if name.startswith("/") else ():
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(path))
-        except OSError:
-            continue
+            return ctypes.CDLL(name)
     raise CompilationFailed("there is no libnvrtc beside torch")
 
 

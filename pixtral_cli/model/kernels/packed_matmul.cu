@@ -481,8 +481,9 @@ struct NF4 : Nibbles {
             u32 pairs[4], left[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const u32 code = words[step % 2 * 2 + half] >> 8 * j & 0xFF;
-                const uint2 found = *reinterpret_cast<const uint2 *>(table + code * 256 + lane * 8);
+                const u32 word = words[step % 2 * 2 + half];
+                const u32 place = and_or(j == 0 ? word << 8 : word >> 8 * (j - 1), 0xFF00, lane * 8);
+                const uint2 found = *reinterpret_cast<const uint2 *>(table + place);
                 pairs[j] = found.x, left[j] = found.y;
             }
 #pragma unroll
