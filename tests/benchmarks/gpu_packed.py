@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pixtral_cli.model.card_bits import UNIT_BYTES
 from pixtral_cli.model.kernels import cuda_packed, nvrtc
-from pixtral_cli.model.kernels.cuda_packed import DECODED_FROM, CudaPackedKernel, Launch
+from pixtral_cli.model.kernels.cuda_packed import DECODED_FROM, SLICES, CudaPackedKernel, Launch
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows
@@ -33,7 +33,13 @@ SHAPES = {
     "head": (131072, 5120),
 }
 SWEPT = ("q4_k", "q6_k", "nf4", "q8_0", "q4_0")
-FACTORS = {"q4_0": [(0, 2)], "q4_k": [(0, 2), (2, 4)], "q6_k": [(208, 210)], "q8_0": [(0, 2)]}  # float16, in a block
+FACTORS = {
+    "q4_0": [(0, 2)],
+    "q4_k": [(0, 2), (2, 4)],
+    "q5_k": [(0, 2), (2, 4)],
+    "q6_k": [(208, 210)],
+    "q8_0": [(0, 2)],
+}  # float16, in a block
 CACHED = 200 * 2**20  # bytes that no cache of a card holds
 CARD = torch.device("cuda", 0)
 
@@ -78,23 +84,23 @@ class Matrices:
     def __init__(self, encoding: str, shape: tuple[int, int], pool: Tensor) -> None:
         first = CudaPackedKernel(random_weight(encoding, 64, shape[1]), CARD)
         first.shape = shape
-        first.use(cuda_packed.launch_for(encoding, *shape, nvrtc.card(CARD)))
+        for most in SLICES:
+            first.use(most, cuda_packed.launch_for(encoding, *shape, most, nvrtc.card(CARD)))
         units = (shape[0] // 16, shape[1] // 256, UNIT_BYTES[encoding])
         self.nbytes = units[0] * units[1] * units[2]
         count = min(max(2, -(-CACHED // self.nbytes)), pool.numel() // self.nbytes)
         self.kernels = []
         for part in pool[: count * self.nbytes].view(count, *units):
             kernel = copy.copy(first)
-            kernel._units = part
+            kernel._units, kernel._few = part, dict(first._few)
             self.kernels.append(kernel)
 
-    @property
-    def launch(self) -> Launch:
-        return self.kernels[0]._launches[1]
+    def launch(self, most: int) -> Launch:
+        return self.kernels[0]._few[most].launch
 
-    def use(self, launch: Launch) -> None:
+    def use(self, most: int, launch: Launch) -> None:
         for kernel in self.kernels:
-            kernel.use(launch, 8)
+            kernel.use(most, launch)
 
     def time(self, rows: int, product: int = 1) -> float:
         x = torch.randn(rows, self.kernels[0].shape[1], dtype=torch.bfloat16, device=CARD)
@@ -122,7 +128,7 @@ def check(encoding: str) -> dict[str, float]:
     return found
 
 
-def launches(encoding: str, columns: int) -> list[Launch]:
+def launches(encoding: str, columns: int, most: int) -> list[Launch]:
     """What is tried."""
     units, card = columns // 256, nvrtc.card(CARD)
     found = []
@@ -132,7 +138,7 @@ def launches(encoding: str, columns: int) -> list[Launch]:
                 if units % warps and warps not in (8, 16):
                     continue
                 each = Launch(tiles, stages, min(warps, units))
-                shared = each.shared(encoding, 1)
+                shared = each.shared(encoding, most)
                 if shared > card.shared_per_block:
                     continue
                 resident = min(card.shared_per_processor // (shared + 1024), 48 // warps)
@@ -143,10 +149,10 @@ def launches(encoding: str, columns: int) -> list[Launch]:
 def sweep(matrices: Matrices, encoding: str, rows: int, deadline: float) -> dict[Launch, float]:
     """Microseconds of each launch; the default one is the first."""
     found: dict[Launch, float] = {}
-    for launch in [matrices.launch, *launches(encoding, matrices.kernels[0].shape[1])]:
+    for launch in [matrices.launch(rows), *launches(encoding, matrices.kernels[0].shape[1], rows)]:
         if found and time.monotonic() > deadline:
             break
-        matrices.use(launch)
+        matrices.use(rows, launch)
         found[launch] = matrices.time(rows)
     return found
 
