@@ -23,16 +23,15 @@ AT_ONCE = 2**23  # weights
 # Columns of a unit are four times 64, two words of a lane twice: of 32 columns a lane t has 8 t to 8 t + 7, in q6_k
 # 4 t to 4 t + 3 of each 16. A word has two pairs, and a pair two columns. So the axes of codes in order of rows are
 EIGHT = (2, 8, -1, 4, 2, 4, 2, 2, 2)  # T by [h, g, S, quarter, half, t, word, pair, column]
-FOUR = (2, 8, -1, 4, 2, 2, 4, 2, 2)  # T by [h, g, S, quarter, half, word, t, pair, column]
 # and those of a unit's bytes [T, S, quarter, g, t, half, word] and then
 NIBBLES_EIGHT = (0, 3, 4, 2, 6, 5, 7, 9, 8, 1)  # [column, pair, h]
-NIBBLES_FOUR = (0, 3, 4, 2, 7, 5, 6, 9, 8, 1)
 NF4_EIGHT = (0, 3, 4, 2, 6, 5, 7, 8, 1, 9)  # [pair, h, column]
+BYTES_EIGHT = (0, 3, 4, 5, 2, 6, 7, 8, 9, 1)  # q8_0: [T, S, quarter, half, g, t, word, pair, column, h]
 # The fifth bits of q5_k: a word is of both halves. [T, S, g, t, quarter, column] and then [half, word, pair, h]
 FIFTH_ORDER = (0, 3, 2, 6, 4, 9, 5, 7, 8, 1)
-# The upper bits of q6_k: quarters are two and two, and a word is of 32 columns.
-UPPER = (2, 8, -1, 2, 2, 2, 2, 4, 2, 2)  # T by [h, g, S, Q, q, half, word, t, pair, column]
-UPPER_ORDER = (0, 3, 4, 2, 8, 5, 6, 10, 7, 9, 1)  # [T, S, Q, g, t, q, half, column, word, pair, h]
+# q6_k: quarters are two and two. T by [h, g, S, Q, q, half, group, t, pair, column], and
+SIX = (2, 8, -1, 2, 2, 2, 2, 4, 2, 2)
+SIX_ORDER = (0, 3, 4, 2, 8, 10, 5, 6, 7, 9, 1)  # [T, S, Q, g, t, column, q, half] and then [group, pair, h]
 
 
 class Layout(NamedTuple):
@@ -69,15 +68,14 @@ def _both(data: Tensor) -> Tensor:
     return torch.stack([data & 15, data >> 4], -1)
 
 
-def _nibbles(codes: Tensor, four: bool = False) -> Tensor:
+def _nibbles(codes: Tensor) -> Tensor:
     """uint8 0..15 [R, C] -> a plane, uint8 [T, S, 2048]."""
-    axes, order = (FOUR, NIBBLES_FOUR) if four else (EIGHT, NIBBLES_EIGHT)
-    return _halves(_ordered(codes, axes, order)).flatten(2)
+    return _halves(_ordered(codes, EIGHT, NIBBLES_EIGHT)).flatten(2)
 
 
-def _codes(plane: Tensor, four: bool = False) -> Tensor:
-    axes, order = (FOUR, NIBBLES_FOUR) if four else (EIGHT, NIBBLES_EIGHT)
-    return _in_rows(_both(plane.reshape(_sizes(axes, order, plane)[:-1])), order)
+def _codes(plane: Tensor) -> Tensor:
+    """The inverse."""
+    return _in_rows(_both(plane.reshape(_sizes(EIGHT, NIBBLES_EIGHT, plane)[:-1])), NIBBLES_EIGHT)
 
 
 def _by_group(values: Tensor, units: int, width: int) -> Tensor:
@@ -168,19 +166,34 @@ def _pack_q6_k(rows: Tensor) -> Tensor:
     low = torch.stack([halves & 15, halves >> 4], 3).flatten(1)  # of 128 weights the low halves of 64 bytes, then high
     runs = pairs.unflatten(2, (2, 32))
     high = torch.stack([runs >> shift & 3 for shift in (0, 2, 4, 6)], 3).flatten(1)
-    fields = _ordered(high, UPPER, UPPER_ORDER).flatten(8).roll(2, -1).unflatten(8, (2, 4))
-    upper = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
     small = (_by_group(part, blocks.shape[1], 2) for part in (scales ^ 128, factor))
-    return torch.cat([_nibbles(low, four=True), upper.flatten(2), *small], -1)
+    return torch.cat([_six_bits(low | high << 4), *small], -1)
+
+
+def _six_bits(codes: Tensor) -> Tensor:
+    """uint8 0..63 [R, C] -> uint8 [T, S, 3072]: eight codes are three words of 16 bits."""
+    a, b, c, d, e, f, g, h = _ordered(codes, SIX, SIX_ORDER).flatten(8).to(torch.int16).unbind(-1)
+    words = [a | b << 6 | g << 12, c | d << 6 | h << 12, e | f << 6 | g >> 4 << 12 | h >> 4 << 14]
+    ordered = torch.stack(words, -1).flatten(6).unflatten(6, (3, 4)).permute(0, 1, 2, 6, 3, 4, 7, 5)
+    return ordered.contiguous().view(torch.uint8).flatten(2)
+
+
+def _codes_of_six_bits(data: Tensor) -> Tensor:
+    """The inverse."""
+    tiles, units = data.shape[:2]
+    ordered = data.reshape(tiles, units, 2, 3, 8, 4, 4, 4).view(torch.int16)  # the last of words, and bytes of columns
+    a, b, c = ordered.permute(0, 1, 2, 4, 5, 7, 3, 6).flatten(6).unflatten(6, (2, 2, 3)).unbind(-1)
+    upper = (a >> 12 & 15 | c >> 8 & 48, b >> 12 & 15 | c >> 10 & 48)
+    codes = [a & 63, a >> 6 & 63, b & 63, b >> 6 & 63, c & 63, c >> 6 & 63, *upper]
+    separate = torch.stack(codes, -1).to(torch.uint8)
+    return _in_rows(separate.unflatten(8, (2, 2, 2)), SIX_ORDER)
 
 
 def _unpack_q6_k(units: Tensor) -> Tensor:
-    plane, upper, scales, factor = units.split([PLANE, PLANE // 2, 256, 32], 2)
-    halves = _codes(plane, four=True).unflatten(1, (-1, 2, 2, 64))
-    sizes = _sizes(UPPER, UPPER_ORDER, units)
-    fields = torch.stack([upper >> shift & 3 for shift in (0, 2, 4, 6)], -1)
-    fields = fields.reshape(*sizes[:8], 8).roll(-2, -1).reshape(sizes)
-    runs = _in_rows(fields, UPPER_ORDER).unflatten(1, (-1, 2, 4, 32))
+    data, scales, factor = units.split([3072, 256, 32], 2)
+    codes = _codes_of_six_bits(data)
+    halves = (codes & 15).unflatten(1, (-1, 2, 2, 64))
+    runs = (codes >> 4).unflatten(1, (-1, 2, 4, 32))
     pairs = runs[:, :, :, 0] | runs[:, :, :, 1] << 2 | runs[:, :, :, 2] << 4 | runs[:, :, :, 3] << 6
     lower = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).flatten(2)
     return torch.cat([lower, pairs.flatten(2), _groups_of(scales, 2) ^ 128, _groups_of(factor, 2)], -1).flatten(1)
@@ -188,14 +201,14 @@ def _unpack_q6_k(units: Tensor) -> Tensor:
 
 def _pack_q8_0(rows: Tensor) -> Tensor:
     blocks = rows.unflatten(1, (-1, 34))
-    codes = (blocks[..., 2:] ^ 128).flatten(1)
+    codes = blocks[..., 2:].flatten(1)
     scales = _by_group(blocks[..., :2], codes.shape[1] // COLUMNS, 2)
-    return torch.cat([_nibbles(codes & 15), _nibbles(codes >> 4), scales], -1)
+    return torch.cat([_ordered(codes, EIGHT, BYTES_EIGHT).flatten(2), scales], -1)
 
 
 def _unpack_q8_0(units: Tensor) -> Tensor:
-    low, high, scales = units.split([PLANE, PLANE, 256], 2)
-    codes = (_codes(low) | _codes(high) << 4).unflatten(1, (-1, 32)) ^ 128
+    data, scales = units.split([2 * PLANE, 256], 2)
+    codes = _in_rows(data.reshape(_sizes(EIGHT, BYTES_EIGHT, units)), BYTES_EIGHT).unflatten(1, (-1, 32))
     return torch.cat([_groups_of(scales, 2).unflatten(2, (-1, 2)).flatten(1, 2), codes], -1).flatten(1)
 
 

@@ -41,9 +41,10 @@ constexpr int ROWS = 16, COLUMNS = 256, V = VECTORS, SLOTS = 8 / V;
 /// sums [16 rows, 8 vectors] += a [16 rows, 16 columns] b [16 columns, 8 vectors], in the lanes' fragments.
 INLINE void mma(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%10, %11, %12, %13};"
+        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(sums[0]), "f"(sums[1]), "f"(sums[2]),
+          "f"(sums[3]));
 }
 
 /// Begin to copy 16 bytes; both addresses are multiples of 16.
@@ -64,10 +65,19 @@ INLINE u32 and_or(u32 word, u32 mask, u32 bits) {
     return found;
 }
 
-/// word * factor, on the pipe of float32 numbers: that of and, or and shifts has enough to do.
+/// word * factor (0 or 1), on the pipe of float32 numbers: that of and, or and shifts has enough to do.
 INLINE u32 times(u32 word, u32 factor) {
     u32 found;
     asm("mul.lo.u32 %0, %1, %2;" : "=r"(found) : "r"(word), "r"(factor));
+    return found;
+}
+
+/// The value, in a way that lets no compiler make it anew each time that it is needed, instead of keeping it.
+INLINE u32 kept(u32 value) {
+    u32 found;
+    asm volatile("{ .reg .u32 lane; mov.u32 lane, %%laneid; shfl.sync.idx.b32 %0, %1, lane, 31, 0xFFFFFFFF; }"
+                 : "=r"(found)
+                 : "r"(value));
     return found;
 }
 
@@ -94,19 +104,19 @@ INLINE u32 rounded_pair(float low, float high) {
 
 // ---- Lanes and numbers -----------------------------------------------------------------------------------------
 
-/// What a lane knows of itself, and constants that the compiler may not know: it would make them anew for each
-/// instruction that has two of them, instead of keeping them.
+/// What a lane knows of itself, and constants, of which an instruction can name only one itself: the compiler may not
+/// know them, or it would make them anew for each instruction, instead of keeping them.
 struct Lane {
     int index, g, t;
-    u32 nibbles, exponents, float_exponent;
+    u32 nibbles, exponents, minus_exponents, float_exponent;
     u32 own[SLOTS];  // 1 for the slot of the lane's column of x, else 0
 
     /// `zero` is 0.
     INLINE Lane(int index, u32 zero)
-        : index(index), g(index / 4), t(index % 4), nibbles(0x000F000F ^ zero), exponents(0x43004300 ^ zero),
-          float_exponent(0x4B000000 ^ zero) {
+        : index(index), g(index / 4), t(index % 4), nibbles(kept(0x000F000F ^ zero)), exponents(kept(0x43004300 ^ zero)),
+          minus_exponents(kept(0xC300C300 ^ zero)), float_exponent(kept(0x4B000000 ^ zero)) {
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) own[slot] = g / V == slot;
+        for (int slot = 0; slot < SLOTS; ++slot) own[slot] = kept(g / V == slot);
     }
 
     /// The group whose sums the lane has in column 2 t + i.
@@ -123,24 +133,22 @@ INLINE void read_16(u32 (&words)[4], const u8 *from) {
 INLINE float low_bfloat16(u32 word) { return __uint_as_float(word << 16); }
 INLINE float high_bfloat16(u32 word) { return __uint_as_float(word & 0xFFFF0000); }
 
-/// Byte `index` of a word as a number 0..255: its place in 2^23 + byte.
-INLINE float byte_at(u32 word, int index, const Lane &lane) {
-    return __uint_as_float(__byte_perm(word, lane.float_exponent, 0x7440 | index)) - 8388608.0f;
+/// Byte `index` of a word as a number 0..255, less `less`: its place in 2^23 + byte.
+INLINE float byte_at(u32 word, int index, const Lane &lane, int less = 0) {
+    return __uint_as_float(__byte_perm(word, lane.float_exponent, 0x7440 | index)) - float(8388608 + less);
 }
 
-/// A word of eight 4-bit codes as four pairs of bfloat16 numbers: 128 + code, or with 0x4500 2048 + 16 code.
-INLINE void spread(u32 (&pairs)[4], u32 word, u32 exponents, const Lane &lane) {
+/// A word of eight 4-bit codes as four pairs of bfloat16 numbers, 128 + code.
+INLINE void spread(u32 (&pairs)[4], u32 word, const Lane &lane) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) pairs[j] = and_or(word >> 4 * j, lane.nibbles, exponents);
+    for (int j = 0; j < 4; ++j) pairs[j] = and_or(word >> 4 * j, lane.nibbles, lane.exponents);
 }
 
-/// Add fields of one or two bits, at `mask` after a shift to the right by `by` bits, round a half of the word.
-INLINE void spread_upper(u32 (&pairs)[4], u32 word, int by, int step, u32 mask) {
+/// Add bits that are at `mask` after a shift to the right by `by`, round a half of the word, and so on.
+INLINE void spread_bits(u32 (&pairs)[4], u32 word, int by, u32 mask) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int shift = by + step * j;
-        pairs[j] = and_or(shift < 12 ? word >> shift : word << (16 - shift), mask, pairs[j]);
-    }
+    for (int j = 0; j < 4; ++j)
+        pairs[j] = and_or(by + j < 12 ? word >> (by + j) : word << (16 - by - j), mask, pairs[j]);
 }
 
 /// The pairs' eight numbers less `bias`, by row (g, g + 8) and column.
@@ -206,7 +214,7 @@ struct Nibbles : Plain {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             u32 pairs[4];
-            spread(pairs, words[group % 2 * 2 + half], lane.exponents, lane);
+            spread(pairs, words[group % 2 * 2 + half], lane);
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) mma(sums[n], pairs, x[n][2 * half], x[n][2 * half + 1]);
         }
@@ -230,7 +238,7 @@ struct Q4_0 : Nibbles {
 
     INLINE void codes(int group, int half, const Lane &lane, float (&found)[2][4]) const {
         u32 pairs[4];
-        spread(pairs, words[group % 2 * 2 + half], lane.exponents, lane);
+        spread(pairs, words[group % 2 * 2 + half], lane);
         codes_of(found, pairs, 136);
     }
 };
@@ -279,7 +287,7 @@ template <int SCALES> struct SmallScales : Nibbles {
 struct Q4_K : SmallScales<2048> {
     INLINE void codes(int group, int half, const Lane &lane, float (&found)[2][4]) const {
         u32 pairs[4];
-        spread(pairs, words[group % 2 * 2 + half], lane.exponents, lane);
+        spread(pairs, words[group % 2 * 2 + half], lane);
         codes_of(found, pairs, 128);
     }
 };
@@ -295,8 +303,8 @@ struct Q5_K : SmallScales<2048 + 512> {
     }
 
     INLINE void pairs_of(u32 (&pairs)[4], int group, int half, const Lane &lane) const {
-        spread(pairs, words[group % 2 * 2 + half], lane.exponents, lane);
-        spread_upper(pairs, fifth[group / 2], group % 2 * 8 + half * 4, 1, 0x00100010);
+        spread(pairs, words[group % 2 * 2 + half], lane);
+        spread_bits(pairs, fifth[group / 2], group % 2 * 8 + half * 4, 0x00100010);
     }
 
     INLINE void multiply(int group, const u32 (&x)[N_TILES][4], float (&sums)[N_TILES][4], const Lane &lane) const {
@@ -316,25 +324,39 @@ struct Q5_K : SmallScales<2048 + 512> {
     }
 };
 
-/// (d s) (q - 32) in groups of 16. After the low four bits the upper two, [2, 32 lanes, 4 words], a word for 32 columns,
-/// whose field of register j (of 8) is at bit 4 + 2 j of either half, and turns round at bit 16. Then s + 128, u8 [8
-/// rows g, 8 pairs of groups, rows g and g + 8, group], and d, float16 [8, 2].
+/// (d s) (q - 32) in groups of 16. Codes of 6 bits, three words for the eight registers of 32 columns, [2, 3, 32 lanes, 4
+/// words]: registers 0, 1 and 2, 3 and 4, 5 at bits 0 and 6 of either half; 6 and 7 have their lower four bits at bit
+/// 12 of the first and second word, the upper two at bits 12 and 14 of the third. Then s + 128, u8 [8 rows g, 8 pairs of
+/// groups, rows g and g + 8, group], and d, float16 [8, 2].
 struct Q6_K : Plain {
-    static constexpr int GROUP = 16, BYTES = 2048 + 1024 + 256 + 32;
+    static constexpr int GROUP = 16, BYTES = 3072 + 256 + 32;
     static constexpr u32 LESS = 0xC320C320;  // -160
-    u32 words[4], upper[4];
+    u32 words[3][4];
     float scaled[N_TILES][4];
 
     INLINE void begin(const u8 *, const u8 *) { clear(scaled); }
 
     INLINE void read(const u8 *unit, int group, const Lane &lane) {
-        if (group % 4 == 0) read_16(words, unit + group / 4 * 512 + lane.index * 16);
-        if (group % 8 == 0) read_16(upper, unit + 2048 + group / 8 * 512 + lane.index * 16);
+        if (group % 8 > 0) return;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) read_16(words[i], unit + (group / 8 * 3 + i) * 512 + lane.index * 16);
     }
 
+    INLINE u32 word(int index) const { return words[index / 4][index % 4]; }
+
     INLINE void pairs_of(u32 (&pairs)[4], int group, const Lane &lane) const {
-        spread(pairs, words[group % 4], lane.exponents, lane);
-        spread_upper(pairs, upper[group / 2 % 4], group % 2 * 8, 2, 0x00300030);
+        const int first = group / 2 % 4 * 3;
+        const u32 a = word(first), b = word(first + 1), c = word(first + 2);
+        constexpr u32 SIX = 0x003F003F, UPPER = 0x00300030;
+        pairs[0] = and_or(group % 2 ? c : a, SIX, lane.exponents);
+        pairs[1] = and_or((group % 2 ? c : a) >> 6, SIX, lane.exponents);
+        if (group % 2) {
+            pairs[2] = and_or(c >> 8, UPPER, and_or(a >> 12, lane.nibbles, lane.exponents));
+            pairs[3] = and_or(c >> 10, UPPER, and_or(b >> 12, lane.nibbles, lane.exponents));
+        } else {
+            pairs[2] = and_or(b, SIX, lane.exponents);
+            pairs[3] = and_or(b >> 6, SIX, lane.exponents);
+        }
     }
 
     INLINE void multiply(int group, const u32 (&x)[N_TILES][4], float (&sums)[N_TILES][4], const Lane &lane) const {
@@ -346,7 +368,7 @@ struct Q6_K : Plain {
 
     INLINE static float2 small(const u8 *unit, int group, const Lane &lane) {
         const u32 word = word_at(unit + 3072 + lane.g * 32 + group / 2 * 4);
-        return {byte_at(word, group % 2, lane) - 128, byte_at(word, 2 + group % 2, lane) - 128};
+        return {byte_at(word, group % 2, lane, 128), byte_at(word, 2 + group % 2, lane, 128)};
     }
 
     INLINE void add(const u8 *unit, int round, const Lane &lane, const float (&sums)[N_TILES][4],
@@ -372,28 +394,35 @@ struct Q6_K : Plain {
     }
 };
 
-/// d q: the low four bits of q + 128 like codes of 4 bits, then the upper four, then d as in Q4_0.
-struct Q8_0 : Nibbles {
-    static constexpr int BYTES = 2048 + 2048 + 256;
-    static constexpr u32 LESS = 0xC510C510;      // -2304 = -(128 + 2048 + 128)
-    static constexpr u32 SIXTEENS = 0x45004500;  // 2048, whose last place is 16
-    u32 upper[4];
+/// d q: q as bytes, a word for two registers and 16 columns, [8, 32 lanes, 4 words]; then d as in Q4_0. The lower seven
+/// bits give 128 + q, or 256 + q where q is negative, and the sign gives as much as that is too large by.
+struct Q8_0 : Plain {
+    static constexpr int BYTES = 4096 + 256;
+    static constexpr u32 LESS = 0;
+    u32 words[4];
 
     INLINE void read(const u8 *unit, int group, const Lane &lane) {
-        Nibbles::read(unit, group, lane);
-        if (group % 2 == 0) read_16(upper, unit + 2048 + group / 2 * 512 + lane.index * 16);
+        read_16(words, unit + group * 512 + lane.index * 16);
     }
 
-    INLINE void multiply(int group, const u32 (&x)[N_TILES][4], float (&sums)[N_TILES][4], const Lane &lane) const {
+    INLINE void pairs_of(u32 (&pairs)[4], u32 (&signs)[4], int half, const Lane &lane) const {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const u32 word = words[2 * half + j / 2] >> 8 * (j % 2);
+            pairs[j] = and_or(word, 0x007F007F, lane.exponents);
+            signs[j] = and_or(word, 0x00800080, lane.minus_exponents);
+        }
+    }
+
+    INLINE void multiply(int, const u32 (&x)[N_TILES][4], float (&sums)[N_TILES][4], const Lane &lane) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            u32 ones[4], sixteens[4];
-            spread(ones, words[group % 2 * 2 + half], lane.exponents, lane);
-            spread(sixteens, upper[group % 2 * 2 + half], lane.exponents ^ 0x43004300 ^ SIXTEENS, lane);
+            u32 pairs[4], signs[4];
+            pairs_of(pairs, signs, half, lane);
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
-                mma(sums[n], sixteens, x[n][2 * half], x[n][2 * half + 1]);
-                mma(sums[n], ones, x[n][2 * half], x[n][2 * half + 1]);
+                mma(sums[n], signs, x[n][2 * half], x[n][2 * half + 1]);
+                mma(sums[n], pairs, x[n][2 * half], x[n][2 * half + 1]);
             }
         }
     }
@@ -408,17 +437,16 @@ struct Q8_0 : Nibbles {
         add_scaled(totals, sums, round, lane, [&](int group) { return scale(unit, group, lane); });
     }
 
-    INLINE void codes(int group, int half, const Lane &lane, float (&found)[2][4]) const {
-        u32 pairs[4];
-        float sixteens[2][4];
-        spread(pairs, words[group % 2 * 2 + half], lane.exponents, lane);
-        codes_of(found, pairs, 256);
-        spread(pairs, upper[group % 2 * 2 + half], SIXTEENS, lane);
-        codes_of(sixteens, pairs, 2048);
+    INLINE void codes(int, int half, const Lane &lane, float (&found)[2][4]) const {
+        u32 pairs[4], signs[4];
+        float less[2][4];
+        pairs_of(pairs, signs, half, lane);
+        codes_of(found, pairs, 0);
+        codes_of(less, signs, 0);
 #pragma unroll
         for (int row = 0; row < 2; ++row)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) found[row][i] += sixteens[row][i];
+            for (int i = 0; i < 4; ++i) found[row][i] += less[row][i];
     }
 };
 
@@ -438,11 +466,11 @@ struct NF4 : Nibbles {
     const u8 *table;
 
     INLINE static void prepare(u8 *shared) {
-        uint2 *table = reinterpret_cast<uint2 *>(shared);
+        u32 *table = reinterpret_cast<u32 *>(shared);
         for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x) {
             const float first = NF4_TABLE[i / 32 & 15], second = NF4_TABLE[i / 512];
-            const u32 pair = rounded_pair(first, second);
-            table[i] = {pair, rounded_pair(first - low_bfloat16(pair), second - high_bfloat16(pair))};
+            table[i] = rounded_pair(first, second);
+            table[256 * 32 + i] = rounded_pair(first - low_bfloat16(table[i]), second - high_bfloat16(table[i]));
         }
         __syncthreads();
     }
@@ -456,9 +484,8 @@ struct NF4 : Nibbles {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const u32 word = words[group % 2 * 2 + half];
-                const u32 place = and_or(j == 0 ? word << 8 : word >> 8 * (j - 1), 0xFF00, lane.index * 8);
-                const uint2 found = *reinterpret_cast<const uint2 *>(table + place);
-                pairs[j] = found.x, left[j] = found.y;
+                const u8 *const place = table + and_or(j == 0 ? word << 7 : word >> (8 * j - 7), 0x7F80, lane.index * 4);
+                pairs[j] = word_at(place), left[j] = word_at(place + 256 * 32 * 4);
             }
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
@@ -505,21 +532,20 @@ INLINE void read_x(u32 (&x)[4], const u8 *from) {
     }
 }
 
-/// Minus what codes are too large by times the sums of x in the groups of a round.
-INLINE void start_sums(float (&start)[N_TILES][4], const u32 (&x)[N_TILES][4]) {
+/// Minus what codes are too large by (`less`) times the sums of x in the groups of a round.
+INLINE void start_sums(float (&start)[N_TILES][4], const u32 (&x)[N_TILES][4], const u32 (&less)[4]) {
     clear(start);
     if (Encoding::LESS == 0) return;
-    const u32 constant[4] = {Encoding::LESS, Encoding::LESS, Encoding::LESS, Encoding::LESS};
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-        for (int half = 0; half < HALVES; ++half) mma(start[n], constant, x[n][2 * half], x[n][2 * half + 1]);
+        for (int half = 0; half < HALVES; ++half) mma(start[n], less, x[n][2 * half], x[n][2 * half + 1]);
 }
 
 /// Add the products of TILES units with x to the totals. `x` has the lane's columns of the unit, for each eight vectors.
 INLINE void multiply_units(
     float (&totals)[TILES][N_TILES][4], const u8 *units, const u8 *shared, const u8 *const (&x)[N_TILES],
-    const Lane &lane
+    const u32 (&less)[4], const Lane &lane
 ) {
     Encoding tiles[TILES];
 #pragma unroll
@@ -530,7 +556,7 @@ INLINE void multiply_units(
         float start[N_TILES][4], sums[TILES][N_TILES][4];
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) read_x(part[n], x[n] + round * SLOTS * GROUP * 2);
-        start_sums(start, part);
+        start_sums(start, part, less);
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
 #pragma unroll
@@ -570,12 +596,40 @@ INLINE void join_slots(float (&totals)[4]) {
     }
 }
 
-/// Units that a warp goes through: every `warps`th of a block's rows, then those of the block's next rows.
-struct Place {
-    int group, unit;
-    INLINE void advance(int warp, int warps, int units) {
-        unit += warps;
-        if (unit >= units) unit = warp, group += gridDim.x;
+/// The units that a warp copies, one after the other: every `warps`th of a block's rows, then those of its next rows.
+struct Copies {
+    const u8 *weight, *from;  // `from` is of this lane
+    u8 *stages;
+    int row_tiles, units, warp, warps, lane, group, unit, slot;
+
+    INLINE Copies(const u8 *weight, u8 *stages, int row_tiles, int units, int warp, int warps, int lane)
+        : weight(weight), stages(stages), row_tiles(row_tiles), units(units), warp(warp), warps(warps), lane(lane),
+          slot(0) {
+        go_to(blockIdx.x);
+    }
+
+    INLINE void go_to(int rows) {
+        group = rows, unit = warp;
+        from = weight + (static_cast<long long>(group) * TILES * units + warp) * Encoding::BYTES + lane * 16;
+    }
+
+    /// Begin to copy the next unit of TILES into the next slot; nothing after the last one.
+    INLINE void begin() {
+        if (group * TILES < row_tiles) {
+#pragma unroll
+            for (int m = 0; m < TILES; ++m) {
+                const int tile = min(m, row_tiles - 1 - group * TILES);  // where there are no more, the last again
+                const u8 *const source = from + static_cast<long long>(tile) * units * Encoding::BYTES;
+                u8 *const to = stages + slot + m * Encoding::BYTES + lane * 16;
+#pragma unroll
+                for (int at = 0; at < Encoding::BYTES; at += 512)
+                    if (at + 512 <= Encoding::BYTES || at + lane * 16 < Encoding::BYTES) copy_16(to + at, source + at);
+            }
+        }
+        end_of_copies();
+        slot = slot == (STAGES - 1) * TILES * Encoding::BYTES ? 0 : slot + TILES * Encoding::BYTES;
+        unit += warps, from += warps * Encoding::BYTES;
+        if (unit >= units) go_to(group + gridDim.x);
     }
 };
 
@@ -592,29 +646,16 @@ extern "C" __global__ void __launch_bounds__(512) product(
     u8 *const sums = shared + Encoding::SHARED;
     u8 *const stages = sums + warps * FRAGMENTS * 512 + warp * STAGES * SLOT;
 
-    const auto fetch = [&](const Place &place, int slot) {
-        if (place.group < groups) {
+    Copies copies(weight, stages, row_tiles, units, warp, warps, lane.index);
 #pragma unroll
-            for (int m = 0; m < TILES; ++m) {
-                const int tile = min(place.group * TILES + m, row_tiles - 1);
-                const u8 *from = weight + (static_cast<long long>(tile) * units + place.unit) * Encoding::BYTES;
-                u8 *const to = stages + slot * SLOT + m * Encoding::BYTES;
-#pragma unroll
-                for (int at = 0; at < Encoding::BYTES; at += 512)
-                    if (at + 512 <= Encoding::BYTES || at + lane.index * 16 < Encoding::BYTES)
-                        copy_16(to + at + lane.index * 16, from + at + lane.index * 16);
-            }
-        }
-        end_of_copies();
-    };
-
-    Place next = {static_cast<int>(blockIdx.x), warp};
-#pragma unroll
-    for (int slot = 0; slot < STAGES - 1; ++slot) {
-        fetch(next, slot);
-        next.advance(warp, warps, units);
-    }
+    for (int i = 0; i < STAGES - 1; ++i) copies.begin();
     Encoding::prepare(shared);
+
+    // Four registers with the same number, which the compiler would copy from one again and again if it knew that.
+    const int positive[4] = {row_tiles, units, vectors, static_cast<int>(gridDim.x)};
+    u32 less[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) less[i] = kept(Encoding::LESS ^ (positive[i] >> 31));
 
     const u8 *rows[N_TILES];  // where there are not so many vectors the last of them: what comes of it is not written
 #pragma unroll
@@ -628,16 +669,15 @@ extern "C" __global__ void __launch_bounds__(512) product(
     for (int group = blockIdx.x; group < groups; group += gridDim.x) {
         float totals[TILES][N_TILES][4] = {};
         for (int unit = warp; unit < units; unit += warps) {
-            fetch(next, slot == 0 ? STAGES - 1 : slot - 1);
-            next.advance(warp, warps, units);
+            copies.begin();
             const u8 *part[N_TILES];
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) part[n] = rows[n] + unit * (2 * COLUMNS);
             wait_for_copies<STAGES - 1>();
             __syncwarp();
-            multiply_units(totals, stages + slot * SLOT, shared, part, lane);
+            multiply_units(totals, stages + slot, shared, part, less, lane);
             __syncwarp();  // the slot is filled again in the next round
-            slot = slot == STAGES - 1 ? 0 : slot + 1;
+            slot = slot == (STAGES - 1) * SLOT ? 0 : slot + SLOT;
         }
 
 #pragma unroll
