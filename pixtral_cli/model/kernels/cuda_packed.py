@@ -33,6 +33,7 @@ DECODED_FROM = 49  # rows of x, for which decoding the weights once is quicker t
 SLICES = {1: (1, 1), 8: (8, 1), 16: (8, 2)}
 """Most rows of x that are multiplied in one go -> VECTORS and N_TILES of packed_matmul.cu for them."""
 DECODING_WARPS = 8  # of a block
+EARLY = False  # whether kernels begin before those ahead of them have ended
 TABLES = {"nf4": (65536, 2048)}  # bytes of shared memory for them, in products and in decoding
 
 
@@ -154,8 +155,9 @@ class CudaPackedKernel:
         for some, found in zip(x.split(largest), y.split(largest), strict=True):
             few = self._few[next(most for most in SLICES if len(some) <= most)]
             few.function(
-                few.blocks, 32 * few.launch.warps, few.shared, self._units, some, found, tiles, units, len(some)
-            )
+                few.blocks, 32 * few.launch.warps, few.shared, self._units, some, found, tiles, units, len(some),
+                early=EARLY,
+            )  # fmt: skip
         return y
 
     def _decoded(self, x: Tensor) -> Tensor:
