@@ -36,9 +36,10 @@ from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_mo
 
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request, Sampling
-from pixtral_cli.model import paths
+from pixtral_cli.model import free_memory, memory, paths
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
+from pixtral_cli.model.memory import Work
 
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
 PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
@@ -136,6 +137,8 @@ class Loaded:
     def __init__(self, bench: Bench, encoding: str, **engine: object) -> None:
         sizes, begun = bench.sizes, time.monotonic()
         self.bench, self.encoding = bench, encoding
+        if bench.on_card:
+            torch.cuda.reset_peak_memory_stats()
         self.checkpoint = RandomCheckpoint(bench.config, encoding, bench.device)
         self.model = random_model(self.checkpoint, bench.config)
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
@@ -149,6 +152,27 @@ class Loaded:
             f"token; {taken:.1f} GB of the card are taken]",
             flush=True,
         )
+        work = Work(sizes.batch, self.engine.max_length, 0, str(engine.get("kv_cache_dtype", "auto")))
+        plan = memory.plan(self.checkpoint.tensors, self.checkpoint.placement, bench.config, "gpu", work)
+        self.planned = plan.taken(self.engine.table.count * PAGE)
+
+    def tell_memory(self) -> None:
+        """What torch has taken of the card at most, beside what was planned for it."""
+        if self.bench.on_card:
+            most, room = free_memory.taken_bytes(self.bench.device), self.engine.table.count * PAGE
+            print(f"  [{self.encoding}: {most / 1e9:.2f} GB were taken at most, {self.planned / 1e9:.2f} planned]")
+            error, asked = abs(most / self.planned - 1), (0.10, "within 10%")
+            table = self.bench.table
+            table.add(
+                "memory, from its plan",
+                self.encoding,
+                room,
+                self.engine.scheduler.max_batch_size,
+                [error],
+                "error",
+                None,
+                asked,
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -175,6 +199,7 @@ def loaded(bench: Bench, encoding: str, **engine: object) -> Iterator[Loaded]:
     one = Loaded(bench, encoding, **engine)
     try:
         yield one
+        one.tell_memory()
     finally:
         one.__dict__.clear()
         del one
