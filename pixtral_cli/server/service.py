@@ -317,9 +317,7 @@ class Subscription:
             if self._is_refused:
                 raise stopping()
             arrived, self._arrived = self._arrived, []
-            events = [
-                self._text_event(event, at) for event, at in arrived if event.request_id in self.running
-            ]
+            events = [self._text_event(event, at) for event, at in arrived if event.request_id in self.running]
             if events:
                 return events
 

@@ -3,11 +3,13 @@
     python tests/benchmarks/streams.py [--streams 64] [--tokens 400] [--step-ms 10] [--python-ms 3] [--body JSON]
 
 The stand-in engine gives every request a token in each step of `step-ms`, as a card would: it computes by itself, and
-the engine's thread needs the interpreter for `python-ms` to launch a step and to read the one before. All else is what
-`pixtral serve` runs: the driver, the text, the HTTP server, in a process of its own. Its clients are another process.
+the engine's thread needs the interpreter for `python-ms` to launch a step and to read the one before, and lets go of it
+`switches` times on the way, as operations of torch do. All else is what `pixtral serve` runs: the driver, the text, the
+HTTP server, in a process of its own. Its clients are another process.
 
 Printed are tokens a second while all streams run, beside those of the same engine whose events nobody reads, and the
-processor time for a token of each of the server's threads, less `python-ms`. On a busy machine the latter says more.
+processor time for a token of each of the server's threads, less `python-ms`: on a busy machine that says more. Last
+comes how long the engine's thread waited in each step, for the interpreter or a processor.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=10)
     parser.add_argument("--python-ms", type=float, default=3)
+    parser.add_argument("--switches", type=int, default=20)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--body", type=json.loads, default={}, help="more fields of the requests")
     parser.add_argument("--server", action="store_true", help=argparse.SUPPRESS)
@@ -50,9 +55,10 @@ def main() -> None:
 class StandIn:
     """Has what a driver and a service need of an engine, and the tokens of a text instead of a model's."""
 
-    def __init__(self, engine: Any, streams: int, step_s: float, python_s: float, text: list[int]) -> None:
-        self.engine, self.max_batch_size, self.text = engine, streams, text
-        self.step_s, self.python_s = step_s, python_s
+    def __init__(self, engine: Any, options: argparse.Namespace, text: list[int]) -> None:
+        self.engine, self.max_batch_size, self.text = engine, options.streams, text
+        self.step_s, self.python_s, self.switches = options.step_ms / 1e3, options.python_ms / 1e3, options.switches
+        self.waits: list[float] = []  # seconds of each step that were lost
         self.scheduler = self
         self.preemptions = 0
         self.sequences: dict[int, Any] = {}
@@ -81,9 +87,14 @@ class StandIn:
 
     def step(self) -> list[Any]:
         """Launch a step behind the one under way, wait for that one, give its tokens."""
-        hold_interpreter(self.python_s)
-        done, self.ready_at = self.ready_at, max(self.ready_at, time.perf_counter()) + self.step_s
-        time.sleep(max(done - time.perf_counter(), 0))
+        begun = time.perf_counter()
+        for _ in range(self.switches):
+            hold_interpreter(self.python_s / self.switches)
+            time.sleep(0)
+        launched = time.perf_counter()
+        done, self.ready_at = self.ready_at, max(self.ready_at, launched) + self.step_s
+        time.sleep(max(done - launched, 0))
+        self.waits.append(launched - begun - self.python_s + time.perf_counter() - max(done, launched))
         return [self.event(sequence) for sequence in self.running]
 
     def event(self, sequence: Any) -> Any:
@@ -112,14 +123,18 @@ def serve(options: argparse.Namespace) -> None:
 
     tiny = Pixtral.load("tiny", devices="cpu")
     text = tiny.processor.tokenizer.encode(TEXT)
-    engine = StandIn(tiny.engine, options.streams, options.step_ms / 1e3, options.python_ms / 1e3, text)
+    engine = StandIn(tiny.engine, options, text)
     model: Any = Pixtral(tiny.source, tiny.placement, engine, 0.0)  # type: ignore[arg-type]
     print(alone(model.driver, options.streams, options.tokens), flush=True)
     listener = process.listen("127.0.0.1", 0)
     print(listener.getsockname()[1], flush=True)
     settings = process.Settings("127.0.0.1", ("x",), Limits(), MediaPolicy())
     terminal = process.Terminal(lambda line: None, print, os._exit)
+    engine.waits.clear()
     process.serve(listener, lambda: process.assemble(model, settings, ""), 0, terminal)
+    print(
+        f"the engine's thread waited for {statistics.median(engine.waits) * 1e3:.2f} ms of a step (median)", flush=True
+    )
 
 
 def alone(driver: Any, streams: int, tokens: int) -> float:
@@ -174,7 +189,7 @@ class Client(asyncio.Protocol):
 
 
 def measure(options: argparse.Namespace) -> None:
-    command = [sys.executable, os.environ.get("STREAMS", __file__), *sys.argv[1:], "--server"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--server"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -185,12 +200,15 @@ def measure(options: argparse.Namespace) -> None:
                 tell(asyncio.run(readings(server.pid, port, options)), engine_rate, options)
         finally:
             server.terminate()
+        print(server.stdout.read().strip())
 
 
 def tell(seen: list[Reading], engine_rate: float, options: argparse.Namespace) -> None:
     first, last = seen[0], seen[-1]
     tokens, seconds = last.events - first.events, last.time - first.time
-    http, engine = ((late - early) / tokens * 1e6 for early, late in ((first.http, last.http), (first.engine, last.engine)))
+    http, engine = (
+        (late - early) / tokens * 1e6 for early, late in ((first.http, last.http), (first.engine, last.engine))
+    )
     engine -= options.python_ms * 1e3 / options.streams
     print(
         f"{options.streams} streams: {tokens / seconds:.0f} tokens/s, {tokens / seconds / engine_rate:.0%}; CPU for a "
@@ -204,7 +222,7 @@ async def readings(pid: int, port: int, options: argparse.Namespace) -> list[Rea
     clients, loop = [], asyncio.get_running_loop()
     for _ in range(options.streams):
         request = post("/v1/chat/completions", chat(options.tokens, options.body))
-        clients.append((await loop.create_connection(lambda request=request: Client(request), "127.0.0.1", port))[1])
+        clients.append((await loop.create_connection(partial(Client, request), "127.0.0.1", port))[1])
     seen = []
     while not any(client.ended.done() for client in clients):
         await asyncio.sleep(0.05)
