@@ -80,6 +80,7 @@ complete -c pixtral -n '__pixtral_in run' -l devices -x -a '(__pixtral_ask devic
 complete -c pixtral -n '__pixtral_in run' -l max-length -x -d 'Maximum length of prompt and answer together'
 complete -c pixtral -n '__pixtral_in run' -l max-batch-size -x -d 'How many requests are decoded together'
 complete -c pixtral -n '__pixtral_in run' -l max-ce-batch-size -x -d 'How many prompts are read together'
+complete -c pixtral -n '__pixtral_in run' -l kv-cache-dtype -x -a 'auto\t fp8\t' -d 'How keys and values are kept: auto as the model computes, fp8 in half the memory'
 complete -c pixtral -n '__pixtral_in run' -l save-to-serialized-model-path -x -a '(__pixtral_files)' -d 'Save the loaded model as one file that loads immediately'
 complete -c pixtral -n '__pixtral_in run' -l serialized-model-path -x -a '(__pixtral_ask serialized) (__pixtral_files)' -d 'Load a file written by `pixtral export` or --save-to-serialized-model-path'
 complete -c pixtral -n '__pixtral_in run' -l weight-path -x -a '(__pixtral_files safetensors gguf)' -d 'Read the weights from this file or folder instead'
@@ -122,6 +123,7 @@ complete -c pixtral -n '__pixtral_in serve' -l double-quantization -d 'nf4 only:
 complete -c pixtral -n '__pixtral_in serve' -l devices -x -a '(__pixtral_ask devices)' -d 'cpu, gpu or gpu-N'
 complete -c pixtral -n '__pixtral_in serve' -l max-length -x -d 'Maximum length of prompt and answer together'
 complete -c pixtral -n '__pixtral_in serve' -l max-ce-batch-size -x -d 'How many prompts are read together'
+complete -c pixtral -n '__pixtral_in serve' -l kv-cache-dtype -x -a 'auto\t fp8\t' -d 'How keys and values are kept: auto as the model computes, fp8 in half the memory'
 complete -c pixtral -n '__pixtral_in serve' -l save-to-serialized-model-path -x -a '(__pixtral_files)' -d 'Save the loaded model as one file that loads immediately'
 complete -c pixtral -n '__pixtral_in serve' -l serialized-model-path -x -a '(__pixtral_ask serialized) (__pixtral_files)' -d 'Load a file written by `pixtral export` or --save-to-serialized-model-path'
 complete -c pixtral -n '__pixtral_in serve' -s h -l help -d 'Show this message and exit'
@@ -148,6 +150,7 @@ complete -c pixtral -n '__pixtral_in download' -s h -l help -d 'Show this messag
 complete -c pixtral -n '__pixtral_in download' -a '(__pixtral_ask models) (__pixtral_files gguf)'
 
 complete -c pixtral -n '__pixtral_in inspect' -l weights-format -x -a 'hf\t native\t gguf\t' -d 'Which format to look at if the model has several'
+complete -c pixtral -n '__pixtral_in inspect' -l kv-cache-dtype -x -a 'auto\t fp8\t' -d 'How keys and values are kept: auto as the model computes, fp8 in half the memory'
 complete -c pixtral -n '__pixtral_in inspect' -l json -d 'Print one JSON object'
 complete -c pixtral -n '__pixtral_in inspect' -l quiet -d 'On standard error, print nothing but errors'
 complete -c pixtral -n '__pixtral_in inspect' -s h -l help -d 'Show this message and exit'

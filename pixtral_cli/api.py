@@ -15,17 +15,18 @@ import torch
 
 from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
-from pixtral_cli.encoding_choices import asked_for
+from pixtral_cli.encoding_choices import asked_for, kv_encoding
 from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
-from pixtral_cli.model import save
+from pixtral_cli.model import paths, save
+from pixtral_cli.model.free_memory import kind_of
 from pixtral_cli.model.kv_cache import PAGE, pages_for
 from pixtral_cli.model.load import load
-from pixtral_cli.model.memory import check_weights, kv_bytes, kv_tokens, weight_bytes
+from pixtral_cli.model.memory import Plan, Work, check_weights, kv_tokens, plan
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import Form, Progress, Source
@@ -46,12 +47,20 @@ class Memory(NamedTuple):
 class Pixtral:
     """A loaded model. Streams and threads may be open at once: their requests share the engine."""
 
-    def __init__(self, source: Source, placement: Placement, engine: Engine, load_seconds: float) -> None:
+    def __init__(
+        self,
+        source: Source,
+        placement: Placement,
+        engine: Engine,
+        load_seconds: float,
+        work: Work | None = None,
+    ) -> None:
         self.source = source
         self.placement = placement
         self.engine = engine
         self.driver = Driver(engine)
         self.load_seconds = load_seconds
+        self.work = work or Work()
 
     @classmethod
     def load(
@@ -69,6 +78,7 @@ class Pixtral:
         max_batch_size: int = 32,
         max_ce_batch_size: int = 32,
         kv_cache_memory: int | None = None,
+        kv_cache_dtype: str = "auto",
         image_cache_memory: int = IMAGE_CACHE,
         image_preprocessing: str | None = None,
         force_download: bool = False,
@@ -78,12 +88,14 @@ class Pixtral:
 
         The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
         32 requests at once unless told otherwise. `kv_cache_memory` bounds keys and values, `image_cache_memory` the
-        images' features that are kept, both in bytes. `progress(label, done, total)` is told of bytes downloaded and
-        loaded. Raises PixtralError or weights_cache.errors.WeightsError, each with a sentence and a `hint`.
+        images' features that are kept, both in bytes. `kv_cache_dtype` "fp8" keeps keys and values in half the memory.
+        `progress(label, done, total)` is told of bytes downloaded and loaded. Raises PixtralError or
+        weights_cache.errors.WeightsError, each with a sentence and a `hint`.
         """
         begun = time.perf_counter()
         _positive(max_length=max_length, max_batch_size=max_batch_size, max_ce_batch_size=max_ce_batch_size)
         wanted = asked_for(quantization_encoding, double_quantization)
+        kv_encoding(kv_cache_dtype, "")  # what is not known is refused before anything is fetched
         device = torch.device(_device(devices))
         if serialized_model_path is not None:
             source = Source.open_serialized(serialized_model_path, image_preprocessing, progress=progress)
@@ -100,24 +112,28 @@ class Pixtral:
         source.processor.tokenizer.room = context
         _ = source.end_token_ids  # what cannot be read fails now, not at the first question
         placement = source.placement(wanted, quantize_vision)
-        check_weights(source.checkpoint.tensors, placement, device)
+        work = Work(max_batch_size, context, image_cache_memory, kv_cache_dtype)
+        planned = check_weights(source.checkpoint.tensors, placement, source.config, device, work)
         most = pages_for(context) * PAGE * max_batch_size
-        room = kv_tokens(source.checkpoint.tensors, placement, source.config.text, device, most, kv_cache_memory)
+        room = kv_tokens(planned, device, most, kv_cache_memory)
         unasked = kv_cache_memory is None and device.type == "cpu"
 
         def make_engine() -> Engine:
+            model = load(source.checkpoint, source.config, placement, device, progress)
+            measured = kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if device.type == "cuda" else room
             return Engine(
-                load(source.checkpoint, source.config, placement, device, progress),
+                model,
                 context,
                 max_batch_size,
                 max_ce_batch_size,
-                kv_tokens=room,
+                kv_tokens=measured,
                 kv_kept=KEPT_UNASKED if unasked else 1.0,
                 image_cache=image_cache_memory,
+                kv_cache_dtype=kv_cache_dtype,
             )
 
         engine = on_a_thread_that_ends(make_engine)
-        return cls(source, placement, engine, time.perf_counter() - begun)
+        return cls(source, placement, engine, time.perf_counter() - begun, work)
 
     def save(self, path: str | PathLike[str], progress: Progress | None = None) -> None:
         """Write the loaded model as one file that `serialized_model_path` loads, with nothing else needed.
@@ -134,15 +150,22 @@ class Pixtral:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding."""
-        return [note for note in (self.source.checkpoint.note, *self.placement.notes) if note]
+        """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding, what is
+        slower on this machine than it could be."""
+        slower = paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
+        return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the model was expected to take before it was loaded."""
+        kind = kind_of(self.engine.model.device)
+        return plan(self.source.checkpoint.tensors, self.placement, self.source.config, kind, self.work)
 
     @property
     def memory(self) -> Memory:
         engine = self.engine
         tokens = engine.table.count * PAGE
-        kept = kv_bytes(self.source.config.text, tokens, engine.model.dtype.itemsize)
-        return Memory(weight_bytes(self.source.checkpoint.tensors, self.placement), kept, tokens, engine.features.limit)
+        return Memory(self.plan.weights, tokens * self.plan.token, tokens, engine.features.limit)
 
     @property
     def name(self) -> str:
@@ -246,7 +269,7 @@ def _positive(**numbers: int | None) -> None:
 
 def _device(text: str | None) -> str:
     gpus = torch.cuda.device_count()
-    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus)
+    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus, paths.sees_gpus())
 
 
 def _context(model: int, wanted: int | None) -> int:

@@ -9,6 +9,9 @@ from typing import Literal
 from pixtral_cli.errors import DeviceError
 
 SPELLINGS = "cpu, gpu, gpu-0, gpu-0,gpu-1, gpu:0,1 or gpu:all"
+INSTALL_CUDA = 'pip install --force-reinstall "torch>=2.11,<2.14" --index-url https://download.pytorch.org/whl/cu130'
+"""What a torch that was built for CPUs only is replaced by; the versions are those of pyproject.toml."""
+NO_CUDA = "The torch that is installed here is built for CPUs only, so it cannot use a GPU."
 
 _DASHED = re.compile(r"gpu-\d+(,gpu-\d+)*")
 _LISTED = re.compile(r"gpu:\d+(,\d+)*")
@@ -21,8 +24,9 @@ class Devices:
     kind: Literal["cpu", "gpu"]
     gpus: tuple[int, ...] | None = ()
 
-    def torch_name(self, gpus_here: int) -> str:
-        """The one device to run on, as torch calls it: `cpu` or `cuda:N`.
+    def torch_name(self, gpus_here: int, built_for_gpus: bool = True) -> str:
+        """The one device to run on, as torch calls it: `cpu` or `cuda:N`. Of torch, it says how many GPUs it sees, and
+        whether it could see any.
 
         Raises DeviceError when a GPU is not there, and for several GPUs, which do not work yet.
         """
@@ -35,8 +39,14 @@ class Devices:
             raise DeviceError(f"This machine has no gpu-{absent[0]}; it has {there}.", "Choose one of those.")
         if len(wanted) > 1:
             raise DeviceError("Running on several GPUs does not work yet.", f"Use --devices gpu-{wanted[0]}.")
+        if not built_for_gpus:
+            raise DeviceError(NO_CUDA, f"Install one for CUDA: {INSTALL_CUDA} (or use --devices cpu).")
         if not gpus_here:
-            raise DeviceError("This machine has no GPU that torch can use.", "Use --devices cpu.")
+            raise DeviceError(
+                "torch finds no GPU on this machine.",
+                "If it has one, `nvidia-smi` should list it: install NVIDIA's driver, give a container its GPUs "
+                "(--gpus all), or unset CUDA_VISIBLE_DEVICES. Else use --devices cpu.",
+            )
         return f"cuda:{wanted[0]}"
 
 

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
-from pixtral_cli.model import families, memory
+from pixtral_cli.model import families, free_memory, memory
 from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.memory import Device, Need
+from pixtral_cli.model.free_memory import Device
+from pixtral_cli.model.memory import Need
 from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.image import Recipe
 from pixtral_cli.prompt.messages import Conversation, parse
@@ -122,15 +123,24 @@ class Source:
                 error.hint = again + error.hint.removeprefix(FETCH_AGAIN)
             raise
 
-    def needs(self) -> list[Need]:
+    def needs(self, kv_cache_dtype: str = "auto") -> list[Need]:
         """What the model takes in each encoding that it can be loaded in, from headers alone: a serialized model in its
         own only. Raises ModelError and WeightsError."""
-        found = memory.needs(self.checkpoint.tensors, self.config.text)
+        found = memory.needs(self.checkpoint.tensors, self.config, kv_cache_dtype)
         return found[:1] if self.format == "serialized" else found
 
     def devices(self) -> list[Device]:
         """This machine's devices and what is free on them."""
-        return memory.devices()
+        return free_memory.devices()
+
+    def device_notes(self) -> list[str]:
+        """A sentence for whatever makes the GPUs of this machine slower than they could be, or of no use. Imports torch
+        if there are any."""
+        if all(device.kind == "cpu" for device in self.devices()):
+            return []
+        from pixtral_cli.model import paths
+
+        return paths.notes_of_this_machine()
 
     @property
     def format(self) -> str:

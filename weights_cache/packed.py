@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -86,6 +86,34 @@ def from_parts(
     if encoding == "nf4":
         return NF4(**tensors)
     return Int4(encoding, **tensors) if kernel_order else PackedRows(encoding, **tensors)
+
+
+def joined(weights: Sequence[Tensor | PackedWeight]) -> Tensor | PackedWeight | None:
+    """The matrix that has the rows of all; None where encodings differ, or nf4's blocks are not whole or its magnitudes
+    quantised for each matrix by itself."""
+    rows = [weight if isinstance(weight, Tensor) else weight.in_rows() for weight in weights]
+    if tensors := [each for each in rows if isinstance(each, Tensor)]:
+        same = len(tensors) == len(rows) and len({tensor.dtype for tensor in tensors}) == 1
+        return torch.cat(tensors) if same else None
+    if alike := [each for each in rows if isinstance(each, PackedRows)]:
+        same = len(alike) == len(rows) and len({each.encoding for each in alike}) == 1
+        return PackedRows(alike[0].encoding, torch.cat([each.rows for each in alike])) if same else None
+    nf4s = [each for each in rows if isinstance(each, NF4)]
+    if len(nf4s) < len(rows) or not all(map(nf4.has_whole_blocks, nf4s)) or len({each.block for each in nf4s}) > 1:
+        return None
+    return NF4(torch.cat([each.codes for each in nf4s]), torch.cat([each.absmax for each in nf4s]))
+
+
+def rows_of(weight: Tensor | PackedWeight, first: int, end: int) -> Tensor | PackedWeight:
+    """The rows [first, end) of a weight: a view of a tensor, and of what `joined` gave what was joined."""
+    if isinstance(weight, Tensor):
+        return weight[first:end]
+    rows = weight.in_rows()
+    if isinstance(rows, PackedRows):
+        return PackedRows(rows.encoding, rows.rows[first:end])
+    assert isinstance(rows, NF4), f"{rows.encoding} has no rows"
+    columns, block = rows.shape[1], rows.block
+    return NF4(rows.codes[first:end], rows.absmax[first * columns // block : end * columns // block])
 
 
 def plain(weight: Tensor | PackedWeight) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.cli.console import Console
@@ -24,7 +27,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
         raise UsageError("--serialized-model-path is a whole model: leave --model-path and --weight-path out.")
     if file is not None and source.force_download:
         raise UsageError("--serialized-model-path is a file here: --force-download has nothing to download.")
-    with console.progress(f"loading {label(source, weights)}") as progress:
+    with notes_instead_of_log(), console.progress(f"loading {label(source, weights)}") as progress:
         from pixtral_cli import Pixtral
 
         model = Pixtral.load(
@@ -39,6 +42,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
             max_length=weights.max_length,
             max_batch_size=weights.max_batch_size,
             max_ce_batch_size=weights.max_ce_batch_size,
+            kv_cache_dtype=weights.kv_cache_dtype,
             image_preprocessing=source.image_preprocessing,
             force_download=source.force_download,
             progress=progress,
@@ -49,6 +53,19 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
     for note in model.notes:
         console.notice(note)
     return model
+
+
+@contextmanager
+def notes_instead_of_log() -> Iterator[None]:
+    """Inside, what the model's code would log is not shown: it is among the notes that a command tells."""
+    log, nowhere = logging.getLogger("pixtral_cli.model"), logging.NullHandler()
+    log.addHandler(nowhere)
+    log.propagate, before = False, log.propagate
+    try:
+        yield
+    finally:
+        log.propagate = before
+        log.removeHandler(nowhere)
 
 
 def label(source: SourceFlags, weights: WeightFlags) -> str:

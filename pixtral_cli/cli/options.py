@@ -22,7 +22,7 @@ from pixtral_cli.cli.flags import (
     within,
     within_option,
 )
-from pixtral_cli.encoding_choices import CHOICES
+from pixtral_cli.encoding_choices import CHOICES, KV_CACHE_DTYPES
 from pixtral_cli.known_models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ FORMATS = ("hf", "native", "gguf")
 _request, _model, _answer, _output, _machine = (
     partial(typer.Option, rich_help_panel=panel)
     for panel in ("Request", "Model", "Answer", "Output", "Speed and memory")
+)
+
+KV_CACHE_DTYPE = _machine(
+    "--kv-cache-dtype",
+    metavar="auto|fp8",
+    help="How keys and values are kept: auto as the model computes, fp8 in half the memory.",
+    **one_of(KV_CACHE_DTYPES),
 )
 
 
@@ -172,6 +179,7 @@ class WeightFlags(EncodingFlags):
         int,
         _machine("--max-ce-batch-size", metavar="N", callback=within(1), help="How many prompts are read together."),
     ] = 32
+    kv_cache_dtype: Annotated[str, KV_CACHE_DTYPE] = "auto"
     save_to_serialized_model_path: Annotated[
         Path | None,
         _model(

@@ -12,7 +12,8 @@ import typer
 from pixtral_cli.cli.completions import ANY_MODEL
 from pixtral_cli.cli.console import table
 from pixtral_cli.cli.flags import one_of
-from pixtral_cli.cli.options import FORMATS, OutputFlags
+from pixtral_cli.cli.loading import notes_instead_of_log
+from pixtral_cli.cli.options import FORMATS, KV_CACHE_DTYPE, OutputFlags
 from weights_cache.names import VISION
 from weights_cache.wording import size
 
@@ -53,6 +54,7 @@ class InspectArguments:
             **one_of(FORMATS),
         ),
     ] = None
+    kv_cache_dtype: Annotated[str, KV_CACHE_DTYPE] = "auto"
 
 
 def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
@@ -64,13 +66,17 @@ def inspect(arguments: InspectArguments, output: OutputFlags) -> None:
 
             form = cast("Form | None", arguments.weights_format)  # which one_of has checked
             source = Source.open_headers(arguments.model, Path(folder), weights_format=form, progress=progress)
-        found = as_object(arguments.model, source)
+        found = as_object(arguments.model, source, arguments.kv_cache_dtype)
         if source.checkpoint.note:
             console.notice(source.checkpoint.note)
+        with notes_instead_of_log():
+            slower = source.device_notes()
+        for note in slower:
+            console.notice(note)
     console.result(found, as_text(found))
 
 
-def as_object(name: str, source: "Source") -> dict[str, Any]:
+def as_object(name: str, source: "Source", kv_cache_dtype: str = "auto") -> dict[str, Any]:
     """The object that `--json` prints. Sizes are in bytes, lengths in tokens, pictures in pixels."""
     config, tensors = source.config, source.checkpoint.tensors
     text, vision, images = config.text, config.vision, config.image_layout
@@ -94,7 +100,7 @@ def as_object(name: str, source: "Source") -> dict[str, Any]:
         },
         "bytes_on_disk": sum(path.stat().st_size for path in {tensor.file for tensor in tensors.values()}),
         "devices": [{"name": device.name, "free_bytes": device.free} for device in devices],
-        "encodings": [_needed(need, devices) for need in source.needs()],
+        "encodings": [_needed(need, devices) for need in source.needs(kv_cache_dtype)],
     }
 
 
@@ -105,6 +111,7 @@ def _needed(need: "Need", devices: "list[Device]") -> dict[str, Any]:
             "tokens": tokens,
             "kv_cache_bytes": cache,
             "total_bytes": need.total(tokens),
+            "needed_bytes": {device.name: need.on(device, tokens) for device in devices},
             "fits": {device.name: need.fits(device, tokens) for device in devices},
         }
         for tokens, cache in need.cache.items()

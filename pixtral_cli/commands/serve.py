@@ -54,6 +54,7 @@ def serve(
         wanted = {"kv_cache_memory": weights.kv_cache_memory, "image_cache_memory": weights.image_cache_memory}
         memory = {name: size for name, size in wanted.items() if size is not None}
         model = load(source, weights, console, **memory)
+        model.engine.warm_up()  # else the first requests would wait for it
         names = tuple(listen.served_model_name or (model.name,))
         settings = _settings(names, listen, guard, limits, defaults)
         return process.assemble(model, settings, _banner(model, address, settings, weights.max_batch_size))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ from pixtral_cli.engine import sampler
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.request import Event, Failure, Request, TokenEvent, TokenScores
 from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
-from pixtral_cli.engine.scheduler import Chunk, Scheduler
+from pixtral_cli.engine.sampler import Choice, Choices
+from pixtral_cli.engine.scheduler import CARD_CHUNKS, Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
+from pixtral_cli.model import triton_support
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 
@@ -31,13 +35,21 @@ class Counters:
     generated_tokens: int = 0
 
 
+class Pass(NamedTuple):
+    """Sequences for which a token was chosen on the device, or that failed."""
+
+    sequences: list[Sequence]
+    choices: Choices | Exception
+
+
 class Engine:
     """Runs up to `max_batch_size` requests at once; more wait. For one thread at a time, but for `prepare`.
 
     `max_length` bounds the tokens of one prompt and its answer; default the model's own. Keys and values have room
     for `kv_tokens` tokens of all requests together, by default as many as the batch can need; those of requests that
     have ended stay known, up to the share `kv_kept` of that room. `image_cache` is how many bytes of images' features
-    are kept. In float32 on a CPU a request gets the very tokens that it gets alone.
+    are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". In float32 on a CPU a request gets the very
+    tokens that it gets alone.
     """
 
     def __init__(
@@ -50,6 +62,7 @@ class Engine:
         kv_tokens: int | None = None,
         kv_kept: float = 1.0,
         image_cache: int = IMAGE_CACHE,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         text = model.config.text
         wanted = max_length or text.max_length
@@ -58,11 +71,19 @@ class Engine:
         self.max_length = min(wanted, pages * PAGE)
         self.counters = Counters()
         self.table = PageTable(pages, int(pages * kv_kept))
-        exact = model.dtype == torch.float32 and model.device.type == "cpu"
-        self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact)
+        on_card = model.device.type == "cuda"
+        exact = model.dtype == torch.float32 and not on_card
+        chunks = CARD_CHUNKS if on_card else None
+        self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact, chunks)
         self.features = ImageFeatures(model, image_cache)
-        kv_cache = KVCache(text, model.dtype, model.device, pages)
-        self.runner = Runner(model, kv_cache, self.features, exact)
+        kv_cache = KVCache(text, model.dtype, model.device, pages, kv_cache_dtype)
+        if on_card and triton_support.available(model.device):
+            from pixtral_cli.engine.card_runner import CardRunner
+
+            self.runner: Runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)
+        else:
+            self.runner = Runner(model, kv_cache, self.features, exact)
+        self._launched: deque[list[Pass]] = deque()
         self._ids = count()
 
     def check(self, request: Request) -> None:
@@ -91,7 +112,7 @@ class Engine:
         self.check(request)
         room = self.max_length - len(request.token_ids)
         max_tokens = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
-        return Sequence(next(self._ids), request, max_tokens, self.model.config.image_token_id)
+        return Sequence(next(self._ids), request, max_tokens, self.model.config.image_token_id, self.model.device)
 
     def submit(self, request: Request) -> int:
         """Queue a request -> the id that its events have. Raises RequestError as `check`."""
@@ -113,24 +134,40 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request runs or waits."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        """Whether a request runs or waits, or a token has not been read."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._launched)
+
+    def warm_up(self) -> None:
+        """Prepare what would be prepared when it is first needed."""
+        self.runner.warm_up()
 
     def step(self) -> list[Event]:
-        """Compute one step of all running requests -> at most one event each; none while prompts are computed."""
+        """Launch a step of all running requests, and read one -> at most one event of each request.
+
+        On a GPU what is read was launched a step before, so that the device never waits for Python; there is none
+        while prompts are computed. A choice that depends on the tokens before it waits for them.
+        """
         events: list[Event] = []
-        for chunks, computed in self._run(self.scheduler.schedule()):
+        if any(sequence.row.needs_history for sequence in self.scheduler.running):
+            events += self._read(0)
+        passes = self._launch(self.scheduler.schedule())
+        if passes:
+            self._launched.append(passes)
+        failed = any(isinstance(each.choices, Exception) for each in passes)
+        return events + self._read(0 if failed or not passes else self.runner.steps_ahead)
+
+    def _launch(self, chunks: list[Chunk]) -> list[Pass]:
+        """Compute the chunks, choose what comes after them, and wait for nothing."""
+        passes = []
+        for some, computed in self._run(chunks):
             if isinstance(computed, Exception):
-                events += [Failure(chunk.sequence.id, computed) for chunk in chunks]
+                passes.append(Pass([chunk.sequence for chunk in some], computed))
                 continue
             logits, scores = computed
-            sequences = self._advance(chunks, scores)
-            choices = sampler.sample(logits, [sequence.row for sequence in sequences])
-            events += map(self._event, sequences, choices, logits)
-        for event in events:
-            if isinstance(event, Failure) or event.finish_reason is not None:
-                self.scheduler.remove(event.request_id)
-        return events
+            completed = self._advance(some, scores)
+            if completed:
+                passes += self._choose(completed, logits)
+        return passes
 
     def _run(self, chunks: list[Chunk]) -> Iterator[tuple[list[Chunk], Computed | Exception]]:
         """One pass for all chunks. If it fails, each is tried by itself: only the request at fault fails."""
@@ -153,31 +190,68 @@ class Engine:
             self.scheduler.computed(chunk)
         return completed
 
-    def _event(self, sequence: Sequence, choice: int | Exception, logits: Tensor) -> Event:
-        """What was chosen after float32 logits [V], as the sequence takes it."""
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[Pass]:
+        """A token for each sequence after float32 logits [N, V]; as in `_run`, one that fails fails alone."""
+        try:
+            choices = sampler.sample(logits, [sequence.row for sequence in sequences])
+        except Exception as error:  # noqa: BLE001  memory as well
+            if len(sequences) == 1:
+                return [Pass(sequences, error)]
+            alone = zip(sequences, logits.split(1), strict=True)
+            return [each for sequence, row in alone for each in self._choose([sequence], row)]
+        self.runner.keep(sequences, choices.token_ids)
+        for sequence in sequences:
+            if sequence.max_tokens:  # else only the prompt was to be computed
+                sequence.choose()
+        return [Pass(sequences, choices)]
+
+    def _read(self, ahead: int) -> list[Event]:
+        """The events of what was launched, but for the last `ahead` steps; who ended is removed."""
+        events: list[Event] = []
+        while len(self._launched) > ahead:
+            for sequences, choices in self._launched.popleft():
+                found = [choices] * len(sequences) if isinstance(choices, Exception) else choices.read()
+                for sequence, choice in zip(sequences, found, strict=True):
+                    if not sequence.removed:  # else it ended a step before, or was cancelled
+                        events.append(self._event(sequence, choice))
+        return events
+
+    def _event(self, sequence: Sequence, choice: Choice | Exception) -> Event:
+        """What was chosen, as the sequence takes it."""
         try:
             if isinstance(choice, Exception):
                 raise choice
             if any(each.logprobs.isnan().any() for each in sequence.scores):
                 raise BrokenLogits
-            return self._token_event(sequence, choice, logits)
+            event = self._token_event(sequence, choice)
         except Exception as error:  # noqa: BLE001  as in `_run`
+            self.scheduler.remove(sequence.id)
             return Failure(sequence.id, error)
+        if event.finish_reason is not None:
+            self.scheduler.remove(sequence.id)
+        return event
 
-    def _token_event(self, sequence: Sequence, token_id: int, logits: Tensor) -> TokenEvent:
-        request, chosen, logprob = sequence.request, None, None
-        alternatives: tuple[tuple[int, float], ...] = ()
+    def _token_event(self, sequence: Sequence, choice: Choice) -> TokenEvent:
+        request, chosen = sequence.request, None
         if not sequence.generated:
             self.counters.prompt_tokens += sequence.prompt_length
             self.counters.cached_tokens += sequence.cached_tokens
-        if sequence.max_tokens:  # else only the prompt was to be computed
-            chosen = token_id
+        if sequence.max_tokens:
+            chosen = choice.token_id
             if request.constraint is not None:
                 request.constraint.accept(chosen)
-            sequence.token_ids.append(chosen)
+            sequence.read(chosen)
+            self.scheduler.read(sequence)
             self.counters.generated_tokens += 1
-            if request.logprobs is not None:
-                logprob, alternatives = sampler.logprob(logits, chosen, request.logprobs)
+        else:
+            choice = Choice(choice.token_id)
         scores, sequence.scores = tuple(sequence.scores), []  # they are told once
-        ended = sequence.finish_reason
-        return TokenEvent(sequence.id, chosen, ended, logprob, alternatives, sequence.cached_tokens, scores)
+        return TokenEvent(
+            sequence.id,
+            chosen,
+            sequence.finish_reason,
+            choice.logprob,
+            choice.alternatives,
+            sequence.cached_tokens,
+            scores,
+        )

@@ -39,10 +39,14 @@ class Sampling:
         return self.temperature < GREEDY_BELOW or self.top_k == 1 or self.top_p == 0
 
     @property
+    def penalises(self) -> bool:
+        """Whether the tokens before count."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
     def alters_logits(self) -> bool:
         """Whether the likeliest token of the plain logits may not be the one to draw."""
-        penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-        return penalties or bool(self.logit_bias)
+        return self.penalises or bool(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Request:
 
 
 class TokenScores(NamedTuple):
-    """Scores of N consecutive tokens, each given those before it, on the CPU, float32 and int64.
+    """Scores of N consecutive tokens, each given those before it, float32 and int64.
 
     They are natural log-probabilities [N], and the ids [N, k] and log-probabilities [N, k] of the k likeliest tokens
     in the place of each, best first.

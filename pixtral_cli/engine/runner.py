@@ -14,7 +14,8 @@ from pixtral_cli.engine import sampler
 from pixtral_cli.engine.request import ImageInput, TokenScores
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.model.kv_cache import AttendPaged, KVCache, Span
+from pixtral_cli.model.attention import AttendPaged, Span
+from pixtral_cli.model.kv_cache import KVCache
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 
@@ -48,18 +49,26 @@ class ImageFeatures:
         self.nbytes = 0
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
-    def of(self, image: ImageInput, salt: bytes) -> Tensor:
-        key = image.key + salt
-        features = self._kept.get(key)
-        if features is None:
-            features = self.model.encode_image(image.pixels())
-            while self._kept and self.nbytes + features.nbytes > self.limit:
-                _, oldest = self._kept.popitem(last=False)
-                self.nbytes -= oldest.nbytes
-            self._kept[key] = features
-            self.nbytes += features.nbytes
-        self._kept.move_to_end(key)
-        return features
+    def of(self, images: list[tuple[ImageInput, bytes]]) -> list[Tensor]:
+        """The features of each image with its salt; those that are not kept are computed together."""
+        keys = [image.key + salt for image, salt in images]
+        missing = {key: image for key, (image, _) in zip(keys, images, strict=True) if key not in self._kept}
+        pixels = [image.pixels() for image in missing.values()]
+        found = dict(zip(missing, self.model.encode_images(pixels), strict=True)) if missing else {}
+        for key in dict.fromkeys(keys):
+            if key not in missing:
+                self._kept.move_to_end(key)
+                found[key] = self._kept[key]
+        for key in missing:
+            self._keep(key, found[key])
+        return [found[key] for key in keys]
+
+    def _keep(self, key: bytes, features: Tensor) -> None:
+        while self._kept and self.nbytes + features.nbytes > self.limit:
+            _, oldest = self._kept.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+        self._kept[key] = features
+        self.nbytes += features.nbytes
 
 
 class Runner:
@@ -69,6 +78,9 @@ class Runner:
     and tokens that are decoded in passes of EXACT_ROWS rows, empty ones among them.
     """
 
+    steps_ahead = 0
+    """How many steps may be launched before one is read."""
+
     def __init__(self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -76,6 +88,12 @@ class Runner:
         self.device = model.device
         self.exact = exact
         self.threads = PassThreads(exact)
+
+    def warm_up(self) -> None:
+        """Nothing is prepared: each pass runs as it is."""
+
+    def keep(self, sequences: list[Sequence], token_ids: Tensor) -> None:
+        """The next tokens of the sequences, int64 [N] on the device. They are read here before they are computed."""
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Computed:
@@ -124,7 +142,7 @@ class Runner:
             following = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=hidden.device)
             logits = self._few_logits(hidden[start - sequence.computed : end - sequence.computed])
             blocks.append(sampler.score(logits, following, alternatives))
-        return TokenScores(*map(torch.cat, zip(*blocks, strict=True)))
+        return TokenScores(*(torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)))
 
     def _few_logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden [N, C], computed in one of a few sizes."""
@@ -132,25 +150,37 @@ class Runner:
         return self.model.logits(torch.cat([hidden, padding]))[: len(hidden)]
 
     def _embed(self, chunk: Chunk) -> Tensor:
-        """Only a prompt's own image tokens stand for images: one that was generated is a token like others."""
         sequence, start, device = chunk.sequence, chunk.sequence.computed, self.device
-        ids = sequence.token_ids[start : start + chunk.tokens]
-        image_token, prompt = self.model.config.image_token_id, max(sequence.prompt_length - start, 0)
-        if not sequence.request.images or image_token not in ids[:prompt]:
-            return self.model.embed(torch.tensor(ids, device=device))
-        before, here = (tokens.count(image_token) for tokens in (sequence.token_ids[:start], ids[:prompt]))
-        features = torch.cat(list(self._features(sequence, before, before + here)))
-        shown, written = torch.tensor(ids, device=device).tensor_split([prompt])
-        return torch.cat([self.model.embed(shown, features), self.model.embed(written)])
+        ids = torch.tensor(sequence.token_ids[start : start + chunk.tokens], device=device)
+        places = self._image_places(chunk)
+        if not places:
+            return self.model.embed(ids)
+        return self.model.embed(ids, self._features([chunk]), torch.tensor(places, device=device))
 
-    def _features(self, sequence: Sequence, first: int, end: int) -> Iterator[Tensor]:
-        """Features of the sequence's image tokens number `first` up to `end`; those of an image are computed whole."""
-        position = 0
+    def _image_places(self, chunk: Chunk) -> list[int]:
+        """Which tokens of the chunk stand for images: only a prompt's own. One that was generated is like others."""
+        sequence, start = chunk.sequence, chunk.sequence.computed
+        if not sequence.request.images:
+            return []
+        prompt = sequence.token_ids[start : min(start + chunk.tokens, sequence.prompt_length)]
+        return [place for place, token_id in enumerate(prompt) if token_id == self.model.config.image_token_id]
+
+    def _features(self, chunks: list[Chunk]) -> Tensor:
+        """Features [M, C] of the image tokens of all chunks, in order; those of an image are computed whole."""
+        shown = [each for chunk in chunks for each in self._shown(chunk)]
+        features = self.features.of([(image, salt) for image, salt, _ in shown])
+        return torch.cat([each[part] for each, (_, _, part) in zip(features, shown, strict=True)])
+
+    def _shown(self, chunk: Chunk) -> Iterator[tuple[ImageInput, bytes, slice]]:
+        """The images that the chunk shows, each with its salt, and which of its features."""
+        sequence = chunk.sequence
+        image_token = self.model.config.image_token_id
+        first = sum(token_id == image_token for token_id in sequence.token_ids[: sequence.computed])
+        end, position = first + len(self._image_places(chunk)), 0
         for image in sequence.request.images:
             begin, position = position, position + image.features
             if begin < end and position > first:
-                features = self.features.of(image, sequence.request.cache_salt)
-                yield features[max(first - begin, 0) : end - begin]
+                yield image, sequence.request.cache_salt, slice(max(first - begin, 0), end - begin)
 
 
 def _completing(group: list[Chunk]) -> list[int]:

@@ -7,7 +7,6 @@ bias, repetition penalty, frequency and presence penalty. Then the filters in th
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine.request import Sampling, TokenScores
+from pixtral_cli.engine.transfers import ToHost, to_device
 from pixtral_cli.errors import BrokenLogits
 
 if TYPE_CHECKING:
@@ -23,67 +23,122 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """What decides the next token of one sequence: the first `prompt_length` of `token_ids` are its prompt."""
+    """What decides the next token of one sequence: the first `prompt_length` of `token_ids` are its prompt.
+
+    `logprobs` is None, or how many alternatives to report. `random` is a generator of the logits' device.
+    """
 
     sampling: Sampling
     token_ids: Sequence[int]
     prompt_length: int
     random: torch.Generator
     constraint: Constraint | None = None
+    logprobs: int | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next choice depends on the tokens before, other than by the logits."""
+        return self.constraint is not None or self.sampling.penalises
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | Exception]:
-    """The next token for each row of float32 logits [N, V], or why there is none; a row that fails fails alone.
+class Choice(NamedTuple):
+    """A token; its natural log-probability in the unaltered distribution and the likeliest (id, log-probability) in
+    its place, best first, if they were asked for."""
 
-    The errors are BrokenLogits, because the model computed numbers that are none, and RequestError, because a
-    constraint became too complex.
+    token_id: int
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Choices:
+    """A token for each of N rows, `token_ids` int64 [N] on the device of the logits; `read` waits for them."""
+
+    def __init__(
+        self, token_ids: Tensor, usable: Tensor, scores: Mapping[int, TokenScores], errors: Mapping[int, Exception]
+    ) -> None:
+        """`usable`, bool [N], says whether the logits of each row were numbers; errors and scores are of some rows."""
+        self.token_ids = token_ids
+        self._errors = errors
+        self._scored = list(scores)
+        self._arriving = ToHost(
+            torch.stack([token_ids, usable.long()]), *(part for each in scores.values() for part in each)
+        )
+
+    def read(self) -> list[Choice | Exception]:
+        """What was chosen, or why there is none: BrokenLogits, because the model computed numbers that are none, and
+        RequestError, because a constraint became too complex."""
+        both, *parts = self._arriving.read()
+        scores = {place: parts[3 * n : 3 * n + 3] for n, place in enumerate(self._scored)}
+        return [
+            self._choice(place, token_id, bool(usable), scores.get(place))
+            for place, (token_id, usable) in enumerate(zip(*both.tolist(), strict=True))
+        ]
+
+    def _choice(self, place: int, token_id: int, usable: bool, scores: list[Tensor] | None) -> Choice | Exception:
+        if place in self._errors:
+            return self._errors[place]
+        if not usable:
+            return BrokenLogits()
+        if scores is None:
+            return Choice(token_id)
+        logprob, ids, logprobs = scores
+        return Choice(token_id, float(logprob), tuple(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True)))
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> Choices:
+    """The next token for each row of float32 logits [N, V], on their device; a row that fails fails alone.
+
+    Waits for the device only where a row has a constraint or a penalty.
     """
-    try:
-        return [*choose(logits, rows)]
-    except Exception as error:  # noqa: BLE001  memory as well
-        if len(rows) == 1:
-            return [error]
-        return [choice for each, row in zip(logits, rows, strict=True) for choice in sample(each[None], [row])]
-
-
-def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """As `sample`, but for any row that fails it raises. Nothing is drawn before."""
     best, likeliest = logits.max(-1)
-    _check_finite(best)
-    if any(row.constraint is not None or row.sampling.alters_logits for row in rows):
-        logits = altered(logits, rows)
-        best, likeliest = logits.max(-1)
-        _check_finite(best)
-    choices: list[int] = likeliest.tolist()
+    usable = best.isfinite()  # the largest is no number as well where a single score is none
+    masks, errors = _masks(rows)
+    altering = any(row.constraint is not None or row.sampling.alters_logits for row in rows)
+    changed = altered(logits, rows, masks) if altering else logits
+    if altering:
+        best, likeliest = changed.max(-1)
+        usable &= best.isfinite()
     drawing = [place for place, row in enumerate(rows) if not row.sampling.greedy]
     if drawing:
-        drawn = draw((logits - best[:, None])[drawing], [rows[place] for place in drawing])
-        for place, choice in zip(drawing, drawn, strict=True):
-            choices[place] = choice
-    return choices
+        places = to_device(drawing, torch.long, logits.device)
+        shifted = (changed - best[:, None])[places]
+        likeliest[places] = draw(shifted, [rows[place] for place in drawing])
+    scores = {
+        place: score(logits[place : place + 1], likeliest[place : place + 1], row.logprobs)
+        for place, row in enumerate(rows)
+        if row.logprobs is not None
+    }
+    return Choices(likeliest, usable, scores, errors)
 
 
-def _check_finite(best: Tensor) -> None:
-    """The largest is no number as well where a single score is none."""
-    if not all(map(math.isfinite, best.tolist())):
-        raise BrokenLogits
+def _masks(rows: Sequence[Row]) -> tuple[list[Tensor | None], dict[int, Exception]]:
+    """What each row's constraint allows, and the errors of those that failed."""
+    masks: list[Tensor | None] = [None] * len(rows)
+    errors: dict[int, Exception] = {}
+    for place, row in enumerate(rows):
+        try:
+            masks[place] = None if row.constraint is None else row.constraint.mask()
+        except Exception as error:  # noqa: BLE001  it concerns one request
+            errors[place] = error
+    return masks, errors
 
 
-def altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def altered(logits: Tensor, rows: Sequence[Row], masks: Sequence[Tensor | None]) -> Tensor:
     """Logits [N, V] after constraints, bias and penalties; only the answer counts for frequency and presence."""
     settings = [row.sampling for row in rows]
-    logits = keep_allowed(logits, [None if row.constraint is None else row.constraint.mask() for row in rows])
+    logits = keep_allowed(logits, masks)
     logits = add_bias(logits, [each.logit_bias for each in settings])
-    seen = [row.token_ids for row in rows]
+    seen = [row.token_ids if row.sampling.penalises else () for row in rows]
     logits = penalise_repetition(logits, seen, [each.repetition_penalty for each in settings])
-    answers = [row.token_ids[row.prompt_length :] for row in rows]
+    answers = [row.token_ids[row.prompt_length :] if row.sampling.penalises else () for row in rows]
     return penalise_frequency(logits, answers, [(each.frequency_penalty, each.presence_penalty) for each in settings])
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """A token for each row of logits [N, V] whose largest is 0: as torch.multinomial, by each row's own generator."""
+def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """A token for each row of logits [N, V] whose largest is 0, int64 [N]: as torch.multinomial, by each row's own
+    generator."""
     settings = [row.sampling for row in rows]
-    logits = (logits / _column([each.temperature for each in settings], logits)).cpu()
+    logits = logits / _column([each.temperature for each in settings], logits)
     logits = keep_top_k(logits, [each.top_k for each in settings])
     logits = keep_top_p(logits, [each.top_p for each in settings])
     logits = keep_min_p(logits, [each.min_p for each in settings])
@@ -91,7 +146,7 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     waits = torch.empty_like(probabilities)  # of an exponential race, which each token wins with its probability
     for wait, row in zip(waits, rows, strict=True):
         wait.exponential_(generator=row.random)
-    return (probabilities / waits).argmax(-1).tolist()
+    return (probabilities / waits).argmax(-1)
 
 
 def keep_allowed(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
@@ -107,7 +162,9 @@ def keep_allowed(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
             row.fill_(True)
         else:
             row[: mask.numel()] = mask[: row.numel()]
-    return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+    if logits.is_cuda:
+        allowed = allowed.pin_memory().to(logits.device, non_blocking=True)
+    return logits.masked_fill(~allowed, -torch.inf)
 
 
 def add_bias(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> Tensor:
@@ -148,9 +205,10 @@ def keep_top_k(logits: Tensor, ks: Sequence[int]) -> Tensor:
     limited = [place for place, k in enumerate(ks) if 0 < k < size]
     if not limited:
         return logits
-    largest = logits[limited].topk(max(ks[place] for place in limited)).values
+    places, lasts = to_device([limited, [ks[place] - 1 for place in limited]], torch.long, logits.device)
+    largest = logits[places].topk(max(ks[place] for place in limited)).values
     least = logits.new_full((len(logits), 1), -torch.inf)
-    least[limited] = largest.gather(-1, torch.tensor([[ks[place] - 1] for place in limited], device=logits.device))
+    least[places] = largest.gather(-1, lasts[:, None])
     return logits.masked_fill(logits < least, -torch.inf)
 
 
@@ -159,13 +217,14 @@ def keep_top_p(logits: Tensor, ps: Sequence[float]) -> Tensor:
     limited = [place for place, p in enumerate(ps) if p < 1]
     if not limited:
         return logits
-    ordered, places = logits[limited].sort(descending=True)
+    rows = to_device(limited, torch.long, logits.device)
+    ordered, places = logits[rows].sort(descending=True)
     probabilities = ordered.softmax(-1)
     reached = probabilities.cumsum(-1) - probabilities  # by what comes before
     beyond = reached >= _column([ps[place] for place in limited], logits)
     beyond[:, 0] = False  # a p that float32 rounds to 0 is reached by nothing at all
     kept = ordered.masked_fill(beyond, -torch.inf)
-    return logits.index_put((torch.tensor(limited, device=logits.device)[:, None], places), kept)
+    return logits.index_put((rows[:, None], places), kept)
 
 
 def keep_min_p(logits: Tensor, ps: Sequence[float]) -> Tensor:
@@ -179,13 +238,13 @@ def keep_min_p(logits: Tensor, ps: Sequence[float]) -> Tensor:
 
 def _places(tokens: Sequence[Collection[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's number once for each of its tokens, and the tokens: indices into logits [N, V]."""
-    counts = torch.tensor([len(ids) for ids in tokens], device=logits.device)
-    ids = torch.tensor([token_id for ids in tokens for token_id in ids], device=logits.device)
-    return torch.arange(len(tokens), device=logits.device).repeat_interleave(counts), ids
+    pairs = [(row, token_id) for row, ids in enumerate(tokens) for token_id in ids]
+    rows, ids = to_device(list(zip(*pairs, strict=True)) or [(), ()], torch.long, logits.device)
+    return rows, ids
 
 
 def _like(values: Sequence[object], logits: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    return to_device(values, logits.dtype, logits.device)
 
 
 def _column(values: Sequence[float], logits: Tensor) -> Tensor:
@@ -194,14 +253,7 @@ def _column(values: Sequence[float], logits: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, token_ids: Tensor, alternatives: int) -> TokenScores:
-    """Of the tokens [N] that came after float32 logits [N, V], and of the likeliest `alternatives`."""
+    """Of the tokens [N] that came after float32 logits [N, V], and of the likeliest `alternatives`; on their device."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(alternatives, logits.shape[-1]))
-    return TokenScores(logprobs.gather(-1, token_ids[:, None])[:, 0].cpu(), best.indices.cpu(), best.values.cpu())
-
-
-def logprob(logits: Tensor, token_id: int, alternatives: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Natural log-probability of the token, and the likeliest `alternatives` (id, log-probability), best first."""
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(alternatives, logits.numel()))
-    return float(logprobs[token_id]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenScores(logprobs.gather(-1, token_ids[:, None])[:, 0], best.indices, best.values)

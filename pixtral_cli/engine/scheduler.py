@@ -16,6 +16,8 @@ from pixtral_cli.model.kv_cache import PAGE, pages_for
 
 CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at its full speed
 SHORT_CHUNK = 256  # while others decode, who wait meanwhile
+CARD_CHUNKS = 8192, 1024
+"""The same on a GPU, which needs more rows for its full speed: a picture's tokens and its question in one step."""
 
 
 class Chunk(NamedTuple):
@@ -33,28 +35,39 @@ class Scheduler:
 
     With `exact`, a prompt is cut at the same places whoever else is there, at multiples of SHORT_CHUNK, and only such
     whole chunks are known afterwards: what is shared then has the very bits that would be computed. What begins
-    again after a pre-emption is computed in the same chunks as at first.
+    again after a pre-emption is computed in the same chunks as at first. `chunks` are the tokens of prompts in a step,
+    alone and while others decode.
     """
 
-    def __init__(self, table: PageTable, max_batch_size: int, max_ce_batch_size: int, exact: bool = False) -> None:
+    def __init__(
+        self,
+        table: PageTable,
+        max_batch_size: int,
+        max_ce_batch_size: int,
+        exact: bool = False,
+        chunks: tuple[int, int] | None = None,
+    ) -> None:
         self.table = table
         self.max_batch_size = max_batch_size
         self.max_ce_batch_size = max_ce_batch_size
         self.exact = exact
+        self.chunks = chunks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they came
         self.preemptions = 0
         self._steps = 0
+        self._free_slots = list(range(max_batch_size))
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def remove(self, request_id: int) -> None:
         """Forget a sequence wherever it is, and free its pages; a second time does nothing."""
-        for sequence in self.running:
+        for sequence in [*self.running, *self.waiting]:
             if sequence.id == request_id:
-                self.table.release(sequence.pages)
-                sequence.restart()
+                sequence.removed = True
+                if sequence in self.running:
+                    self._stop(sequence)
         self.waiting = deque(s for s in self.waiting if s.id != request_id)
         self.running = [s for s in self.running if s.id != request_id]
 
@@ -62,19 +75,31 @@ class Scheduler:
         self._steps += 1
         self._make_room_to_decode()
         self._admit()
-        decoding = [Chunk(s, s.pending) for s in self.running if not s.prefilling]
+        decoding = [Chunk(s, s.pending) for s in self.running if self._decodes(s)]
         return sorted(decoding + self._prefill(bool(decoding)), key=lambda chunk: not chunk.sequence.answering)
 
     def computed(self, chunk: Chunk) -> None:
-        """The chunk is computed: its full pages are known from now on."""
-        sequence = chunk.sequence
-        filled = sequence.advance(chunk.tokens)
-        for place in () if self.exact and chunk.tokens < SHORT_CHUNK else filled:
+        """The chunk is computed, or will be before anything that comes after: its full pages are known from now on."""
+        chunk.sequence.advance(chunk.tokens)
+        filled = chunk.sequence.filled_pages()
+        if not (self.exact and chunk.tokens < SHORT_CHUNK):
+            self._name(chunk.sequence, filled)
+
+    def read(self, sequence: Sequence) -> None:
+        """A token of it is known now: so are, perhaps, more of its full pages."""
+        self._name(sequence, sequence.filled_pages())
+
+    def _name(self, sequence: Sequence, places: range) -> None:
+        for place in places:
             self.table.name(sequence.pages[place], sequence.page_keys.keys[place])
+
+    @staticmethod
+    def _decodes(sequence: Sequence) -> bool:
+        return not sequence.prefilling and not sequence.all_chosen
 
     def _make_room_to_decode(self) -> None:
         for sequence in list(self.running):
-            while sequence in self.running and not sequence.prefilling and not self._grow(sequence, sequence.pending):
+            while sequence in self.running and self._decodes(sequence) and not self._grow(sequence, sequence.pending):
                 self._preempt(self.running[-1])
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
@@ -88,15 +113,19 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self.table.release(sequence.pages)
-        sequence.restart()
+        self._stop(sequence)
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.table.release(sequence.pages)
+        sequence.restart()
+        self._free_slots.append(sequence.slot)
 
     def _admit(self) -> None:
         """Take in who waits, first come first served, but for prompts that begin like one being computed now."""
         for sequence in list(self.waiting):
-            if len(self.running) >= self.max_batch_size:
+            if len(self.running) >= self.max_batch_size or sequence.unread:  # who begins again begins with its tokens
                 return
             if self._awaits_another(sequence):
                 continue
@@ -121,10 +150,10 @@ class Scheduler:
         if self.exact:
             known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
         self.table.share(known)
-        sequence.pages, sequence.computed, sequence.waits_since = known, len(known) * PAGE, self._steps
+        sequence.begin(self._free_slots.pop(), known)
+        sequence.waits_since = self._steps
         if not self._grow(sequence, sequence.pending):
-            self.table.release(known)
-            sequence.restart()
+            self._stop(sequence)
             return False
         if not sequence.generated:
             sequence.cached_tokens = sequence.computed
@@ -132,7 +161,8 @@ class Scheduler:
 
     def _prefill(self, others_decode: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
-        left = SHORT_CHUNK if others_decode else CHUNK
+        alone, beside_others = self.chunks or (CHUNK, SHORT_CHUNK)
+        left = beside_others if others_decode else alone
         waiting = sorted((s for s in self.running if s.prefilling), key=lambda s: s.waits_since)
         for sequence in waiting[: self.max_ce_batch_size]:
             most = self._exactly(sequence) if self.exact else left

@@ -9,14 +9,26 @@ from pixtral_cli.engine.request import FinishReason, Request, TokenScores
 from pixtral_cli.engine.sampler import Row
 from pixtral_cli.model.kv_cache import PAGE
 
+UNREAD = -1
+"""Stands for a token that was chosen on a card, until it is read."""
+
 
 class Sequence:
     """`token_ids` is the prompt and all that came after it; the first `computed` of them have keys and values.
 
-    It ends after `max_tokens` new tokens at the latest. The first `scored` tokens of the prompt need no more scores.
+    The last `unread` tokens are chosen, and not known here yet: the device has them. It ends after `max_tokens` new
+    tokens at the latest. The first `scored` tokens of the prompt need no more scores. While it runs, `slot` is its
+    place among the sequences that run. Its draws are made on `device`.
     """
 
-    def __init__(self, request_id: int, request: Request, max_tokens: int, image_token_id: int | None) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        request: Request,
+        max_tokens: int,
+        image_token_id: int | None,
+        device: torch.device | None = None,
+    ) -> None:
         self.id = request_id
         self.request = request
         self.max_tokens = max_tokens
@@ -25,18 +37,29 @@ class Sequence:
         self.page_keys = PageKeys(request, image_token_id)
         self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)  # one token is always left to compute
         self.pages: list[int] = []
+        self.slot = 0
+        self.removed = False
         self.computed = 0
+        self.unread = 0
+        self.named = 0  # pages at its beginning that were told by `filled_pages`
         self.cached_tokens = 0
         self.scored = self.prompt_length if request.prompt_logprobs is None else 1  # nothing comes before the first
         self.scores: list[TokenScores] = []
         self.prefilling = True
         self.waits_since = 0  # while it prefills: the step after its last chunk, or that in which it entered
-        random = torch.Generator()
+        random = torch.Generator(device or "cpu")
         if request.sampling.seed is None:
             random.seed()
         else:
             random.manual_seed(request.sampling.seed)
-        self.row = Row(request.sampling, self.token_ids, self.prompt_length, random, request.constraint)
+        self.row = Row(
+            request.sampling, self.token_ids, self.prompt_length, random, request.constraint, request.logprobs
+        )
+
+    @property
+    def known(self) -> int:
+        """Tokens whose ids are known here."""
+        return len(self.token_ids) - self.unread
 
     @property
     def pending(self) -> int:
@@ -60,15 +83,39 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        return len(self.token_ids) - self.prompt_length
+        """Tokens of the answer that are known here."""
+        return self.known - self.prompt_length
 
-    def advance(self, tokens: int) -> range:
-        """So many more are computed -> the places of the pages that this filled, which have keys now."""
-        full = self.computed // PAGE
+    @property
+    def all_chosen(self) -> bool:
+        """Whether no token is to be chosen any more, though the last ones may be unread."""
+        return len(self.token_ids) - self.prompt_length >= self.max_tokens
+
+    def begin(self, slot: int, known_pages: list[int]) -> None:
+        """It runs, in `slot`; the first pages of it are computed."""
+        self.slot, self.pages = slot, known_pages
+        self.computed, self.named = len(known_pages) * PAGE, len(known_pages)
+
+    def advance(self, tokens: int) -> None:
+        """So many more are computed, or will be before anything that comes after."""
         self.computed += tokens
         self.prefilling = self.pending > 0
-        self.page_keys.extend(self.token_ids, self.computed // PAGE)
-        return range(full, self.computed // PAGE)
+
+    def filled_pages(self) -> range:
+        """The places of the pages filled with known tokens since this was asked last; they have keys now."""
+        first, self.named = self.named, min(self.computed, self.known) // PAGE
+        self.page_keys.extend(self.token_ids, self.named)
+        return range(first, self.named)
+
+    def choose(self) -> None:
+        """Its next token is chosen on the device."""
+        self.token_ids.append(UNREAD)
+        self.unread += 1
+
+    def read(self, token_id: int) -> None:
+        """The first token that was unread."""
+        self.token_ids[self.known] = token_id
+        self.unread -= 1
 
     def score(self, scores: TokenScores) -> None:
         """Take the scores of the prompt's next tokens; they are kept when it restarts."""
@@ -77,10 +124,10 @@ class Sequence:
 
     def restart(self) -> None:
         """It has lost its pages: everything is to be computed again."""
-        self.pages, self.computed, self.prefilling = [], 0, True
+        self.pages, self.computed, self.named, self.prefilling = [], 0, 0, True
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        if self.generated and self.token_ids[-1] in self.request.end_token_ids:
+        if self.generated and self.token_ids[self.known - 1] in self.request.end_token_ids:
             return "stop"
         return "length" if self.generated >= self.max_tokens else None

@@ -28,11 +28,6 @@ class TextConfig:
     sliding_windows: tuple[int | None, ...]
     tied_embeddings: bool
 
-    @property
-    def kv_numbers_per_token(self) -> int:
-        """Numbers of one token's keys and values over all layers; times the dtype's size gives bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -1,22 +1,22 @@
-"""The keys and values of many sequences, in pages of one store, and the attention that reads and extends them.
+"""The keys and values of many sequences, in pages of one store, as they are or in 8 bits.
 
 A sequence's token number t lies in slot `pages[t // PAGE] * PAGE + t % PAGE`. Which page belongs to whom is for others
-to know. Letters: N tokens of one forward pass, S layers, T slots, K key-value heads, D head_dim, L tokens to attend to.
+to know. Letters: N tokens of one forward pass, S layers, T slots, K key-value heads, D head_dim, L tokens to read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.layers import causal_attention, causal_mask
 
 PAGE = 16  # tokens: what two prompts share is found in steps of this
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -118, 120
+"""Of the scales of 8-bit numbers; the highest is what the largest float32 needs."""
 
 
 def pages_for(tokens: int) -> int:
@@ -24,72 +24,119 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, K, D] -> e4m3 codes [N, K, D] and int8 exponents [N, K], so that x is about codes * 2**exponents.
+
+    A head's exponent is the smallest with which its largest magnitude is no more than 448, e4m3's largest number.
+    """
+    x = x.float()
+    fraction, exponent = torch.frexp(x.abs().amax(-1))  # the peak is fraction * 2**exponent, fraction in [0.5, 1)
+    exponent = exponent - 9 + (fraction > 448 / 512).int()
+    exponent = exponent.clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
+    return (x * _power_of_two(-exponent)).to(torch.float8_e4m3fn), exponent.to(torch.int8)
+
+
+def decode(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes [..., D] and exponents [...] -> numbers [..., D]; exact in every dtype with float32's range."""
+    return (codes.float() * _power_of_two(exponents)).to(dtype)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """[...] -> float32 [..., 1], exactly, which not every device's `pow` promises."""
+    return ((exponents.int() + 127) << 23).view(torch.float32)[..., None]
+
+
+class LayerStore(NamedTuple):
+    """One layer's part of the store: keys and values [T, K, D]; of codes (uint8) also the exponents int8 [T, K]."""
+
+    keys: Tensor
+    values: Tensor
+    key_exponents: Tensor | None
+    value_exponents: Tensor | None
+
+
 class KVCache:
     """Room for `pages` pages of keys and values, [2, S, T, K, D].
 
-    On a CPU memory is taken as pages are first written, not before. With Pixtral-12B in bfloat16 (40 layers, 8 heads
-    of 128) a token takes 160 KiB and a page 2.5 MiB.
+    `kv_cache_dtype` "fp8" keeps e4m3 codes and, [2, S, T, K], a power of two for each token and head. On a CPU memory
+    is taken as pages are first written, not before. On a card there is one page more, number `scratch_page`: rows of a
+    step that stand for nobody write there.
     """
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device, pages: int) -> None:
-        shape = (2, config.num_layers, pages * PAGE, config.num_kv_heads, config.head_dim)
-        self._store = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(
+        self, config: TextConfig, dtype: torch.dtype, device: torch.device, pages: int, kv_cache_dtype: str = "auto"
+    ) -> None:
+        self.dtype = dtype
+        self.scratch_page = None if device.type == "cpu" else pages
+        slots = (pages + (self.scratch_page is not None)) * PAGE
+        shape = (2, config.num_layers, slots, config.num_kv_heads, config.head_dim)
+        coded = kv_cache_dtype == "fp8"
+        self._store = torch.empty(shape, dtype=torch.uint8 if coded else dtype, device=device)
+        self._exponents: Tensor | None = None
+        if coded:
+            self._exponents = torch.empty(shape[:-1], dtype=torch.int8, device=device)
+        if self.scratch_page is not None:
+            self._store[:, :, -PAGE:] = 0
+        self._layers = [
+            LayerStore(
+                *self._store[:, layer], *((None, None) if self._exponents is None else self._exponents[:, layer])
+            )
+            for layer in range(config.num_layers)
+        ]
+
+    def layer(self, layer: int) -> LayerStore:
+        return self._layers[layer]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [N, K, D] into `slots` [N]."""
-        self._store[0, layer].index_copy_(0, slots, k)
-        self._store[1, layer].index_copy_(0, slots, v)
+        for side, x in enumerate((k, v)):
+            if self._exponents is None:
+                self._store[side, layer].index_copy_(0, slots, x)
+            else:
+                codes, exponents = encode(x)
+                self._store[side, layer].index_copy_(0, slots, codes.view(torch.uint8))
+                self._exponents[side, layer].index_copy_(0, slots, exponents)
 
     def read(self, layer: int, where: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [K, L, D] of the L slots `where`: views of a slice, copies of others."""
-        keys, values = (
-            each[where] if isinstance(where, slice) else each.index_select(0, where) for each in self._store[:, layer]
-        )
-        return keys.transpose(0, 1), values.transpose(0, 1)
+        """Keys and values [K, L, D] of the L slots `where`: views of a slice, copies of others and of codes."""
+        keys, values, key_exponents, value_exponents = self._layers[layer]
+        return self._decoded(keys, key_exponents, where), self._decoded(values, value_exponents, where)
+
+    def _decoded(self, store: Tensor, exponents: Tensor | None, where: slice | Tensor) -> Tensor:
+        x = _at(store, where)
+        if exponents is not None:
+            x = decode(x.view(torch.float8_e4m3fn), _at(exponents, where), self.dtype)
+        return x.transpose(0, 1)
+
+
+def _at(x: Tensor, where: slice | Tensor) -> Tensor:
+    return x[where] if isinstance(where, slice) else x.index_select(0, where)
 
 
 @dataclass(frozen=True)
-class Span:
-    """Of a sequence that lies in `pages`, `tokens` new tokens after `before` tokens that are in the cache."""
+class Layout:
+    """Where the N new tokens of a step on a card lie; tensors are int32 on the card.
 
-    pages: Sequence[int]
-    before: int
-    tokens: int
+    The first `decoding` tokens are the only new ones of their sequences; those after them belong to S sequences, in
+    order. Token n goes to slot `page_table[rows[n], positions[n] // PAGE] * PAGE + positions[n] % PAGE`. What stands
+    for nobody has its place as well: a decoding row position 0 in the scratch page, tokens after the last prompt a
+    sequence of their own whose pages are all the scratch page.
+    """
 
-    @property
-    def new_slots(self) -> list[int]:
-        return [self.pages[t // PAGE] * PAGE + t % PAGE for t in range(self.before, self.before + self.tokens)]
-
-    def all_slots(self, device: torch.device) -> slice | Tensor:
-        """Where everything up to the last new token lies: a slice if the pages follow each other."""
-        length = self.before + self.tokens
-        pages = self.pages[: pages_for(length)]
-        first = pages[0] * PAGE
-        if all(page == pages[0] + place for place, page in enumerate(pages)):
-            return slice(first, first + length)
-        starts = torch.tensor(pages, device=device)[:, None] * PAGE
-        return (starts + torch.arange(PAGE, device=device)).flatten()[:length]
-
-
-class AttendPaged:
-    """Attention for the flattened new tokens of several sequences: one Span each, in order."""
-
-    def __init__(self, config: TextConfig, kv_cache: KVCache, spans: Sequence[Span], device: torch.device) -> None:
-        self._windows = config.sliding_windows
-        self._kv_cache = kv_cache
-        self._lengths = [span.tokens for span in spans]
-        self._new = torch.tensor([slot for span in spans for slot in span.new_slots], device=device)
-        self._all = [span.all_slots(device) for span in spans]
-        self._mask = cache(causal_mask)  # the same for all layers
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, H, D], k and v [N, K, D] -> [N, H, D]. Rows of q beyond the spans' tokens are padding: zeros."""
-        tokens = len(self._new)
-        self._kv_cache.write(layer, self._new, k[:tokens], v[:tokens])
-        mixed = [
-            causal_attention(queries, *self._kv_cache.read(layer, where), self._windows[layer], self._mask)
-            for queries, where in zip(q[:tokens].split(self._lengths), self._all, strict=True)
-        ]
-        if tokens < len(q):
-            mixed.append(q.new_zeros(q[tokens:].shape))
-        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+    page_table: Tensor
+    """[sequences, most pages of one]"""
+    rows: Tensor
+    """[N]: each token's row of `page_table`"""
+    positions: Tensor
+    """[N]: each token's place in its sequence"""
+    decoding: int
+    prefill_rows: Tensor | None = None
+    """[S]: rows of `page_table`"""
+    before: Tensor | None = None
+    """[S]: tokens in the cache before the new ones"""
+    starts: Tensor | None = None
+    """[S + 1]: where each sequence's new tokens begin, counted from the first that is not decoding; their number"""
+    longest: int = 0
+    """most new tokens of one of the S sequences"""
+    fresh: bool = False
+    """the host knows that S is 1 and that nothing comes before"""

@@ -7,10 +7,13 @@ Parameter names are ours (weights_cache.names maps every checkpoint's to them). 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pixtral_cli.model.config import ModelConfig, TextConfig
+from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, Rotary, SelfAttention, cos_sin, frequencies
 
 
@@ -35,21 +38,26 @@ class LanguageModel(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """One image, normalised pixels [channels, height, width] -> features [M, C] for its image tokens."""
+        return self.encode_images([pixels])[0]
+
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images as `encode_image` takes them -> the features of each. On a CPU they do not depend on each other."""
         raise NotImplementedError("a text model has no vision tower")
 
-    def embed(self, token_ids: Tensor, features: Tensor | None = None) -> Tensor:
+    def embed(self, token_ids: Tensor, features: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """token_ids [N] -> [N, C]; `features` [M, C] replace the M image tokens among them, in order.
 
-        Only [IMG] takes a feature; [IMG_BREAK] and [IMG_END] keep their embeddings.
+        Only [IMG] takes a feature; [IMG_BREAK] and [IMG_END] keep their embeddings. `places`, integers [M] on the
+        device of the tokens, say where the image tokens are; without it they are looked for, and the card waited for.
         """
         x = self.language_model.embed_tokens(token_ids)
         if features is None:
             return x
         assert self.config.image_token_id is not None, self.config.architecture
-        places = token_ids.eq(self.config.image_token_id)
-        assert int(places.sum()) == len(features), (int(places.sum()), len(features))
-        x[places] = features.to(x.dtype)
-        return x
+        if places is None:
+            places = token_ids.eq(self.config.image_token_id).nonzero()[:, 0]
+        assert len(places) == len(features), (len(places), len(features))
+        return x.index_copy_(0, places, features.to(x.dtype))
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embedded tokens [N, C] at positions [N] -> hidden states [N, C]."""
@@ -72,12 +80,15 @@ class Decoder(nn.Module):
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
         angles = positions.float()[:, None] * frequencies(self.config.head_dim, self.config.rope_theta, x.device)
         rotary = cos_sin(angles, x.dtype)
+        delta = None
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, attend, index)
-        return self.norm(x)
+            x, delta = layer(x, delta, rotary, attend, index)
+        return add_norm(x, delta, self.norm)[1]
 
 
 class DecoderLayer(nn.Module):
+    """Takes and gives the residual and what is to be added to it: whoever adds norms in the same pass over memory."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -85,6 +96,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedFeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, index)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """x and delta [N, C] -> those of the layer after: their sum is the hidden state."""
+        x, normed = add_norm(x, delta, self.input_layernorm)
+        delta = self.self_attn(normed, rotary, attend, index)
+        x, normed = add_norm(x, delta, self.post_attention_layernorm)
+        return x, self.mlp(normed)

@@ -1,23 +1,24 @@
-"""The layers that decoder and vision tower are made of, and the attention within them. Flattened tokens in and out;
-knows no cache.
+"""The layers that decoder and vision tower are made of. Flattened tokens in and out; how they see each other is an
+`Attend`, which the caller brings.
 
 Rotations pair halves (x[i] with x[i + D/2]), the order of Hugging Face weights: one position for a token of text, two
-for a patch of an image. Letters: N new tokens or patches, L tokens to attend to, C hidden_size, H query heads, K
-key-value heads, G = H / K, D head_dim.
+for a patch of an image. Letters: N new tokens or patches, C hidden_size, H query heads, K key-value heads, D
+head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, silu
+
+from pixtral_cli.model.fused import rotate, silu_mul
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
-MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
 
 class Attend(Protocol):
@@ -29,7 +30,12 @@ class Attend(Protocol):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; head_dim is its own number, not hidden_size / heads (5120 / 32 in NeMo)."""
+    """Grouped-query attention; head_dim is its own number, not hidden_size / heads (5120 / 32 in NeMo).
+
+    `qkv_proj` is q_proj, k_proj and v_proj in one matrix, for a card; None where each multiplies by itself.
+    """
+
+    qkv_proj: nn.Module | None
 
     def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -38,26 +44,41 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.register_module("qkv_proj", None)
+        self._heads = [num_heads, num_kv_heads, num_kv_heads]
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))  # [N, H or K, D]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = attend(index, rotate(q, *rotary), rotate(k, *rotary), v)
-        return self.o_proj(mixed.flatten(1))
+        """x [N, C] -> what attention adds to it [N, C]."""
+        q, k, v = self._project(x)
+        q, k = rotate(q, k, *rotary)
+        return self.o_proj(attend(index, q, k, v).flatten(1))
+
+    def _project(self, x: Tensor) -> Iterable[Tensor]:
+        """x [N, C] -> q [N, H, D], k and v [N, K, D]."""
+        if self.qkv_proj is not None:
+            return self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self._heads, dim=1)
+        return (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
 
 
 class GatedFeedForward(nn.Module):
-    """down(SiLU(gate(x)) * up(x)), Shazeer 2020."""
+    """down(SiLU(gate(x)) * up(x)), Shazeer 2020.
+
+    `gate_up_proj` is gate_proj and up_proj in one matrix, for a card; None where each multiplies by itself.
+    """
+
+    gate_up_proj: nn.Module | None
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.register_module("gate_up_proj", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, C] -> what the feed-forward layer adds to it [N, C]."""
+        if self.gate_up_proj is not None:
+            return self.down_proj(silu_mul(self.gate_up_proj(x)))
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -71,49 +92,6 @@ class Embedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, C]."""
         return embedding(token_ids, self.weight)
-
-
-def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
-    """The last N of L tokens look back: q [N, H, D], k and v [K, L, D] -> [N, H, D].
-
-    `window` counts the tokens that one token sees, itself included; None is all of them. `mask_of` is `causal_mask`,
-    or remembers what it made.
-    """
-    if q.shape[0] == 1:
-        return _one_query(q, k, v, window)
-    n, length = q.shape[0], k.shape[1]
-    if window is not None and length > n + window - 1:  # keys that no query of ours can see
-        k, v = k[:, -(n + window - 1) :], v[:, -(n + window - 1) :]
-        length = k.shape[1]
-    q, k, v = q.transpose(0, 1)[None], k[None], v[None]  # [1, H, N, D], [1, K, L, D]
-    whole = n == length and (window is None or length <= window)
-    mask = None if whole else mask_of(n, length, window, q.device)
-    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
-    return mixed[0].transpose(0, 1)
-
-
-def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """One token: the G heads that share a key head become G rows of one query, 7 to 13 times cheaper."""
-    if window is not None:
-        k, v = k[:, -window:], v[:, -window:]
-    kv_heads, _, dim = k.shape
-    folded = q.view(1, kv_heads, -1, dim)  # [1, K, G, D]
-    return scaled_dot_product_attention(folded, k[None], v[None]).reshape(1, -1, dim)
-
-
-def causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [N, L], True where query i (token L - N + i) sees key j."""
-    query = torch.arange(length - n, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
 
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -139,9 +117,3 @@ def cos_sin(angles: Tensor, dtype: torch.dtype) -> Rotary:
     """Angles [N, D/2] -> (cos, sin), each [N, 1, D] in `dtype`, to share among the heads."""
     both = torch.cat([angles, angles], dim=-1)[:, None]
     return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, heads, D] rotated by (cos, sin) [N, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -2,20 +2,24 @@
 
 The model is built without memory, then each tensor is put in its place: as it lies in the file (memory-mapped) where
 device and encoding agree, converted one at a time where they do not, so that peak memory stays near the final size.
+On a card the matrices that multiply the same activations are joined as soon as all of them are there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from pixtral_cli.model import families, kernels
+from pixtral_cli.model import families, joining, kernels
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
 from pixtral_cli.model.kernels.reference import PackedEmbedding, ReferenceKernel
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
+from pixtral_cli.model.to_card import ToCard
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
@@ -42,9 +46,8 @@ def load(
     model = empty(config)
     names = check_names(model, checkpoint)
     done, total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
-    for name in names:
-        if _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device):
-            checkpoint.release(name)  # in another order now; or, if in its own, read for its scales only
+    fill = _fill_card if device.type == "cuda" else _fill
+    for name in fill(model, checkpoint, names, placement, device):
         done += checkpoint.tensors[name].nbytes
         if progress is not None:
             progress("Loading", done, total)
@@ -78,6 +81,41 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
         if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
             raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")
     return list(shapes)
+
+
+def _fill(
+    model: LanguageModel, checkpoint: Checkpoint, names: Sequence[str], placement: Placement, device: torch.device
+) -> Iterator[str]:
+    """Give each parameter its weight, and tell its name then."""
+    for name in names:
+        if _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device):
+            checkpoint.release(name)  # in another order now; or, if in its own, read for its scales only
+        yield name
+
+
+def _fill_card(
+    model: LanguageModel, checkpoint: Checkpoint, names: Sequence[str], placement: Placement, device: torch.device
+) -> Iterator[str]:
+    """As `_fill`, with joined matrices: beside the weights a card needs memory for those of one layer's block."""
+    dtype = DTYPES[placement.dtype]
+    with ToCard(device) as to_card:
+        for group in joining.groups(names):
+            weights = []
+            for name in group:
+                weights.append(_sent(checkpoint, name, placement, to_card))
+                yield name
+            if not joining.join(model, group, weights, dtype):
+                for name, weight in zip(group, weights, strict=True):
+                    _put(model, name, weight, dtype, device)
+
+
+def _sent(checkpoint: Checkpoint, name: str, placement: Placement, to_card: ToCard) -> Weight:
+    """As `encoded`, on a card. Floats travel as they are in the file, and are cast there."""
+    target, stored = placement.encodings[name], checkpoint.tensors[name].encoding
+    floats = target in DTYPES and stored in FLOATS
+    sent = to_card.weight(checkpoint.weight(name) if floats else encoded(checkpoint, name, placement))
+    checkpoint.release(name)
+    return sent.to(DTYPES[target]) if floats and isinstance(sent, Tensor) else sent
 
 
 def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Weight:
@@ -116,9 +154,12 @@ def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, de
 
 
 def _tie(model: LanguageModel) -> None:
-    """Let the head multiply with the table of embeddings, in the order that rows are looked up in: no copy is made."""
+    """Let the head multiply with the table of embeddings. On a CPU that is in the order that rows are looked up in, and
+    no copy is made; on a card what is packed is there a second time, in the order of its kernel."""
     table = model.language_model.embed_tokens
-    if isinstance(table, PackedEmbedding):
+    if model.device.type == "cuda":
+        model.set_submodule("lm_head", joining.linear(table.weight, model.dtype))
+    elif isinstance(table, PackedEmbedding):
         model.lm_head = KernelLinear(ReferenceKernel(table.weight, model.device))
     else:
         model.lm_head.weight = table.weight

@@ -1,31 +1,33 @@
 """Pixels in, one feature a patch out: the Pixtral tower and its projector. Knows no text and no files.
 
 Patches of all images come flattened; `attend` keeps each image to itself. Letters: N patches, C hidden_size,
-H heads, D head_dim, P patch_size in pixels.
+H heads, D head_dim, P patch_size in pixels, B images of L patches each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from pixtral_cli.model import triton_support
+from pixtral_cli.model.attention import attend_within
 from pixtral_cli.model.config import ModelConfig, VisionConfig
+from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.layers import (
-    Attend,
-    GatedFeedForward,
-    Rotary,
-    SelfAttention,
-    attend_within,
-    cos_sin,
-    grid_angles,
-)
+from pixtral_cli.model.layers import Attend, GatedFeedForward, Rotary, SelfAttention, cos_sin, grid_angles
 
 Grid = tuple[int, int]  # rows, columns of one image's patches
+PATCHES_AT_ONCE = 16384
+"""Of the images that a card computes in one pass, unless one has more: their activations take 25 KiB a patch
+(gate, up and their product of 4,096 numbers each, and a few vectors), so 400 MiB. Fewer leave a large card idle."""
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's attention on a card, the first that takes the numbers. cuDNN's plans anew for each size, for 60 ms."""
 
 
 class PixtralModel(LanguageModel):
@@ -39,15 +41,84 @@ class PixtralModel(LanguageModel):
             config.vision.hidden_size, config.text.hidden_size, config.projector_bias
         )
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Pixels [channels, height, width], sides multiples of P -> a feature a patch [rows * columns, C]."""
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Pixels [channels, height, width] each, sides multiples of P -> a feature a patch [rows * columns, C] each.
+
+        A card computes several in one pass; a CPU one after the other, so that nobody's last bits depend on others.
+        """
+        grids = [self._grid(pixels) for pixels in images]
+        lengths = [rows * columns for rows, columns in grids]
+        found: dict[int, Tensor] = {}
+        for chosen in self._passes(lengths):
+            patches = torch.cat([self._patches(images[index], grids[index]) for index in chosen])
+            features = self.multi_modal_projector(self.vision_tower(patches, [grids[index] for index in chosen]))
+            found |= zip(chosen, features.split([lengths[index] for index in chosen]), strict=True)
+        return [found[index] for index in range(len(images))]
+
+    def _passes(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Which images go through the tower together, by their patches: equal ones beside each other, for attention."""
+        if self.device.type == "cpu":
+            yield from ([index] for index in range(len(lengths)))
+            return
+        chosen: list[int] = []
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if chosen and sum(lengths[other] for other in chosen) + lengths[index] > PATCHES_AT_ONCE:
+                yield chosen
+                chosen = []
+            chosen.append(index)
+        if chosen:
+            yield chosen
+
+    def _grid(self, pixels: Tensor) -> Grid:
         patch = self.vision_tower.config.patch_size
-        channels, height, width = pixels.shape
+        _, height, width = pixels.shape
         assert height % patch == width % patch == 0, (height, width, patch)
-        grid = height // patch, width // patch
-        tiles = pixels.to(self.vision_tower.patch_conv.weight).view(channels, grid[0], patch, grid[1], patch)
-        patches = tiles.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # [rows * columns, channels * P * P]
-        return self.multi_modal_projector(self.vision_tower(patches, [grid]))
+        return height // patch, width // patch
+
+    def _patches(self, pixels: Tensor, grid: Grid) -> Tensor:
+        """Pixels [channels, height, width] -> [rows * columns, channels * P * P], on the tower's device."""
+        patch = self.vision_tower.config.patch_size
+        weight = self.vision_tower.patch_conv.weight
+        pixels = _on_device(pixels, weight.device, weight.dtype)
+        tiles = pixels.view(len(pixels), grid[0], patch, grid[1], patch)
+        return tiles.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+
+
+def _on_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """x where it is wanted and as what it is wanted. It goes to a card without anyone waiting for that."""
+    dtype = dtype or x.dtype
+    if device.type == "cuda" and not x.is_cuda:
+        pinned = torch.empty(x.shape, dtype=dtype, pin_memory=True)
+        return pinned.copy_(x).to(device, non_blocking=True)
+    return x.to(device, dtype)
+
+
+class AttendWithinImages:
+    """A card's attention without order: each patch sees those of its image. All images take one launch of a kernel
+    in Triton; without it, those beside each other that are of one length take one call of torch's."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self._lengths = lengths
+        self._starts = _on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [N, H, D] -> [N, H, D]."""
+        if q.dtype == torch.bfloat16 and triton_support.available(q.device):
+            from pixtral_cli.model import vision_triton
+
+            if q.shape[2] in vision_triton.DIMS:
+                return vision_triton.attend_within(q, k, v, self._starts, max(self._lengths))
+        return self._by_torch(q, k, v)
+
+    def _by_torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = [(length, len(list(same))) for length, same in groupby(self._lengths)]
+        sizes = [length * count for length, count in groups]
+        mixed = []
+        with sdpa_kernel(BACKENDS):
+            for (length, _), *parts in zip(groups, *(x.split(sizes) for x in (q, k, v)), strict=True):
+                batched = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)  # [B, H, L, D]
+                mixed.append(scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
+        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 class VisionTower(nn.Module):
@@ -61,13 +132,17 @@ class VisionTower(nn.Module):
     def forward(self, patches: Tensor, grids: Sequence[Grid], attend: Attend | None = None) -> Tensor:
         """patches [N, channels * P * P] of all images in raster order, and their grids -> features [N, C]."""
         config = self.config
-        angles = [grid_angles(*grid, config.head_dim, config.rope_theta, patches.device) for grid in grids]
-        rotary = cos_sin(torch.cat(angles), patches.dtype)
-        attend = attend or partial(attend_within, [rows * columns for rows, columns in grids])
-        x = self.ln_pre(self.patch_conv(patches))
+        angles = {grid: grid_angles(*grid, config.head_dim, config.rope_theta, patches.device) for grid in set(grids)}
+        rotary = cos_sin(torch.cat([angles[grid] for grid in grids]), patches.dtype)
+        attend = attend or _attend_within([rows * columns for rows, columns in grids], patches.device)
+        x, delta = add_norm(self.patch_conv(patches), None, self.ln_pre)[1], None
         for index, layer in enumerate(self.layers[: config.feature_layer]):
-            x = layer(x, rotary, attend, index)
-        return x
+            x, delta = layer(x, delta, rotary, attend, index)
+        return x if delta is None else x + delta
+
+
+def _attend_within(lengths: list[int], device: torch.device) -> Attend:
+    return AttendWithinImages(lengths, device) if device.type == "cuda" else partial(attend_within, lengths)
 
 
 class PatchEmbedding(nn.Module):
@@ -83,6 +158,8 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionLayer(nn.Module):
+    """Takes and gives the residual and what is to be added to it, as `language_model.DecoderLayer`."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -90,9 +167,13 @@ class VisionLayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.feed_forward = GatedFeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, index: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, attend, index)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: Rotary, attend: Attend, index: int
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = add_norm(x, delta, self.attention_norm)
+        delta = self.attention(normed, rotary, attend, index)
+        x, normed = add_norm(x, delta, self.ffn_norm)
+        return x, self.feed_forward(normed)
 
 
 class Projector(nn.Module):

@@ -1,6 +1,10 @@
 """`--devices`: what people write and what it means."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
+import torch
 
 from pixtral_cli.devices import Devices, default, parse
 from pixtral_cli.errors import DeviceError
@@ -45,8 +49,8 @@ def test_one_device_gets_its_torch_name(text, gpus_here, name):
 @pytest.mark.parametrize(
     ("text", "gpus_here", "said"),
     [
-        ("gpu", 0, "no GPU"),
-        ("gpu:all", 0, "no GPU"),
+        ("gpu", 0, "torch finds no GPU"),
+        ("gpu:all", 0, "torch finds no GPU"),
         ("gpu-1", 1, "no gpu-1; it has gpu-0"),
         ("gpu-0,gpu-5", 4, "no gpu-5; it has gpu-0 to gpu-3"),
         ("gpu:all", 2, "does not work yet"),
@@ -57,6 +61,30 @@ def test_a_device_that_is_not_there_is_named(text, gpus_here, said):
     with pytest.raises(DeviceError, match=said) as caught:
         parse(text).torch_name(gpus_here)
     assert caught.value.hint
+
+
+def test_a_torch_for_cpus_only_says_which_to_install():
+    with pytest.raises(DeviceError, match="built for CPUs only") as caught:
+        parse("gpu").torch_name(0, built_for_gpus=False)
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = next(each for each in project["dependencies"] if each.startswith("torch"))
+    assert f'"{wanted}" --index-url https://download.pytorch.org/whl/cu130' in caught.value.hint
+    assert parse("cpu").torch_name(0, built_for_gpus=False) == "cpu"
+
+
+def test_a_torch_for_gpus_that_sees_none_says_where_to_look():
+    with pytest.raises(DeviceError) as caught:
+        parse("gpu").torch_name(0)
+    assert "nvidia-smi" in caught.value.hint and "--devices cpu" in caught.value.hint
+
+
+def test_a_gpu_that_cannot_be_had_ends_the_command_with_a_sentence_and_the_next_thing_to_do(call):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    code, out, err = call("run", "--model-path", "tiny", "--devices", "gpu", "-p", "hi")
+    sentence, hint = err.splitlines()
+    assert (code, out) == (1, "") and sentence.startswith("pixtral: error: ")
+    assert ("pip install" in hint) == (torch.version.cuda is None)
 
 
 def test_without_a_wish_the_first_gpu_is_taken_and_else_the_cpu():

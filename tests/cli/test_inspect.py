@@ -7,8 +7,8 @@ import pytest
 from support.processes import imported_by
 
 from pixtral_cli.encoding_choices import CHOICES
-from pixtral_cli.model import memory
-from pixtral_cli.model.memory import Device
+from pixtral_cli.model import free_memory, memory
+from pixtral_cli.model.free_memory import Device
 from pixtral_cli.tiny import FOLDER
 
 GIB = 2**30
@@ -79,19 +79,39 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(call):
 
     text = Source.open("tiny").config.text
     for each in told(call, "tiny")["encodings"][0]["lengths"]:
-        cache = KVCache(text, torch.bfloat16, torch.device("meta"), pages_for(each["tokens"]))
+        cache = KVCache(text, torch.bfloat16, torch.device("cpu"), pages_for(each["tokens"]))
         assert each["kv_cache_bytes"] == cache._store.nbytes
+
+
+def test_keys_and_values_in_fp8_take_a_byte_a_number_and_one_for_their_scale(call):
+    from pixtral_cli.source import Source
+
+    text = Source.open("tiny").config.text
+    wide, narrow = (
+        told(call, "tiny", *flags)["encodings"][0]["lengths"] for flags in ((), ("--kv-cache-dtype", "fp8"))
+    )
+    for before, now in zip(wide, narrow, strict=True):
+        assert now["kv_cache_bytes"] * 2 * text.head_dim == before["kv_cache_bytes"] * (text.head_dim + 1)
+        assert before["total_bytes"] - now["total_bytes"] == before["kv_cache_bytes"] - now["kv_cache_bytes"]
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "inspect"])
+def test_a_way_to_keep_keys_and_values_that_is_not_known_is_refused_with_those_that_are(call, command):
+    code, _, err = call(command, *(["tiny"] if command == "inspect" else []), "--kv-cache-dtype", "fp4")
+    assert code == 2 and "'fp4'" in err and "auto, fp8" in err
 
 
 def test_what_is_free_decides_what_fits_on_each_device(call, monkeypatch):
     monkeypatch.setattr(
-        memory, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", GIB), Device("x", None)]
+        free_memory, "devices", lambda: [Device("cpu", 300 * 2**20), Device("gpu-0", 4 * GIB), Device("x", None)]
     )
     for encoding in told(call, "tiny")["encodings"]:
         for row in encoding["lengths"]:
             total = encoding["weights_bytes"] + row["kv_cache_bytes"] + memory.WORKSPACE
             assert row["total_bytes"] == total
             assert row["fits"] == {"cpu": total <= 300 * 2**20, "gpu-0": True, "x": None}
+            needed = row["needed_bytes"]
+            assert needed["gpu-0"] > memory.CONTEXT + total - memory.WORKSPACE and needed["x"] == needed["cpu"] >= total
     text = call("inspect", "tiny")[1]
     assert "does not fit" in text and "cpu: 300.0 MiB free" in text and "nobody says" in text
 
@@ -107,7 +127,7 @@ def test_gpus_are_asked_of_their_driver_and_a_broken_one_is_none(monkeypatch, tm
     ):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        assert [(device.name, device.free) for device in memory.devices()[1:]] == expected
+        assert [(device.name, device.free) for device in free_memory.devices()[1:]] == expected
 
 
 def test_a_gguf_and_its_own_mixture_are_looked_at(call, tmp_path):
@@ -122,7 +142,8 @@ def test_a_gguf_and_its_own_mixture_are_looked_at(call, tmp_path):
 
 
 def test_neither_torch_nor_anything_that_reads_weights_is_imported():
-    assert set(imported_by("inspect", "tiny")) <= {"tokenizers"}
+    """But for a GPU, of which only torch knows whether its kernels work there."""
+    assert set(imported_by("inspect", "tiny", CUDA_VISIBLE_DEVICES="")) <= {"tokenizers"}
 
 
 @pytest.mark.parametrize("name", ["no/such/model/here", "./nothing", "a/not-cached"])

@@ -76,7 +76,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
     flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--repetition-penalty", "1.2", "--devices", "cpu"]
     flags += ["--weight-path", "w", "--max-batch-size", "2", "--max-ce-batch-size", "3", "--force-download"]
     flags += ["--image-preprocessing", "native", "--quantization-encoding", "nf4", "--model-path", "some/name"]
-    flags += ["--weights-format", "native", "--quantize-vision", "--double-quantization"]
+    flags += ["--weights-format", "native", "--quantize-vision", "--double-quantization", "--kv-cache-dtype", "fp8"]
     done = fake("run", "-p", "options", "--json", *flags)
     answer = json.loads(done.stdout)
     assert answer["model"] == "some/name"
@@ -101,6 +101,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
         "max_length": 99,
         "max_batch_size": 2,
         "max_ce_batch_size": 3,
+        "kv_cache_dtype": "fp8",
         "image_preprocessing": "native",
         "force_download": True,
         "progress": None,

@@ -151,13 +151,3 @@ def test_log_probabilities_are_those_of_the_unfiltered_distribution(model):
         assert event.logprob == spread[event.token_id]
         assert list(spread.values()) == sorted(spread.values(), reverse=True)
     assert any(event.token_id != event.alternatives[0][0] for event in events)
-
-
-@pytest.mark.gpu
-def test_a_gpu_gives_the_tokens_of_the_cpu(model, tmp_path):
-    builders.pixtral(tmp_path, sliding_window=24)
-    opened = checkpoint.open(tmp_path)
-    config, placement = read_config(opened.config), place(opened.tensors, find("float32"))
-    there = load(opened, config, placement, torch.device("cuda"))
-    alone = [tokens(run(Engine(model), r)[0]) for r in MIXED]
-    assert [tokens(events) for events in run(Engine(there, max_batch_size=3), *MIXED)] == alone

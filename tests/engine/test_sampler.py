@@ -170,8 +170,8 @@ def test_rows_of_mixed_settings_get_together_what_each_gets_alone(size):
     logits = torch.randn(len(SETTINGS), size, generator=torch.Generator().manual_seed(9)) * 3
     together, alone = rows_of(SETTINGS), rows_of(SETTINGS)
     for _ in range(20):
-        expected = [sampler.choose(each[None], [row])[0] for each, row in zip(logits, alone, strict=True)]
-        assert sampler.choose(logits, together) == expected
+        expected = [sampler.sample(each[None], [row]).read()[0] for each, row in zip(logits, alone, strict=True)]
+        assert sampler.sample(logits, together).read() == expected
         logits = logits.roll(31, -1)
 
 
@@ -207,11 +207,11 @@ class TooComplex:
 
 def test_a_row_that_fails_fails_alone_and_changes_no_other_draw():
     logits = torch.randn(len(SETTINGS), 200, generator=torch.Generator().manual_seed(9)) * 3
-    expected = sampler.sample(logits, rows_of(SETTINGS))
+    expected = sampler.sample(logits, rows_of(SETTINGS)).read()
     constraints = [TooComplex() if place == 3 else None for place in range(len(SETTINGS))]
     broken = logits.clone()
     broken[5, 77] = float("nan")
-    found = sampler.sample(broken, rows_of(SETTINGS, constraints))
+    found = sampler.sample(broken, rows_of(SETTINGS, constraints)).read()
     assert isinstance(found[3], RequestError) and isinstance(found[5], BrokenLogits)
     assert [x for place, x in enumerate(found) if place not in (3, 5)] == [
         x for place, x in enumerate(expected) if place not in (3, 5)
@@ -222,5 +222,6 @@ def test_rows_with_and_without_a_constraint_are_sampled_together():
     logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(2))
     settings = [Sampling(), Sampling(), Sampling(temperature=5.0, top_k=0)]
     constraints = [None, Allows(150, 7), Allows(300, 80, 149)]
-    free, forced, drawn = sampler.choose(logits, rows_of(settings, constraints))
+    choices = sampler.sample(logits, rows_of(settings, constraints)).read()
+    free, forced, drawn = (choice.token_id for choice in choices)
     assert free == int(logits[0].argmax()) and forced == 7 and drawn in (80, 149)

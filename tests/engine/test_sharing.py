@@ -98,8 +98,10 @@ def test_another_picture_or_another_salt_shares_nothing_of_it(model):
 
 
 def test_a_picture_is_encoded_once_however_often_it_is_shown(model, monkeypatch):
-    made, encode = [], model.encode_image
-    monkeypatch.setattr(type(model), "encode_image", lambda self, pixels: made.append(1) or encode(pixels))
+    made, encode = [], model.encode_images
+    monkeypatch.setattr(
+        type(model), "encode_images", lambda self, images: made.extend([1] * len(images)) or encode(images)
+    )
     engine = Engine(model)
     for seed in range(3):
         run(engine, asked(words(seed, 20), picture(2), words(seed, 5)))

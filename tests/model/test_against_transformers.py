@@ -7,8 +7,9 @@ from support import builders
 from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request
+from pixtral_cli.model.attention import AttendPaged, Span
 from pixtral_cli.model.families import read_config
-from pixtral_cli.model.kv_cache import AttendPaged, KVCache, Span, pages_for
+from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtral_cli.model.attention import AttendPaged, Span, attend_within
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.kv_cache import PAGE, AttendPaged, KVCache, Span, pages_for
-from pixtral_cli.model.layers import attend_within
+from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]

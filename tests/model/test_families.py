@@ -35,8 +35,8 @@ class Scaled(ModelConfig):
 class ScaledModel(LanguageModel):
     """Granite, where its other two multipliers are Mistral's: embeddings are multiplied, logits divided."""
 
-    def embed(self, token_ids, features=None):
-        return super().embed(token_ids, features) * self.config.embedding_multiplier
+    def embed(self, token_ids, features=None, places=None):
+        return super().embed(token_ids, features, places) * self.config.embedding_multiplier
 
     def logits(self, hidden):
         return super().logits(hidden) / self.config.logits_scaling

@@ -10,7 +10,7 @@ from support import builders
 
 from pixtral_cli.encoding_choices import find
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model import memory
+from pixtral_cli.model import free_memory, memory
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kernels import KernelLinear, int4, nf4
 from pixtral_cli.model.load import load
@@ -144,27 +144,29 @@ def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fi
     monkeypatch.setattr(memory, "WORKSPACE", 0)
     monkeypatch.setattr(memory, "GIB", 2**10)  # so that the figures of a small model show
     monkeypatch.setattr(memory, "free_bytes", lambda device: between)
+    config = read_config(checkpoint.open(folder).config)
     with pytest.raises(ModelError) as failure:
-        memory.check_weights(tensors, place(tensors, find("float32")), CPU)
+        memory.check_weights(tensors, place(tensors, find("float32")), config, CPU, memory.Work())
     assert f"{wide / 1024:.1f} GiB" in str(failure.value) and f"{between / 1024:.1f} GiB" in str(failure.value)
     assert "--quantization-encoding bfloat16" in failure.value.hint
 
 
 def test_keys_and_values_get_what_the_weights_leave_and_no_more_than_is_wanted(folder, monkeypatch):
     tensors = checkpoint.open(folder).tensors
-    placement, config = place(tensors, find("float32")), read_config(checkpoint.open(folder).config).text
+    placement, config = place(tensors, find("float32")), read_config(checkpoint.open(folder).config)
+    plan = memory.plan(tensors, placement, config, "cpu", memory.Work())
     beside = memory.weight_bytes(tensors, placement) + memory.WORKSPACE
-    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 1000, 4))
-    assert memory.kv_tokens(tensors, placement, config, CPU, 500) == 500
-    assert memory.kv_tokens(tensors, placement, config, CPU, 10**6) == 900
-    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config, 100, 4))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config.text, 1000, "float32"))
+    assert memory.kv_tokens(plan, CPU, 500) == 500
+    assert memory.kv_tokens(plan, CPU, 10**6) == 900
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside + memory.kv_bytes(config.text, 100, "float32"))
     with pytest.raises(ModelError, match="keys and values: 90 tokens"):
-        memory.kv_tokens(tensors, placement, config, CPU, 500)
+        memory.kv_tokens(plan, CPU, 500)
 
 
 def test_a_containers_limit_counts(tmp_path):
     for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\nfile 200"}.items():
         (tmp_path / name).write_text(text + "\n")
-    assert memory.container_free(tmp_path) == 500
+    assert free_memory.container_free(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.container_free(tmp_path) is None
+    assert free_memory.container_free(tmp_path) is None

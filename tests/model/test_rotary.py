@@ -6,7 +6,8 @@ from transformers import MistralConfig, PixtralVisionConfig
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
-from pixtral_cli.model.layers import cos_sin, frequencies, grid_angles, rotate
+from pixtral_cli.model.fused import rotate
+from pixtral_cli.model.layers import cos_sin, frequencies, grid_angles
 
 CPU = torch.device("cpu")
 HEAD_DIMS, THETAS = (16, 128), (1e4, 1e9)
@@ -37,11 +38,11 @@ def exact_angles(positions, head_dim, theta):
 @pytest.mark.parametrize("theta", THETAS)
 def test_tokens_are_rotated_by_their_position(head_dim, theta):
     positions, x = [0, 1, 2, 77, 4095], random(5, 3, head_dim)
-    found = rotate(x, *text_rotary(torch.tensor(positions), head_dim, theta))
+    found, found_k = rotate(x, x[:, :1], *text_rotary(torch.tensor(positions), head_dim, theta))
     wanted = rotated_as_complex_numbers(x, exact_angles(positions, head_dim, theta))
     torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)  # 4095 in float32 is exact to 2^-12
     torch.testing.assert_close(found[:4].double(), wanted[:4], atol=5e-5, rtol=0)
-    assert torch.equal(found[0], x[0])
+    assert torch.equal(found[0], x[0]) and torch.equal(found_k, found[:, :1])
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -82,7 +83,7 @@ def test_scores_depend_on_the_distance_alone(shift):
 
     def score(of_q, of_k):
         at = [text_rotary(torch.tensor([place]), 64, 1e6) for place in (of_q, of_k)]
-        return (rotate(q, *at[0]) * rotate(k, *at[1])).sum()
+        return (rotate(q, k, *at[0])[0] * rotate(q, k, *at[1])[1]).sum()
 
     torch.testing.assert_close(score(9 + shift, 4 + shift), score(9, 4), atol=2e-3, rtol=0)
     assert (score(9, 4) - score(9, 5)).abs() > 0.05

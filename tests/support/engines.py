@@ -17,6 +17,9 @@ def tokens(events):
 
 
 def choose(logits, sampling, prompt, answer, random, constraint=None):
-    """The next token for logits [V] of one sequence by itself."""
+    """The next token for logits [V] of one sequence by itself; raises what keeps it from being chosen."""
     row = sampler.Row(sampling, [*prompt, *answer], len(prompt), random, constraint)
-    return sampler.choose(logits[None], [row])[0]
+    (choice,) = sampler.sample(logits[None], [row]).read()
+    if isinstance(choice, Exception):
+        raise choice
+    return choice.token_id

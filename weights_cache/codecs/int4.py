@@ -90,7 +90,7 @@ class Int4:
     def in_rows(self) -> PackedRows:
         """The same as the codec has it, copied: undoes `from_rows`."""
         layout = LAYOUTS[self.encoding]
-        blocks = torch.empty(self.shape[0], len(self.scales), layout.encoding.block_bytes, dtype=torch.uint8)
+        blocks = self.codes.new_empty(self.shape[0], len(self.scales), layout.encoding.block_bytes)
         blocks[..., : layout.header] = self.scales.permute(2, 0, 1, 3).flatten(2)
         for part, lines in self._parts(blocks):
             first, second = lines.contiguous().unflatten(2, (*part.shape[3:5], 2, layout.run)).unbind(-2)

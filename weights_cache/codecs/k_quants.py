@@ -55,7 +55,7 @@ def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return scales.mul_(scale), offsets.mul_(offset)
 
 
-def _pack_scales_and_offsets(scales: Tensor, offsets: Tensor) -> Tensor:
+def pack_scales_and_offsets(scales: Tensor, offsets: Tensor) -> Tensor:
     """The inverse: two of uint8 [n, 8] into uint8 [n, 12]."""
     first = scales[:, :4] | (scales[:, 4:] >> 4 << 6)
     second = offsets[:, :4] | (offsets[:, 4:] >> 4 << 6)
@@ -122,7 +122,7 @@ def _pack_q4_k(weights: Tensor, scratch: Scratch) -> Tensor:
     return torch.cat([
         bits.half_bytes(found.scale_step),
         bits.half_bytes(found.offset_step),
-        _pack_scales_and_offsets(found.scales.to(torch.uint8), found.offsets.to(torch.uint8)),
+        pack_scales_and_offsets(found.scales.to(torch.uint8), found.offsets.to(torch.uint8)),
         bits.join(x.rows(SUPER), 4, RUN),
     ], dim=1)  # fmt: skip
 

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
+from pixtral_cli.model.kernels.gemv import GemvKernel
 from pixtral_cli.model.kernels.int4 import Int4Kernel
 from pixtral_cli.model.kernels.nf4 import NF4Kernel
 from pixtral_cli.model.kernels.reference import ReferenceKernel
@@ -43,7 +45,7 @@ class Kernel(Protocol):
         ...
 
 
-KERNELS: list[type[Kernel]] = [Int4Kernel, NF4Kernel, ReferenceKernel]
+KERNELS: list[type[Kernel]] = [CudaPackedKernel, Int4Kernel, NF4Kernel, GemvKernel, ReferenceKernel]
 """In order of preference. The reference takes every packed weight on every device."""
 
 

@@ -60,9 +60,13 @@ class PackedEmbedding(nn.Module):
         self.dtype = dtype
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids [N] -> [N, C]."""
+        """token_ids [N] -> [N, C]. On a CPU a token that is there twice is decoded once; a card would wait to count
+        them, and then its graph could not be captured."""
+        codec, rows = codecs.get(self.weight.encoding), self.weight.rows
+        if rows.is_cuda:
+            return codec.decode(rows[token_ids], self.dtype)
         unique, places = token_ids.unique(return_inverse=True)
-        return codecs.get(self.weight.encoding).decode(self.weight.rows[unique], self.dtype)[places]
+        return codec.decode(rows[unique], self.dtype)[places]
 
     def extra_repr(self) -> str:
         return f"{self.weight.encoding}, shape={self.weight.shape}"

@@ -147,9 +147,9 @@ def _answer(model: PixtralModel, hidden: Tensor, batch: Batch, device: torch.dev
 
 @contextmanager
 def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that receives what `module` returns."""
+    """A list that receives the hidden states after the layer `module`."""
     seen: list[Tensor] = []
-    watch = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    watch = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0] + output[1]))
     try:
         yield seen
     finally:

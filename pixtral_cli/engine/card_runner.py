@@ -1,0 +1,203 @@
+"""Chunks of sequences in, logits out, on a GPU: as `runner`, but nothing waits for the host, and decoding is one
+captured CUDA graph.
+
+What a pass needs of the sequences is kept on the card, a row for each slot: the pages in which it lies, and the token
+that was chosen last. Letters: N rows of a pass, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
+from pixtral_cli.engine.scheduler import Chunk
+from pixtral_cli.engine.sequence import Sequence
+from pixtral_cli.engine.transfers import to_device
+from pixtral_cli.model.attention import AttendOnCard, Layout
+from pixtral_cli.model.kv_cache import KVCache, pages_for
+from pixtral_cli.model.language_model import LanguageModel
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sequences that a graph decodes. A pass with fewer is padded, which costs little: it reads the same weights."""
+WARMING_PASSES = 2  # before a pass is captured: kernels are compiled, and cuBLAS takes its workspace
+logger = logging.getLogger(__name__)
+
+
+class DecodeGraph(NamedTuple):
+    """A captured pass. `inputs`, int32 [2, N], are the slot and the position of the token of each row."""
+
+    inputs: Tensor
+    graph: torch.cuda.CUDAGraph
+
+
+class CardRunner(Runner):
+    """Decodes by CUDA graphs, one for each number of rows, captured when it is first needed.
+
+    A token that was chosen stays on the card as the input of the next step, so that a step can be launched before the
+    one before it was read.
+    """
+
+    steps_ahead = 1
+
+    def __init__(
+        self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, max_batch_size: int, max_length: int
+    ) -> None:
+        super().__init__(model, kv_cache, features, exact=False)
+        assert kv_cache.scratch_page is not None, "a cache on a card has one"
+        rows, pages = max_batch_size + 1, pages_for(max_length)  # the last row is that of padding
+        self._page_table = torch.full((rows, pages), kv_cache.scratch_page, dtype=torch.int32, device=self.device)
+        self._last_tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self._written: list[tuple[list[int], int]] = [([], 0)] * max_batch_size
+        """Of each slot, the list of pages that was written last, and how many of it."""
+        self._buckets = [*(each for each in BUCKETS if each < max_batch_size), max_batch_size]
+        self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
+        self._graphs: dict[int, DecodeGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture all graphs."""
+        with torch.cuda.device(self.device):
+            for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
+                self._graph(bucket)
+
+    @torch.inference_mode()
+    def keep(self, sequences: list[Sequence], token_ids: Tensor) -> None:
+        """The next tokens of the sequences, int64 [N] on the card: what they decode next."""
+        slots = to_device([sequence.slot for sequence in sequences], torch.long, self.device)
+        self._last_tokens.index_copy_(0, slots, token_ids)
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> Computed:
+        """Compute the chunks -> float32 logits [chunks that complete their sequence, V], in order; scores.
+
+        The logits are overwritten by the next call.
+        """
+        with torch.cuda.device(self.device):
+            self._write_pages(chunks)
+            decoding = [chunk for chunk in chunks if not chunk.sequence.prefilling]  # the scheduler has them first
+            if len(decoding) == len(chunks):
+                return Computed(self._decode(chunks), {})
+            return self._mixed(decoding, chunks[len(decoding) :])
+
+    def _write_pages(self, chunks: list[Chunk]) -> None:
+        """Tell the card the pages that the sequences were given since the last pass."""
+        places: list[int] = []
+        pages: list[int] = []
+        for sequence in (chunk.sequence for chunk in chunks):
+            written, count = self._written[sequence.slot]
+            first = count if written is sequence.pages else 0
+            row = sequence.slot * self._page_table.shape[1]
+            places += range(row + first, row + len(sequence.pages))
+            pages += sequence.pages[first:]
+            self._written[sequence.slot] = sequence.pages, len(sequence.pages)
+        if pages:
+            where, values = to_device([places, pages], torch.long, self.device)
+            self._page_table.view(-1).index_copy_(0, where, values.int())
+
+    def _decode(self, chunks: list[Chunk]) -> Tensor:
+        """One token of each sequence -> logits [N, V]."""
+        bucket = next(each for each in self._buckets if each >= len(chunks))
+        padding = bucket - len(chunks)
+        slots = [chunk.sequence.slot for chunk in chunks] + [len(self._page_table) - 1] * padding
+        positions = [chunk.sequence.computed for chunk in chunks] + [0] * padding
+        inputs = to_device([slots, positions], torch.int32, self.device)
+        captured = self._graph(bucket)
+        if captured is None:
+            self._decode_pass(inputs)
+        else:
+            captured.inputs.copy_(inputs)
+            captured.graph.replay()
+        return self._logits[: len(chunks)]
+
+    def _decode_pass(self, inputs: Tensor) -> None:
+        """From slots and positions, int32 [2, N], to the first N rows of the logits."""
+        slots, positions = inputs
+        layout = Layout(self._page_table, slots, positions, decoding=len(slots))
+        hidden = self.model(self.model.embed(self._last_tokens[slots]), positions, self._attend(layout))
+        self._logits[: len(slots)] = self.model.logits(hidden)
+
+    def _attend(self, layout: Layout) -> AttendOnCard:
+        return AttendOnCard(self.model.config.text, self.kv_cache, layout)
+
+    def _graph(self, bucket: int) -> DecodeGraph | None:
+        """The pass for so many rows, captured; None where that fails."""
+        if bucket not in self._graphs:
+            try:
+                self._graphs[bucket] = self._capture(bucket)
+            except Exception as error:  # noqa: BLE001  a driver, memory: passes run without it
+                self._graphs[bucket] = None
+                logger.warning("No CUDA graph for %d rows, so decoding them is slower: %s", bucket, error)
+        return self._graphs[bucket]
+
+    def _capture(self, bucket: int) -> DecodeGraph:
+        padding = len(self._page_table) - 1
+        inputs = to_device([[padding] * bucket, [0] * bucket], torch.int32, self.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
+        with torch.cuda.stream(stream):
+            for _ in range(WARMING_PASSES):
+                self._decode_pass(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._decode_pass(inputs)
+        return DecodeGraph(inputs, graph)
+
+    def _mixed(self, decoding: list[Chunk], prefilling: list[Chunk]) -> Computed:
+        """Prompts, or parts of them, beside sequences that decode, in one pass."""
+        chunks = [*decoding, *prefilling]
+        before = [chunk.sequence.computed for chunk in prefilling]
+        slots = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.tokens)]
+        positions = [at for c in chunks for at in range(c.sequence.computed, c.sequence.computed + c.tokens)]
+        ends = _ends(chunks)
+        rows, places = to_device([slots, positions], torch.int32, self.device)
+        layout = Layout(
+            self._page_table,
+            rows,
+            places,
+            decoding=len(decoding),
+            prefill_rows=to_device([chunk.sequence.slot for chunk in prefilling], torch.int32, self.device),
+            before=to_device(before, torch.int32, self.device),
+            starts=to_device([0, *_ends(prefilling)], torch.int32, self.device),
+            longest=max(chunk.tokens for chunk in prefilling),
+            fresh=before == [0],
+        )
+        hidden = self.model(self._embed_all(rows, decoding, prefilling), places, self._attend(layout))
+        wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes]
+        logits = self.model.logits(hidden[to_device(wanted, torch.long, self.device)])
+        scores = {
+            chunk.sequence.id: self._scores(chunk, hidden[end - chunk.tokens : end])
+            for end, chunk in zip(ends, chunks, strict=True)
+            if chunk.sequence.unscored(chunk.tokens)
+        }
+        return Computed(logits, scores)
+
+    def _embed_all(self, slots: Tensor, decoding: list[Chunk], prefilling: list[Chunk]) -> Tensor:
+        """Embedded tokens [N, C]: those chosen last of who decodes, then those of prompts, with their images."""
+        ids = [
+            token_id
+            for chunk in prefilling
+            for token_id in chunk.sequence.token_ids[chunk.sequence.computed :][: chunk.tokens]
+        ]
+        token_ids = torch.cat([self._last_tokens[slots[: len(decoding)]], to_device(ids, torch.long, self.device)])
+        places: list[int] = []
+        start = len(decoding)
+        for chunk in prefilling:
+            places += [start + place for place in self._image_places(chunk)]
+            start += chunk.tokens
+        if not places:
+            return self.model.embed(token_ids)
+        features = self._features(prefilling)
+        return self.model.embed(token_ids, features, to_device(places, torch.long, self.device))
+
+
+def _ends(chunks: list[Chunk]) -> list[int]:
+    total, ends = 0, []
+    for chunk in chunks:
+        total += chunk.tokens
+        ends.append(total)
+    return ends

@@ -1,0 +1,58 @@
+"""The runner for GPUs, on a CPU: Triton interpreted, no graph captured, all else as it is."""
+
+import contextlib
+import os
+
+import torch
+from support import builders
+from support.engines import run, tokens
+from support.interpreter import interpreted
+
+from pixtral_cli.encoding_choices import find
+from pixtral_cli.engine.engine import Engine
+from pixtral_cli.engine.request import Request, Sampling
+from pixtral_cli.model.families import read_config
+from pixtral_cli.model.kv_cache import PAGE, KVCache
+from pixtral_cli.model.load import load
+from pixtral_cli.model.placement import place
+from weights_cache import checkpoint
+
+
+def on_card(model, **settings):
+    """An engine as on a card."""
+    from pixtral_cli.engine.card_runner import CardRunner
+
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.cuda.graph_pool_handle = lambda: None  # and no graph can be captured
+    engine = Engine(model, **settings)
+    kv_cache = KVCache(model.config.text, model.dtype, model.device, engine.table.count + 1)
+    kv_cache.scratch_page = engine.table.count
+    kv_cache._store.zero_()
+    engine.scheduler.exact, engine.scheduler.chunks = False, (3 * PAGE, 2 * PAGE)
+    engine.runner = CardRunner(model, kv_cache, engine.features, engine.scheduler.max_batch_size, engine.max_length)
+    return engine
+
+
+def prompt(seed, length, max_new_tokens, **fields):
+    ids = torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Request(tuple(ids), max_new_tokens, **fields)
+
+
+@interpreted
+def test_requests_get_the_tokens_that_the_cpu_gives_them(tmp_path):
+    builders.pixtral(tmp_path, sliding_window=24)
+    opened = checkpoint.open(tmp_path)
+    config, placement = read_config(opened.config), place(opened.tensors, find("float32"))
+    model = load(opened, config, placement, torch.device("cpu"))
+    requests = [
+        prompt(1, 2 * PAGE - 1, PAGE),
+        prompt(2, 4 * PAGE, 3, logprobs=1),
+        prompt(3, 1, 4, sampling=Sampling(temperature=0.8, top_k=0, seed=7)),
+        prompt(1, 2 * PAGE - 1, 4, sampling=Sampling(repetition_penalty=1.3)),  # it shares the first one's page
+        prompt(4, 2 * PAGE - 1, PAGE),
+    ]
+    expected = [tokens(run(Engine(model, 5 * PAGE), each)[0]) for each in requests]
+    engine = on_card(model, max_length=5 * PAGE, max_batch_size=3, kv_tokens=7 * PAGE)
+    assert [tokens(events) for events in run(engine, *requests)] == expected
+    assert engine.scheduler.preemptions > 0 and engine.table.in_use == 0
+    assert os.environ["TRITON_INTERPRET"] == "1"

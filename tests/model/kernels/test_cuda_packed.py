@@ -1,0 +1,329 @@
+"""The kernels for packed weights on a card: run by a processor in place of the card, compiled without one, and on one.
+
+The oracle is the codec's decode, multiplied in float64. Letters: N rows of x, C columns, R rows of the weight.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import emulated_card
+
+from pixtral_cli.model import card_bits
+from pixtral_cli.model.kernels import card_layout, cuda_packed, nf4, nvrtc
+from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel, Launch, launch_for
+from pixtral_cli.model.kernels.nvrtc import CompilationFailed
+from pixtral_cli.model.kernels.reference import PackedEmbedding
+from weights_cache import codecs
+from weights_cache.codecs.int4 import Int4
+from weights_cache.codecs.nf4 import NF4
+from weights_cache.encodings import ENCODINGS
+from weights_cache.packed import PackedRows
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ENCODED = tuple(card_bits.UNIT_BYTES)
+IN_ROWS = tuple(card_layout.LAYOUTS)
+ARCHITECTURES = (80, 90, 120)
+needs_compiler = pytest.mark.skipif(emulated_card.COMPILER is None, reason="no g++")
+
+
+def random(*shape, seed=0, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def encoded(encoding, shape, double=False):
+    weights = random(*shape, scale=0.05) + 0.01
+    if encoding == "nf4":
+        return nf4.encode(weights, double)
+    return PackedRows(encoding, codecs.get(encoding).encode(weights))
+
+
+def assert_product(found, x, weight):
+    """Within the rounding of a bfloat16 result, and what float32 sums may lose."""
+    x, exact = x.double().cpu(), weight.decoded().double().cpu()
+    wanted, size = x @ exact.T, x.abs().sum(1, keepdim=True) * exact.abs().max()
+    assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
+    assert ((found.double().cpu() - wanted).abs() <= 2**-8 * wanted.abs() + 4e-6 * size).all()
+
+
+def assert_same(weight, other):
+    assert type(weight) is type(other) and weight.encoding == other.encoding and weight.shape == other.shape
+    parts, others = weight.tensors(), other.tensors()
+    assert parts.keys() == others.keys()
+    for name, part in parts.items():
+        assert torch.equal(part.cpu(), others[name].cpu()), name
+
+
+@pytest.fixture
+def on_processor(monkeypatch):
+    """A kernel's functions run on the processor."""
+    monkeypatch.setattr(nvrtc, "load", emulated_card.load)
+    monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
+    cuda_packed._compiled.cache_clear()
+    yield
+    cuda_packed._compiled.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_few_rows_are_multiplied_straight_from_packed_memory(on_processor, encoding):
+    weight = encoded(encoding, (48, 1280))
+    few = CudaPackedKernel(weight, CPU).products[1]
+    for rows in (1, 2, 7, 8, 9, 16, 17):
+        x = random(rows, 1280, seed=rows).bfloat16()
+        assert_product(few(x), x, weight)
+
+
+@needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_row_has_the_same_product_alone_as_among_others(on_processor, encoding):
+    few = CudaPackedKernel(encoded(encoding, (32, 512)), CPU).products[1]
+    x = random(16, 512).bfloat16()
+    together = few(x)
+    assert torch.equal(torch.cat([few(row) for row in x.split(1)]), together)
+    assert torch.equal(few(x[3:11]), together[3:11])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "launch", [Launch(1, 3, 1), Launch(2, 2, 2), Launch(2, 2, 5, 1), Launch(1, 3, 4, 2), Launch(1, 3, 5, 1)], ids=str
+)
+@pytest.mark.parametrize("encoding", ["q4_k", "nf4"])
+def test_however_it_is_launched_the_product_is_right(on_processor, encoding, launch):
+    weight = encoded(encoding, (112, 1280))
+    kernel = CudaPackedKernel(weight, CPU)
+    kernel.use(launch)
+    for rows in (3, 12):
+        x = random(rows, 1280, seed=rows).bfloat16()
+        assert_product(kernel.products[1](x), x, weight)
+
+
+@needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_rows_are_decoded_as_the_codec_decodes_them(on_processor, encoding):
+    weight = encoded(encoding, (80, 768))
+    kernel, found = CudaPackedKernel(weight, CPU), torch.empty(48, 768, dtype=torch.bfloat16)
+    kernel.decode(16, 64, found)
+    assert torch.equal(found, weight.decoded(torch.bfloat16)[16:64])
+
+
+@needs_compiler
+@pytest.mark.parametrize("room", [80, 32], ids=["all rows at a time", "in tiles of rows"])
+def test_many_rows_are_multiplied_with_decoded_weights(on_processor, monkeypatch, room):
+    monkeypatch.setattr(card_bits, "BUFFER", room * 512 * 2)
+    weight, x = encoded("q4_k", (80, 512)), random(70, 512).bfloat16()
+    many = CudaPackedKernel(weight, CPU).products[cuda_packed.DECODED_FROM]
+    wanted = x.float() @ weight.decoded(torch.bfloat16).float().T
+    torch.testing.assert_close(many(x).float(), wanted, atol=1e-3, rtol=2**-7)
+
+
+@needs_compiler
+def test_extreme_codes_and_scales_are_exact(on_processor):
+    """All bits set and none, in every byte but those of the float16 factors."""
+    for encoding, factors in {"q4_0": [0], "q4_k": [0, 2], "q6_k": [208], "q8_0": [0]}.items():
+        kind = ENCODINGS[encoding]
+        blocks = torch.zeros(16, 512 // kind.block, kind.block_bytes, dtype=torch.uint8)
+        blocks[::2] = 255
+        for at in factors:
+            blocks[..., at : at + 2] = torch.tensor([0, 0x34], dtype=torch.uint8)  # 0.25
+        weight, x = PackedRows(encoding, blocks.flatten(1)), random(8, 512).bfloat16()
+        assert_product(CudaPackedKernel(weight, CPU).products[1](x), x, weight)
+
+
+@pytest.mark.parametrize("encoding", IN_ROWS)
+def test_putting_rows_in_order_loses_no_bit(encoding):
+    generator = torch.Generator().manual_seed(0)
+    size = (32, ENCODINGS[encoding].row_bytes(768))
+    rows = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    layout = card_layout.LAYOUTS[encoding]
+    units = layout.pack(rows)
+    assert units.shape == (2, 3, card_bits.UNIT_BYTES[encoding])
+    assert torch.equal(layout.unpack(units), rows)
+
+
+def in_blocks_of_128():
+    codes, state = nf4.bitsandbytes().functional.quantize_4bit(random(128, 512), blocksize=128, quant_type="nf4")
+    return NF4(codes.view(128, 256), state.absmax)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", [*ENCODED, "nf4, double", "nf4, blocks of 128"])
+def test_the_weight_comes_back_as_it_was(on_processor, monkeypatch, form):
+    name, *special = form.split(", ")
+    weight = in_blocks_of_128() if "blocks of 128" in special else encoded(name, (128, 512), double=bool(special))
+    monkeypatch.setattr(card_layout, "AT_ONCE", 64 * 512)
+    kernel = CudaPackedKernel(weight, CPU)
+    assert_same(kernel.weight, weight)
+    x = random(3, 512).bfloat16()
+    assert_product(kernel.products[1](x), x, weight)
+
+
+@needs_compiler
+@pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "nf4"])
+def test_a_weight_in_the_order_of_the_processors_kernel_is_put_back_into_rows(on_processor, encoding):
+    weight = encoded(encoding, (128, 512))
+    ordered = weight.interleaved() if encoding == "nf4" else Int4.from_rows(encoding, weight.rows)
+    assert_same(CudaPackedKernel(ordered, CPU).weight, weight)
+
+
+@needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_plans_know_the_bytes_on_a_card(on_processor, encoding):
+    kernel = CudaPackedKernel(encoded(encoding, (64, 768)), CPU)
+    assert kernel.nbytes * 8 == 64 * 768 * card_bits.bits_on_card(encoding, 64, 768)
+
+
+def test_plans_count_other_shapes_as_they_are_in_a_file():
+    assert card_bits.bits_on_card("q4_k", 100, 512) == 4.5
+    assert card_bits.bits_on_card("q5_k", 128, 512) == 5.5
+    assert card_bits.bits_on_card("bfloat16", 128, 512) == 16
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_every_default_launch_fits_the_smallest_card(encoding):
+    small = nvrtc.Card(sm=86, processors=20, shared_per_processor=102400, shared_per_block=101376)
+    for columns in (256, 768, 1024, 4096, 5120, 14336, 32768):
+        launch = launch_for(encoding, 1024, columns, small)
+        assert launch.shared(encoding, 2) <= small.shared_per_block and 1 <= launch.warps <= 16, (columns, launch)
+
+
+def test_only_what_fits_is_taken(monkeypatch):
+    monkeypatch.setattr(cuda_packed, "why_not", lambda encoding, device: None)
+    fitting, cuda = encoded("q4_k", (64, 512)), torch.device("cuda", 0)
+    takes = CudaPackedKernel.takes
+    assert takes(fitting, torch.bfloat16, cuda)
+    assert takes(encoded("nf4", (64, 512)), torch.bfloat16, cuda)
+    assert not takes(fitting, torch.bfloat16, CPU)
+    assert not takes(fitting, torch.float32, cuda)
+    assert not takes(random(64, 512).bfloat16(), torch.bfloat16, cuda)
+    assert not takes(encoded("q4_k", (60, 512)), torch.bfloat16, cuda)
+    assert not takes(encoded("q4_0", (64, 288)), torch.bfloat16, cuda)
+
+
+def test_why_a_card_cannot_run_it_is_said_once(monkeypatch, caplog):
+    def refuse(*_):
+        raise CompilationFailed("there is no libnvrtc beside torch")
+
+    monkeypatch.setattr(nvrtc, "load", refuse)
+    monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
+    cuda_packed.why_not.cache_clear()
+    cuda_packed._compiled.cache_clear()
+    weight = encoded("q4_k", (64, 512))
+    with caplog.at_level(logging.WARNING, "pixtral_cli.model"):
+        taken = [CudaPackedKernel.takes(weight, torch.bfloat16, torch.device("cuda", 0)) for _ in range(3)]
+    assert taken == [False] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "Weights in q4_k are multiplied with slowly on cuda:0: there is no libnvrtc beside torch"
+    ]
+    cuda_packed.why_not.cache_clear()
+
+
+def source():
+    return Path(cuda_packed.__file__).with_name("packed_matmul.cu").read_text()
+
+
+def needs_nvrtc():
+    try:
+        nvrtc.version()
+    except CompilationFailed as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
+    needs_nvrtc()
+    launch = launch_for(encoding, 5120, 5120, emulated_card.CARD)
+    for vector_tiles in (1, 2):
+        options = cuda_packed.macros(encoding, 1 if vector_tiles == 2 else launch.tiles, launch.stages, vector_tiles)
+        cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
+        assert cubin.startswith(b"\x7fELF")
+        spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", log)]
+        assert len(spilled) == 2 and max(spilled) <= 64, log  # some words, for the sake of another warp
+
+
+def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
+    needs_nvrtc()
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path))
+    made = nvrtc.compiled('extern "C" __global__ void f() {}', [], 90)
+    monkeypatch.setattr(nvrtc, "_compile", None)
+    assert nvrtc.compiled('extern "C" __global__ void f() {}', [], 90) == made
+    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".cubin"]
+
+
+def test_a_cache_that_cannot_be_written_to_is_no_error(tmp_path, monkeypatch):
+    needs_nvrtc()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "file"))
+    assert nvrtc.compiled('extern "C" __global__ void f() {}', [], 90).startswith(b"\x7fELF")
+
+
+def test_a_source_that_is_wrong_is_refused_with_the_compilers_words():
+    needs_nvrtc()
+    with pytest.raises(CompilationFailed, match=r'sm_90.*identifier "nothing" is undefined'):
+        nvrtc._compile("__global__ void f() { nothing(); }", [], 90)
+
+
+def captured(product, x):
+    """The product of `x`, replayed by a graph that was captured with another one."""
+    fixed, graph, stream = torch.zeros_like(x), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        product(fixed)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = product(fixed)
+    fixed.copy_(x)
+    graph.replay()
+    return y
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(112, 512), (768, 5120), (640, 14336)], ids=str)
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_card_multiplies_any_number_of_rows_in_a_graph_as_well(encoding, shape):
+    weight = encoded(encoding, shape)
+    kernel = CudaPackedKernel(weight, GPU)
+    assert CudaPackedKernel.takes(weight, torch.bfloat16, GPU)
+    assert_same(kernel.weight, weight)
+    for rows in (1, 2, 7, 8, 9, 16, 17, 64, 130):
+        x = random(rows, shape[1], seed=rows).bfloat16().to(GPU)
+        few, many = (product(x) for product in kernel.products.values())
+        assert_product(few, x, weight)
+        error = many.double().cpu() - x.double().cpu() @ weight.decoded().double().T
+        assert error.norm() <= 4e-3 * few.double().norm().cpu()
+        for product, found in zip(kernel.products.values(), (few, many), strict=True):
+            assert torch.equal(captured(product, x), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_card_decodes_as_the_codec_does(encoding):
+    weight = encoded(encoding, (640, 5120))
+    found = torch.empty(624, 5120, dtype=torch.bfloat16, device=GPU)
+    CudaPackedKernel(weight, GPU).decode(16, 640, found)
+    assert torch.equal(found.cpu(), weight.decoded(torch.bfloat16)[16:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_card_multiplies_the_largest_matrix(encoding):
+    weight = encoded(encoding, (64, 5120))
+    rows = {name: part.repeat(448, *[1] * (part.ndim - 1)) for name, part in weight.tensors().items()}
+    large = NF4(**rows) if encoding == "nf4" else PackedRows(encoding, **rows)
+    kernel, x = CudaPackedKernel(large, GPU), random(8, 5120).bfloat16().to(GPU)
+    for product in kernel.products.values():
+        found = product(x)
+        assert torch.equal(found, found[:, :64].repeat(1, 448))
+    assert_product(kernel.products[1](x)[:, :64], x, weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", IN_ROWS)
+def test_rows_of_a_table_are_looked_up_in_a_graph(encoding):
+    weight = encoded(encoding, (64, 512))
+    ids = torch.tensor([63, 3, 3, 0], dtype=torch.int64)
+    wanted = weight.decoded(torch.bfloat16)[ids]
+    assert torch.equal(captured(PackedEmbedding(weight, torch.bfloat16, GPU), ids.to(GPU)).cpu(), wanted)

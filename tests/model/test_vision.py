@@ -1,0 +1,114 @@
+"""Several images through the tower together: the features of each, in order, whoever is beside it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import builders
+from support.devices import CPU, GPU, loaded
+
+from pixtral_cli.model import fused, vision
+from pixtral_cli.model.vision import AttendWithinImages
+
+GRIDS = [(2, 3), (1, 1), (3, 2), (2, 3), (4, 4), (1, 6)]  # in no order, and two of equal length but unequal sides
+
+
+def picture(rows, columns, seed):
+    return torch.randn(3, rows * 16, columns * 16, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(grids=GRIDS):
+    return [picture(*grid, seed) for seed, grid in enumerate(grids)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pixtral")
+    builders.pixtral(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return loaded(folder)
+
+
+@torch.inference_mode()
+def alone(model, images):
+    return [model.encode_image(image) for image in images]
+
+
+@torch.inference_mode()
+def together(model, images):
+    return model.encode_images(images)
+
+
+def assert_close(found, wanted, tolerance):
+    for each, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(each.cpu().float(), other.cpu().float(), atol=tolerance, rtol=0)
+
+
+def test_on_a_cpu_nobody_beside_it_changes_a_bit_of_an_image(model):
+    for found, wanted in zip(together(model, pictures()), alone(model, pictures()), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_no_images_have_no_features(model):
+    assert together(model, []) == []
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch):
+    """The way of a card, on the CPU."""
+    monkeypatch.setattr(vision.PixtralModel, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(vision, "_attend_within", AttendWithinImages)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_images_of_one_pass_do_not_see_each_other_and_keep_their_order(model, monkeypatch, as_on_a_card, at_once):
+    monkeypatch.setattr(vision, "PATCHES_AT_ONCE", at_once)
+    assert_close(together(model, pictures()), alone(model, pictures()), 1e-5)
+
+
+def test_a_pass_has_no_more_patches_than_memory_is_planned_for(model, monkeypatch, as_on_a_card):
+    monkeypatch.setattr(vision, "PATCHES_AT_ONCE", 12)
+    passes, tower = [], vision.VisionTower.forward
+    monkeypatch.setattr(
+        vision.VisionTower, "forward", lambda self, patches, grids: passes.append(grids) or tower(self, patches, grids)
+    )
+    together(model, pictures())
+    lengths = [[rows * columns for rows, columns in grids] for grids in passes]
+    assert lengths == [[1, 6], [6, 6], [6], [16]]
+    assert sorted(grid for grids in passes for grid in grids) == sorted(GRIDS)
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [4, 2, 2, 7]], ids=str)
+def test_attention_within_images_is_a_softmax_over_each(lengths):
+    q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    found = AttendWithinImages(lengths, CPU)(0, 3 * q, k, v)
+    of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    scores = torch.einsum("nhd,lhd->hnl", 3 * q.double(), k.double()) / 8**0.5
+    weights = scores.masked_fill(of[:, None] != of[None], -torch.inf).softmax(-1)
+    torch.testing.assert_close(found.double(), torch.einsum("hnl,lhd->nhd", weights, v.double()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_a_card_gives_the_features_of_the_cpu(folder, model, device):
+    there = loaded(folder, device)
+    wanted = alone(model, pictures())
+    assert_close(together(there, pictures()), wanted, 1e-4)
+    assert_close(alone(there, pictures()), wanted, 1e-4)
+    assert_close(together(there, [image.to(device) for image in pictures()]), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_a_card_gives_the_features_of_the_cpu_in_bfloat16(folder, model, device):
+    wanted = alone(model, pictures())
+    spread = torch.cat(wanted).std().item()
+    assert_close(together(loaded(folder, device, "bfloat16"), pictures()), wanted, 0.1 * spread)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_without_triton_the_features_are_the_same(folder, model, device, monkeypatch):
+    monkeypatch.setattr(fused, "_on_card", lambda x: False)
+    assert_close(together(loaded(folder, device), pictures()), alone(model, pictures()), 1e-4)
