@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pixtral_cli.model import fused, fused_triton, vision, vision_triton
 from pixtral_cli.model.kernels import gemv_triton
-from pixtral_cli.model.kernels.gemv_triton import Tile
+from pixtral_cli.model.kernels.gemv_triton import Share, Tile
 from pixtral_cli.model.layers import cos_sin
 from pixtral_cli.model.vision_triton import Blocks
 
@@ -156,10 +156,10 @@ def at_once(calls: Iterable[Callable[[], object]]) -> None:
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def right(variants: dict[Tile, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Tile, Product]:
+def right(variants: dict[Any, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Any, Product]:
     """Those that compile, several at a time, and give what torch gives."""
 
-    def wrong(variant: Tile) -> str | None:
+    def wrong(variant: Any) -> str | None:
         try:
             off = error(variants[variant](x, weight), wanted)
         except Exception as failure:  # noqa: BLE001  the others are worth having
@@ -167,6 +167,8 @@ def right(variants: dict[Tile, Product], x: Tensor, weight: Tensor, dry: bool) -
         return None if off < 1e-2 else f"wrong by {off:.1%}"
 
     wanted = linear(x, weight)
+    if not variants:
+        return {}
     first, *others = variants
     with ThreadPoolExecutor(1 if dry else 12) as threads:
         reasons = [wrong(first), *threads.map(wrong, others)]
@@ -188,15 +190,29 @@ def tiles(rows: int, dry: bool) -> list[Tile]:
     return [Tile(*shape, stages) for shape, stages in product(shapes, (2, 3, 4, 5, 6))]
 
 
+def shares(rows: int, dry: bool) -> list[Share]:
+    """To be tried for `rows` rows of x by matrix units."""
+    if dry or rows < 4:
+        return []
+    shapes = [(64, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (64, 256, 4, 3) if rows <= 16 else (128, 128, 8, 3)]
+    return [Share(*shape, splits) for shape, splits in product(shapes, (1, 2, 3, 4, 6))]
+
+
 Best = dict[tuple[str, int], Product]
 
 
 def gemv(bench: Bench) -> Best:
     """Every tile for every matrix and number of rows -> the fastest product of each."""
     best: Best = {}
-    variants: dict[int, dict[Tile, Product]] = {
+    variants: dict[int, dict[Any, Product]] = {
         rows: {tile: partial(gemv_triton.products, tile=tile) for tile in tiles(rows, bench.dry)} for rows in (1, 2)
     }
+    arrived = torch.zeros(4096, dtype=torch.int32, device=bench.device)
+    for rows in (4, 8, 16, 32, 64):
+        variants[rows] = {
+            share: partial(gemv_triton.shared_products, arrived=arrived, share=share)
+            for share in shares(rows, bench.dry)
+        }
     begun = time.perf_counter()
     small = bench.random(*bench.shapes["o"], scale=0.02)
     with bench.chained(False):
@@ -218,7 +234,7 @@ def gemv(bench: Bench) -> Best:
                 return f"{us:7.1f} ({2 * shape[0] * shape[1] / us / 1e6:.2f})"  # noqa: B023
 
             times = sorted((round(us(call), 2), tile) for tile, call in each.items())
-            cublas, now = us(linear), us(gemv_triton.products) if each else 0.0
+            cublas, now = us(linear), us(gemv_triton.products) if rows <= 2 else 0.0
             if times:
                 best[name, rows] = each[times[0][1]]
             tell = [f"{shown(t)} {tuple(tile)}" for t, tile in times[:3]]
@@ -237,7 +253,7 @@ def chain(bench: Bench, best: Best) -> None:
     results = bench.found["layer"] = {}
 
     print(f"\na layer without its attention, {nbytes / 1e6:.0f} MB: us (TB/s)")
-    for rows in (1, 2, 4, 8):
+    for rows in (1, 2, 4, 8, 64):
         x = bench.random(rows, width)
         mixed = bench.random(rows, bench.shapes["o"][1])
 
@@ -257,7 +273,7 @@ def chain(bench: Bench, best: Best) -> None:
         if rows <= 2:
             variants["now"] = (lambda name: gemv_triton.products, Fused, False)
             variants["now, chained"] = (lambda name: gemv_triton.products, Fused, True)
-        if rows <= 2 and best:
+        if (rows <= 2 or not bench.dry) and best:
             variants["best"] = (lambda name: best[name, rows], Fused, False)  # noqa: B023
             variants["best, chained"] = (lambda name: best[name, rows], Fused, True)  # noqa: B023
         wanted, tell = None, []

@@ -64,3 +64,60 @@ def products(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
         num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip
     return y
+
+
+class Share(NamedTuple):
+    """How the product of several rows is shared out: a program has `rows` rows of the weight and a `splits`th of its
+    columns, of which it multiplies so many at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@triton.jit
+def _shared_products(
+    x, weight, y, parts, arrived, n, height, width, splits,
+    tokens: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    """y [N, R] = x [N, C] W^T by matrix units, C in whole steps. Of the programs that share rows, the one that comes
+    last adds up what all have found, in their order: the same sum each time."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    row, column, token = block * rows + tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, tokens)
+    w_place = weight + tl.minimum(row, height - 1).to(tl.int64)[:, None] * width + column[None]
+    x_place = x + tl.minimum(token, n - 1)[None] * width + column[:, None]
+    each = tl.cdiv(width // columns, splits) * columns
+    sums = tl.zeros((rows, tokens), tl.float32)
+    for start in tl.range(split * each, tl.minimum(split * each + each, width), columns, num_stages=stages):
+        here = tl.load(w_place + start, eviction_policy="evict_first")
+        sums = tl.dot(here, tl.load(x_place + start, eviction_policy="evict_last"), sums, input_precision="ieee")
+    place = y + token[None] * height + row[:, None]
+    inside = (token < n)[None] & (row < height)[:, None]
+    if splits == 1:
+        tl.store(place, sums, mask=inside)
+    else:
+        part = parts + block * splits * rows * tokens + tl.arange(0, rows)[:, None] * tokens + token[None]
+        tl.store(part + split * rows * tokens, sums)
+        tl.debug_barrier()  # all of it is written before it is counted
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") == splits - 1:
+            sums = tl.zeros((rows, tokens), tl.float32)
+            for index in range(splits):
+                sums += tl.load(part + index * rows * tokens, cache_modifier=".cg")
+            tl.store(place, sums, mask=inside)
+            tl.store(arrived + block, 0)
+
+
+def shared_products(x: Tensor, weight: Tensor, arrived: Tensor, share: Share) -> Tensor:
+    """x [N, C] W^T -> [N, R], of contiguous matrices; `arrived` int32, one for each block of rows: 0, as it becomes."""
+    (n, width), height = x.shape, weight.shape[0]
+    tokens, blocks = max(16, triton.next_power_of_2(n)), triton.cdiv(height, share.rows)
+    y = torch.empty(n, height, dtype=x.dtype, device=x.device)
+    size = blocks * share.splits * share.rows * tokens if share.splits > 1 else 1
+    parts = torch.empty(size, dtype=torch.float32, device=x.device)
+    _shared_products[blocks, share.splits](
+        x, weight, y, parts, arrived, n, height, width, share.splits, tokens, share.rows, share.columns, share.stages,
+        num_warps=share.warps,
+    )  # fmt: skip
+    return y
