@@ -16,12 +16,14 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ KERNELS = ("gpu_packed", "gpu_attention", "gpu_ops", "gpu_load")
 MARKED = re.compile(r"\bmark\.gpu\b|\bDEVICES\b")
 TESTS_SHARE = 0.4  # of all seconds, at most
 LAST_WORDS = 12.0
-"""Seconds that the benchmark has for what it is at when its time is over."""
+"""Seconds that each part has for what it is at when its time is over."""
 
 
 def main() -> int:
@@ -79,21 +81,19 @@ def no_card() -> str:
     )
 
 
-def run(command: Sequence[str], seconds: float, quiet: bool = False) -> tuple[int | None, str]:
+def run(command: Sequence[str], seconds: float, quiet: bool = False, **environment: str) -> tuple[int | None, str]:
     """The exit code, None if it was stopped after so many seconds; its output, which is shown as it comes."""
     path = os.pathsep.join([str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    known = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
     with tempfile.TemporaryFile("w+") as kept:
         sink = kept if quiet else None
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink)
-        code: int | None
-        try:
+        process = subprocess.Popen(command, cwd=ROOT, env=known, stdout=sink, stderr=sink, start_new_session=True)
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):
             code = process.wait(max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
         kept.seek(0)
         return code, kept.read()
 
@@ -101,28 +101,35 @@ def run(command: Sequence[str], seconds: float, quiet: bool = False) -> tuple[in
 def run_tests(seconds: float) -> Mapping[str, Any]:
     """The tests marked `gpu`; pytest's own settings in pyproject.toml name plugins that need not be here."""
     files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if MARKED.search(path.read_text())]
-    bound = ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
+    workers = min((os.cpu_count() or 1) // 2, 8)  # most of the time goes into compiling kernels
+    more = ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
+    more += ["-n", str(workers), "--dist=worksteal"] if workers > 1 and importlib.util.find_spec("xdist") else []
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [
             sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib",
-            "-p", "no:cacheprovider", "--continue-on-collection-errors",
+            "-p", "support.deadline", "-p", "no:cacheprovider", "--continue-on-collection-errors",
             "-W", "ignore::pytest.PytestConfigWarning", "--tb=short", "--durations=8",
-            f"--junit-xml={report}", *bound, *files,
+            f"--junit-xml={report}", *more, *files,
         ]  # fmt: skip
-        code, _ = run(command, seconds)
-        cases = ElementTree.parse(report).getroot().iter("testcase") if report.exists() else ()
-        failed, skipped, passed = [], 0, 0
-        for case in cases:
-            kinds = {child.tag for child in case}
-            failed += [f"{case.get('classname')}::{case.get('name')}"] if kinds & {"failure", "error"} else []
-            skipped += "skipped" in kinds
-            passed += not kinds & {"failure", "error", "skipped"}
-    ended = code is not None
-    took = round(time.monotonic() - begun, 1)
-    told = {"passed": passed, "failed": failed, "skipped": skipped, "ended": ended, "seconds": took}
-    return {**told, "passes": code in (0, 5)}  # 5: there are none
+        code, _ = run(command, seconds, TESTS_UNTIL=str(time.time() + seconds - LAST_WORDS))
+        cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
+    kinds = [{child.tag for child in case} for case in cases]
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in cases]
+    slowest = sorted(
+        ((float(case.get("time", 0)), name) for case, name in zip(cases, names, strict=True)), reverse=True
+    )
+    failed = [name for name, of_case in zip(names, kinds, strict=True) if of_case & {"failure", "error"}]
+    return {
+        "passed": sum(not of_case & {"failure", "error", "skipped"} for of_case in kinds),
+        "failed": failed,
+        "skipped": sum("skipped" in of_case for of_case in kinds),
+        "slowest": slowest[:8],
+        "ended": code in (0, 1, 5),  # pytest's: all pass, some fail, there are none
+        "passes": code in (0, 5),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
 
 
 def run_model(seconds: float, device: str, more: Sequence[str]) -> dict[str, Any]:

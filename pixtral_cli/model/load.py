@@ -97,16 +97,16 @@ def _fill_card(
     model: LanguageModel, checkpoint: Checkpoint, names: Sequence[str], placement: Placement, device: torch.device
 ) -> Iterator[str]:
     """As `_fill`, with joined matrices: beside the weights a card needs memory for those of one layer's block."""
-    to_card, dtype = ToCard(device), DTYPES[placement.dtype]
-    for group in joining.groups(names):
-        weights = []
-        for name in group:
-            weights.append(_sent(checkpoint, name, placement, to_card))
-            yield name
-        if not joining.join(model, group, weights, dtype):
-            for name, weight in zip(group, weights, strict=True):
-                _put(model, name, weight, dtype, device)
-    to_card.finish()
+    dtype = DTYPES[placement.dtype]
+    with ToCard(device) as to_card:
+        for group in joining.groups(names):
+            weights = []
+            for name in group:
+                weights.append(_sent(checkpoint, name, placement, to_card))
+                yield name
+            if not joining.join(model, group, weights, dtype):
+                for name, weight in zip(group, weights, strict=True):
+                    _put(model, name, weight, dtype, device)
 
 
 def _sent(checkpoint: Checkpoint, name: str, placement: Placement, to_card: ToCard) -> Weight:

@@ -54,10 +54,11 @@ decodes, as engine.card_runner has them."""
 VECTORS = 6
 """Vectors [C] of a token that live at one time in a layer: the residual and what is added to it, those of the layer
 before, which its caller holds, the normed sum, and the embedded tokens."""
-PIXELS = 3  # copies of a patch's pixels: as they come, cut into patches, and side by side with other images'
-LOGIT_BYTES = 32
-"""Bytes for each logit of a row that is sampled: as computed (2) and in float32 (4); altered (4), sorted with its
-places (4 + 8), their probabilities (4) and the sums of these (4); and a mask or two."""
+ROTARY = 3
+"""Vectors [D] of a token that rotate its heads: cos and sin, and the angle of each half in float32."""
+LOGIT_BYTES, SORTING = 64, 16
+"""Bytes for each logit of a row that is sampled with every option: itself in float32, what its alterations, filters and
+draw make of it, and what a card's sort works in."""
 
 
 @dataclass(frozen=True)
@@ -185,17 +186,17 @@ def pass_bytes(config: ModelConfig, width: int, work: Work) -> int:
 
 
 def _numbers(config: TextConfig | VisionConfig) -> int:
-    """Numbers that a layer computes for a token or patch and that live at one time: VECTORS, and either gate, up and
-    their product, 3 F, or q, k, v and what attention makes of them, (2 H + 2 K) D."""
+    """Numbers of a token or patch that live at one time in a layer: VECTORS and ROTARY, and either gate, up and their
+    product, 3 F, or q, k, v and what attention makes of them, (2 H + 2 K) D."""
     kv_heads = config.num_kv_heads if isinstance(config, TextConfig) else config.num_heads
     attention = 2 * (config.num_heads + kv_heads) * config.head_dim
-    return VECTORS * config.hidden_size + max(3 * config.intermediate_size, attention)
+    vectors = VECTORS * config.hidden_size + ROTARY * config.head_dim
+    return vectors + max(3 * config.intermediate_size, attention)
 
 
 def _numbers_of_a_patch(vision: VisionConfig, text: TextConfig) -> int:
-    """The same for a patch: in the tower, its pixels included, or in the projector (three vectors of the decoder)."""
-    pixels = PIXELS * vision.num_channels * vision.patch_size**2
-    return pixels + max(_numbers(vision), 3 * text.hidden_size)
+    """The same for a patch, with its pixels: in the tower, or in the projector (three vectors of the decoder)."""
+    return vision.num_channels * vision.patch_size**2 + max(_numbers(vision), 3 * text.hidden_size)
 
 
 def graph_bytes(text: TextConfig, width: int, batch: int) -> int:

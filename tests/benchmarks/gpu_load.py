@@ -20,8 +20,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -29,12 +31,13 @@ from pixtral_cli import Pixtral
 from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
+from pixtral_cli.model import to_card
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.free_memory import free_bytes, taken_bytes
 from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import PREFILL, Plan
 from pixtral_cli.model.placement import place
-from pixtral_cli.model.to_card import ToCard
+from pixtral_cli.model.to_card import Reading, ToCard
 from pixtral_cli.tiny import FOLDER
 from weights_cache import checkpoint
 
@@ -54,7 +57,8 @@ CONFIG = {
     "eos_token_id": 2,
 }
 MIB, GB = 2**20, 1e9
-STAGES = ((64, 2), (32, 2), (16, 2), (16, 4), (8, 4), (128, 2), (64, 2))  # MiB of a buffer, buffers
+STAGES = ((64, 2, 8), (32, 2, 8), (16, 4, 8), (16, 2, 8), (8, 4, 8), (64, 2, 16), (32, 2, 16), (64, 2, 4), (64, 2, 8))
+"""MiB of a buffer, buffers, threads that fill them."""
 ROWS: list[dict[str, Any]] = []
 
 
@@ -209,16 +213,21 @@ def readings(folder: Path, device: torch.device) -> None:
     total = total_bytes(folder)
     buffer = torch.empty(64 * MIB, dtype=torch.uint8, pin_memory=device.type == "cuda").fill_(0)
 
-    def read() -> None:
+    def read(reading: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
         for tensor in mapped(folder):
             for piece in tensor.reshape(-1).view(torch.uint8).split(len(buffer)):
-                buffer[: len(piece)].copy_(piece)
+                reading(piece, buffer[: len(piece)])
 
     most = torch.get_num_threads()
-    for threads in sorted({most, max(1, most // 2), max(1, most // 4), 1}):
-        torch.set_num_threads(threads)
-        row(f"reading into pinned memory, {threads} threads", seconds=seconds(read, device), nbytes=total)
-    torch.set_num_threads(most)
+    for threads in sorted({most, max(1, most // 2), 8, 4, 1}):
+        reading = Reading(threads)
+        row(f"reading, {threads} threads", seconds=seconds(partial(read, reading), device), nbytes=total)
+        reading.end()
+    row(
+        "reading by torch",
+        seconds=seconds(partial(read, lambda piece, there: there.copy_(piece)), device),
+        nbytes=total,
+    )
 
     def plainly() -> None:
         for tensor in mapped(folder):
@@ -230,17 +239,20 @@ def readings(folder: Path, device: torch.device) -> None:
 def stages(folder: Path, device: torch.device) -> None:
     """The mapped tensors, sent in stages of several sizes."""
     total = total_bytes(folder)
-    for size, count in STAGES:
-        begun = time.perf_counter()
-        to_card = ToCard(device, size * MIB, count)
-        made = time.perf_counter() - begun
+    for size, count, readers in STAGES:
+        with mock.patch.object(to_card, "READERS", readers):
+            begun = time.perf_counter()
+            stages = ToCard(device, size * MIB, count)
+            made = time.perf_counter() - begun
 
-        def staged(to_card: ToCard = to_card) -> None:
-            for tensor in mapped(folder):
-                to_card.tensor(tensor)
+        def staged(stages: ToCard = stages) -> None:
+            with stages:
+                for tensor in mapped(folder):
+                    stages.tensor(tensor)
 
         took = seconds(staged, device)
-        row(f"in {count} stages of {size} MiB", seconds=took, nbytes=total, buffers_made_in=round(made, 3))
+        label = f"in {count} stages of {size} MiB, {readers} readers"
+        row(label, seconds=took, nbytes=total, made_in=round(made, 3))
 
 
 @contextmanager
@@ -286,8 +298,9 @@ def loads(folder: Path, device: torch.device, encoding: str | None) -> None:
         model = load(opened, config, placement, device)
         wait(device)
         took = time.perf_counter() - begun
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    row(f"model.load, {encoding or 'bfloat16'}", seconds=took, nbytes=total, parameters_MiB=held // MIB, **peak)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    del model
+    row(f"model.load, {encoding or 'bfloat16'}", seconds=took, nbytes=total, allocated_MiB=held // MIB, **peak)
 
 
 def planned(folder: Path, device: torch.device) -> None:

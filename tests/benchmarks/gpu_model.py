@@ -29,20 +29,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import engine_rates
 import torch
 from measured import Table, today
 from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_model
 
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import Event, Failure, ImageInput, Request
+from pixtral_cli.engine.request import ImageInput, Request, Sampling
+from pixtral_cli.model import free_memory, memory, paths
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
+from pixtral_cli.model.memory import Work
 
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
 PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
 IMAGE, BREAK = 10, 12
-WARM_STEPS, WARM_SECONDS = 8, 2.0
-ROUND_SECONDS, MOST_STEPS = 0.4, 40  # of a round of decoding; a step that takes longer is a round by itself
+GREEDY = Sampling()
+SAMPLED = {
+    "decode, drawn": Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01),
+    "decode, penalised": Sampling(repetition_penalty=1.1, frequency_penalty=0.2),
+}
+"""Beside greedy choices: what they cost is a part of the greedy rate."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +137,14 @@ class Loaded:
     def __init__(self, bench: Bench, encoding: str, **engine: object) -> None:
         sizes, begun = bench.sizes, time.monotonic()
         self.bench, self.encoding = bench, encoding
+        if bench.on_card:
+            torch.cuda.reset_peak_memory_stats()
         self.checkpoint = RandomCheckpoint(bench.config, encoding, bench.device)
         self.model = random_model(self.checkpoint, bench.config)
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
         self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
+        for note in paths.notes(bench.device, [encoding]):
+            bench.table.leave_out(f"a fast path of {encoding}", note)
         bench.wait()
         taken = torch.cuda.memory_allocated() / 1e9 if bench.on_card else 0.0
         print(
@@ -141,6 +152,27 @@ class Loaded:
             f"token; {taken:.1f} GB of the card are taken]",
             flush=True,
         )
+        work = Work(sizes.batch, self.engine.max_length, 0, str(engine.get("kv_cache_dtype", "auto")))
+        plan = memory.plan(self.checkpoint.tensors, self.checkpoint.placement, bench.config, "gpu", work)
+        self.planned = plan.taken(self.engine.table.count * PAGE)
+
+    def tell_memory(self) -> None:
+        """What torch has taken of the card at most, beside what was planned for it."""
+        if self.bench.on_card:
+            most, room = free_memory.taken_bytes(self.bench.device), self.engine.table.count * PAGE
+            print(f"  [{self.encoding}: {most / 1e9:.2f} GB were taken at most, {self.planned / 1e9:.2f} planned]")
+            error, asked = abs(most / self.planned - 1), (0.10, "within 10%")
+            table = self.bench.table
+            table.add(
+                "memory, from its plan",
+                self.encoding,
+                room,
+                self.engine.scheduler.max_batch_size,
+                [error],
+                "error",
+                None,
+                asked,
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -167,6 +199,7 @@ def loaded(bench: Bench, encoding: str, **engine: object) -> Iterator[Loaded]:
     one = Loaded(bench, encoding, **engine)
     try:
         yield one
+        one.tell_memory()
     finally:
         one.__dict__.clear()
         del one
@@ -174,74 +207,19 @@ def loaded(bench: Bench, encoding: str, **engine: object) -> Iterator[Loaded]:
 
 
 def text(length: int) -> tuple[int, ...]:
-    """Random tokens: no two prompts begin alike."""
-    return tuple(random.choices(range(20, SPOKEN), k=length))
+    return engine_rates.text(length, SPOKEN)
 
 
-def step(engine: Engine) -> list[Event]:
-    """One step's events; a request that failed raises what it failed with."""
-    events = engine.step()
-    for event in events:
-        if isinstance(event, Failure):
-            raise event.error
-    return events
-
-
-def steps(engine: Engine) -> Iterator[Event]:
-    """The events of all that runs and waits, to its end."""
-    while engine.busy:
-        yield from step(engine)
-
-
-def leave(engine: Engine, ids: list[int]) -> None:
-    """Nothing of the requests is left under way."""
-    for request_id in ids:
-        engine.cancel(request_id)
-    while engine.busy:
-        engine.step()
-
-
-def decode_rates(one: Loaded, batch: int, context: int) -> list[float]:
+def decode_rates(one: Loaded, batch: int, context: int, sampling: Sampling = GREEDY) -> list[float]:
     """Tokens a second of each round, while `batch` requests decode after `context` tokens."""
-    engine, rounds = one.engine, one.bench.sizes.rounds
-    most = engine.max_length - context
-    ids = [engine.submit(Request(text(context), most)) for _ in range(batch)]
-    begun: set[int] = set()
-    try:
-        while len(begun) < batch:
-            begun |= {event.request_id for event in step(engine)}
-        warm = time.perf_counter()
-        for _ in range(WARM_STEPS):
-            before = time.perf_counter()
-            step(engine)
-            if (last := time.perf_counter()) - warm > WARM_SECONDS:
-                break
-        steps = max(1, min(MOST_STEPS, int(ROUND_SECONDS / (last - before))))
-        rates = []
-        for _ in range(rounds if last - before < 1 else 2):
-            before, tokens = time.perf_counter(), 0
-            for _ in range(steps):
-                tokens += len(step(engine))
-            rates.append(tokens / (time.perf_counter() - before))
-        return rates
-    finally:
-        leave(engine, ids)
-
-
-def first_token(one: Loaded, request: Request) -> float:
-    """Seconds until the first token is there."""
-    one.bench.wait()
-    begun = time.perf_counter()
-    one.engine.submit(request)
-    while not step(one.engine):
-        pass
-    seconds = time.perf_counter() - begun
-    assert not list(steps(one.engine)), "one token was asked for"
-    return seconds
+    most = one.engine.max_length - context
+    requests = [Request(text(context), most, sampling=sampling) for _ in range(batch)]
+    return engine_rates.decode_rates(one.engine, requests, one.bench.sizes.rounds)
 
 
 def first_tokens(one: Loaded, make: Callable[[], Request]) -> list[float]:
-    return [first_token(one, make()) for _ in range(one.bench.sizes.rounds + 1)][1:]
+    """Seconds to the first token, in each round."""
+    return engine_rates.first_tokens(one.engine, make, one.bench.sizes.rounds)
 
 
 def decode(one: Loaded) -> None:
@@ -262,6 +240,14 @@ def decode(one: Loaded) -> None:
         (1, sizes.long, 0.65),
     ):
         bench.measure(f"decode {one.encoding}, {batch} x {context}", partial(row, batch, context, share))
+
+    def sampled(kind: str) -> None:
+        batch, context = sizes.batch, sizes.shared
+        greedy = table.found("decode", one.encoding, context, batch)
+        table.add(kind, one.encoding, context, batch, decode_rates(one, batch, context, SAMPLED[kind]), limit=greedy)
+
+    for kind in SAMPLED:
+        bench.measure(kind, partial(sampled, kind))
 
 
 def prefill(one: Loaded) -> None:
@@ -292,18 +278,9 @@ def tower(one: Loaded) -> None:
     bench, sizes = one.bench, one.bench.sizes
     for count in (sizes.pictures, 1):
         pixels = [each.to(bench.device, torch.bfloat16) for each in pictures(bench, count)]
-        together = getattr(one.model, "encode_images", None)
-
-        def encode(pixels=pixels, together=together) -> None:
-            if together is not None:
-                together(pixels)
-            else:
-                for each in pixels:
-                    one.model.encode_image(each)
-
         limit = 1e3 * tower_operations(bench.config, sizes.side**2) / bench.matrix
         asked = (limit / 0.40, "40% of the limit") if count > 1 else None
-        each = [1e3 * seconds / count for seconds in bench.times(encode)]
+        each = [1e3 * seconds / count for seconds in bench.times(partial(one.model.encode_images, pixels))]
         bench.table.add("tower, each picture", "bfloat16", sizes.side**2, count, each, "ms", limit, asked)
 
 
@@ -381,7 +358,7 @@ def kv(bench: Bench) -> None:
     for kind in ("auto", "fp8"):
         engine = Engine(model, 4 * PAGE + tokens, kv_cache_dtype=kind)
         engine.submit(Request(ids, 0, prompt_logprobs=vocabulary))
-        scores = [part for event in steps(engine) for part in event.prompt_scores]
+        scores = [part for event in engine_rates.run(engine) for part in event.prompt_scores]
         logprobs = torch.cat(
             [torch.zeros_like(s.best_logprobs).scatter(1, s.best_ids, s.best_logprobs) for s in scores]
         )

@@ -1,5 +1,6 @@
 """The plan of a card's memory: every part counted by itself, and nothing promised that does not fit."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import pytest
 import torch
 from support import builders
 from support.engines import run
+from support.live_bytes import LiveBytes
 
 from pixtral_cli.encoding_choices import find
-from pixtral_cli.engine import card_runner, runner, scheduler
+from pixtral_cli.engine import card_runner, runner, sampler, scheduler
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
-from pixtral_cli.engine.request import Request
+from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model import free_memory, memory, vision
+from pixtral_cli.model import free_memory, language_model, layers, memory, vision
+from pixtral_cli.model import load as loading
 from pixtral_cli.model.config import ModelConfig, TextConfig, VisionConfig
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.load import load
@@ -56,16 +59,51 @@ def test_a_bound_on_keys_and_values_holds_twice_the_tokens_in_fp8(small, monkeyp
 
 
 def test_the_largest_pass_of_a_12_b_model_is_its_feed_forward_layers():
-    """A prefill of 8,192 tokens: gate, up, their product and six vectors of each, in bfloat16."""
+    """A prefill of 8,192 tokens: gate, up, their product, six vectors and the angles of each, in bfloat16."""
     alone = memory.pass_bytes(ModelConfig("m", NEMO), 2, Work())
-    assert alone == 8192 * 2 * (3 * 14336 + 6 * 5120)
+    assert alone == 8192 * 2 * (3 * 14336 + 6 * 5120 + 3 * 128)
     assert memory.pass_bytes(ModelConfig("m", NEMO), 4, Work()) == 2 * alone
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch, tmp_path):
+    """A bfloat16 model with joined matrices, and operations that make what their forms for a card make."""
+    builders.pixtral(tmp_path, hidden_size=256, intermediate_size=700)
+    opened = checkpoint.open(tmp_path)
+    config = read_config(opened.config)
+    monkeypatch.setattr(loading, "_fill", loading._fill_card)
+    model = load(opened, config, place(opened.tensors, find("bfloat16")), CPU)
+    forms = {
+        "add_norm": lambda x, delta, norm: (x if delta is None else x + delta, torch.empty_like(x)),
+        "rotate": lambda q, k, cos, sin: (q, k),
+        "silu_mul": lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2),
+    }
+    for module, (name, form) in itertools.product((layers, language_model, vision), forms.items()):
+        monkeypatch.setattr(module, name, form, raising=False)
+    monkeypatch.setattr(vision, "_attend_within", lambda *_: lambda layer, q, k, v: torch.empty_like(q))
+    return model
+
+
+@torch.inference_mode()
+def test_the_numbers_that_the_plan_counts_for_a_token_are_those_that_live_at_one_time(as_on_a_card):
+    tokens, text = torch.randint(320, (512,)), as_on_a_card.config.text
+    with LiveBytes() as live:
+        as_on_a_card(as_on_a_card.embed(tokens), torch.arange(512), lambda layer, q, k, v: torch.empty_like(q))
+    assert live.most == pytest.approx(2 * 512 * memory._numbers(text), rel=0.02)
+
+
+@torch.inference_mode()
+def test_the_numbers_that_the_plan_counts_for_a_patch_are_those_that_live_at_one_time(as_on_a_card):
+    pixels, config = torch.rand(3, 512, 512), as_on_a_card.config
+    with LiveBytes() as live:
+        as_on_a_card.encode_images([pixels])
+    assert live.most == pytest.approx(2 * 1024 * memory._numbers_of_a_patch(config.vision, config.text), rel=0.1)
 
 
 def test_a_tower_that_needs_more_than_the_decoder_decides():
     small_decoder = TextConfig(1000, 256, 512, 2, 4, 2, 64, 1e-5, 1e6, 4096, (None, None), tied_embeddings=False)
     seeing, blind = (ModelConfig("m", small_decoder, tower) for tower in (TOWER, None))
-    patch = 3 * 4096 + 6 * 1024 + 3 * 3 * 16 * 16
+    patch = 3 * 4096 + 6 * 1024 + 3 * 64 + 3 * 16 * 16
     assert memory.pass_bytes(seeing, 2, Work()) == memory.PATCHES * 2 * patch > memory.pass_bytes(blind, 2, Work())
 
 
@@ -79,6 +117,22 @@ def test_of_many_sequences_the_logits_count_once_they_are_larger():
     config = ModelConfig("m", NEMO)
     few, many = (memory.pass_bytes(config, 2, Work(batch=batch)) for batch in (16, 512))
     assert few == memory.pass_bytes(config, 2, Work()) and many > 512 * 131072 * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "top_p": 0.9},
+        {"top_k": 50, "min_p": 0.05},
+        {"repetition_penalty": 1.1, "logit_bias": {1: 2.0}},
+    ],
+)
+def test_sampling_takes_no_more_than_the_plan_counts_for_a_logit(options):
+    every = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05} | options
+    row = sampler.Row(Sampling(**every), [1, 2, 3], 2, torch.Generator(), logprobs=5)
+    with LiveBytes() as live:
+        sampler.sample(torch.randn(8, 4096), [row] * 8)
+    assert live.most <= 8 * 4096 * (memory.LOGIT_BYTES - memory.SORTING)
 
 
 def test_a_context_shorter_than_a_prefill_bounds_it():
@@ -164,7 +218,7 @@ def test_weights_that_leave_no_room_to_compute_are_refused_before_they_are_loade
 
 def test_graphs_for_several_numbers_of_sequences_share_the_memory_of_the_largest():
     one, odd, many = (memory.graph_bytes(NEMO, 2, batch) for batch in (1, 5, 1000))
-    rows = 2 * (3 * 14336 + 6 * 5120) + 10 * 131072
+    rows = 2 * (3 * 14336 + 6 * 5120 + 3 * 128) + 10 * 131072
     assert one == memory.GRAPH + rows and odd == 4 * memory.GRAPH + 5 * rows  # for 1, 2, 4 and 5 sequences
     assert many == 15 * memory.GRAPH + 1000 * rows
     assert math.isclose(Plan(1, 2, 3, 4).total(5), 1 + 2 + 3 + 20)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pixtral_cli.model.to_card import ToCard
+from pixtral_cli.model.to_card import LEAST, Reading, ToCard
 from weights_cache import codecs
 from weights_cache.packed import PackedRows, in_kernel_order
 
@@ -37,6 +37,16 @@ def test_tensors_around_the_size_of_a_piece_arrive_whole_and_in_order(nbytes, bu
     sources = [noise(nbytes), noise(5), noise(nbytes)]
     arrived = [to_card.tensor(source) for source in sources]
     assert all(map(same, sources, arrived))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("nbytes", [LEAST - 1, LEAST, LEAST + 1, 5 * LEAST + 7])
+def test_several_threads_read_each_byte_once_into_its_place(threads, nbytes):
+    reading, source = Reading(threads), noise(nbytes)
+    target = torch.zeros(nbytes + 1, dtype=torch.uint8)
+    reading(source, target[:nbytes])
+    reading.end()
+    assert torch.equal(target[:nbytes], source) and target[nbytes] == 0
 
 
 def test_what_arrives_is_a_copy_and_contiguous():
