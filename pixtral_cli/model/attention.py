@@ -88,7 +88,7 @@ class AttendOnCard:
         self._kv_cache = kv_cache
         self._layout = layout
         sizes = config.num_heads, config.num_kv_heads, config.head_dim
-        self._scratch = paged_attention.scratch(layout.decoding, *sizes, layout.positions.device)
+        self._scratch = paged_attention.scratch(*sizes, layout.positions.device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, D], k and v [N, K, D], whose rows may lie apart -> [N, H, D]."""

@@ -6,7 +6,7 @@ that a loaded model can be saved as it would be without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pixtral_cli.model import kernels
 from pixtral_cli.model.kernels import KernelLinear, Weight
 from weights_cache import packed
+from weights_cache.codecs.nf4 import NF4
 
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What `layers` calls the one matrix -> its parts, their rows in this order."""
@@ -22,18 +23,21 @@ _JOINED_IN = {part: joined for joined, parts in JOINED.items() for part in parts
 
 
 class PartOf(nn.Module):
-    """The rows [first, end) of a joined matrix, in the place of the linear layer that they were."""
+    """The rows [first, end) of a joined matrix, in the place of the linear layer that they were. Of nf4 with quantised
+    magnitudes, `magnitudes` are what it has beside its codes."""
 
-    def __init__(self, joined: nn.Module, first: int, end: int) -> None:
+    def __init__(self, joined: nn.Module, first: int, end: int, magnitudes: Mapping[str, Tensor] | None) -> None:
         super().__init__()
         self._joined = (joined,)  # not registered: the layer has it already
         self._rows = first, end
+        self._magnitudes = magnitudes
 
     @property
     def weight(self) -> Weight:
         """A view of a tensor, a copy of what is packed."""
         whole: Weight = self._joined[0].weight  # type: ignore[assignment]
-        return packed.rows_of(whole, *self._rows)
+        rows = packed.rows_of(whole, *self._rows)
+        return NF4(rows.codes, **self._magnitudes) if isinstance(rows, NF4) and self._magnitudes else rows
 
 
 def groups(names: Sequence[str]) -> Iterator[list[str]]:
@@ -60,17 +64,26 @@ def _block_and_part(name: str) -> tuple[str, str]:
 
 def join(model: nn.Module, names: Sequence[str], weights: Sequence[Weight], dtype: torch.dtype) -> bool:
     """Give `model` one matrix in the place of those in a group of `names`, whose weights are on one device -> whether
-    they can be joined: those of one encoding can, but for nf4 with quantised magnitudes."""
-    whole = packed.joined(weights) if len(names) > 1 else None
+    they can be joined: those of one encoding can."""
+    plain = [weight.unnested() if isinstance(weight, NF4) else weight for weight in weights]
+    whole = packed.joined(plain) if len(names) > 1 else None
     if whole is None:
         return False
     block, part = _block_and_part(names[0])
     joined = linear(whole, dtype)
     setattr(model.get_submodule(block), _JOINED_IN[part], joined)
     ends = list(accumulate(weight.shape[0] for weight in weights))
-    for name, first, end in zip(names, [0, *ends], ends, strict=False):
-        model.set_submodule(name.removesuffix(".weight"), PartOf(joined, first, end))
+    for name, weight, first, end in zip(names, weights, [0, *ends], ends, strict=False):
+        part_of = PartOf(joined, first, end, _magnitudes(weight))
+        model.set_submodule(name.removesuffix(".weight"), part_of)
     return True
+
+
+def _magnitudes(weight: Weight) -> dict[str, Tensor] | None:
+    """What nf4 with quantised magnitudes has beside its codes."""
+    if not isinstance(weight, NF4) or not weight.nested:
+        return None
+    return {name: part for name, part in weight.tensors().items() if name != "codes"}
 
 
 def linear(weight: Weight, dtype: torch.dtype) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pixtral_cli.model.config import TextConfig
 
 PAGE = 16  # tokens: what two prompts share is found in steps of this
-LOWEST_EXPONENT, HIGHEST_EXPONENT = -118, 120
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -60, 120
 """Of the scales of 8-bit numbers; the highest is what the largest float32 needs."""
 
 

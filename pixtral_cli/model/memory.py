@@ -56,9 +56,9 @@ VECTORS = 6
 before, which its caller holds, the normed sum, and the embedded tokens."""
 ROTARY = 3
 """Vectors [D] of a token that rotate its heads: cos and sin, and the angle of each half in float32."""
-LOGIT_BYTES = 32
-"""Bytes for each logit of a row that is sampled: as computed (2) and in float32 (4); altered (4), sorted with its
-places (4 + 8), their probabilities (4) and the sums of these (4); and a mask or two."""
+LOGIT_BYTES, SORTING = 64, 16
+"""Bytes for each logit of a row that is sampled with every option: itself in float32, what its alterations, filters and
+draw make of it, and what a card's sort works in."""
 
 
 @dataclass(frozen=True)

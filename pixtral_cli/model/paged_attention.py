@@ -1,6 +1,6 @@
 """Attention over pages on a card, in Triton: q and new k, v in, mixed values out, keys and values written on the way.
 
-Three kernels. `write` puts the new tokens of prompts into the store. `prefill` lets them look back (FlashAttention-2,
+`write` puts the new tokens of prompts into the store. `prefill` lets them look back (FlashAttention-2,
 Dao 2023). `decode` does both for sequences with one new token. All read the store through the page table, and the
 lengths on the card: a launch depends on shapes alone, so a captured graph can be replayed with other lengths.
 
@@ -83,13 +83,13 @@ def _power_of_two(exponents):
 
 @triton.jit
 def _e4m3_value(codes, NATIVE: tl.constexpr):
-    """uint8 -> the float32 number that it is the e4m3 code of."""
+    """uint8 -> the number that it is the e4m3 code of, float16: all of them are."""
     if NATIVE:
-        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:  # sign, exponent and fraction in float16's places: 2^8 too small, as the exponents' offsets are 7 and 15
         wide = codes.to(tl.int16)
         half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = half.to(tl.float16, bitcast=True) * 256.0
     return value
 
 
@@ -131,8 +131,7 @@ def _as_read(x, CODES: tl.constexpr, NATIVE: tl.constexpr):
     value = x.to(tl.float32)
     if CODES:
         codes, powers = _encoded(value)
-        value = _e4m3_value(codes, NATIVE) * _power_of_two(powers)[:, None]
-        value = value.to(x.dtype).to(tl.float32)
+        value = _e4m3_value(codes, NATIVE).to(tl.float32) * _power_of_two(powers)[:, None]
     return value
 
 
@@ -147,42 +146,85 @@ def _slots(pages, tokens, seen):
 
 
 @triton.jit
+def _powers(
+    pages, tokens, end, slots, key_exponents, value_exponents, head,
+    K: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Where there are codes: the exponents of keys and of values in `slots`, which are those of the step after
+    `tokens`; and the slots of the step after that."""
+    key_powers, value_powers, ahead = 0, 0, 0
+    if CODES:
+        follow = tokens + BLOCK < end
+        key_powers = tl.load(key_exponents + slots * K + head, mask=follow, other=0)
+        value_powers = tl.load(value_exponents + slots * K + head, mask=follow, other=0)
+        ahead = _slots(pages, tokens + 2 * BLOCK, tokens + 2 * BLOCK < end)
+    return key_powers, value_powers, ahead
+
+
+@triton.jit
 def _read(
-    store, exponents, slots, seen, head, dims, dtype: tl.constexpr,
+    store, slots, seen, head, dims, dtype: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values [L, DP] of one head in `slots` [L]; zeros where not seen."""
+    """Keys or values [L, DP] of one head in `slots` [L], still to be scaled where they are codes; zeros if not seen."""
     at = store + slots[:, None] * (K * D) + head * D + dims[None, :]
     if MASKED or DP != D:  # noqa: SIM108 - Triton decides this as it compiles
         x = tl.load(at, mask=seen[:, None] & (dims < D)[None, :], other=0)
     else:
         x = tl.load(at)
     if CODES:
-        powers = tl.load(exponents + slots * K + head, mask=seen, other=0)
-        x = (_e4m3_value(x, NATIVE) * _power_of_two(powers)[:, None]).to(dtype)
+        x = _e4m3_value(x, NATIVE).to(dtype)
     return x
 
 
 @triton.jit
+def _prepared(q, scale, CODES: tl.constexpr):
+    """q [R, DP] -> what keys are multiplied with, and by what that is to be scaled, a number or [R].
+
+    Codes are exact in float16, which spares conversions; q is brought into its range by powers of two.
+    """
+    if CODES and q.dtype != tl.float32:
+        peak = tl.max(tl.abs(q.to(tl.float32)), 1).to(tl.int32, bitcast=True)
+        exponents = tl.maximum((peak >> 23) - 126, -100)
+        rows = (q.to(tl.float32) * _power_of_two(-exponents)[:, None]).to(tl.float16)
+        scales = scale * _power_of_two(exponents)
+    else:
+        rows = q
+        scales = scale
+        if CODES:
+            scales = scale + tl.zeros([q.shape[0]], tl.float32)
+    return rows, scales
+
+
+@triton.jit
 def _mix_block(
-    q, slots, loaded, seen, peak, total, mixed, scale, keys, values, key_exponents, value_exponents, head, dims,
+    q, slots, key_powers, value_powers, loaded, seen, peak, total, mixed, scale, keys, values, head, dims,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: q [R, DP] sees those of the tokens in `slots` [L] that `seen` [R or 1, L] says.
 
     peak and total [R]: the highest score until now and the sum of weights; mixed [R, DP]: the sum of weighted values.
+    The exponent of coded values is added to their scores, for it is a power of two as their weights are.
     """
-    k = _read(keys, key_exponents, slots, loaded, head, dims, q.dtype, K, D, DP, MASKED, CODES, NATIVE)
+    k = _read(keys, slots, loaded, head, dims, q.dtype, K, D, DP, MASKED, CODES, NATIVE)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if CODES:
+        scores = scores * scale[:, None] * _power_of_two(key_powers)[None, :]
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - higher[:, None])
+    if CODES:
+        lifted = scores + value_powers.to(tl.float32)[None, :]
+        higher = tl.maximum(peak, tl.max(lifted, 1))
+        weights = tl.exp2(lifted - higher[:, None])
+        summed = tl.sum(tl.exp2(scores - higher[:, None]), 1)
+    else:
+        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
+        summed = tl.sum(weights, 1)
     kept = tl.exp2(peak - higher)
-    total = total * kept + tl.sum(weights, 1)
-    v = _read(values, value_exponents, slots, loaded, head, dims, q.dtype, K, D, DP, MASKED, CODES, NATIVE)
+    v = _read(values, slots, loaded, head, dims, q.dtype, K, D, DP, MASKED, CODES, NATIVE)
     mixed = tl.dot(weights.to(q.dtype), v, mixed * kept[:, None], input_precision="ieee")
-    return higher, total, mixed
+    return higher, total * kept + summed, mixed
 
 
 # ---- write ------------------------------------------------------------------------------------------------------
@@ -226,7 +268,7 @@ def write(k: Tensor, v: Tensor, kv_cache: KVCache, layer: int, layout: Layout) -
 
 
 class Scratch(NamedTuple):
-    """What programs of `decode` leave for each other; P programs. One kernel after the other may use the same."""
+    """What programs of `decode` leave for `_join`; P programs. One layer after the other may use the same."""
 
     mixed: Tensor
     """float32 [P, 2, G, D]: weighted values of a program's first piece, and of its last"""
@@ -234,47 +276,56 @@ class Scratch(NamedTuple):
     """float32 [P, 2, G]"""
     totals: Tensor
     """float32 [P, 2, G]"""
-    arrived: Tensor
-    """int32 [B, K]: programs that have left their piece; zeros before and after each launch"""
 
 
-def scratch(
-    batch: int, heads: int, kv_heads: int, dim: int, device: torch.device, programs: int | None = None
-) -> Scratch:
-    """For one pass of `batch` decoding tokens. `programs` is for measurements."""
-    group, programs = heads // kv_heads, programs or card(device).programs
-    parts = torch.empty(programs * 2 * group * (dim + 2), dtype=torch.float32, device=device)
-    mixed, peaks, totals = parts.split([programs * 2 * group * size for size in (dim, 1, 1)])
-    return Scratch(mixed, peaks, totals, torch.zeros(batch * kv_heads, dtype=torch.int32, device=device))
+def scratch(heads: int, kv_heads: int, dim: int, device: torch.device, programs: int | None = None) -> Scratch:
+    """`programs` is for measurements."""
+    rows = (programs or card(device).programs) * 2 * (heads // kv_heads)
+    parts = torch.empty(rows * (dim + 2), dtype=torch.float32, device=device)
+    return Scratch(*parts.split([rows * dim, rows, rows]))
+
+
+@triton.jit
+def _line(
+    positions, batch, window, programs, K: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """The blocks of all sequences and key heads in one line, of which each program takes `each`.
+
+    Returns the sequences' positions and blocks [BP], where in the line their blocks end, and `each`.
+    """
+    ids = tl.arange(0, BP)
+    all_positions = tl.load(positions + ids, mask=ids < batch, other=0)
+    blocks = tl.cdiv(all_positions, BLOCK)
+    if WINDOWED:
+        blocks -= tl.maximum(all_positions + 1 - window, 0) // BLOCK
+    blocks = tl.where(ids < batch, tl.maximum(blocks, 1), 0)
+    each = tl.maximum(tl.cdiv(tl.sum(blocks, 0) * K, programs), LEAST)
+    return all_positions, blocks, tl.cumsum(blocks, 0) * K, each
 
 
 @triton.jit(do_not_specialize=["table_stride", "window", "batch"], do_not_specialize_on_alignment=WHERE)
 def _decode(
     q, k, v, out, keys, values, key_exponents, value_exponents, page_table, rows, positions,
-    part_mixed, part_peaks, part_totals, arrived, scale, window, batch, q_stride, k_stride, v_stride, table_stride,
-    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    part_mixed, part_peaks, part_totals, scale, window, batch, q_stride, k_stride, v_stride, table_stride,
+    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
     WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of all sequences and key heads stand in one line, and each program takes as many as the others.
+    """A piece of the line of blocks.
 
     A pair (sequence, key head) has its blocks in a row; who computes its first block also writes its new token and
-    begins its softmax with it. A pair that several programs share is put together by the one that comes last.
+    begins its softmax with it. Of a pair that lies in several pieces `_join` makes one.
     """
-    begin_kernel(CHAINED)
-    program = tl.program_id(0)
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     ids = tl.arange(0, BP)
-    all_positions = tl.load(positions + ids, mask=ids < batch, other=0)
-    all_blocks = tl.cdiv(all_positions, BLOCK)
-    if WINDOWED:
-        all_blocks -= tl.maximum(all_positions + 1 - window, 0) // BLOCK
-    all_blocks = tl.where(ids < batch, tl.maximum(all_blocks, 1), 0)
-    ends = tl.cumsum(all_blocks, 0) * K
-    line = tl.sum(all_blocks, 0) * K
-    each = tl.maximum(tl.cdiv(line, tl.num_programs(0)), LEAST)
-    own = program * each
+    all_positions, all_blocks, ends, each = _line(
+        positions, batch, window, tl.num_programs(0), K, BP, BLOCK, LEAST, WINDOWED
+    )
+    own = tl.program_id(0) * each
     at = own
-    stop = tl.minimum(own + each, line)
+    stop = tl.minimum(own + each, tl.sum(all_blocks, 0) * K)
     dims, group = tl.arange(0, DP), tl.arange(0, ROWS)
     one = tl.arange(0, 1)
     while at < stop:
@@ -286,95 +337,103 @@ def _decode(
         pair = begin + head * blocks  # where the pair's blocks begin in the line
         until = tl.minimum(stop, pair + blocks)
         pages = page_table + tl.load(rows + b).to(tl.int64) * table_stride
-
-        inside = (group < G)[:, None] & (dims < D)[None, :]
-        queries = tl.load(
-            q + b.to(tl.int64) * q_stride + (head * G + group)[:, None] * D + dims[None, :], mask=inside, other=0
-        )
-        begins = one + at == pair
-        inside = begins[:, None] & (dims < D)[None, :]
-        new_k = tl.load(k + b.to(tl.int64) * k_stride + head * D + dims[None, :], mask=inside, other=0)
-        new_v = tl.load(v + b.to(tl.int64) * v_stride + head * D + dims[None, :], mask=inside, other=0)
-        slot = tl.load(pages + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
-        _stored(keys, key_exponents, slot, new_k, head + one, dims, begins, K, D, CODES)
-        _stored(values, value_exponents, slot, new_v, head + one, dims, begins, K, D, CODES)
-
-        scores = tl.sum(queries.to(tl.float32) * _as_read(new_k, CODES, NATIVE), 1) * scale
-        peak = tl.where(at == pair, scores, NOTHING)
-        total = tl.where(at == pair, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
-        mixed = _as_read(new_v, CODES, NATIVE) + tl.zeros([ROWS, DP], tl.float32)
         first = 0
         if WINDOWED:
             first = tl.maximum(position + 1 - window, 0) // BLOCK
         tokens = (first + at - pair) * BLOCK + tl.arange(0, BLOCK)
         slots = _slots(pages, tokens, tokens < position)
+        key_powers, value_powers, ahead = _powers(
+            pages, tokens - BLOCK, position, slots, key_exponents, value_exponents, head, K, BLOCK, CODES
+        )
+        new_slot = tl.load(pages + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
+
+        if CHAINED:  # until now only the layout was read, which no chained kernel writes
+            tl.extra.cuda.gdc_wait()
+        inside = (group < G)[:, None] & (dims < D)[None, :]
+        queries = tl.load(
+            q + b.to(tl.int64) * q_stride + (head * G + group)[:, None] * D + dims[None, :], mask=inside, other=0
+        )
+        queries, scales = _prepared(queries, scale, CODES)
+        begins = one + at == pair
+        inside = begins[:, None] & (dims < D)[None, :]
+        new_k = tl.load(k + b.to(tl.int64) * k_stride + head * D + dims[None, :], mask=inside, other=0)
+        new_v = tl.load(v + b.to(tl.int64) * v_stride + head * D + dims[None, :], mask=inside, other=0)
+        _stored(keys, key_exponents, new_slot, new_k, head + one, dims, begins, K, D, CODES)
+        _stored(values, value_exponents, new_slot, new_v, head + one, dims, begins, K, D, CODES)
+
+        scores = tl.sum(queries.to(tl.float32) * _as_read(new_k, CODES, NATIVE), 1) * scales
+        peak = tl.where(at == pair, scores, NOTHING)
+        total = tl.where(at == pair, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
+        mixed = _as_read(new_v, CODES, NATIVE) + tl.zeros([ROWS, DP], tl.float32)
         for block in range(first + at - pair, first + until - pair):
             tokens = block * BLOCK + tl.arange(0, BLOCK)
             later = _slots(pages, tokens + BLOCK, tokens + BLOCK < position)
+            later_key_powers, later_value_powers, last = _powers(
+                pages, tokens, position, ahead, key_exponents, value_exponents, head, K, BLOCK, CODES
+            )
             seen = tokens < position
             if WINDOWED:
                 seen = seen & (tokens > position - window)
             peak, total, mixed = _mix_block(
-                queries, slots, seen, seen[None, :], peak, total, mixed, scale,
-                keys, values, key_exponents, value_exponents, head, dims, K, D, DP, True, CODES, NATIVE,
+                queries, slots, key_powers, value_powers, seen, seen[None, :], peak, total, mixed, scales,
+                keys, values, head, dims, K, D, DP, True, CODES, NATIVE,
             )  # fmt: skip
-            slots = later
+            slots, key_powers, value_powers, ahead = later, later_key_powers, later_value_powers, last
 
-        at_out = out + (b * K + head).to(tl.int64) * (G * D)
         offsets = group[:, None] * D + dims[None, :]
         inside = (group < G)[:, None] & (dims < D)[None, :]
-        from_program = pair // each
-        to_program = (pair + blocks - 1) // each
-        if from_program == to_program:
+        if pair // each == (pair + blocks - 1) // each:
+            at_out = out + (b * K + head).to(tl.int64) * (G * D)
             tl.store(at_out + offsets, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
         else:
-            piece = 2 * program + (at != own).to(tl.int32)
+            piece = 2 * tl.program_id(0) + (at != own).to(tl.int32)
             tl.store(part_mixed + piece * (G * D) + offsets, mixed, mask=inside)
             tl.store(part_peaks + piece * G + group, peak, mask=group < G)
             tl.store(part_totals + piece * G + group, total, mask=group < G)
-            tl.debug_barrier()  # all threads have stored before one says so
-            others = tl.atomic_add(arrived + b * K + head, 1, sem="acq_rel")
-            if others == to_program - from_program:
-                _join(
-                    at_out, part_mixed, part_peaks, part_totals, from_program, to_program, pair % each != 0, dims,
-                    G, GP, D, DP,
-                )  # fmt: skip
-                tl.store(arrived + b * K + head, 0)
         at = until
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "batch", "programs"], do_not_specialize_on_alignment=WHERE)
 def _join(
-    out, part_mixed, part_peaks, part_totals, from_program, to_program, begins_late, dims,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    out, part_mixed, part_peaks, part_totals, positions, window, batch, programs,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr, WINDOWED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of the programs `from_program` to `to_program` -> out [G, D]. They are each one's first, except that
-    the first program's is its last if it began late."""
-    group = tl.arange(0, GP)
-    peak = tl.full([GP], NOTHING, tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    mixed = tl.zeros([GP, DP], tl.float32)
-    for some in range(from_program, to_program + 1, 8):
-        programs = some + tl.arange(0, 8)
-        pieces = 2 * programs + ((programs == from_program) & begins_late).to(tl.int32)
-        there = (programs <= to_program)[:, None] & (group < G)[None, :]
-        at = pieces[:, None] * G + group[None, :]
-        peaks = tl.load(part_peaks + at, mask=there, other=NOTHING, cache_modifier=".cg")
-        totals = tl.load(part_totals + at, mask=there, other=0.0, cache_modifier=".cg")
-        parts = tl.load(
-            part_mixed + at[:, :, None] * D + dims[None, None, :],
-            mask=there[:, :, None] & (dims < D)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        higher = tl.maximum(peak, tl.max(peaks, 0))
-        weights = tl.exp2(peaks - higher[None, :])
-        kept = tl.exp2(peak - higher)
-        total = total * kept + tl.sum(totals * weights, 0)
-        mixed = mixed * kept[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        peak = higher
-    total = tl.where(group < G, total, 1.0)
-    inside = (group < G)[:, None] & (dims < D)[None, :]
-    at = out + group[:, None] * D + dims[None, :]
-    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    """One program a sequence and query head: puts the pieces of a pair together, where it lies in several."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+    b, query_head = tl.program_id(0), tl.program_id(1)
+    _, all_blocks, ends, each = _line(positions, batch, window, programs, K, BP, BLOCK, LEAST, WINDOWED)
+    ids = tl.arange(0, BP)
+    blocks = tl.sum(tl.where(ids == b, all_blocks, 0), 0)
+    pair = tl.sum(tl.where(ids == b, ends, 0), 0) - blocks * (K - query_head // G)
+    from_program = pair // each
+    to_program = (pair + blocks - 1) // each
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+    if from_program < to_program:
+        dims = tl.arange(0, DP)
+        peak = tl.full([1], NOTHING, tl.float32)
+        total = tl.zeros([1], tl.float32)
+        mixed = tl.zeros([DP], tl.float32)
+        for some in range(from_program, to_program + 1, 32):
+            program = some + tl.arange(0, 32)
+            there = program <= to_program
+            last = (program == from_program) & (pair % each != 0)  # the pair began within that program's piece
+            at = (2 * program + last.to(tl.int32)) * G + query_head % G
+            peaks = tl.load(part_peaks + at, mask=there, other=NOTHING)
+            totals = tl.load(part_totals + at, mask=there, other=0.0)
+            parts = tl.load(
+                part_mixed + at[:, None] * D + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0
+            )
+            higher = tl.maximum(peak, tl.max(peaks, 0))
+            weights = tl.exp2(peaks - higher)
+            kept = tl.exp2(peak - higher)
+            total = total * kept + tl.sum(totals * weights, 0)
+            mixed = mixed * kept + tl.sum(parts * weights[:, None], 0)
+            peak = higher
+        at = out + (b * K * G + query_head).to(tl.int64) * D + dims
+        tl.store(at, (mixed / total).to(out.dtype.element_ty), mask=dims < D)
 
 
 def decode_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
@@ -395,15 +454,20 @@ def decode(
     kv_heads, (_, shared, native) = k.shape[1], card(q.device)
     group, store = heads // kv_heads, kv_cache.layer(layer)
     rows, keys, warps, stages = blocks or decode_blocks(q.dtype, dim, shared)
-    chained = chains(q.device)
-    _decode[(len(scratch.peaks) // (2 * group),)](
+    programs, chained = len(scratch.peaks) // (2 * group), chains(q.device)
+    line = {
+        "K": kv_heads, "G": group, "D": dim, "DP": _power(dim), "BP": max(64, triton.next_power_of_2(batch)),
+        "BLOCK": keys, "LEAST": LEAST_BLOCKS, "WINDOWED": window is not None, "CHAINED": chained,
+    }  # fmt: skip
+    _decode[(programs,)](
         q, k, v, out, *store, layout.page_table, layout.rows, layout.positions, *scratch,
         LOG2_E / dim**0.5, window or 0, batch, q.stride(0), k.stride(0), v.stride(0), layout.page_table.stride(0),
-        K=kv_heads, G=group, ROWS=max(rows, _power(group)), GP=triton.next_power_of_2(group), D=dim, DP=_power(dim),
-        BP=max(64, triton.next_power_of_2(batch)), BLOCK=keys, LEAST=LEAST_BLOCKS,
-        WINDOWED=window is not None, CODES=store.key_exponents is not None, NATIVE=native, CHAINED=chained,
+        ROWS=max(rows, _power(group)), CODES=store.key_exponents is not None, NATIVE=native, **line,
         num_warps=warps, num_stages=stages, launch_pdl=chained,
     )  # fmt: skip
+    _join[(batch, heads)](
+        out, *scratch, layout.positions, window or 0, batch, programs, **line, num_warps=4, launch_pdl=chained
+    )
 
 
 # ---- prefill ----------------------------------------------------------------------------------------------------
@@ -419,17 +483,23 @@ def _look_back(
     """The running softmax over the tokens from `begin` up to `stop`, in blocks; none from `end` on exists."""
     tokens = begin + tl.arange(0, BLOCK)
     slots = _slots(pages, tokens, tokens < end)
+    key_powers, value_powers, ahead = _powers(
+        pages, tokens - BLOCK, end, slots, key_exponents, value_exponents, head, K, BLOCK, CODES
+    )
     for at in range(begin, stop, BLOCK):
         tokens = at + tl.arange(0, BLOCK)
         later = _slots(pages, tokens + BLOCK, tokens + BLOCK < end)
+        later_key_powers, later_value_powers, last = _powers(
+            pages, tokens, end, ahead, key_exponents, value_exponents, head, K, BLOCK, CODES
+        )
         seen = tokens[None, :] <= positions[:, None]
         if WINDOWED:
             seen = seen & (tokens[None, :] > positions[:, None] - window)
         peak, total, mixed = _mix_block(
-            q, slots, tokens < end, seen, peak, total, mixed, scale,
-            keys, values, key_exponents, value_exponents, head, dims, K, D, DP, MASKED, CODES, NATIVE,
+            q, slots, key_powers, value_powers, tokens < end, seen, peak, total, mixed, scale,
+            keys, values, head, dims, K, D, DP, MASKED, CODES, NATIVE,
         )  # fmt: skip
-        slots = later
+        slots, key_powers, value_powers, ahead = later, later_key_powers, later_value_powers, last
     return peak, total, mixed
 
 
@@ -471,6 +541,7 @@ def _prefill(
         inside = (own_rows < new)[:, None] & (dims < D)[None, :]
         token_ids = (start + tokens).to(tl.int64)
         queries = tl.load(q + token_ids[:, None] * q_stride + heads[:, None] * D + dims[None, :], mask=inside, other=0)
+        queries, scales = _prepared(queries, scale, CODES)
         peak = tl.full([ROWS], NOTHING, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, DP], tl.float32)
@@ -481,16 +552,16 @@ def _prefill(
             first = tl.maximum(lowest + 1 - window, 0) // BLOCK * BLOCK
             whole = tl.cdiv(tl.maximum(highest + 1 - window, 0), BLOCK) * BLOCK
             peak, total, mixed = _look_back(
-                queries, pages, first, whole, end, positions, window, peak, total, mixed, scale,
+                queries, pages, first, whole, end, positions, window, peak, total, mixed, scales,
                 keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, True, True, CODES, NATIVE,
             )  # fmt: skip
             partly = tl.maximum(whole, partly)
         peak, total, mixed = _look_back(
-            queries, pages, whole, partly, end, positions, window, peak, total, mixed, scale,
+            queries, pages, whole, partly, end, positions, window, peak, total, mixed, scales,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, False, WINDOWED, CODES, NATIVE,
         )  # fmt: skip
         peak, total, mixed = _look_back(
-            queries, pages, partly, end, end, positions, window, peak, total, mixed, scale,
+            queries, pages, partly, end, end, positions, window, peak, total, mixed, scales,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, True, WINDOWED, CODES, NATIVE,
         )  # fmt: skip
         at = out + token_ids[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
@@ -500,7 +571,7 @@ def _prefill(
 def prefill_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
     if dtype == torch.float32:
         return Blocks(32, 32, 8, 1)
-    return _fitting(Blocks(128, 64, 8, 2), dtype, dim, shared)
+    return _fitting(Blocks(128, 64, 8, 3), dtype, dim, shared)
 
 
 def prefill(

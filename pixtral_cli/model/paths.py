@@ -26,11 +26,19 @@ def notes(device: torch.device, encodings: Collection[str] = ()) -> list[str]:
         return []
     found = []
     if not triton_support.available(device):
-        found.append(f"Triton does not work here, so plain torch serves, more slowly: {triton_support.why_not()}.")
+        found.append(
+            f"Triton does not work here, so plain torch serves, more slowly: {_first_line(triton_support.why_not())}."
+        )
     packed = [encoding for encoding in card_bits.UNIT_BYTES if encoding in encodings]
     if why := next(filter(None, (cuda_packed.why_not(encoding, device) for encoding in packed)), None):
-        found.append(f"The kernels for packed weights do not work here, so {', '.join(packed)} is slow: {why}.")
+        found.append(
+            f"The kernels for packed weights do not work here, so {', '.join(packed)} is slow: {_first_line(why)}."
+        )
     return found
+
+
+def _first_line(reason: str | None) -> str:
+    return (reason or "nobody says why").strip().splitlines()[0].rstrip(".")
 
 
 def notes_of_this_machine() -> list[str]:

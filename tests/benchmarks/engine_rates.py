@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Event, Failure, Request
@@ -38,9 +38,9 @@ def run(engine: Engine) -> Iterator[Event]:
         yield from step(engine)
 
 
-def decode_rates(engine: Engine, prompts: list[tuple[int, ...]], rounds: int) -> list[float]:
-    """Tokens a second of each round, while all of the prompts are being answered."""
-    ids = [engine.submit(Request(prompt, engine.max_length - len(prompt))) for prompt in prompts]
+def decode_rates(engine: Engine, requests: Sequence[Request], rounds: int) -> list[float]:
+    """Tokens a second of each round, while all of the requests are being answered; none of them may end."""
+    ids = [engine.submit(request) for request in requests]
     try:
         begun: set[int] = set()
         while len(begun) < len(ids):

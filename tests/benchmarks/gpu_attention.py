@@ -47,15 +47,12 @@ PREFILL = {  # new tokens after cached ones of each sequence, window
     "64 of 40 after 500": ([40] * 64, [500] * 64, None),
     "4096, window 1024": ([4096], [0], 1024),
 }
-DECODE_SWEEP = [  # keys, warps, stages, programs a processor; the kernel's own choice comes before
-    (64, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 4, 2, 3), (64, 8, 3, 2), (128, 8, 2, 2), (128, 8, 3, 1),
-    (32, 4, 4, 3), (32, 4, 6, 2), (32, 2, 4, 4),
+DECODE_SWEEP = [  # keys, warps, stages, programs a processor, blocks worth a program; the kernel's own comes before
+    (64, 4, 3, 2, 1), (64, 4, 3, 2, 4), (64, 4, 4, 2, 2), (64, 8, 3, 2, 2), (128, 4, 2, 2, 1), (32, 2, 4, 4, 4),
 ]  # fmt: skip
-PREFILL_SWEEP = [
-    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3),
-]  # fmt: skip
-CODED_DECODE_SWEEP = [(64, 8, 3, 2), (128, 8, 3, 2), (32, 4, 4, 2)]
-CODED_PREFILL_SWEEP = [(128, 128, 8, 3), (64, 64, 4, 3)]
+PREFILL_SWEEP = [(128, 64, 8, 4), (64, 64, 4, 3), (64, 32, 4, 4), (128, 128, 8, 3)]
+CODED_DECODE_SWEEP = [(128, 4, 3, 2, 1), (64, 2, 3, 4, 2)]
+CODED_PREFILL_SWEEP = [(64, 64, 4, 3), (128, 64, 8, 2)]
 
 
 def config(layers: int = LAYERS, window: int | None = None) -> TextConfig:
@@ -210,20 +207,21 @@ def copy_rate(device: torch.device) -> float:
 
 
 def time_decode(kv_cache: KVCache, of: TextConfig, batch: int, length: int, pool: int, device, variant) -> float:
-    keys, warps, stages, per_processor = variant
+    keys, warps, stages, per_processor, least = variant
     pages = strewn([length] * batch, pool)
     where = layout(pages, [1] * batch, [length - 1] * batch, batch, device)
     q, k, v = random_qkv(batch, kv_cache.dtype, device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     processors = paged_attention.card(device).programs // paged_attention.PROGRAMS_PER_PROCESSOR
-    scratch = paged_attention.scratch(batch, HEADS, KV_HEADS, DIM, device, max(processors, 1) * per_processor)
+    scratch = paged_attention.scratch(HEADS, KV_HEADS, DIM, device, max(processors, 1) * per_processor)
 
     def run() -> Tensor:
         for layer in range(of.num_layers):
             paged_attention.decode(q, k, v, out, kv_cache, layer, where, None, scratch, Blocks(16, keys, warps, stages))
         return out
 
-    return microseconds(run, of.num_layers, device)
+    with patch.object(paged_attention, "LEAST_BLOCKS", least):
+        return microseconds(run, of.num_layers, device)
 
 
 def time_prefill(kv_cache: KVCache, new, before, window, pool: int, device, blocks: tuple) -> float:
@@ -310,7 +308,7 @@ def measure_decode(report: Report, device: torch.device, codes: str, sweep: list
     kv_cache = filled(of, torch.bfloat16 if device.type == "cuda" else torch.float32, device, pool, codes)
     token = KV_HEADS * 2 * (DIM + 1 if codes == "fp8" else 2 * DIM)
     rows = report.found.setdefault(f"decode {codes}", {})
-    report.line(f"decode {codes}: us a layer; columns are keys/warps/stages/programs")
+    report.line(f"decode {codes}: us a layer; columns are keys/warps/stages/programs/least")
     report.line(
         f"{'':14}"
         + "".join(f"{'/'.join(map(str, each)):>11}" for each in sweep)
@@ -355,7 +353,7 @@ def measure_prefill(report: Report, device: torch.device, codes: str, sweep: lis
 def measure_sdpa(report: Report, device: torch.device) -> None:
     rows = report.found.setdefault("sdpa", {})
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        for batch, tokens in ((1, 4096), (1, 512), (8, 512)):
+        for batch, tokens in ((1, 4096), (8, 512)):
             name = f"{backend.name.split('_')[0].lower()} {batch} of {tokens}"
             found = report.tried(time_sdpa, batch, tokens, backend, device)
             if found:
@@ -394,7 +392,7 @@ def main() -> int:
         report.line(f"{name}, torch {torch.__version__}: copy {copy / 1e12:.2f} TB/s")
         shared = paged_attention.card(device).shared
         own = paged_attention.decode_blocks(torch.bfloat16, DIM, shared)
-        own_decode = (*own[1:], paged_attention.PROGRAMS_PER_PROCESSOR)
+        own_decode = (*own[1:], paged_attention.PROGRAMS_PER_PROCESSOR, paged_attention.LEAST_BLOCKS)
         own_prefill = tuple(paged_attention.prefill_blocks(torch.bfloat16, DIM, shared))
         for codes, decode_sweep, prefill_sweep in (
             ("auto", DECODE_SWEEP, PREFILL_SWEEP),

@@ -298,8 +298,9 @@ def loads(folder: Path, device: torch.device, encoding: str | None) -> None:
         model = load(opened, config, placement, device)
         wait(device)
         took = time.perf_counter() - begun
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    row(f"model.load, {encoding or 'bfloat16'}", seconds=took, nbytes=total, parameters_MiB=held // MIB, **peak)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    del model
+    row(f"model.load, {encoding or 'bfloat16'}", seconds=took, nbytes=total, allocated_MiB=held // MIB, **peak)
 
 
 def planned(folder: Path, device: torch.device) -> None:

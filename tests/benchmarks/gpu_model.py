@@ -35,13 +35,21 @@ from measured import Table, today
 from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_model
 
 from pixtral_cli.engine.engine import Engine
-from pixtral_cli.engine.request import ImageInput, Request
+from pixtral_cli.engine.request import ImageInput, Request, Sampling
+from pixtral_cli.model import free_memory, memory, paths
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
+from pixtral_cli.model.memory import Work
 
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
 PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
 IMAGE, BREAK = 10, 12
+GREEDY = Sampling()
+SAMPLED = {
+    "decode, drawn": Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01),
+    "decode, penalised": Sampling(repetition_penalty=1.1, frequency_penalty=0.2),
+}
+"""Beside greedy choices: what they cost is a part of the greedy rate."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +137,14 @@ class Loaded:
     def __init__(self, bench: Bench, encoding: str, **engine: object) -> None:
         sizes, begun = bench.sizes, time.monotonic()
         self.bench, self.encoding = bench, encoding
+        if bench.on_card:
+            torch.cuda.reset_peak_memory_stats()
         self.checkpoint = RandomCheckpoint(bench.config, encoding, bench.device)
         self.model = random_model(self.checkpoint, bench.config)
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
         self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
+        for note in paths.notes(bench.device, [encoding]):
+            bench.table.leave_out(f"a fast path of {encoding}", note)
         bench.wait()
         taken = torch.cuda.memory_allocated() / 1e9 if bench.on_card else 0.0
         print(
@@ -140,6 +152,27 @@ class Loaded:
             f"token; {taken:.1f} GB of the card are taken]",
             flush=True,
         )
+        work = Work(sizes.batch, self.engine.max_length, 0, str(engine.get("kv_cache_dtype", "auto")))
+        plan = memory.plan(self.checkpoint.tensors, self.checkpoint.placement, bench.config, "gpu", work)
+        self.planned = plan.taken(self.engine.table.count * PAGE)
+
+    def tell_memory(self) -> None:
+        """What torch has taken of the card at most, beside what was planned for it."""
+        if self.bench.on_card:
+            most, room = free_memory.taken_bytes(self.bench.device), self.engine.table.count * PAGE
+            print(f"  [{self.encoding}: {most / 1e9:.2f} GB were taken at most, {self.planned / 1e9:.2f} planned]")
+            error, asked = abs(most / self.planned - 1), (0.10, "within 10%")
+            table = self.bench.table
+            table.add(
+                "memory, from its plan",
+                self.encoding,
+                room,
+                self.engine.scheduler.max_batch_size,
+                [error],
+                "error",
+                None,
+                asked,
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -166,6 +199,7 @@ def loaded(bench: Bench, encoding: str, **engine: object) -> Iterator[Loaded]:
     one = Loaded(bench, encoding, **engine)
     try:
         yield one
+        one.tell_memory()
     finally:
         one.__dict__.clear()
         del one
@@ -176,10 +210,11 @@ def text(length: int) -> tuple[int, ...]:
     return engine_rates.text(length, SPOKEN)
 
 
-def decode_rates(one: Loaded, batch: int, context: int) -> list[float]:
+def decode_rates(one: Loaded, batch: int, context: int, sampling: Sampling = GREEDY) -> list[float]:
     """Tokens a second of each round, while `batch` requests decode after `context` tokens."""
-    prompts = [text(context) for _ in range(batch)]
-    return engine_rates.decode_rates(one.engine, prompts, one.bench.sizes.rounds)
+    most = one.engine.max_length - context
+    requests = [Request(text(context), most, sampling=sampling) for _ in range(batch)]
+    return engine_rates.decode_rates(one.engine, requests, one.bench.sizes.rounds)
 
 
 def first_tokens(one: Loaded, make: Callable[[], Request]) -> list[float]:
@@ -205,6 +240,14 @@ def decode(one: Loaded) -> None:
         (1, sizes.long, 0.65),
     ):
         bench.measure(f"decode {one.encoding}, {batch} x {context}", partial(row, batch, context, share))
+
+    def sampled(kind: str) -> None:
+        batch, context = sizes.batch, sizes.shared
+        greedy = table.found("decode", one.encoding, context, batch)
+        table.add(kind, one.encoding, context, batch, decode_rates(one, batch, context, SAMPLED[kind]), limit=greedy)
+
+    for kind in SAMPLED:
+        bench.measure(kind, partial(sampled, kind))
 
 
 def prefill(one: Loaded) -> None:

@@ -15,15 +15,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -31,13 +30,15 @@ from random_models import RandomCheckpoint, config_of, random_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pixtral_cli.model import fused, fused_triton, vision
+from pixtral_cli.model import fused, fused_triton, vision, vision_triton
 from pixtral_cli.model.kernels import gemv_triton
-from pixtral_cli.model.kernels.gemv_triton import Tile
+from pixtral_cli.model.kernels.gemv_triton import Share, Tile
 from pixtral_cli.model.layers import cos_sin
+from pixtral_cli.model.vision_triton import Blocks
 
 SHAPES = {
     "qkv": (6144, 5120),
@@ -114,24 +115,51 @@ class Bench:
     def chained(self, chained: bool) -> Iterator[None]:
         """Kernels begin before those before them have ended, or not."""
         with (
-            mock.patch.object(fused_triton, "chains", return_value=chained and not self.dry),
-            mock.patch.object(gemv_triton, "chains", return_value=chained and not self.dry),
+            replaced(fused_triton, "chains", lambda device: chained and not self.dry),
+            replaced(gemv_triton, "chains", lambda device: chained and not self.dry),
+            replaced(vision_triton, "chains", lambda device: chained and not self.dry),
         ):
             yield
+
+
+@contextmanager
+def replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    """As mock.patch, which keeps what its functions are called with: the card would fill up."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def plainly() -> Any:
+    """Within it the operations are plain torch's."""
+    return replaced(fused, "_on_card", lambda x: False)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-Variant = tuple[str, Tile]
+def at_once(calls: Iterable[Callable[[], object]]) -> None:
+    """Compile what is called in several threads; what fails will fail again."""
+
+    def tried(call: Callable[[], object]) -> None:
+        with suppress(Exception):
+            call()
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(tried, calls))
+
+
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def right(variants: dict[Variant, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Variant, Product]:
+def right(variants: dict[Any, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Any, Product]:
     """Those that compile, several at a time, and give what torch gives."""
 
-    def wrong(variant: Variant) -> str | None:
+    def wrong(variant: Any) -> str | None:
         try:
             off = error(variants[variant](x, weight), wanted)
         except Exception as failure:  # noqa: BLE001  the others are worth having
@@ -139,6 +167,8 @@ def right(variants: dict[Variant, Product], x: Tensor, weight: Tensor, dry: bool
         return None if off < 1e-2 else f"wrong by {off:.1%}"
 
     wanted = linear(x, weight)
+    if not variants:
+        return {}
     first, *others = variants
     with ThreadPoolExecutor(1 if dry else 12) as threads:
         reasons = [wrong(first), *threads.map(wrong, others)]
@@ -149,28 +179,23 @@ def right(variants: dict[Variant, Product], x: Tensor, weight: Tensor, dry: bool
 
 
 def tiles(rows: int, dry: bool) -> list[Tile]:
-    """To be tried for `rows` rows of x: so many numbers for each thread that all sums stay in registers."""
+    """To be tried for `rows` rows of x."""
     if dry:
-        return [Tile(2, 64, 4), Tile(4, 32, 4, 3)]
-    if rows > 1:
-        shapes = ((1, 1024, 4), (2, 512, 4), (2, 1024, 8), (4, 512, 8), (4, 256, 4))
-        return [Tile(*shape, stages) for shape, stages in product(shapes, (1, 3))]
+        return [Tile(2, 64, 4, 3), Tile(4, 32, 4, 3)]
     shapes = (
-        (1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 512, 2), (2, 1024, 2), (2, 1024, 4), (2, 2048, 4), (2, 2048, 8),
-        (4, 256, 2), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (4, 2048, 8), (8, 512, 4), (8, 512, 8), (8, 1024, 8),
-    )  # fmt: skip
-    return [Tile(*shape, stages) for shape, stages in product(shapes, (1, 3))] + [
-        Tile(*shape, 5) for shape in ((2, 1024, 4), (4, 512, 4), (4, 1024, 8))
-    ]
+        ((1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 512, 2), (2, 1024, 2), (2, 1024, 4), (4, 256, 2), (4, 1024, 4))
+        if rows == 1
+        else ((1, 1024, 4), (2, 256, 2), (2, 512, 4), (4, 256, 4), (4, 512, 8))
+    )
+    return [Tile(*shape, stages) for shape, stages in product(shapes, (2, 3, 4, 5, 6))]
 
 
-def dot_tiles(dry: bool) -> list[Tile]:
-    if dry:
-        return []  # the interpreter multiplies bfloat16 wrong
-    return [
-        Tile(16, 256, 2, 4), Tile(16, 256, 4, 5), Tile(16, 512, 4, 3), Tile(32, 128, 4, 5), Tile(32, 256, 4, 4),
-        Tile(32, 256, 8, 4), Tile(64, 64, 4, 6), Tile(64, 128, 4, 4), Tile(64, 256, 8, 3),
-    ]  # fmt: skip
+def shares(rows: int, dry: bool) -> list[Share]:
+    """To be tried for `rows` rows of x by matrix units."""
+    if dry or rows < 4:
+        return []
+    shapes = [(64, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (64, 256, 4, 3) if rows <= 16 else (128, 128, 8, 3)]
+    return [Share(*shape, splits) for shape, splits in product(shapes, (1, 2, 3, 4, 6))]
 
 
 Best = dict[tuple[str, int], Product]
@@ -179,53 +204,42 @@ Best = dict[tuple[str, int], Product]
 def gemv(bench: Bench) -> Best:
     """Every tile for every matrix and number of rows -> the fastest product of each."""
     best: Best = {}
-    variants: dict[int, dict[Variant, Product]] = {
-        rows: {
-            **{("sum", tile): partial(gemv_triton.products, tile=tile) for tile in tiles(rows, bench.dry)},
-            **(
-                {("dot", tile): partial(gemv_triton.dots, tile=tile) for tile in dot_tiles(bench.dry)}
-                if rows > 1
-                else {}
-            ),
-        }
-        for rows in (1, 2, 4, 8)
+    variants: dict[int, dict[Any, Product]] = {
+        rows: {tile: partial(gemv_triton.products, tile=tile) for tile in tiles(rows, bench.dry)} for rows in (1, 2)
     }
+    arrived = torch.zeros(4096, dtype=torch.int32, device=bench.device)
+    for rows in (4, 8, 16, 32, 64):
+        variants[rows] = {
+            share: partial(gemv_triton.shared_products, arrived=arrived, share=share)
+            for share in shares(rows, bench.dry)
+        }
     begun = time.perf_counter()
     small = bench.random(*bench.shapes["o"], scale=0.02)
     with bench.chained(False):
         for rows, each in variants.items():
             variants[rows] = right(each, bench.random(rows, small.shape[1]), small, bench.dry)
     print(f"{sum(map(len, variants.values()))} kernels compiled and right in {time.perf_counter() - begun:.0f} s")
-    print("\nmatrix    rows   cuBLAS us (TB/s)   now us (TB/s)   best sums   best dots   the best chained")
+    print("\nmatrix    rows   cuBLAS us (TB/s)   now us (TB/s)   the best tiles, chained")
     results = bench.found["gemv"] = {}
     for name, shape in bench.shapes.items():
         weights = bench.copies(shape)
-        default = partial(gemv_triton.products, tile=gemv_triton.tile_of(*shape))
-        for rows, each in variants.items():
-            x = bench.random(rows, shape[1])
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+            x, each = bench.random(rows, shape[1]), variants.get(rows, {})
 
-            def us(call: Product, chained: bool = False) -> float:
-                with bench.chained(chained):
+            def us(call: Product) -> float:
+                with bench.chained(True):
                     return bench.in_graph([partial(call, x, weight) for weight in weights], 2)  # noqa: B023
 
             def shown(us: float) -> str:
                 return f"{us:7.1f} ({2 * shape[0] * shape[1] / us / 1e6:.2f})"  # noqa: B023
 
-            times = sorted((us(call), kind, tile) for (kind, tile), call in each.items())
-            first = {kind: next((t for t in times if t[1] == kind), None) for kind in ("sum", "dot")}
-            cublas, now = us(linear), us(default) if rows == 1 else 0.0
-            fastest = times[: 3 if rows == 1 else 1]
-            chained = sorted((us(each[kind, tile], True), kind, tile) for _, kind, tile in fastest)
-            best[name, rows] = each[chained[0][1:]]
-            tell = [f"{shown(t[0])} {tuple(t[2])}" for t in (first["sum"], first["dot"], chained[0]) if t]
-            print(f"{name:8s} {rows:5d} {shown(cublas)} {shown(now) if now else '':14s}  {'  '.join(tell)}", flush=True)
-            results[f"{name} {rows}"] = {
-                "cublas": cublas,
-                "now": now,
-                "times": [(round(t, 2), kind, *tile) for t, kind, tile in times[:12]],
-                "slowest": round(times[-1][0], 2),
-                "chained": [(round(t, 2), kind, *tile) for t, kind, tile in chained],
-            }
+            times = sorted((round(us(call), 2), tile) for tile, call in each.items())
+            cublas, now = us(linear), us(gemv_triton.products) if rows <= 2 else 0.0
+            if times:
+                best[name, rows] = each[times[0][1]]
+            tell = [f"{shown(t)} {tuple(tile)}" for t, tile in times[:3]]
+            print(f"{name:8s} {rows:5d} {shown(cublas)} {shown(now) if now else ''}  {'  '.join(tell)}", flush=True)
+            results[f"{name} {rows}"] = {"cublas": cublas, "now": now, "times": [(t, *tile) for t, tile in times]}
     return best
 
 
@@ -238,11 +252,8 @@ def chain(bench: Bench, best: Best) -> None:
     norm = nn.RMSNorm(width, eps=1e-5, device=bench.device, dtype=torch.bfloat16).requires_grad_(False)
     results = bench.found["layer"] = {}
 
-    def default(name: str) -> Product:
-        return partial(gemv_triton.products, tile=gemv_triton.tile_of(*bench.shapes[name]))
-
     print(f"\na layer without its attention, {nbytes / 1e6:.0f} MB: us (TB/s)")
-    for rows in (1, 2, 4, 8):
+    for rows in (1, 2, 4, 8, 64):
         x = bench.random(rows, width)
         mixed = bench.random(rows, bench.shapes["o"][1])
 
@@ -259,10 +270,10 @@ def chain(bench: Bench, best: Best) -> None:
             "cuBLAS, fused": (lambda name: linear, Fused, False),
             "cuBLAS, fused, chained": (lambda name: linear, Fused, True),
         }
-        if rows == 1:
-            variants["now"] = (default, Fused, False)
-            variants["now, chained"] = (default, Fused, True)
-        if best:
+        if rows <= 2:
+            variants["now"] = (lambda name: gemv_triton.products, Fused, False)
+            variants["now, chained"] = (lambda name: gemv_triton.products, Fused, True)
+        if (rows <= 2 or not bench.dry) and best:
             variants["best"] = (lambda name: best[name, rows], Fused, False)  # noqa: B023
             variants["best, chained"] = (lambda name: best[name, rows], Fused, True)  # noqa: B023
         wanted, tell = None, []
@@ -282,17 +293,17 @@ class Plain:
 
     @staticmethod
     def add_norm(x: Tensor, delta: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
-        with mock.patch.object(fused, "_on_card", return_value=False):
+        with plainly():
             return fused.add_norm(x, delta, norm)
 
     @staticmethod
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        with mock.patch.object(fused, "_on_card", return_value=False):
+        with plainly():
             return fused.rotate(q, k, cos, sin)
 
     @staticmethod
     def silu_mul(gate_up: Tensor) -> Tensor:
-        with mock.patch.object(fused, "_on_card", return_value=False):
+        with plainly():
             return fused.silu_mul(gate_up)
 
 
@@ -350,34 +361,50 @@ def fused_operations(bench: Bench) -> None:
             print(f"             add_norm by warps: {found}")
 
 
+BLOCKS = [
+    Blocks(*each)
+    for each in (
+        (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
+        (128, 128, 8, 3), (128, 128, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2),
+        (64, 128, 4, 3), (256, 64, 8, 2), (256, 64, 8, 3), (128, 256, 8, 2),
+    )
+]  # fmt: skip
+
+
 def attention(bench: Bench) -> None:
-    """The tower's, within images of 4096 patches, by every backend; and what a size takes that is new to it."""
+    """The tower's, within images of 4096 patches: torch's by every backend, and ours by its blocks."""
     heads, length, dim = (2, 16, 16) if bench.dry else (16, 4096, 64)
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-    backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
     results = bench.found["attention"] = {}
     for images in (1, 4):
+        flops = 4 * images * heads * length**2 * dim
         qkv = bench.random(images, length, 3 * heads, dim)
         q, k, v = (part.transpose(1, 2) for part in qkv.split(heads, 2))
-        wanted = scaled_dot_product_attention(q.float(), k.float(), v.float()) if bench.dry else None
+        flat = qkv.flatten(0, 1).split(heads, 1)
+        starts = torch.arange(0, images * length + 1, length, dtype=torch.int32, device=bench.device)
+        if images == 1 and not bench.dry:
+            at_once(partial(vision_triton.attend_within, *flat, starts, length, blocks) for blocks in BLOCKS)
+        wanted, tell = scaled_dot_product_attention(q, k, v), []
         for name, backend in backends.items():
             try:
                 with sdpa_kernel(backend):
-                    begun = time.perf_counter()
-                    found = scaled_dot_product_attention(q, k, v)
-                    if not bench.dry:
-                        torch.cuda.synchronize()
-                    first = time.perf_counter() - begun
-                    wanted = found if wanted is None else wanted
-                    assert error(found, wanted) < 2e-2, name
                     us = bench.timed(partial(scaled_dot_product_attention, q, k, v), 3)
-            except RuntimeError as failure:
-                print(f"attention, {name}: {str(failure).splitlines()[0]}")
+            except RuntimeError:
                 continue
-            rate = 4 * images * heads * length**2 * dim / us / 1e6
-            copied = not found.transpose(1, 2).is_contiguous()
-            results[f"{name} {images}"] = {"us": us, "TF/s": rate, "first ms": first * 1e3, "to be copied": copied}
-            print(f"attention, {images} images, {name}: {us:.0f} us, {rate:.0f} TF/s, first {first * 1e3:.0f} ms")
+            results[f"{name} {images}"] = us
+            tell.append(f"{name} {flops / us / 1e6:.0f}")
+        for blocks in BLOCKS[:1] if bench.dry else BLOCKS:
+            call = partial(vision_triton.attend_within, *flat, starts, length, blocks)
+            try:
+                found = call().unflatten(0, (images, length)).transpose(1, 2)
+                assert error(found, wanted) < 2e-2, error(found, wanted)
+                us = bench.timed(call, 3)
+            except Exception as failure:  # noqa: BLE001  the others are worth having
+                tell.append(f"{tuple(blocks)} {type(failure).__name__}")
+                continue
+            results[f"{tuple(blocks)} {images}"] = us
+            tell.append(f"{tuple(blocks)} {flops / us / 1e6:.0f}")
+        print(f"attention, {images} images, TF/s: " + "; ".join(tell), flush=True)
 
 
 def picture_flops(config: Any, patches: int) -> int:
@@ -400,7 +427,7 @@ def tower(bench: Bench) -> None:
     model = random_model(RandomCheckpoint(config, "bfloat16", bench.device), config)
     assert isinstance(model, vision.PixtralModel)
     small = torch.randn(3, 128, 96)
-    with mock.patch.object(fused, "_on_card", return_value=False):
+    with plainly():
         plain = model.encode_image(small)
     found = model.encode_images([small, small])
     assert max(error(each, plain) for each in found) < 2e-2
@@ -416,28 +443,57 @@ def tower(bench: Bench) -> None:
         part = flops / us / 1e6 / bench.found["matmul TF/s"]
         print(f"tower, {label}: {us / 1e3:.2f} ms a picture, {flops / us / 1e6:.0f} TF/s, {part:.0%}", flush=True)
 
-    for limit in (4096, 8192, 16384, 32768):
-        with mock.patch.object(vision, "PATCHES_AT_ONCE", limit):
-            before = 0 if bench.dry else torch.cuda.memory_allocated()
-            if not bench.dry:
-                torch.cuda.reset_peak_memory_stats()
-            tell(f"8 pictures, {limit} patches at once", there)
-            if not bench.dry:
-                peak = torch.cuda.max_memory_allocated() - before
-                results[f"8 pictures, {limit} patches at once"]["bytes a patch"] = peak / min(limit, 32768)
-                print(f"    peak {peak / 2**20:.0f} MiB, {peak / min(limit, 32768) / 1024:.1f} KiB a patch")
-    tell("8 pictures from the computer's memory", here)
     tell("1 picture", there[:1])
-    for name, backend in {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}.items():
-        try:
-            with mock.patch.object(vision, "BACKENDS", [backend, SDPBackend.MATH]):
-                tell(f"8 pictures, attention by {name}", there)
-        except RuntimeError as failure:
-            print(f"tower with {name}: {str(failure).splitlines()[0]}")
-    with mock.patch.object(vision, "AttendWithinImages", return_value=lambda layer, q, k, v: q.contiguous()):
+    tell("8 pictures", there)
+    tell("8 pictures from the computer's memory", here)
+    few = [torch.randn(3, 256, 256, device=bench.device) for _ in range(8)]
+    tell("1 of 256 x 256 (its work counted as if it were large)", few[:1])
+    tell("8 of 256 x 256 (the same)", few)
+    host(bench, results, lambda: model.encode_images(there[:1]))
+    for limit in (8192, 32768):
+        with replaced(vision, "PATCHES_AT_ONCE", limit):
+            tell(f"8 pictures, {limit} patches at once", there)
+    with bench.chained(False):
+        tell("1 picture, not chained", there[:1])
+        tell("8 pictures, not chained", there)
+    with replaced(vision_triton, "DIMS", ()):
+        tell("1 picture, attention by flash", there[:1])
+        tell("8 pictures, attention by flash", there)
+        with replaced(vision, "BACKENDS", [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+            tell("8 pictures, attention by cuDNN", there)
+    with replaced(vision, "AttendWithinImages", lambda *_: lambda layer, q, k, v: q.contiguous()):
         tell("8 pictures without attention (its part of the work counted all the same)", there)
-    with mock.patch.object(fused, "_on_card", return_value=False):
+    with plainly():
         tell("8 pictures, plain torch operations", there)
+
+
+def host(bench: Bench, results: dict[str, Any], call: Callable[[], object]) -> None:
+    """What of the time is the host's, and what the card works on."""
+    if bench.dry:
+        return
+    call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    call()
+    launched = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - begun
+    results["host ms"] = [launched * 1e3, whole * 1e3]
+    print(f"    1 picture: the host has launched all after {launched * 1e3:.1f} ms of {whole * 1e3:.1f}")
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+        events = seen.key_averages()
+    except RuntimeError as failure:
+        print(f"    no profile: {str(failure).splitlines()[0]}")
+        return
+    for title, key in (("card", "self_device_time_total"), ("host", "self_cpu_time_total")):
+        top = sorted(events, key=lambda event: getattr(event, key), reverse=True)[:9]
+        total = sum(getattr(event, key) for event in events)
+        rows = [(event.key[:44], event.count, round(getattr(event, key))) for event in top]
+        results[f"profile, {title}"] = [total, *rows]
+        print(f"    {title}, us, {total:.0f} in all: " + "; ".join(f"{name} {n}x {us}" for name, n, us in rows))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from support import builders
 from torch import nn
 
-from pixtral_cli.encoding_choices import find
+from pixtral_cli.encoding_choices import asked_for, find
 from pixtral_cli.model import joining, save
 from pixtral_cli.model import load as loading
 from pixtral_cli.model.families import read_config
@@ -26,7 +26,9 @@ def encoded(encoding, rows, columns=COLUMNS):
     weight = torch.randn(rows, columns)
     if encoding in loading.DTYPES:
         return weight.to(loading.DTYPES[encoding])
-    return nf4.encode(weight) if encoding == "nf4" else PackedRows(encoding, codecs.get(encoding).encode(weight))
+    if encoding.startswith("nf4"):
+        return nf4.encode(weight, double=encoding == "nf4, twice")
+    return PackedRows(encoding, codecs.get(encoding).encode(weight))
 
 
 def same(one, other):
@@ -78,7 +80,7 @@ def test_names_are_grouped_by_the_matrix_that_they_are_joined_in_and_none_is_los
         assert parts in joining.JOINED.values() and len({name.rsplit(".", 2)[0] for name in group}) == 1
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "nf4, twice"])
 def test_a_joined_product_is_that_of_its_parts_side_by_side(encoding):
     dtype = torch.float32 if encoding == "float32" else torch.bfloat16
     weights, x = [encoded(encoding, rows) for rows in ROWS], torch.randn(5, COLUMNS).to(dtype)
@@ -93,19 +95,21 @@ def test_a_joined_product_is_that_of_its_parts_side_by_side(encoding):
     assert all(same(block[part].weight, weight) for part, weight in zip(parts, weights, strict=True))
 
 
-def as_on_a_card(monkeypatch, folder, encoding, double=False):
+def wanted(encoding):
+    return asked_for(encoding.split(",")[0], double_quantization=encoding == "nf4, twice")
+
+
+def as_on_a_card(monkeypatch, folder, encoding):
     """The model of `folder` loaded in the way of a card and in a CPU's, both on the CPU, and what they are made of."""
     opened = checkpoint.open(folder)
     config = read_config(opened.config)
-    placement = place(
-        opened.tensors, encoding and find(encoding), quantize_vision=bool(encoding and find(encoding).packed)
-    )
+    placement = place(opened.tensors, wanted(encoding), quantize_vision=wanted(encoding).packed)
     usual = load(opened, config, placement, CPU)
     monkeypatch.setattr(loading, "_fill", loading._fill_card)
     return usual, load(opened, config, placement, CPU), opened
 
 
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4"])
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4", "nf4, twice"])
 def test_a_model_loaded_as_on_a_card_has_the_weights_of_one_that_is_not(monkeypatch, tmp_path, encoding):
     builders.pixtral(tmp_path, hidden_size=256, intermediate_size=256)
     usual, joined, opened = as_on_a_card(monkeypatch, tmp_path, encoding)
@@ -137,11 +141,11 @@ def test_a_model_loaded_as_on_a_card_computes_what_one_does_that_is_not(monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4"])
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4", "nf4, twice"])
 def test_a_model_on_a_card_is_saved_as_one_on_a_cpu(tmp_path, encoding):
     builders.pixtral(tmp_path, hidden_size=256, intermediate_size=256)
     opened = checkpoint.open(tmp_path)
-    config, placement = read_config(opened.config), place(opened.tensors, find(encoding))
+    config, placement = read_config(opened.config), place(opened.tensors, wanted(encoding))
     usual, there = (load(opened, config, placement, torch.device(name)) for name in ("cpu", "cuda"))
     assert there.language_model.layers[0].self_attn.qkv_proj.weight.shape == (8 * 16 + 2 * 2 * 16, 256)
     for name in opened.tensors:

@@ -11,9 +11,9 @@ from support.engines import run
 from support.live_bytes import LiveBytes
 
 from pixtral_cli.encoding_choices import find
-from pixtral_cli.engine import card_runner, runner, scheduler
+from pixtral_cli.engine import card_runner, runner, sampler, scheduler
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
-from pixtral_cli.engine.request import Request
+from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import free_memory, language_model, layers, memory, vision
 from pixtral_cli.model import load as loading
@@ -117,6 +117,22 @@ def test_of_many_sequences_the_logits_count_once_they_are_larger():
     config = ModelConfig("m", NEMO)
     few, many = (memory.pass_bytes(config, 2, Work(batch=batch)) for batch in (16, 512))
     assert few == memory.pass_bytes(config, 2, Work()) and many > 512 * 131072 * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "top_p": 0.9},
+        {"top_k": 50, "min_p": 0.05},
+        {"repetition_penalty": 1.1, "logit_bias": {1: 2.0}},
+    ],
+)
+def test_sampling_takes_no_more_than_the_plan_counts_for_a_logit(options):
+    every = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05} | options
+    row = sampler.Row(Sampling(**every), [1, 2, 3], 2, torch.Generator(), logprobs=5)
+    with LiveBytes() as live:
+        sampler.sample(torch.randn(8, 4096), [row] * 8)
+    assert live.most <= 8 * 4096 * (memory.LOGIT_BYTES - memory.SORTING)
 
 
 def test_a_context_shorter_than_a_prefill_bounds_it():

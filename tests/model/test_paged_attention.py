@@ -125,7 +125,6 @@ class Step:
         self.plain(wanted)
         for mine, plain in zip(found.layer(LAYER), wanted.layer(LAYER), strict=True):
             assert mine is None or torch.equal(mine.nan_to_num(5.0), plain.nan_to_num(5.0))
-        assert not attend._scratch.arrived.any(), "counters are not as the next launch needs them"
 
 
 def decoding(form, window, **kwargs) -> Step:
@@ -171,7 +170,7 @@ def test_any_number_of_programs_shares_the_work_of_decoding(programs):
 
     step = decoding(FORMS["fours"], None)
     attend = AttendOnCard(step.config, step.cache(), step.layout())
-    attend._scratch = paged_attention.scratch(len(LENGTHS), *FORMS["fours"], CPU, programs)
+    attend._scratch = paged_attention.scratch(*FORMS["fours"], CPU, programs)
     for _ in range(2):  # what one launch leaves is what the next needs
         step.close(attend(LAYER, *step.qkv()), step.exact())
 
@@ -204,7 +203,7 @@ def test_steps_of_any_lengths_attend_as_a_dense_softmax_says():
 def test_8_bit_numbers_are_the_nearest_of_a_scale_that_holds_the_largest():
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     values = values[~values.isnan()]
-    x = torch.randn(30, 4, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 30)[:, None, None]
+    x = torch.randn(30, 4, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-15, 20, 30)[:, None, None]
     x[3] = 0
     x[4, :, 0] = 448  # just holds
     x[5, :, 0] = 449
@@ -231,14 +230,23 @@ def test_a_cpu_keeps_8_bits_as_well(dtype):
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a program may have on a card of each capability."""
 TYPES = {
-    **dict.fromkeys(("page_table", "rows", "positions", "before", "starts", "arrived"), "*i32"),
+    **dict.fromkeys(
+        (
+            "page_table",
+            "rows",
+            "positions",
+            "before",
+            "starts",
+        ),
+        "*i32",
+    ),
     **dict.fromkeys(("part_mixed", "part_peaks", "part_totals"), "*fp32"),
-    **dict.fromkeys(("window", "batch", "sequences", "table_stride", "first"), "i32"),
+    **dict.fromkeys(("window", "batch", "sequences", "table_stride", "first", "programs"), "i32"),
     **dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32:16"),
     "scale": "fp32",
 }
 COMPILED = [
-    ("_write", "bf16", False, False), ("_write", "bf16", True, False),
+    ("_join", "bf16", False, False), ("_write", "bf16", False, False), ("_write", "bf16", True, False),
     ("_decode", "bf16", False, False), ("_decode", "bf16", True, True), ("_decode", "fp32", False, False),
     ("_prefill", "bf16", False, False), ("_prefill", "bf16", False, True),
     ("_prefill", "bf16", True, True), ("_prefill", "fp32", False, False),
@@ -279,7 +287,7 @@ def test_every_kernel_compiles_for_every_card_and_fits_it(name, dtype, coded, wi
         "value_exponents": None,
     }
     blocks = paged_attention.Blocks(0, 0, 4, 3)
-    if name != "_write":
+    if name in ("_decode", "_prefill"):
         blocks = getattr(paged_attention, f"{name[1:]}_blocks")(form, 128, SHARED[card])
     given |= {"ROWS": blocks.rows, "BLOCK": blocks.keys}
     kernel = getattr(paged_attention, name)

@@ -15,7 +15,7 @@ def broken(monkeypatch):
     """A card on which neither Triton nor NVRTC works."""
     monkeypatch.setattr(triton_support, "available", lambda device: False)
     monkeypatch.setattr(triton_support, "why_not", lambda: "RuntimeError: Failed to find C compiler")
-    monkeypatch.setattr(cuda_packed, "why_not", lambda encoding, device: f"no NVRTC for {encoding}")
+    monkeypatch.setattr(cuda_packed, "why_not", lambda encoding, device: f"no NVRTC for {encoding}.\nline 1: error")
 
 
 @pytest.fixture
@@ -36,7 +36,8 @@ def test_each_path_that_fails_is_one_sentence_with_its_reason(broken):
     (triton,) = paths.notes(CARD, ["bfloat16"])
     assert "Triton" in triton and "C compiler" in triton and triton.endswith(".")
     assert paths.notes(CARD, {"q6_k", "q4_k", "bfloat16"})[0] == triton
-    assert "q4_k, q6_k" in paths.notes(CARD, {"q6_k", "q4_k"})[1]
+    packed = paths.notes(CARD, {"q6_k", "q4_k"})[1]
+    assert "q4_k, q6_k" in packed and packed.endswith("no NVRTC for q4_k.")
 
 
 def test_the_same_sentence_of_several_cards_is_told_once(broken, monkeypatch):

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 from pixtral_cli.model import triton_support
 from weights_cache.packed import PackedWeight
 
-FEW = 4
-"""Rows of x up to which the kernel multiplies: cuBLAS is as fast from there on."""
+FEW = 2
+"""Rows of x up to which the kernel multiplies: more cuBLAS multiplies as fast, on its matrix units."""
 SMALL = 2**20  # weights, of which a product takes as long as its launch
 ALIGNED = 16  # columns: rows begin at multiples of 32 bytes, and are read 16 bytes at a time
 
@@ -44,7 +44,7 @@ class GemvKernel:
     def _few(self, x: Tensor) -> Tensor:
         from pixtral_cli.model.kernels import gemv_triton
 
-        return gemv_triton.products(x.contiguous(), self.weight, gemv_triton.tile_of(*self.weight.shape))
+        return gemv_triton.products(x.contiguous(), self.weight)
 
     def _many(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)

@@ -12,24 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixtral_cli.model.fused_triton import begin
 from pixtral_cli.model.triton_support import chains
 
 
 class Tile(NamedTuple):
-    """What a program holds of the weight at a time. A number of `stages` above 1 is copied ahead into shared memory;
-    with 1 the next tile is loaded into registers while one is multiplied."""
+    """What a program holds of the weight at a time; with n stages, n - 1 later tiles are on their way."""
 
     rows: int
     columns: int
     warps: int
-    stages: int = 1
+    stages: int
 
 
-def tile_of(height: int, width: int) -> Tile:
-    """What was fastest on an H200 for the matrices of a 12 B model, by their shape [R, C]."""
-    if width >= 8192:
-        return Tile(8, 512, 8)
-    return Tile(4, 1024, 4) if height >= 16384 else Tile(2, 1024, 4)
+def tile_of(n: int, width: int) -> Tile:
+    """The quickest on an H100 for n rows of x and a weight of `width` columns, of those in benchmarks/gpu_ops.py."""
+    if n > 1:
+        return Tile(2, 512, 4, 3)
+    return Tile(1, 2048, 4, 5) if width >= 8192 else Tile(1, 1024, 2, 5)
 
 
 @triton.jit
@@ -38,81 +38,86 @@ def _products(
     n: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr, chained: tl.constexpr,
 ):  # fmt: skip
     """y [N, R] = x [N, C] W^T: a program goes through all columns of `rows` rows, and adds up at their end."""
+    begin(chained)
     row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns)
     tile = weight + tl.minimum(row, height - 1).to(tl.int64)[:, None] * width + column[None]
     sums = (tl.zeros((rows, columns), tl.float32),) * n
-    if chained:
-        tl.extra.cuda.gdc_launch_dependents()
-    if stages == 1:
-        here = tl.load(tile, mask=(column < width)[None], other=0, eviction_policy="evict_first")
-        if chained:  # the first tile is on its way while the kernel before ends
-            tl.extra.cuda.gdc_wait()
-        for start in range(0, width, columns):
-            tile += columns
-            after = tl.load(tile, mask=(column < width - start - columns)[None], other=0, eviction_policy="evict_first")
-            sums = _added(sums, here, x + start + column, column < width - start, width, n)
-            here = after
-    else:
-        if chained:
-            tl.extra.cuda.gdc_wait()
-        for start in tl.range(0, width, columns, num_stages=stages):
-            inside = column < width - start
-            here = tl.load(tile + start, mask=inside[None], other=0, eviction_policy="evict_first")
-            sums = _added(sums, here, x + start + column, inside, width, n)
+    for start in tl.range(0, width, columns, num_stages=stages):
+        inside = column < width - start
+        here = tl.load(tile + start, mask=inside[None], other=0, eviction_policy="evict_first").to(tl.float32)
+        more = sums[:0]
+        for index in tl.static_range(n):
+            part = tl.load(x + index * width + start + column, mask=inside, other=0, eviction_policy="evict_last")
+            more = more + (sums[index] + here * part.to(tl.float32)[None],)  # noqa: RUF005  Triton's tuples
+        sums = more
     for index in tl.static_range(n):
         tl.store(y + index * height + row, tl.sum(sums[index], 1), mask=row < height)
 
 
-@triton.jit
-def _added(sums, here, x, inside, width, n: tl.constexpr):
-    """The sums, and the products of a tile with each vector."""
-    exact = here.to(tl.float32)
-    found = sums[:0]
-    for index in tl.static_range(n):
-        part = tl.load(x + index * width, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
-        found = found + (sums[index] + exact * part[None],)  # noqa: RUF005  Triton's tuples
-    return found
-
-
-@triton.jit
-def _dots(
-    x, weight, y, n, height, width,
-    rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr, chained: tl.constexpr,
-):  # fmt: skip
-    """The same by matrix units, which take 16 vectors at the least; C is whole tiles."""
-    row, column, token = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, 16)
-    tile = weight + tl.minimum(row, height - 1).to(tl.int64)[:, None] * width + column[None]
-    part = x + tl.minimum(token, n - 1)[None] * width + column[:, None]
-    if chained:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    sums = tl.zeros((rows, 16), tl.float32)
-    for start in tl.range(0, width, columns, num_stages=stages):
-        here = tl.load(tile + start, eviction_policy="evict_first")
-        sums = tl.dot(here, tl.load(part + start, eviction_policy="evict_last"), sums, input_precision="ieee")
-    place = y + token[None] * height + row[:, None]
-    tl.store(place, sums, mask=(token < n)[None] & (row < height)[:, None])
-
-
-def dots(x: Tensor, weight: Tensor, tile: Tile, chained: bool | None = None) -> Tensor:
-    """x [N, C] W^T -> [N, R], of contiguous matrices, for up to 16 rows of x."""
+def products(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
+    """x [N, C] W^T -> [N, R], of contiguous matrices; each N is compiled for itself."""
     (n, width), height = x.shape, weight.shape[0]
-    y = torch.empty(n, height, dtype=x.dtype, device=x.device)
-    chained = chains(x.device) if chained is None else chained
-    _dots[(triton.cdiv(height, tile.rows),)](
-        x, weight, y, n, height, width, tile.rows, tile.columns, tile.stages, chained,
+    tile = tile or tile_of(n, width)
+    y, chained = torch.empty(n, height, dtype=x.dtype, device=x.device), chains(x.device)
+    _products[(triton.cdiv(height, tile.rows),)](
+        x, weight, y, height, width, n, tile.rows, tile.columns, tile.stages, chained,
         num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip
     return y
 
 
-def products(x: Tensor, weight: Tensor, tile: Tile, chained: bool | None = None) -> Tensor:
-    """x [N, C] W^T -> [N, R], of contiguous matrices; each N is compiled for itself."""
+class Share(NamedTuple):
+    """How the product of several rows is shared out: a program has `rows` rows of the weight and a `splits`th of its
+    columns, of which it multiplies so many at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@triton.jit
+def _shared_products(
+    x, weight, y, parts, arrived, n, height, width, splits,
+    tokens: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    """y [N, R] = x [N, C] W^T by matrix units, C in whole steps. Of the programs that share rows, the one that comes
+    last adds up what all have found, in their order: the same sum each time."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    row, column, token = block * rows + tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, tokens)
+    w_place = weight + tl.minimum(row, height - 1).to(tl.int64)[:, None] * width + column[None]
+    x_place = x + tl.minimum(token, n - 1)[None] * width + column[:, None]
+    each = tl.cdiv(width // columns, splits) * columns
+    sums = tl.zeros((rows, tokens), tl.float32)
+    for start in tl.range(split * each, tl.minimum(split * each + each, width), columns, num_stages=stages):
+        here = tl.load(w_place + start, eviction_policy="evict_first")
+        sums = tl.dot(here, tl.load(x_place + start, eviction_policy="evict_last"), sums, input_precision="ieee")
+    place = y + token[None] * height + row[:, None]
+    inside = (token < n)[None] & (row < height)[:, None]
+    if splits == 1:
+        tl.store(place, sums, mask=inside)
+    else:
+        part = parts + block * splits * rows * tokens + tl.arange(0, rows)[:, None] * tokens + token[None]
+        tl.store(part + split * rows * tokens, sums)
+        tl.debug_barrier()  # all of it is written before it is counted
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") == splits - 1:
+            sums = tl.zeros((rows, tokens), tl.float32)
+            for index in range(splits):
+                sums += tl.load(part + index * rows * tokens, cache_modifier=".cg")
+            tl.store(place, sums, mask=inside)
+            tl.store(arrived + block, 0)
+
+
+def shared_products(x: Tensor, weight: Tensor, arrived: Tensor, share: Share) -> Tensor:
+    """x [N, C] W^T -> [N, R], of contiguous matrices; `arrived` int32, one for each block of rows: 0, as it becomes."""
     (n, width), height = x.shape, weight.shape[0]
+    tokens, blocks = max(16, triton.next_power_of_2(n)), triton.cdiv(height, share.rows)
     y = torch.empty(n, height, dtype=x.dtype, device=x.device)
-    chained = chains(x.device) if chained is None else chained
-    _products[(triton.cdiv(height, tile.rows),)](
-        x, weight, y, height, width, n, tile.rows, tile.columns, tile.stages, chained,
-        num_warps=tile.warps, launch_pdl=chained,
+    size = blocks * share.splits * share.rows * tokens if share.splits > 1 else 1
+    parts = torch.empty(size, dtype=torch.float32, device=x.device)
+    _shared_products[blocks, share.splits](
+        x, weight, y, parts, arrived, n, height, width, share.splits, tokens, share.rows, share.columns, share.stages,
+        num_warps=share.warps,
     )  # fmt: skip
     return y

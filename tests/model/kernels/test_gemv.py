@@ -23,46 +23,26 @@ def difference(found, x, weight):
 
 @interpreted
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
-@pytest.mark.parametrize("stages", [1, 3], ids=["registers", "shared memory"])
 @pytest.mark.parametrize("shape", [(8, 128), (7, 200), (1, 16)], ids=str)
-def test_products_are_those_of_float64(shape, stages, rows):
+def test_products_are_those_of_float64(shape, rows):
     """The tile of 4 x 64 divides the first shape, and neither side of the others."""
     from pixtral_cli.model.kernels import gemv_triton
 
-    tile = gemv_triton.Tile(4, 64, 4, stages)
+    tile = gemv_triton.Tile(4, 64, 4, 3)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):  # the interpreter cuts bfloat16 off
         x, weight = random(rows, shape[1], seed=1, dtype=dtype), random(*shape, dtype=dtype)
         assert difference(gemv_triton.products(x, weight, tile), x, weight) < tolerance
 
 
-@interpreted
-@pytest.mark.parametrize("rows", [2, 8, 16])
-@pytest.mark.parametrize("height", [32, 37])
-def test_products_by_matrix_units_are_those_of_float64(height, rows):
-    """In float32: the interpreter multiplies bfloat16 wrong."""
-    from pixtral_cli.model.kernels import gemv_triton
-
-    x, weight = random(rows, 128, seed=1, dtype=torch.float32), random(height, 128, dtype=torch.float32)
-    assert difference(gemv_triton.dots(x, weight, gemv_triton.Tile(16, 64, 4, 2)), x, weight) < 1e-6
-
-
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", range(1, FEW + 1))
 @pytest.mark.parametrize("card", CARDS)
 def test_the_kernel_compiles_for_every_card(card, rows):
     gemv_triton = pytest.importorskip("pixtral_cli.model.kernels.gemv_triton")
     signature = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "height": "i32", "width": "i32:16"}
-    for tile in {gemv_triton.tile_of(*shape) for shape in ((6144, 5120), (28672, 5120), (5120, 14336))}:
+    for tile in {gemv_triton.tile_of(rows, width) for width in (4096, 14336)}:
         constants = {"n": rows, "chained": card >= 90, **tile._asdict()}
         warps = constants.pop("warps")
         assert compile_for(card, gemv_triton._products, signature, constants, warps).asm["cubin"]
-
-
-@pytest.mark.parametrize("card", CARDS)
-def test_the_kernel_for_matrix_units_compiles_for_every_card(card):
-    gemv_triton = pytest.importorskip("pixtral_cli.model.kernels.gemv_triton")
-    signature = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "n": "i32", "height": "i32", "width": "i32:16"}
-    constants = {"rows": 32, "columns": 128, "stages": 4, "chained": card >= 90}
-    assert compile_for(card, gemv_triton._dots, signature, constants).asm["cubin"]
 
 
 def test_only_a_card_that_triton_works_on_takes_it(monkeypatch):
