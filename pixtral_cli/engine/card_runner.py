@@ -88,16 +88,18 @@ class CardRunner(Runner):
         """Tell the card the pages that the sequences were given since the last pass."""
         places: list[int] = []
         pages: list[int] = []
-        for sequence in (chunk.sequence for chunk in chunks):
+        sequences = [chunk.sequence for chunk in chunks]
+        for sequence in sequences:
             written, count = self._written[sequence.slot]
             first = count if written is sequence.pages else 0
             row = sequence.slot * self._page_table.shape[1]
             places += range(row + first, row + len(sequence.pages))
             pages += sequence.pages[first:]
-            self._written[sequence.slot] = sequence.pages, len(sequence.pages)
         if pages:
             where, values = to_device([places, pages], torch.long, self.device)
             self._page_table.view(-1).index_copy_(0, where, values.int())
+        for sequence in sequences:
+            self._written[sequence.slot] = sequence.pages, len(sequence.pages)
 
     def _decode(self, chunks: list[Chunk]) -> Tensor:
         """One token of each sequence -> logits [N, V]."""

@@ -1,4 +1,4 @@
-"""Requests from any thread in, the events of each into its sink: the one thread that steps an engine.
+"""Requests from any thread in, the events of each step into their sinks: the one thread that steps an engine.
 
 Who submits or cancels never waits for a step. Knows no text and no HTTP.
 """
@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -23,7 +23,8 @@ from pixtral_cli.engine.request import Event, Failure, Request
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.errors import RequestError
 
-Sink = Callable[[Event], None]
+Sink = Callable[[list[Event]], None]
+"""Takes what a step gives to the requests that were submitted with it, in one call."""
 Result = TypeVar("Result")
 RAISE_AGAIN = 0.2  # seconds; an exception that is raised within a destructor is lost
 logger = logging.getLogger(__name__)
@@ -53,7 +54,10 @@ class Driver:
         return self.engine.waiting + self._inbox.qsize()
 
     def submit(self, request: Request, sink: Sink) -> int:
-        """Queue a request -> its id. Raises RequestError as `Engine.check`."""
+        """Queue a request -> its id. Raises RequestError as `Engine.check`.
+
+        Requests may have one sink in common: it is called once for each step.
+        """
         sequence = self.engine.prepare(request)
         with self._lock:
             self._inbox.put((self, partial(self._begin, sequence, sink)))
@@ -103,8 +107,7 @@ class Driver:
                 events = self.engine.step()
         except Exception as error:  # noqa: BLE001  whatever it is, those who wait are told
             events = [Failure(request_id, error) for request_id in self._sinks]
-        for event in events:
-            self._deliver(event)
+        self._deliver(events)
 
     def _begin(self, sequence: Sequence, sink: Sink) -> None:
         self._sinks[sequence.id] = sink
@@ -114,15 +117,24 @@ class Driver:
         self._sinks.pop(request_id, None)
         self.engine.cancel(request_id)
 
-    def _deliver(self, event: Event) -> None:
-        sink = self._sinks[event.request_id]
-        if isinstance(event, Failure) or event.finish_reason is not None:
-            self._drop(event.request_id)
-        try:
-            sink(event)
-        except Exception:
-            logger.exception("An event could not be passed on.")
-            self._drop(event.request_id)
+    def _deliver(self, events: Iterable[Event]) -> None:
+        for sink, share in self._shares(events).items():
+            try:
+                sink(share)
+            except Exception:
+                logger.exception("Events could not be passed on.")
+                for event in share:
+                    self._drop(event.request_id)
+
+    def _shares(self, events: Iterable[Event]) -> dict[Sink, list[Event]]:
+        """What each sink gets; there is none for a request that was cancelled while a card computed its token."""
+        shares: dict[Sink, list[Event]] = {}
+        for event in events:
+            if (sink := self._sinks.get(event.request_id)) is not None:
+                shares.setdefault(sink, []).append(event)
+            if isinstance(event, Failure) or event.finish_reason is not None:
+                self._drop(event.request_id)
+        return shares
 
     def _abandon(self, error: Exception) -> None:
         """The thread has ended, and with it all that was under way."""
@@ -132,8 +144,7 @@ class Driver:
                 _, change = self._inbox.get_nowait()
                 if change is not _leave:
                     change()
-            for request_id in list(self._sinks):
-                self._deliver(Failure(request_id, error))
+            self._deliver([Failure(request_id, error) for request_id in self._sinks])
 
     def pause(self) -> None:
         """Before a fork: wait for the step under way. In the child oneDNN would wait for what it was computing."""

@@ -141,6 +141,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the answer; b"" for control tokens and ids without an entry."""
+        data = self._bytes_of.get(token_id)
+        if data is None:
+            data = self._bytes_of[token_id] = self._spelled(token_id)
+        return data
+
+    def _spelled(self, token_id: int) -> bytes:
         control = self._control_of.get(token_id)
         if control is not None:
             return b"" if control.special else control.text.encode()
@@ -188,6 +194,11 @@ class Tokenizer:
         return frozenset(control.id for control in self.controls.values() if control.special)
 
     @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        """Of the tokens that were asked for."""
+        return {}
+
+    @cached_property
     def _control_of(self) -> dict[int, Control]:
         return {control.id: control for control in self.controls.values()}
 
@@ -228,6 +239,7 @@ class ByteStream:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = at_start and tokenizer.drops_first_space
+        self._is_within = False  # a character, of which the decoder has the beginning
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
@@ -235,7 +247,11 @@ class ByteStream:
         if data and self._drop_space:
             self._drop_space = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        if data.isascii() and not self._is_within:
+            return data.decode("ascii")
+        text = self._decoder.decode(data)
+        self._is_within = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """What an unfinished character at the very end becomes: U+FFFD, or nothing."""
@@ -262,12 +278,13 @@ class StopMatcher:
         """Take the next text; give what is now safe to show, and whether a stop was met."""
         if self._stopped:
             return "", True
+        if not self._stops:
+            return text, False
         text = self._held + text
         if found := [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]:
             self._held, self._stopped = "", True
             return text[: min(found)[1]], True
-        begun = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        safe = len(text) - max(begun, default=0)
+        safe = min(_begin(stop, text) for stop in self._stops)
         self._held = text[safe:]
         return text[:safe], False
 
@@ -275,6 +292,14 @@ class StopMatcher:
         """The text still held back, when no more will come."""
         held, self._held = self._held, ""
         return held
+
+
+def _begin(stop: str, text: str) -> int:
+    """Where in `text`, which does not contain it, a beginning of `stop` stands at the end; else its length."""
+    start = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while start >= 0 and not stop.startswith(text[start:]):
+        start = text.find(stop[0], start + 1)
+    return len(text) if start < 0 else start
 
 
 def _parts(text: str) -> Iterator[str]:

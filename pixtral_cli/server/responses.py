@@ -196,6 +196,9 @@ class Chunks:
         name = "chat.completion.chunk" if self.is_chat else "text_completion"
         self.head = f'data: {compact({"object": name, **envelope.head})[:-1]},"choices":['
         self.tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
+        said = '"delta":{"content":' if self.is_chat else '"text":'
+        self.before_text = [f'{self.head}{{"index":{place},{said}' for place in range(request.answers)]
+        self.after_text = f'{"}" * self.is_chat},"logprobs":null,"finish_reason":null}}{self.tail}'
         self.replies: list[Reply | None] = [None] * request.answers
         self.held: list[list[TokenLogprob]] = [[] for _ in self.replies]
         self.offsets = [0] * len(self.replies)
@@ -213,7 +216,7 @@ class Chunks:
 
     def of(self, events: list[tuple[int, TextEvent]]) -> bytes:
         """The chunks of what came together; b"" while nothing can be shown."""
-        return "".join(self._event(place, event) for place, event in events).encode()
+        return "".join([self._event(place, event) for place, event in events]).encode()
 
     def closing(self) -> bytes:
         """After the last event."""
@@ -226,12 +229,20 @@ class Chunks:
         return usage([reply.usage for reply in self.replies if reply is not None], self.request.n)
 
     def _event(self, place: int, event: TextEvent) -> str:
+        if self._is_plain(event):
+            return f"{self.before_text[place]}{compact(event.text)}{self.after_text}" if event.text else ""
         used = event.usage if self.request.usage_in_each else None
         chunks = "".join([self._chunk(choice, used) for choice in self._choices(place, event)])
         if event.finish_reason:
             self.replies[place] = event.reply
             chunks += self._end(place, event.finish_reason, used)
         return chunks
+
+    def _is_plain(self, event: TextEvent) -> bool:
+        """Whether it has text and nothing else to tell, as nearly all have."""
+        return not (
+            event.finish_reason or event.logprob or event.tool_call_deltas or event.echo or self.request.usage_in_each
+        )
 
     def _choices(self, place: int, event: TextEvent) -> list[str]:
         """What the event adds to its answer: one choice for each chunk."""
@@ -339,7 +350,7 @@ class EventStream(Response):
 
     async def _written(self, events: Events) -> bytes:
         """An echo has every token of a prompt, and may take seconds: too long for the event loop."""
-        if any(event.echo is not None for _, event in events):
+        if any([event.echo is not None for _, event in events]):  # noqa: C419  a list is quicker
             return await self.work(partial(self.chunks.of, events))
         return self.chunks.of(events)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from pixtral_cli.api import Pixtral
 from pixtral_cli.engine.driver import Driver
 from pixtral_cli.errors import RequestError
-from pixtral_cli.generation import Failure, GenerationOptions, Reply, Request, TextEvent, TextStream
+from pixtral_cli.generation import Event, Failure, GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.tokenizer import ByteStream
 from pixtral_cli.server.errors import ApiError, queue_full, refusal_of, stopping, unknown_model
@@ -71,7 +71,7 @@ class Service:
         self.started_at = int(time.time())
         self.options = {**checkpoint_defaults(self.model.source.checkpoint.generation_config), **self.defaults}
         self.quick, self.slow = Threads(QUICK_THREADS, "prompts"), Threads(SLOW_THREADS, "pictures")
-        self.bridge = EventLoopBridge()
+        self.bridge = EventLoopBridge(self.driver)
         self._open: set[Subscription] = set()
 
     @property
@@ -103,12 +103,12 @@ class Service:
             ApiError: what was asked cannot be answered, the queue is full, the server ends, the engine failed.
         """
         self._check_room()
-        subscription = Subscription(self.driver, self.metrics)
+        subscription = Subscription(self.bridge, self.metrics)
         self.accepted += request.answers
         self._open.add(subscription)
         try:
             jobs = self.work(partial(self._jobs, request, salt), param=request.param, slow=request.is_slow)
-            subscription.submit(await subscription.unless_refused(jobs), self.bridge)
+            subscription.submit(await subscription.unless_refused(jobs))
             request.messages.clear()  # they are in the prompt now, and pictures in them may be large
             while subscription.running:
                 yield await subscription.next()
@@ -215,48 +215,67 @@ def checkpoint_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Arrival(NamedTuple):
-    """An event of the engine for the answer `place`, and when it came (of `time.perf_counter`)."""
+    """An event of the engine, and when it came (of `time.perf_counter`)."""
 
-    subscription: Subscription
-    place: int
-    event: Any
+    event: Event
     at: float
 
 
 class EventLoopBridge:
-    """Events from the engine's thread to the event loop: one call into the loop for all that a step gives."""
+    """Events from the engine's thread to the event loop: one call into the loop for all that a step gives.
 
-    def __init__(self) -> None:
-        self._arrived: deque[Arrival] = deque()
+    All but `_put` is for the event loop, which is the one that submits.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._subscriptions: dict[int, Subscription] = {}
+        """By the engine's ids."""
+        self._arrived: deque[tuple[list[Event], float]] = deque()
         self._called = False
 
-    def put(self, subscription: Subscription, place: int, event: Any) -> None:
+    def submit(self, request: Request, subscription: Subscription) -> int:
+        """Queue a request -> the engine's id; from now on the subscription receives its events."""
+        self._loop = asyncio.get_running_loop()
+        request_id = self.driver.submit(request, self._put)
+        self._subscriptions[request_id] = subscription  # in time: nothing is delivered while this runs
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Nothing more is received of it; what still runs ends with the engine's step."""
+        self._subscriptions.pop(request_id, None)
+        self.driver.cancel(request_id)
+
+    def _put(self, events: list[Event]) -> None:
         """A sink, on the engine's thread."""
-        self._arrived.append(Arrival(subscription, place, event, time.perf_counter()))
+        self._arrived.append((events, time.perf_counter()))
         if not self._called:
             self._called = True
-            subscription.loop.call_soon_threadsafe(self._deliver)
+            assert self._loop is not None, "events without a request"
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._called = False  # before the deque is emptied: a `put` after this calls again
+        self._called = False  # before the deque is emptied: a `_put` after this calls again
         while self._arrived:
-            arrival = self._arrived.popleft()
-            arrival.subscription.receive(arrival)
+            events, at = self._arrived.popleft()
+            for event in events:
+                if (subscription := self._subscriptions.get(event.request_id)) is not None:
+                    subscription.receive(Arrival(event, at))
 
 
 class Subscription:
     """One request's answers on their way."""
 
-    def __init__(self, driver: Driver, metrics: Metrics) -> None:
-        self.driver, self.metrics = driver, metrics
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, bridge: EventLoopBridge, metrics: Metrics) -> None:
+        self.bridge, self.metrics = bridge, metrics
         self.running: dict[int, int] = {}
-        """Places of the answers that have not ended, and the engine's ids."""
+        """The engine's ids of the answers that have not ended, and their places."""
         self._streams: list[TextStream] = []
         self._begun = time.perf_counter()
-        self._latest: dict[int, float] = {}  # when each answer's last token came
+        self._latest: dict[int, float] = {}  # when the last token of each place came
         self._arrived: list[Arrival] = []
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of `next`
         self._is_refused = False
         self._preparing: asyncio.Future[Any] | None = None
 
@@ -270,54 +289,58 @@ class Subscription:
                 raise stopping() from None
             raise
 
-    def submit(self, jobs: Sequence[tuple[Request, TextStream]], bridge: EventLoopBridge) -> None:
+    def submit(self, jobs: Sequence[tuple[Request, TextStream]]) -> None:
         """Queue them all; their pictures are not kept here."""
         self._preparing = None
         self._streams = [stream for _, stream in jobs]
         for place, (request, _) in enumerate(jobs):
-            self.running[place] = self.driver.submit(request, partial(bridge.put, self, place))
+            self.running[self.bridge.submit(request, self)] = place
 
     def refuse_unless(self, begun: set[int]) -> None:
         """Let them fail, unless the engine has begun one of them."""
-        if not self._latest and not self._arrived and begun.isdisjoint(self.running.values()):
+        if not self._latest and not self._arrived and begun.isdisjoint(self.running):
             self._is_refused = True
-            self._wake.set()
+            self._wake()
             if self._preparing is not None:
                 self._preparing.cancel()
 
     def receive(self, arrival: Arrival) -> None:
         self._arrived.append(arrival)
-        self._wake.set()
+        self._wake()
 
     async def next(self) -> Events:
         """What has come since, at least one event. Raises ApiError, and what the engine failed with."""
         while True:
-            await self._wake.wait()
-            self._wake.clear()
+            while not (self._arrived or self._is_refused):
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
             if self._is_refused:
                 raise stopping()
             arrived, self._arrived = self._arrived, []
-            events = [
-                (arrival.place, self._text_event(arrival)) for arrival in arrived if arrival.place in self.running
-            ]
+            events = [self._text_event(event, at) for event, at in arrived if event.request_id in self.running]
             if events:
                 return events
 
     def cancel(self) -> None:
         """What still runs ends with the engine's step."""
-        for request_id in self.running.values():
-            self.driver.cancel(request_id)
+        for request_id in self.running:
+            self.bridge.cancel(request_id)
         self.running.clear()
 
-    def _text_event(self, arrival: Arrival) -> TextEvent:
-        place, event = arrival.place, arrival.event
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _text_event(self, event: Event, at: float) -> tuple[int, TextEvent]:
         if isinstance(event, Failure):
             raise event.error
-        self._measure(place, arrival.at)
+        place = self.running[event.request_id]
+        self._measure(place, at)
         text_event = self._streams[place].push(event)
         if text_event.finish_reason:
-            self.driver.cancel(self.running.pop(place))  # a stop string ends it before the engine would
-        return text_event
+            del self.running[event.request_id]
+            self.bridge.cancel(event.request_id)  # a stop string ends it before the engine would
+        return place, text_event
 
     def _measure(self, place: int, now: float) -> None:
         before = self._latest.get(place)

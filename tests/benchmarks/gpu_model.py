@@ -36,7 +36,7 @@ from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_mo
 
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request, Sampling
-from pixtral_cli.model import free_memory, memory
+from pixtral_cli.model import free_memory, memory, paths
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.memory import Work
@@ -143,6 +143,8 @@ class Loaded:
         self.model = random_model(self.checkpoint, bench.config)
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
         self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
+        for note in paths.notes(bench.device, [encoding]):
+            bench.table.leave_out(f"a fast path of {encoding}", note)
         bench.wait()
         taken = torch.cuda.memory_allocated() / 1e9 if bench.on_card else 0.0
         print(
@@ -157,8 +159,20 @@ class Loaded:
     def tell_memory(self) -> None:
         """What torch has taken of the card at most, beside what was planned for it."""
         if self.bench.on_card:
-            most = free_memory.taken_bytes(self.bench.device)
+            most, room = free_memory.taken_bytes(self.bench.device), self.engine.table.count * PAGE
             print(f"  [{self.encoding}: {most / 1e9:.2f} GB were taken at most, {self.planned / 1e9:.2f} planned]")
+            error, asked = abs(most / self.planned - 1), (0.10, "within 10%")
+            table = self.bench.table
+            table.add(
+                "memory, from its plan",
+                self.encoding,
+                room,
+                self.engine.scheduler.max_batch_size,
+                [error],
+                "error",
+                None,
+                asked,
+            )
 
     @property
     def weight_bytes(self) -> int:

@@ -405,6 +405,28 @@ def test_a_prompt_for_which_no_memory_is_left_fails_alone(model, alone):
         hook.remove()
 
 
+@pytest.mark.gpu
+def test_a_prompt_that_does_not_fit_into_the_memory_of_the_card_fails_alone(folder, alone):
+    """Others have got their answers before, so what they need is there; torch is given a little more, and no block of
+    the 20 MiB in which it takes more than that."""
+    device = torch.device("cuda", 0)
+    engine, others = Engine(loaded(folder, device), max_batch_size=4, kv_tokens=300 * PAGE), MANY[:3]
+    expected = [tokens(alone(request)) for request in others]
+    assert [tokens(events) for events in run(engine, *others)] == expected
+    pages = engine.table.available
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved(device) + 12 * 2**20
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(device).total_memory, device)
+    try:
+        *found, failed = run(engine, *others, of_words(1, 4000))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert isinstance(failed[0], Failure) and isinstance(failed[0].error, torch.OutOfMemoryError)
+    assert [tokens(events) for events in found] == expected
+    assert engine.table.in_use == 0 and engine.table.available == pages
+    assert len(run(engine, of_words(1, 4000))[0]) == 12
+
+
 def assert_fails_alone(model, alone, bad, error):
     """Among three others, which get their answers; the engine goes on, in the same pages."""
     engine = Engine(model, max_batch_size=4, kv_tokens=64 * PAGE)

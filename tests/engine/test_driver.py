@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 import pytest
@@ -50,14 +51,24 @@ def asked(seed, length=20, tokens=12):
     return Request(tuple(ids), tokens)
 
 
+@contextmanager
+def held(driver):
+    """No step begins within."""
+    driver.pause()
+    try:
+        yield
+    finally:
+        driver.resume()
+
+
 MANY = [asked(seed, 5 + 30 * seed, 10 + seed) for seed in range(7)]
 
 
 def answer(events):
     """All of one request's events, from the queue that is its sink."""
-    got = [events.get(timeout=PATIENCE)]
+    got = events.get(timeout=PATIENCE)
     while not isinstance(got[-1], Failure) and not got[-1].finish_reason:
-        got.append(events.get(timeout=PATIENCE))
+        got += events.get(timeout=PATIENCE)
     return got
 
 
@@ -71,7 +82,7 @@ def test_threads_that_come_and_go_get_their_events_in_order(model, driver):
     sinks = [SimpleQueue() for _ in MANY]
 
     def leave_early():
-        driver.cancel(driver.submit(asked(99, tokens=2000), lambda event: None))
+        driver.cancel(driver.submit(asked(99, tokens=2000), lambda events: None))
 
     for request, events in zip(MANY, sinks, strict=True):
         threading.Thread(target=driver.submit, args=(request, events.put)).start()
@@ -79,6 +90,41 @@ def test_threads_that_come_and_go_get_their_events_in_order(model, driver):
     assert [tokens(answer(events)) for events in sinks] == alone
     wait_until(lambda: not driver.engine.busy and not driver.waiting)
     assert driver.engine.table.in_use == 0
+
+
+def test_requests_with_one_sink_get_all_that_a_step_gives_them_in_one_call(model, driver):
+    alone = [tokens(run(Engine(model), request)[0]) for request in MANY]
+    together, other = SimpleQueue(), SimpleQueue()
+    with held(driver):
+        driver.submit(asked(50, tokens=30), other.put)
+        ids = [driver.submit(request, together.put) for request in MANY]
+    got = {request_id: [] for request_id in ids}
+    shares = []
+    while not all(events and events[-1].finish_reason for events in got.values()):
+        shares.append(together.get(timeout=PATIENCE))
+        for event in shares[-1]:
+            got[event.request_id].append(event)
+    assert [tokens(events) for events in got.values()] == alone
+    assert all(len({event.request_id for event in share}) == len(share) for share in shares)
+    assert max(map(len, shares)) > 1 and len(answer(other)) == 30
+
+
+def test_an_event_of_a_request_that_was_cancelled_meanwhile_is_for_nobody(driver, monkeypatch):
+    step, late, events = driver.engine.step, [], SimpleQueue()
+
+    def one_behind():
+        """A card's engine tells of a token after the step in which it was computed."""
+        told, late[:] = list(late), step()
+        return told
+
+    monkeypatch.setattr(driver.engine, "step", one_behind)
+    monkeypatch.setattr(type(driver.engine), "busy", property(lambda engine: late or engine.running or engine.waiting))
+    first = driver.submit(asked(1, tokens=2000), events.put)
+    events.get(timeout=PATIENCE)
+    driver.cancel(first)
+    second = SimpleQueue()
+    driver.submit(asked(2), second.put)
+    assert len(answer(second)) == 12
 
 
 def test_submitting_and_cancelling_do_not_wait_for_the_step_under_way(driver, monkeypatch):
@@ -104,7 +150,7 @@ def test_submitting_and_cancelling_do_not_wait_for_the_step_under_way(driver, mo
 
 def test_a_request_that_cannot_run_is_refused_where_it_is_submitted(driver):
     with pytest.raises(RequestError):
-        driver.submit(Request(()), lambda event: None)
+        driver.submit(Request(()), lambda events: None)
     assert driver.waiting == 0
 
 
@@ -121,7 +167,7 @@ def test_a_bug_in_a_step_ends_the_requests_that_are_there_and_not_the_driver(dri
 
 def test_a_sink_that_fails_ends_its_own_request_and_no_other(model, driver):
     events = SimpleQueue()
-    driver.submit(asked(1, tokens=2000), lambda event: 1 / 0)
+    driver.submit(asked(1, tokens=2000), lambda events: 1 / 0)
     driver.submit(MANY[1], events.put)
     assert tokens(answer(events)) == tokens(run(Engine(model), MANY[1])[0])
     wait_until(lambda: not driver.engine.busy)

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from support.serving import hello, served
 
-from pixtral_cli.server.metrics import Metrics
+from pixtral_cli.server.metrics import PER_TOKEN, Metrics, QuickHistogram
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,15 @@ def test_two_servers_in_one_process_count_apart():
     first.failed(408)
     assert b'pixtral_errors_total{kind="timeout"} 1.0' in first.exposition()
     assert b"timeout" not in second.exposition()
+
+
+@given(st.lists(st.sampled_from(PER_TOKEN) | st.floats(0, 4), max_size=30))
+def test_the_quick_histogram_says_what_prometheus_own_says(amounts):
+    disable_created_metrics()
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    quick, known = QuickHistogram("a", "b", PER_TOKEN), Histogram("a", "b", buckets=PER_TOKEN, registry=theirs)
+    ours.register(quick)
+    for amount in amounts:
+        quick.observe(amount)
+        known.observe(amount)
+    assert generate_latest(ours) == generate_latest(theirs)

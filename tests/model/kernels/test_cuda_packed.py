@@ -37,7 +37,18 @@ def encoded(encoding, shape, double=False):
     weights = random(*shape, scale=0.05) + 0.01
     if encoding == "nf4":
         return nf4.encode(weights, double)
+    if encoding not in codecs.ENCODERS:
+        return random_bytes(encoding, shape)
     return PackedRows(encoding, codecs.get(encoding).encode(weights))
+
+
+def random_bytes(encoding, shape):
+    """Of q5_k: any codes and scales, but for small float16 factors."""
+    kind = ENCODINGS[encoding]
+    size = (shape[0], shape[1] // kind.block, kind.block_bytes)
+    blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    blocks[..., 1], blocks[..., 3] = 6, 7  # from 2^-14 on
+    return PackedRows(encoding, blocks.flatten(1))
 
 
 def assert_product(found, x, weight):
@@ -61,9 +72,11 @@ def on_processor(monkeypatch):
     """A kernel's functions run on the processor."""
     monkeypatch.setattr(nvrtc, "load", emulated_card.load)
     monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
-    cuda_packed._compiled.cache_clear()
+    for cached in (cuda_packed._compiled, cuda_packed._functions):
+        cached.cache_clear()
     yield
-    cuda_packed._compiled.cache_clear()
+    for cached in (cuda_packed._compiled, cuda_packed._functions):
+        cached.cache_clear()
 
 
 @needs_compiler
@@ -77,13 +90,12 @@ def test_few_rows_are_multiplied_straight_from_packed_memory(on_processor, encod
 
 
 @needs_compiler
-@pytest.mark.parametrize("encoding", ENCODED)
-def test_a_row_has_the_same_product_alone_as_among_others(on_processor, encoding):
-    few = CudaPackedKernel(encoded(encoding, (32, 512)), CPU).products[1]
+def test_a_row_has_the_same_product_whatever_is_beside_it(on_processor):
+    few = CudaPackedKernel(encoded("q4_k", (32, 512)), CPU).products[1]
     x = random(16, 512).bfloat16()
     together = few(x)
-    assert torch.equal(torch.cat([few(row) for row in x.split(1)]), together)
     assert torch.equal(few(x[3:11]), together[3:11])
+    assert torch.equal(few(x[2:4]), together[2:4])
 
 
 @needs_compiler
@@ -94,8 +106,9 @@ def test_a_row_has_the_same_product_alone_as_among_others(on_processor, encoding
 def test_however_it_is_launched_the_product_is_right(on_processor, encoding, launch):
     weight = encoded(encoding, (112, 1280))
     kernel = CudaPackedKernel(weight, CPU)
-    kernel.use(launch)
-    for rows in (3, 12):
+    for most in cuda_packed.SLICES:
+        kernel.use(most, launch)
+    for rows in (1, 3):
         x = random(rows, 1280, seed=rows).bfloat16()
         assert_product(kernel.products[1](x), x, weight)
 
@@ -177,7 +190,7 @@ def test_plans_know_the_bytes_on_a_card(on_processor, encoding):
 
 def test_plans_count_other_shapes_as_they_are_in_a_file():
     assert card_bits.bits_on_card("q4_k", 100, 512) == 4.5
-    assert card_bits.bits_on_card("q5_k", 128, 512) == 5.5
+    assert card_bits.bits_on_card("q5_1", 128, 512) == 6
     assert card_bits.bits_on_card("bfloat16", 128, 512) == 16
 
 
@@ -185,8 +198,9 @@ def test_plans_count_other_shapes_as_they_are_in_a_file():
 def test_every_default_launch_fits_the_smallest_card(encoding):
     small = nvrtc.Card(sm=86, processors=20, shared_per_processor=102400, shared_per_block=101376)
     for columns in (256, 768, 1024, 4096, 5120, 14336, 32768):
-        launch = launch_for(encoding, 1024, columns, small)
-        assert launch.shared(encoding, 2) <= small.shared_per_block and 1 <= launch.warps <= 16, (columns, launch)
+        for most in cuda_packed.SLICES:
+            launch = launch_for(encoding, 1024, columns, most, small)
+            assert launch.shared(encoding, most) <= small.shared_per_block and 1 <= launch.warps <= 16, launch
 
 
 def test_only_what_fits_is_taken(monkeypatch):
@@ -208,8 +222,8 @@ def test_why_a_card_cannot_run_it_is_said_once(monkeypatch, caplog):
 
     monkeypatch.setattr(nvrtc, "load", refuse)
     monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
-    cuda_packed.why_not.cache_clear()
-    cuda_packed._compiled.cache_clear()
+    for cached in (cuda_packed.why_not, cuda_packed._compiled, cuda_packed._functions):
+        cached.cache_clear()
     weight = encoded("q4_k", (64, 512))
     with caplog.at_level(logging.WARNING, "pixtral_cli.model"):
         taken = [CudaPackedKernel.takes(weight, torch.bfloat16, torch.device("cuda", 0)) for _ in range(3)]
@@ -235,9 +249,8 @@ def needs_nvrtc():
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
     needs_nvrtc()
-    launch = launch_for(encoding, 5120, 5120, emulated_card.CARD)
-    for vector_tiles in (1, 2):
-        options = cuda_packed.macros(encoding, 1 if vector_tiles == 2 else launch.tiles, launch.stages, vector_tiles)
+    for most in cuda_packed.SLICES:
+        options = cuda_packed.macros(encoding, launch_for(encoding, 5120, 5120, most, emulated_card.CARD), most)
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")
         spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", log)]
