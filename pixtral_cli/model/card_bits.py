@@ -9,6 +9,7 @@ UNIT = (16, 256)
 UNIT_BYTES = {
     "q4_0": 2048 + 256,  # codes; a float16 scale for 32 weights
     "q4_k": 2048 + 2 * 128 + 64,  # codes; scales and offsets as bytes; two float16 factors for 256 weights
+    "q5_k": 2048 + 512 + 2 * 128 + 64,  # a fifth bit
     "q6_k": 2048 + 1024 + 256 + 32,  # four bits, two bits; scales; a factor for 256 weights
     "q8_0": 2 * 2048 + 256,
     "nf4": 2048 + 256,  # a float32 magnitude for 64 weights, double quantisation or not

@@ -27,6 +27,7 @@ from pixtral_cli.model.triton_support import chains
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1e30)  # the peak of no scores: finite, so that a block without visible keys makes no NaN
 PAGE_TOKENS = tl.constexpr(PAGE)
+PAGE_BITS = tl.constexpr(PAGE.bit_length() - 1)
 LOWEST = tl.constexpr(LOWEST_EXPONENT)
 HIGHEST = tl.constexpr(HIGHEST_EXPONENT)
 WHERE = ["page_table", "rows", "positions", "before", "starts"]
@@ -136,29 +137,32 @@ def _as_read(x, CODES: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _slots(pages, tokens, seen):
-    """tokens [L] of the sequence whose pages lie at `pages` -> slots, int64 [L].
+def _page_of(page_row, tokens, end):
+    """tokens [L] of the sequence whose pages lie at `page_row` -> the page of each; 0 from `end` on.
 
-    Loops ask for those of the next step: Triton makes loads wait for their addresses, and keys are then under way.
+    Loops ask for those of their next step: Triton lets keys be under way only if their addresses need no waiting.
     """
-    page = tl.load(pages + tokens // PAGE_TOKENS, mask=seen, other=0)
-    return page.to(tl.int64) * PAGE_TOKENS + tokens % PAGE_TOKENS
+    return tl.load(page_row + (tokens >> PAGE_BITS), mask=tokens < end, other=0)
+
+
+@triton.jit
+def _slots(pages, tokens):
+    return (pages << PAGE_BITS) + (tokens & (PAGE_TOKENS - 1))
 
 
 @triton.jit
 def _powers(
-    pages, tokens, end, slots, key_exponents, value_exponents, head,
+    page_row, pages, tokens, end, key_exponents, value_exponents, head,
     K: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Where there are codes: the exponents of keys and of values in `slots`, which are those of the step after
-    `tokens`; and the slots of the step after that."""
-    key_powers, value_powers, ahead = 0, 0, 0
+    """Where there are codes: exponents of keys and values of `tokens`, which lie in `pages`; the next step's pages."""
+    key_powers, value_powers, next_pages = 0, 0, 0
     if CODES:
-        follow = tokens + BLOCK < end
-        key_powers = tl.load(key_exponents + slots * K + head, mask=follow, other=0)
-        value_powers = tl.load(value_exponents + slots * K + head, mask=follow, other=0)
-        ahead = _slots(pages, tokens + 2 * BLOCK, tokens + 2 * BLOCK < end)
-    return key_powers, value_powers, ahead
+        at = _slots(pages, tokens).to(tl.int64) * K + head
+        key_powers = tl.load(key_exponents + at, mask=tokens < end, other=0)
+        value_powers = tl.load(value_exponents + at, mask=tokens < end, other=0)
+        next_pages = _page_of(page_row, tokens + BLOCK, end)
+    return key_powers, value_powers, next_pages
 
 
 @triton.jit
@@ -167,7 +171,7 @@ def _read(
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Keys or values [L, DP] of one head in `slots` [L], still to be scaled where they are codes; zeros if not seen."""
-    at = store + slots[:, None] * (K * D) + head * D + dims[None, :]
+    at = store + (slots.to(tl.int64)[:, None] * (K * D) + head * D + dims[None, :])
     if MASKED or DP != D:  # noqa: SIM108 - Triton decides this as it compiles
         x = tl.load(at, mask=seen[:, None] & (dims < D)[None, :], other=0)
     else:
@@ -198,14 +202,15 @@ def _prepared(q, scale, CODES: tl.constexpr):
 
 @triton.jit
 def _mix_block(
-    q, slots, key_powers, value_powers, loaded, seen, peak, total, mixed, scale, keys, values, head, dims,
+    q, pages, tokens, key_powers, value_powers, loaded, seen, peak, total, mixed, scale, keys, values, head, dims,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax: q [R, DP] sees those of the tokens in `slots` [L] that `seen` [R or 1, L] says.
+    """One step of the running softmax: q [R, DP] sees those of `tokens` [L], in `pages`, that `seen` [R or 1, L] says.
 
     peak and total [R]: the highest score until now and the sum of weights; mixed [R, DP]: the sum of weighted values.
     The exponent of coded values is added to their scores, for it is a power of two as their weights are.
     """
+    slots = _slots(pages, tokens)
     k = _read(keys, slots, loaded, head, dims, q.dtype, K, D, DP, MASKED, CODES, NATIVE)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if CODES:
@@ -240,8 +245,8 @@ def _write(
     begin_kernel(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + first + n)
-    pages = page_table + tl.load(rows + first + n).to(tl.int64) * table_stride
-    slot = tl.load(pages + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
+    page_row = page_table + tl.load(rows + first + n).to(tl.int64) * table_stride
+    slot = tl.load(page_row + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
     heads, dims = tl.arange(0, KP), tl.arange(0, DP)
     there = heads < K
     inside = there[:, None] & (dims < D)[None, :]
@@ -336,16 +341,16 @@ def _decode(
         head = (at - begin) // blocks
         pair = begin + head * blocks  # where the pair's blocks begin in the line
         until = tl.minimum(stop, pair + blocks)
-        pages = page_table + tl.load(rows + b).to(tl.int64) * table_stride
+        page_row = page_table + tl.load(rows + b).to(tl.int64) * table_stride
         first = 0
         if WINDOWED:
             first = tl.maximum(position + 1 - window, 0) // BLOCK
         tokens = (first + at - pair) * BLOCK + tl.arange(0, BLOCK)
-        slots = _slots(pages, tokens, tokens < position)
-        key_powers, value_powers, ahead = _powers(
-            pages, tokens - BLOCK, position, slots, key_exponents, value_exponents, head, K, BLOCK, CODES
+        pages = _page_of(page_row, tokens, position)
+        key_powers, value_powers, later = _powers(
+            page_row, pages, tokens, position, key_exponents, value_exponents, head, K, BLOCK, CODES
         )
-        new_slot = tl.load(pages + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
+        new_slot = tl.load(page_row + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
 
         if CHAINED:  # until now only the layout was read, which no chained kernel writes
             tl.extra.cuda.gdc_wait()
@@ -367,18 +372,18 @@ def _decode(
         mixed = _as_read(new_v, CODES, NATIVE) + tl.zeros([ROWS, DP], tl.float32)
         for block in range(first + at - pair, first + until - pair):
             tokens = block * BLOCK + tl.arange(0, BLOCK)
-            later = _slots(pages, tokens + BLOCK, tokens + BLOCK < position)
-            later_key_powers, later_value_powers, last = _powers(
-                pages, tokens, position, ahead, key_exponents, value_exponents, head, K, BLOCK, CODES
+            next_pages = _page_of(page_row, tokens + BLOCK, position)
+            next_key_powers, next_value_powers, last = _powers(
+                page_row, later, tokens + BLOCK, position, key_exponents, value_exponents, head, K, BLOCK, CODES
             )
             seen = tokens < position
             if WINDOWED:
                 seen = seen & (tokens > position - window)
             peak, total, mixed = _mix_block(
-                queries, slots, key_powers, value_powers, seen, seen[None, :], peak, total, mixed, scales,
+                queries, pages, tokens, key_powers, value_powers, seen, seen[None, :], peak, total, mixed, scales,
                 keys, values, head, dims, K, D, DP, True, CODES, NATIVE,
             )  # fmt: skip
-            slots, key_powers, value_powers, ahead = later, later_key_powers, later_value_powers, last
+            pages, key_powers, value_powers, later = next_pages, next_key_powers, next_value_powers, last
 
         offsets = group[:, None] * D + dims[None, :]
         inside = (group < G)[:, None] & (dims < D)[None, :]
@@ -475,31 +480,31 @@ def decode(
 
 @triton.jit
 def _look_back(
-    q, pages, begin, stop, end, positions, window, peak, total, mixed, scale,
+    q, page_row, begin, stop, end, positions, window, peak, total, mixed, scale,
     keys, values, key_exponents, value_exponents, head, dims,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CODES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over the tokens from `begin` up to `stop`, in blocks; none from `end` on exists."""
     tokens = begin + tl.arange(0, BLOCK)
-    slots = _slots(pages, tokens, tokens < end)
-    key_powers, value_powers, ahead = _powers(
-        pages, tokens - BLOCK, end, slots, key_exponents, value_exponents, head, K, BLOCK, CODES
+    pages = _page_of(page_row, tokens, end)
+    key_powers, value_powers, later = _powers(
+        page_row, pages, tokens, end, key_exponents, value_exponents, head, K, BLOCK, CODES
     )
     for at in range(begin, stop, BLOCK):
         tokens = at + tl.arange(0, BLOCK)
-        later = _slots(pages, tokens + BLOCK, tokens + BLOCK < end)
-        later_key_powers, later_value_powers, last = _powers(
-            pages, tokens, end, ahead, key_exponents, value_exponents, head, K, BLOCK, CODES
+        next_pages = _page_of(page_row, tokens + BLOCK, end)
+        next_key_powers, next_value_powers, last = _powers(
+            page_row, later, tokens + BLOCK, end, key_exponents, value_exponents, head, K, BLOCK, CODES
         )
         seen = tokens[None, :] <= positions[:, None]
         if WINDOWED:
             seen = seen & (tokens[None, :] > positions[:, None] - window)
         peak, total, mixed = _mix_block(
-            q, slots, key_powers, value_powers, tokens < end, seen, peak, total, mixed, scale,
+            q, pages, tokens, key_powers, value_powers, tokens < end, seen, peak, total, mixed, scale,
             keys, values, head, dims, K, D, DP, MASKED, CODES, NATIVE,
         )  # fmt: skip
-        slots, key_powers, value_powers, ahead = later, later_key_powers, later_value_powers, last
+        pages, key_powers, value_powers, later = next_pages, next_key_powers, next_value_powers, last
     return peak, total, mixed
 
 
@@ -528,7 +533,7 @@ def _prefill(
     row = (tile - (start * G // ROWS + sequence)) * ROWS
     if row < new:
         past = tl.load(before + sequence)
-        pages = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
+        page_row = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
         lowest = past + row // G
         highest = past + (tl.minimum(row + ROWS, new) - 1) // G
         end = highest + 1
@@ -552,16 +557,16 @@ def _prefill(
             first = tl.maximum(lowest + 1 - window, 0) // BLOCK * BLOCK
             whole = tl.cdiv(tl.maximum(highest + 1 - window, 0), BLOCK) * BLOCK
             peak, total, mixed = _look_back(
-                queries, pages, first, whole, end, positions, window, peak, total, mixed, scales,
+                queries, page_row, first, whole, end, positions, window, peak, total, mixed, scales,
                 keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, True, True, CODES, NATIVE,
             )  # fmt: skip
             partly = tl.maximum(whole, partly)
         peak, total, mixed = _look_back(
-            queries, pages, whole, partly, end, positions, window, peak, total, mixed, scales,
+            queries, page_row, whole, partly, end, positions, window, peak, total, mixed, scales,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, False, WINDOWED, CODES, NATIVE,
         )  # fmt: skip
         peak, total, mixed = _look_back(
-            queries, pages, partly, end, end, positions, window, peak, total, mixed, scales,
+            queries, page_row, partly, end, end, positions, window, peak, total, mixed, scales,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, True, WINDOWED, CODES, NATIVE,
         )  # fmt: skip
         at = out + token_ids[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from pixtral_cli.model.card_bits import UNIT_BYTES
 from pixtral_cli.model.kernels import cuda_packed, nvrtc
-from pixtral_cli.model.kernels.cuda_packed import DECODED_FROM, CudaPackedKernel, Launch
+from pixtral_cli.model.kernels.cuda_packed import DECODED_FROM, SLICES, CudaPackedKernel, Launch
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows
@@ -32,8 +34,14 @@ SHAPES = {
     "down": (5120, 14336),
     "head": (131072, 5120),
 }
-SWEPT = ("q4_k", "q6_k", "nf4", "q8_0", "q4_0")
-FACTORS = {"q4_0": [(0, 2)], "q4_k": [(0, 2), (2, 4)], "q6_k": [(208, 210)], "q8_0": [(0, 2)]}  # float16, in a block
+SWEPT = ("q4_k", "q6_k", "q8_0", "nf4", "q4_0")
+FACTORS = {
+    "q4_0": [(0, 2)],
+    "q4_k": [(0, 2), (2, 4)],
+    "q5_k": [(0, 2), (2, 4)],
+    "q6_k": [(208, 210)],
+    "q8_0": [(0, 2)],
+}  # float16, in a block
 CACHED = 200 * 2**20  # bytes that no cache of a card holds
 CARD = torch.device("cuda", 0)
 
@@ -78,23 +86,23 @@ class Matrices:
     def __init__(self, encoding: str, shape: tuple[int, int], pool: Tensor) -> None:
         first = CudaPackedKernel(random_weight(encoding, 64, shape[1]), CARD)
         first.shape = shape
-        first.use(cuda_packed.launch_for(encoding, *shape, nvrtc.card(CARD)))
+        for most in SLICES:
+            first.use(most, cuda_packed.launch_for(encoding, *shape, most, nvrtc.card(CARD)))
         units = (shape[0] // 16, shape[1] // 256, UNIT_BYTES[encoding])
         self.nbytes = units[0] * units[1] * units[2]
         count = min(max(2, -(-CACHED // self.nbytes)), pool.numel() // self.nbytes)
         self.kernels = []
         for part in pool[: count * self.nbytes].view(count, *units):
             kernel = copy.copy(first)
-            kernel._units = part
+            kernel._units, kernel._few = part, dict(first._few)
             self.kernels.append(kernel)
 
-    @property
-    def launch(self) -> Launch:
-        return self.kernels[0]._launches[1]
+    def launch(self, most: int) -> Launch:
+        return self.kernels[0]._few[most].launch
 
-    def use(self, launch: Launch) -> None:
+    def use(self, most: int, launch: Launch) -> None:
         for kernel in self.kernels:
-            kernel.use(launch, 8)
+            kernel.use(most, launch)
 
     def time(self, rows: int, product: int = 1) -> float:
         x = torch.randn(rows, self.kernels[0].shape[1], dtype=torch.bfloat16, device=CARD)
@@ -122,31 +130,43 @@ def check(encoding: str) -> dict[str, float]:
     return found
 
 
-def launches(encoding: str, columns: int) -> list[Launch]:
+def launches(encoding: str, columns: int, most: int) -> list[Launch]:
     """What is tried."""
     units, card = columns // 256, nvrtc.card(CARD)
     found = []
     for tiles in (1, 2):
-        for stages in (2, 3, 4, 6):
-            for warps in (4, 5, 7, 8, 10, 14, 16):
-                if units % warps and warps not in (8, 16):
-                    continue
-                each = Launch(tiles, stages, min(warps, units))
-                shared = each.shared(encoding, 1)
-                if shared > card.shared_per_block:
+        for stages in (2, 3):
+            for warps in (2, 4, 5, 7, 8, 10, 14, 16):
+                each = Launch(tiles, stages, warps)
+                shared = each.shared(encoding, most)
+                if units % warps or shared > card.shared_per_block:
                     continue
                 resident = min(card.shared_per_processor // (shared + 1024), 48 // warps)
-                found += [each, each._replace(per_processor=resident)] if resident else [each]
+                found.append(each)
+                if resident and (encoding == "nf4" or (tiles, stages) == (1, 2)):
+                    found.append(each._replace(per_processor=resident))
     return found
+
+
+def compile_all() -> None:
+    """All that the sweeps need, by all processors at once: it is found in the cache afterwards."""
+    source = Path(cuda_packed.__file__).with_name("packed_matmul.cu").read_text()
+    wanted = [
+        cuda_packed.macros(encoding, Launch(tiles, stages, 1), most)
+        for stages, tiles, most, encoding in itertools.product((2, 3), (1, 2), (1, 8, 16), (*SWEPT, "q5_k"))
+        if tiles == 1 or most < 16
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda options: nvrtc.compiled(source, options, nvrtc.card(CARD).sm), wanted))
 
 
 def sweep(matrices: Matrices, encoding: str, rows: int, deadline: float) -> dict[Launch, float]:
     """Microseconds of each launch; the default one is the first."""
     found: dict[Launch, float] = {}
-    for launch in [matrices.launch, *launches(encoding, matrices.kernels[0].shape[1])]:
+    for launch in [matrices.launch(rows), *launches(encoding, matrices.kernels[0].shape[1], rows)]:
         if found and time.monotonic() > deadline:
             break
-        matrices.use(launch)
+        matrices.use(rows, launch)
         found[launch] = matrices.time(rows)
     return found
 
@@ -209,6 +229,37 @@ def report_few(report: Report, pool: Tensor) -> None:
         line(encoding, times, nbytes * 8 / 4096)
 
 
+def report_early(report: Report, pool: Tensor) -> None:
+    """The same kernels, begun before the ones ahead of them have ended."""
+    print("\nbegun early or not, microseconds")
+    for encoding, name in itertools.product(("q4_k", "q6_k"), SHAPES):
+        matrices, times = Matrices(encoding, SHAPES[name], pool), []
+        for early in (False, True):
+            cuda_packed.EARLY = early
+            times.append([matrices.time(rows) for rows in (1, 8)])
+        cuda_packed.EARLY = False
+        print(f"  {encoding} {name:8} " + "   ".join(f"{one:.1f} {eight:.1f}" for one, eight in times))
+        report.keep(f"early {encoding} {name}", times)
+    weights = [CudaPackedKernel(random_weight("q4_k", 5120, 5120), CARD) for _ in range(4)]
+    x, found = torch.randn(1, 5120, device=CARD).bfloat16(), []
+
+    def chain() -> None:
+        y = x
+        for kernel in weights * 10:
+            y = kernel.products[1](kernel.products[1](y))
+            y = y / y.abs().amax()
+        found.append(y)
+
+    torch.cuda.synchronize()
+    for early in (False, True, True):
+        cuda_packed.EARLY = early
+        graph_time([chain])
+    cuda_packed.EARLY = False
+    same = [bool((y == found[0]).all()) for y in found]
+    print("  a chain gives the same:", same)
+    report.keep("early same", same)
+
+
 def report_decoding(report: Report, pool: Tensor) -> None:
     rows, columns = 26208, 5120  # what the buffer holds
     print(f"\ndecoding {rows} x {columns}, microseconds (TB/s read and written)")
@@ -236,7 +287,7 @@ def report_sweeps(report: Report, pool: Tensor, deadline: float) -> None:
     print("\nlaunches (tiles, stages, warps, per processor): default; best")
     for encoding in SWEPT:
         for name, shape in SHAPES.items():
-            for rows in (1, 8) if encoding == "q4_k" else (1,):
+            for rows in (1, 8):
                 if time.monotonic() > deadline:
                     return
                 times = sweep(Matrices(encoding, shape, pool), encoding, rows, deadline)
@@ -259,12 +310,16 @@ def main() -> None:
     print(f"{name}\ncopy {copied:.2f} TB/s")
     report.keep("card", name)
     report.keep("copy", copied)
+    started = time.monotonic()
+    compile_all()
+    print(f"compiled in {time.monotonic() - started:.1f} s")
     report_checks(report)
     pool = torch.randint(0, 256, (2**30,), dtype=torch.uint8, device=CARD)
     report_few(report, pool)
     report_decoding(report, pool)
     report_many(report, pool)
     report_sweeps(report, pool, begun + options.seconds)
+    report_early(report, pool)
     print(f"{time.monotonic() - begun:.0f} s")
 
 

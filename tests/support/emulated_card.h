@@ -22,6 +22,7 @@
 
 using std::min;
 struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { unsigned x; } threadIdx, blockIdx, blockDim, gridDim;
@@ -40,6 +41,7 @@ struct Barrier {
 struct Warp {
     Barrier barrier;
     uint32_t a[2][32][4], b[2][32][2];
+    float values[2][32];
 };
 
 using Copies = std::vector<std::pair<unsigned char *, const unsigned char *>>;
@@ -48,7 +50,7 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     bool ended = false;
-    unsigned products = 0;
+    unsigned products = 0, shuffles = 0;
     Copies open;
     std::deque<Copies> groups;
 };
@@ -189,6 +191,18 @@ template <int LEFT> inline void wait_for_copies() {
         for (const auto &[to, from] : groups.front()) std::memcpy(to, from, 16);
 }
 
+inline float __shfl_xor_sync(uint32_t, float value, int bits) {
+    emulated::Warp &all = emulated::warp();
+    const int lane = threadIdx.x % 32, turn = emulated::self().shuffles++ % 2;
+    all.values[turn][lane] = value;
+    all.barrier.wait();
+    return all.values[turn][lane ^ bits];
+}
+
+inline void wait_for_kernel_before() {}
+inline void let_next_kernel_begin() {}
+inline uint32_t kept(uint32_t value) { return value; }
+inline uint32_t times(uint32_t word, uint32_t factor) { return word * factor; }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 inline float low_half(uint32_t word) { return emulated::half(word & 0xFFFF); }
 inline float high_half(uint32_t word) { return emulated::half(word >> 16); }

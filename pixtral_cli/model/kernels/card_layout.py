@@ -23,14 +23,15 @@ AT_ONCE = 2**23  # weights
 # Columns of a unit are four times 64, two words of a lane twice: of 32 columns a lane t has 8 t to 8 t + 7, in q6_k
 # 4 t to 4 t + 3 of each 16. A word has two pairs, and a pair two columns. So the axes of codes in order of rows are
 EIGHT = (2, 8, -1, 4, 2, 4, 2, 2, 2)  # T by [h, g, S, quarter, half, t, word, pair, column]
-FOUR = (2, 8, -1, 4, 2, 2, 4, 2, 2)  # T by [h, g, S, quarter, half, word, t, pair, column]
 # and those of a unit's bytes [T, S, quarter, g, t, half, word] and then
 NIBBLES_EIGHT = (0, 3, 4, 2, 6, 5, 7, 9, 8, 1)  # [column, pair, h]
-NIBBLES_FOUR = (0, 3, 4, 2, 7, 5, 6, 9, 8, 1)
 NF4_EIGHT = (0, 3, 4, 2, 6, 5, 7, 8, 1, 9)  # [pair, h, column]
-# The upper bits of q6_k: quarters are two and two, and a word is of 32 columns.
-UPPER = (2, 8, -1, 2, 2, 2, 2, 4, 2, 2)  # T by [h, g, S, Q, q, half, word, t, pair, column]
-UPPER_ORDER = (0, 3, 4, 2, 8, 5, 6, 10, 7, 9, 1)  # [T, S, Q, g, t, q, half, column, word, pair, h]
+BYTES_EIGHT = (0, 3, 4, 5, 2, 6, 7, 8, 9, 1)  # q8_0: [T, S, quarter, half, g, t, word, pair, column, h]
+# The fifth bits of q5_k: a word is of both halves. [T, S, g, t, quarter, column] and then [half, word, pair, h]
+FIFTH_ORDER = (0, 3, 2, 6, 4, 9, 5, 7, 8, 1)
+# q6_k: quarters are two and two. T by [h, g, S, Q, q, half, group, t, pair, column], and
+SIX = (2, 8, -1, 2, 2, 2, 2, 4, 2, 2)
+SIX_ORDER = (0, 3, 4, 2, 8, 10, 5, 6, 7, 9, 1)  # [T, S, Q, g, t, column, q, half] and then [group, pair, h]
 
 
 class Layout(NamedTuple):
@@ -67,72 +68,95 @@ def _both(data: Tensor) -> Tensor:
     return torch.stack([data & 15, data >> 4], -1)
 
 
-def _nibbles(codes: Tensor, four: bool = False) -> Tensor:
+def _nibbles(codes: Tensor) -> Tensor:
     """uint8 0..15 [R, C] -> a plane, uint8 [T, S, 2048]."""
-    axes, order = (FOUR, NIBBLES_FOUR) if four else (EIGHT, NIBBLES_EIGHT)
-    return _halves(_ordered(codes, axes, order)).flatten(2)
+    return _halves(_ordered(codes, EIGHT, NIBBLES_EIGHT)).flatten(2)
 
 
-def _codes(plane: Tensor, four: bool = False) -> Tensor:
-    axes, order = (FOUR, NIBBLES_FOUR) if four else (EIGHT, NIBBLES_EIGHT)
-    return _in_rows(_both(plane.reshape(_sizes(axes, order, plane)[:-1])), order)
+def _codes(plane: Tensor) -> Tensor:
+    """The inverse."""
+    return _in_rows(_both(plane.reshape(_sizes(EIGHT, NIBBLES_EIGHT, plane)[:-1])), NIBBLES_EIGHT)
 
 
-def _by_row(values: Tensor, units: int) -> Tensor:
-    """[R, S, ...] -> [T, S, g, h, ...], as bytes [T, S, 16 rows' bytes]."""
-    tiles = values.reshape(-1, 2, 8, units, *values.shape[2:]).transpose(1, 3)
-    return tiles.contiguous().view(torch.uint8).flatten(2)
-
-
-def _rows_of(data: Tensor, *each: int) -> Tensor:
-    """The inverse: bytes [T, S, 16 rows' bytes] -> uint8 [R, S, *each]."""
-    tiles, units = data.shape[:2]
-    return data.reshape(tiles, units, 8, 2, *each).transpose(1, 3).reshape(tiles * ROWS, units, *each)
-
-
-def _by_group(values: Tensor, units: int) -> Tensor:
-    """[R, S * groups, bytes] -> bytes [T, S, g, group, h]."""
-    tiles = values.reshape(-1, 2, 8, units, values.shape[1] // units, values.shape[2])
+def _by_group(values: Tensor, units: int, width: int) -> Tensor:
+    """uint8 [R, bytes of S units], `width` of them for each group -> bytes [T, S, g, group, h, width]."""
+    tiles = values.reshape(len(values) // ROWS, 2, 8, units, -1, width)
     return tiles.permute(0, 3, 2, 4, 1, 5).flatten(2)
 
 
-def _groups_of(data: Tensor, groups: int, width: int) -> Tensor:
-    """The inverse: uint8 [R, S * groups, width]."""
+def _groups_of(data: Tensor, width: int) -> Tensor:
+    """The inverse: uint8 [R, S, bytes]."""
     tiles, units = data.shape[:2]
-    found = data.reshape(tiles, units, 8, groups, 2, width).permute(0, 4, 2, 1, 3, 5)
-    return found.reshape(tiles * ROWS, units * groups, width)
+    found = data.reshape(tiles, units, 8, -1, 2, width).permute(0, 4, 2, 1, 3, 5)
+    return found.reshape(tiles * ROWS, units, -1)
 
 
 def _pack_q4_0(rows: Tensor) -> Tensor:
     blocks = rows.unflatten(1, (-1, 18))
     data = blocks[..., 2:]
     codes = torch.cat([data & 15, data >> 4], -1).flatten(1)
-    return torch.cat([_nibbles(codes), _by_group(blocks[..., :2], codes.shape[1] // COLUMNS)], -1)
+    return torch.cat([_nibbles(codes), _by_group(blocks[..., :2], codes.shape[1] // COLUMNS, 2)], -1)
 
 
 def _unpack_q4_0(units: Tensor) -> Tensor:
     codes = _codes(units[..., :PLANE]).unflatten(1, (-1, 2, 16))
-    return torch.cat([_groups_of(units[..., PLANE:], 8, 2), codes[:, :, 0] | codes[:, :, 1] << 4], -1).flatten(1)
+    scales = _groups_of(units[..., PLANE:], 2).unflatten(2, (-1, 2)).flatten(1, 2)
+    return torch.cat([scales, codes[:, :, 0] | codes[:, :, 1] << 4], -1).flatten(1)
+
+
+def _runs(codes: Tensor) -> Tensor:
+    """The inverse of stacking low and high halves of runs of 32 bytes: codes [R, C] -> bytes [R, S, 128]."""
+    runs = codes.unflatten(1, (-1, 4, 2, 32))
+    return (runs[:, :, :, 0] | runs[:, :, :, 1] << 4).flatten(2)
+
+
+def _pack_scales(header: Tensor) -> list[Tensor]:
+    """The 16 bytes at the head of q4_k's and q5_k's blocks [R, S, 16] -> scales, offsets, factors of units."""
+    factors, packed = header.split([4, 12], 2)
+    words = six_bit_words(*packed.contiguous().view(torch.int32).unbind(2))
+    scales, offsets = torch.stack(words, 2).view(torch.uint8).split(8, 2)
+    return [_by_group(part, header.shape[1], width) for part, width in ((scales, 2), (offsets, 2), (factors, 4))]
+
+
+def _header(scales: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
+    """The inverse."""
+    both = (_groups_of(part, 2).flatten(0, 1) for part in (scales, offsets))
+    found = _groups_of(factors, 4)
+    return torch.cat([found, pack_scales_and_offsets(*both).view(*found.shape[:2], 12)], -1)
 
 
 def _pack_q4_k(rows: Tensor) -> Tensor:
-    blocks = rows.unflatten(1, (-1, 144))
-    factors, packed, data = blocks.split([4, 12, 128], 2)
+    header, data = rows.unflatten(1, (-1, 144)).split([16, 128], 2)
     runs = data.unflatten(2, (4, 32))
     codes = torch.stack([runs & 15, runs >> 4], 3).flatten(1)
-    words = six_bit_words(*packed.contiguous().view(torch.int32).unbind(2))
-    scales = torch.stack(words, 2).view(torch.uint8).unflatten(2, (2, 8))
-    small = (scales[:, :, 0], scales[:, :, 1], factors)
-    return torch.cat([_nibbles(codes), *(_by_row(part, blocks.shape[1]) for part in small)], -1)
+    return torch.cat([_nibbles(codes), *_pack_scales(header)], -1)
 
 
 def _unpack_q4_k(units: Tensor) -> Tensor:
-    plane, scales, offsets, factors = units.split([PLANE, 128, 128, 64], 2)
-    runs = _codes(plane).unflatten(1, (-1, 4, 2, 32))
-    both = (_rows_of(part, 8).flatten(0, 1) for part in (scales, offsets))
-    packed = pack_scales_and_offsets(*both).view(runs.shape[0], -1, 12)
-    data = (runs[:, :, :, 0] | runs[:, :, :, 1] << 4).flatten(2)
-    return torch.cat([_rows_of(factors, 4), packed, data], -1).flatten(1)
+    plane, *small = units.split([PLANE, 128, 128, 64], 2)
+    return torch.cat([_header(*small), _runs(_codes(plane))], -1).flatten(1)
+
+
+def _pack_q5_k(rows: Tensor) -> Tensor:
+    header, fifth, data = rows.unflatten(1, (-1, 176)).split([16, 32, 128], 2)
+    runs = data.unflatten(2, (4, 32))
+    codes = torch.stack([runs & 15, runs >> 4], 3).flatten(1)
+    bits = torch.stack([fifth >> shift & 1 for shift in range(8)], 2).flatten(1)
+    turned = _ordered(bits, EIGHT, FIFTH_ORDER).flatten(6).roll(4, -1).unflatten(6, (2, 8))
+    upper = sum(turned[..., index] << index for index in range(8))
+    assert isinstance(upper, Tensor)
+    return torch.cat([_nibbles(codes), upper.flatten(2), *_pack_scales(header)], -1)
+
+
+def _unpack_q5_k(units: Tensor) -> Tensor:
+    plane, upper, *small = units.split([PLANE, PLANE // 4, 128, 128, 64], 2)
+    sizes = _sizes(EIGHT, FIFTH_ORDER, units)
+    turned = torch.stack([upper >> index & 1 for index in range(8)], -1)
+    bits = turned.reshape(*sizes[:6], 16).roll(-4, -1).reshape(sizes)
+    runs = _in_rows(bits, FIFTH_ORDER).unflatten(1, (-1, 8, 32))
+    fifth = sum(runs[:, :, index] << index for index in range(8))
+    assert isinstance(fifth, Tensor)
+    return torch.cat([_header(*small), fifth, _runs(_codes(plane))], -1).flatten(1)
 
 
 def _pack_q6_k(rows: Tensor) -> Tensor:
@@ -142,43 +166,58 @@ def _pack_q6_k(rows: Tensor) -> Tensor:
     low = torch.stack([halves & 15, halves >> 4], 3).flatten(1)  # of 128 weights the low halves of 64 bytes, then high
     runs = pairs.unflatten(2, (2, 32))
     high = torch.stack([runs >> shift & 3 for shift in (0, 2, 4, 6)], 3).flatten(1)
-    fields = _ordered(high, UPPER, UPPER_ORDER).flatten(8).roll(2, -1).unflatten(8, (2, 4))
-    upper = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
-    small = (_by_row(part, blocks.shape[1]) for part in (scales ^ 128, factor))
-    return torch.cat([_nibbles(low, four=True), upper.flatten(2), *small], -1)
+    small = (_by_group(part, blocks.shape[1], 2) for part in (scales ^ 128, factor))
+    return torch.cat([_six_bits(low | high << 4), *small], -1)
+
+
+def _six_bits(codes: Tensor) -> Tensor:
+    """uint8 0..63 [R, C] -> uint8 [T, S, 3072]: eight codes are three words of 16 bits."""
+    a, b, c, d, e, f, g, h = _ordered(codes, SIX, SIX_ORDER).flatten(8).to(torch.int16).unbind(-1)
+    words = [a | b << 6 | g << 12, c | d << 6 | h << 12, e | f << 6 | g >> 4 << 12 | h >> 4 << 14]
+    ordered = torch.stack(words, -1).flatten(6).unflatten(6, (3, 4)).permute(0, 1, 2, 6, 3, 4, 7, 5)
+    return ordered.contiguous().view(torch.uint8).flatten(2)
+
+
+def _codes_of_six_bits(data: Tensor) -> Tensor:
+    """The inverse."""
+    tiles, units = data.shape[:2]
+    ordered = data.reshape(tiles, units, 2, 3, 8, 4, 4, 4).view(torch.int16)  # the last of words, and bytes of columns
+    a, b, c = ordered.permute(0, 1, 2, 4, 5, 7, 3, 6).flatten(6).unflatten(6, (2, 2, 3)).unbind(-1)
+    upper = (a >> 12 & 15 | c >> 8 & 48, b >> 12 & 15 | c >> 10 & 48)
+    codes = [a & 63, a >> 6 & 63, b & 63, b >> 6 & 63, c & 63, c >> 6 & 63, *upper]
+    separate = torch.stack(codes, -1).to(torch.uint8)
+    return _in_rows(separate.unflatten(8, (2, 2, 2)), SIX_ORDER)
 
 
 def _unpack_q6_k(units: Tensor) -> Tensor:
-    plane, upper, scales, factor = units.split([PLANE, PLANE // 2, 256, 32], 2)
-    halves = _codes(plane, four=True).unflatten(1, (-1, 2, 2, 64))
-    sizes = _sizes(UPPER, UPPER_ORDER, units)
-    fields = torch.stack([upper >> shift & 3 for shift in (0, 2, 4, 6)], -1)
-    fields = fields.reshape(*sizes[:8], 8).roll(-2, -1).reshape(sizes)
-    runs = _in_rows(fields, UPPER_ORDER).unflatten(1, (-1, 2, 4, 32))
+    data, scales, factor = units.split([3072, 256, 32], 2)
+    codes = _codes_of_six_bits(data)
+    halves = (codes & 15).unflatten(1, (-1, 2, 2, 64))
+    runs = (codes >> 4).unflatten(1, (-1, 2, 4, 32))
     pairs = runs[:, :, :, 0] | runs[:, :, :, 1] << 2 | runs[:, :, :, 2] << 4 | runs[:, :, :, 3] << 6
     lower = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).flatten(2)
-    return torch.cat([lower, pairs.flatten(2), _rows_of(scales, 16) ^ 128, _rows_of(factor, 2)], -1).flatten(1)
+    return torch.cat([lower, pairs.flatten(2), _groups_of(scales, 2) ^ 128, _groups_of(factor, 2)], -1).flatten(1)
 
 
 def _pack_q8_0(rows: Tensor) -> Tensor:
     blocks = rows.unflatten(1, (-1, 34))
-    codes = (blocks[..., 2:] ^ 128).flatten(1)
-    scales = _by_group(blocks[..., :2], codes.shape[1] // COLUMNS)
-    return torch.cat([_nibbles(codes & 15), _nibbles(codes >> 4), scales], -1)
+    codes = blocks[..., 2:].flatten(1)
+    scales = _by_group(blocks[..., :2], codes.shape[1] // COLUMNS, 2)
+    return torch.cat([_ordered(codes, EIGHT, BYTES_EIGHT).flatten(2), scales], -1)
 
 
 def _unpack_q8_0(units: Tensor) -> Tensor:
-    low, high, scales = units.split([PLANE, PLANE, 256], 2)
-    codes = (_codes(low) | _codes(high) << 4).unflatten(1, (-1, 32)) ^ 128
-    return torch.cat([_groups_of(scales, 8, 2), codes], -1).flatten(1)
+    data, scales = units.split([2 * PLANE, 256], 2)
+    codes = _in_rows(data.reshape(_sizes(EIGHT, BYTES_EIGHT, units)), BYTES_EIGHT).unflatten(1, (-1, 32))
+    return torch.cat([_groups_of(scales, 2).unflatten(2, (-1, 2)).flatten(1, 2), codes], -1).flatten(1)
 
 
 def pack_nf4(codes: Tensor, magnitudes: Tensor) -> Tensor:
     """`codes` uint8 [R, C/2] as bitsandbytes has them, `magnitudes` float32 [R, C/64] -> uint8 [T, S, 2304]."""
     separate = torch.stack([codes >> 4, codes & 15], -1).flatten(1)
     plane = _halves(_ordered(separate, EIGHT, NF4_EIGHT)).flatten(2)
-    data = magnitudes.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
-    return torch.cat([plane, _by_group(data, separate.shape[1] // COLUMNS)], -1)
+    data = magnitudes.contiguous().view(torch.uint8)
+    return torch.cat([plane, _by_group(data, separate.shape[1] // COLUMNS, 4)], -1)
 
 
 def unpack_nf4(units: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,12 +225,13 @@ def unpack_nf4(units: Tensor) -> tuple[Tensor, Tensor]:
     plane, data = units.split([PLANE, UNIT_BYTES["nf4"] - PLANE], 2)
     sizes = _sizes(EIGHT, NF4_EIGHT, units)[:-1]
     pairs = _in_rows(_both(plane.reshape(sizes)), NF4_EIGHT).unflatten(1, (-1, 2))
-    return pairs[..., 0] << 4 | pairs[..., 1], _groups_of(data, 4, 4).contiguous().view(torch.float32).flatten(1)
+    return pairs[..., 0] << 4 | pairs[..., 1], _groups_of(data, 4).flatten(1).view(torch.float32)
 
 
 LAYOUTS = {
     "q4_0": Layout(_pack_q4_0, _unpack_q4_0),
     "q4_k": Layout(_pack_q4_k, _unpack_q4_k),
+    "q5_k": Layout(_pack_q5_k, _unpack_q5_k),
     "q6_k": Layout(_pack_q6_k, _unpack_q6_k),
     "q8_0": Layout(_pack_q8_0, _unpack_q8_0),
 }

@@ -29,9 +29,11 @@ from weights_cache.packed import PackedWeight
 
 LOG = logging.getLogger("pixtral_cli.model")
 
-DECODED_FROM = 65  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
-VECTORS = 8  # of x that tensor cores multiply with at a time
+DECODED_FROM = 49  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
+SLICES = {1: (1, 1), 8: (8, 1), 16: (8, 2)}
+"""Most rows of x that are multiplied in one go -> VECTORS and N_TILES of packed_matmul.cu for them."""
 DECODING_WARPS = 8  # of a block
+EARLY = False  # whether kernels begin before those ahead of them have ended
 TABLES = {"nf4": (65536, 2048)}  # bytes of shared memory for them, in products and in decoding
 
 
@@ -44,28 +46,37 @@ class Launch(NamedTuple):
     warps: int
     per_processor: int = 0
 
-    def shared(self, encoding: str, vector_tiles: int) -> int:
-        """Bytes of shared memory of a block."""
-        sums, units = 512 * vector_tiles, self.stages * UNIT_BYTES[encoding]
+    def shared(self, encoding: str, most: int) -> int:
+        """Bytes of shared memory of a block, for slices of `most` rows of x."""
+        sums, units = 512 * SLICES[most][1], self.stages * UNIT_BYTES[encoding]
         return TABLES.get(encoding, (0, 0))[0] + self.warps * self.tiles * (sums + units)
 
 
-def launch_for(encoding: str, rows: int, columns: int, card: nvrtc.Card) -> Launch:
-    """What is quickest for a matrix, as tests/benchmarks/gpu_packed.py found it. The sums of a row, and so every bit of
-    a result, are the same for any number of vectors."""
-    units = columns // UNIT[1]
-    most = min(units, 8)
-    warps = max(range(min(units, 4), most + 1), key=lambda w: (units / (w * -(-units // w)), w))
-    launch = Launch(1, 3, warps)
+def launch_for(encoding: str, rows: int, columns: int, most: int, card: nvrtc.Card) -> Launch:
+    """What is quickest for a matrix and slices of `most` rows of x, as tests/benchmarks/gpu_packed.py found it: warps
+    that have the same number of units, many where there are few rows."""
+    units, tiles = columns // UNIT[1], rows // UNIT[0]
+    few = tiles < 3 * card.processors
+    warps = max((w for w in range(1, (16 if few else 10) + 1) if units % w == 0), default=1)
+    launch = Launch(2 if most == 1 and tiles >= 8 * card.processors else 1, 2, warps)
     if encoding == "nf4":
-        launch = Launch(1, 2, min(units, 10), 2)
-    while launch.shared(encoding, 2) > card.shared_per_block and launch.warps > 1:
+        launch = Launch(1, 2, max(w for w in range(1, 17) if units % w == 0), 1)
+    while launch.shared(encoding, most) > card.shared_per_block and launch.warps > 1:
         launch = launch._replace(warps=launch.warps // 2)
     return launch
 
 
+class _Few(NamedTuple):
+    """The kernel for a slice of few rows, and how it is launched."""
+
+    launch: Launch
+    function: Function
+    blocks: int
+    shared: int
+
+
 class CudaPackedKernel:
-    """W [R, C] in q4_0, q4_k, q6_k, q8_0 or nf4, x in bfloat16, on a CUDA card of compute capability 8.0 or newer.
+    """W [R, C] in an encoding of `card_bits.UNIT_BYTES`, x in bfloat16, on a CUDA card (compute capability 8.0).
 
     The bytes are put into the order of the kernel, on the card; none of the weight's own are kept.
     """
@@ -80,7 +91,9 @@ class CudaPackedKernel:
                 name: part.to(device) for name, part in weight.tensors().items() if name != "codes"
             })  # fmt: skip
         self._buffer = _buffer(device)
-        self.use(launch_for(self.encoding, *self.shape, nvrtc.card(device)))
+        self._few: dict[int, _Few] = {}
+        for most in SLICES:
+            self.use(most, launch_for(self.encoding, *self.shape, most, nvrtc.card(device)))
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
@@ -92,7 +105,7 @@ class CudaPackedKernel:
 
     @property
     def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
-        return {1: self._few, DECODED_FROM: self._many}
+        return {1: self._in_slices, DECODED_FROM: self._decoded}
 
     @property
     def nbytes(self) -> int:
@@ -116,41 +129,38 @@ class CudaPackedKernel:
         tiles, units = (stop - start) // UNIT[0], self.shape[1] // UNIT[1]
         blocks = -(-tiles * units // DECODING_WARPS)
         shared = TABLES.get(self.encoding, (0, 0))[1]
-        function = self._functions[1]["decode"]
+        function = _functions(self.encoding, self._few[1].launch, 1, self._units.device)["decode"]
         function(blocks, 32 * DECODING_WARPS, shared, self._units, out, start // UNIT[0], tiles, units)
 
-    def use(self, launch: Launch, most: int = 2 * VECTORS) -> None:
-        """Run the kernel for few rows like this, with at most so many of them at a time."""
-        self._launches = {1: launch, 2: launch._replace(tiles=1)}  # else there would be too few registers
-        self._functions = {
-            tiles: _functions(self.encoding, self._launches[tiles], tiles, self._units.device)
-            for tiles in range(1, most // VECTORS + 1)
-        }
+    def use(self, most: int, launch: Launch) -> None:
+        """Multiply slices of `most` rows of x like this."""
+        device, blocks = self._units.device, -(-self.shape[0] // (UNIT[0] * launch.tiles))
+        if launch.per_processor:
+            blocks = min(blocks, launch.per_processor * nvrtc.card(device).processors)
+        function, shared = (
+            _functions(self.encoding, launch, most, device)["product"],
+            launch.shared(self.encoding, most),
+        )
+        function.allow(shared)
+        self._few[most] = _Few(launch, function, blocks, shared)
 
-    def _few(self, x: Tensor) -> Tensor:
-        """Slices of at most 16 rows of x, each in one go."""
-        most = VECTORS * len(self._functions)
+    def _in_slices(self, x: Tensor) -> Tensor:
+        """Straight from packed memory, which each slice of rows of x reads once."""
         x = x.contiguous()
         if x.data_ptr() % 16:
             x = x.clone()
         y = x.new_empty(len(x), self.shape[0])
-        for some, found in zip(x.split(most), y.split(most), strict=True):
-            self._multiply(some, found)
+        largest = max(SLICES)
+        tiles, units = self.shape[0] // UNIT[0], self.shape[1] // UNIT[1]
+        for some, found in zip(x.split(largest), y.split(largest), strict=True):
+            few = self._few[next(most for most in SLICES if len(some) <= most)]
+            few.function(
+                few.blocks, 32 * few.launch.warps, few.shared, self._units, some, found, tiles, units, len(some),
+                early=EARLY,
+            )  # fmt: skip
         return y
 
-    def _multiply(self, x: Tensor, y: Tensor) -> None:
-        device, vector_tiles = self._units.device, -(-len(x) // VECTORS)
-        launch = self._launches[vector_tiles]
-        row_tiles = self.shape[0] // UNIT[0]
-        blocks = -(-row_tiles // launch.tiles)
-        if launch.per_processor:
-            blocks = min(blocks, launch.per_processor * nvrtc.card(device).processors)
-        function = self._functions[vector_tiles]["product"]
-        shared = launch.shared(self.encoding, vector_tiles)
-        units = self.shape[1] // UNIT[1]
-        function(blocks, 32 * launch.warps, shared, self._units, x, y, row_tiles, units, len(x))
-
-    def _many(self, x: Tensor) -> Tensor:
+    def _decoded(self, x: Tensor) -> Tensor:
         """As many rows of the weight at a time as the buffer holds."""
         rows, columns = self.shape
         y = x.new_empty(len(x), rows)
@@ -171,29 +181,32 @@ def why_not(encoding: str, device: torch.device) -> str | None:
     """Why the kernels cannot be used for weights in `encoding` on `device`, said once in the log; None where they
     can."""
     try:
-        _functions(encoding, launch_for(encoding, *UNIT, nvrtc.card(device)), 1, device)
+        _functions(encoding, launch_for(encoding, *UNIT, 1, nvrtc.card(device)), 1, device)
     except (CompilationFailed, OSError, RuntimeError) as error:
         LOG.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
         return str(error)
     return None
 
 
-def _functions(encoding: str, launch: Launch, vector_tiles: int, device: torch.device) -> dict[str, Function]:
-    """`product` and `decode`, with as much shared memory as they want."""
-    found = _compiled(encoding, launch.tiles, launch.stages, vector_tiles, device)
-    found["product"].allow(launch.shared(encoding, vector_tiles))
-    return found
+@cache
+def _functions(encoding: str, launch: Launch, most: int, device: torch.device) -> dict[str, Function]:
+    """`product` for slices of `most` rows of x, and `decode`."""
+    return _compiled(tuple(macros(encoding, launch, most)), device)
 
 
 @cache
-def _compiled(encoding: str, tiles: int, stages: int, vector_tiles: int, device: torch.device) -> dict[str, Function]:
+def _compiled(options: tuple[str, ...], device: torch.device) -> dict[str, Function]:
     source = Path(__file__).with_name("packed_matmul.cu").read_text()
-    return nvrtc.load(source, macros(encoding, tiles, stages, vector_tiles), ("product", "decode"), device)
+    return nvrtc.load(source, options, ("product", "decode"), device)
 
 
-def macros(encoding: str, tiles: int, stages: int, vector_tiles: int) -> list[str]:
+def macros(encoding: str, launch: Launch, most: int) -> list[str]:
     """What packed_matmul.cu is compiled with."""
-    values = {"ENCODING": encoding.upper(), "TILES": tiles, "N_TILES": vector_tiles, "STAGES": stages}
+    vectors, vector_tiles = SLICES[most]
+    values = {
+        "ENCODING": encoding.upper(), "TILES": launch.tiles, "STAGES": launch.stages,
+        "VECTORS": vectors, "N_TILES": vector_tiles,
+    }  # fmt: skip
     return [f"-D{name}={value}" for name, value in values.items()]
 
 

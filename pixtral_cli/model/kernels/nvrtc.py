@@ -37,29 +37,50 @@ class Card:
     shared_per_block: int
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = (("id", c_int), ("padding", c_int), ("value", c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("number", c_uint),
+    )
+
+
+_EARLY = _Attribute(6, 0, (c_int * 16)(1))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class Function:
     """One kernel, ready to launch on the device that it was loaded for."""
 
     def __init__(self, handle: c_void_p, device: torch.device) -> None:
         self._handle, self._device, self._shared = handle, device, MOST_STATIC_SHARED
 
-    def __call__(self, blocks: int, threads: int, shared: int, *arguments: torch.Tensor | int) -> None:
+    def __call__(
+        self, blocks: int, threads: int, shared: int, *arguments: torch.Tensor | int, early: bool = False
+    ) -> None:
         """Launch on torch's current stream. Tensors go as their addresses, numbers as 32-bit integers.
 
-        Works while a CUDA graph is captured, if it was launched with as much shared memory before.
+        `early`: it may begin before the kernel before it has ended, and waits for that itself (from sm_90 on).
+        Works while a CUDA graph is captured, if `allow` was called for as much shared memory before.
         """
         values = [c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else c_int(x) for x in arguments]
         addresses = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        grid, block = (c_uint * 3)(blocks, 1, 1), (c_uint * 3)(threads, 1, 1)
+        config = _Config(grid, block, shared, stream, ctypes.pointer(_EARLY), int(early))
         with _context(self._device):
             self.allow(shared)
-            _check(
-                _driver().cuLaunchKernel(
-                    self._handle, c_uint(blocks), c_uint(1), c_uint(1), c_uint(threads), c_uint(1), c_uint(1),
-                    c_uint(shared), stream, addresses, None,
-                ),
-                "launching a kernel",
-            )  # fmt: skip
+            _check(_driver().cuLaunchKernelEx(byref(config), self._handle, addresses, None), "launching a kernel")
 
     def allow(self, shared: int) -> None:
         """Let blocks have so many bytes of dynamic shared memory."""

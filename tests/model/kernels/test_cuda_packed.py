@@ -25,6 +25,8 @@ from weights_cache.packed import PackedRows
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ENCODED = tuple(card_bits.UNIT_BYTES)
 IN_ROWS = tuple(card_layout.LAYOUTS)
+FACTORS = {"q4_0": [0], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208], "q8_0": [0]}
+"""Where the float16 numbers of a block are."""
 ARCHITECTURES = (80, 90, 120)
 needs_compiler = pytest.mark.skipif(emulated_card.COMPILER is None, reason="no g++")
 
@@ -37,15 +39,30 @@ def encoded(encoding, shape, double=False):
     weights = random(*shape, scale=0.05) + 0.01
     if encoding == "nf4":
         return nf4.encode(weights, double)
+    if encoding not in codecs.ENCODERS:
+        return random_bytes(encoding, shape)
     return PackedRows(encoding, codecs.get(encoding).encode(weights))
+
+
+def random_bytes(encoding, shape):
+    """Any codes and scales, but for small float16 factors: quicker to make than to encode."""
+    generator, kind = torch.Generator().manual_seed(0), ENCODINGS[encoding]
+    if encoding == "nf4":
+        codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, generator=generator)
+        return NF4(codes, torch.rand(shape[0] * shape[1] // 64, generator=generator) + 0.1)
+    size = (shape[0], shape[1] // kind.block, kind.block_bytes)
+    blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    for at in FACTORS[encoding]:
+        blocks[..., at + 1] = 6 + at % 3  # the upper byte: 2^-14 and on
+    return PackedRows(encoding, blocks.flatten(1))
 
 
 def assert_product(found, x, weight):
     """Within the rounding of a bfloat16 result, and what float32 sums may lose."""
-    x, exact = x.double().cpu(), weight.decoded().double().cpu()
+    x, exact = x.double(), weight.decoded().double().to(x.device)
     wanted, size = x @ exact.T, x.abs().sum(1, keepdim=True) * exact.abs().max()
     assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
-    assert ((found.double().cpu() - wanted).abs() <= 2**-8 * wanted.abs() + 4e-6 * size).all()
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 4e-6 * size).all()
 
 
 def assert_same(weight, other):
@@ -61,9 +78,11 @@ def on_processor(monkeypatch):
     """A kernel's functions run on the processor."""
     monkeypatch.setattr(nvrtc, "load", emulated_card.load)
     monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
-    cuda_packed._compiled.cache_clear()
+    for cached in (cuda_packed._compiled, cuda_packed._functions):
+        cached.cache_clear()
     yield
-    cuda_packed._compiled.cache_clear()
+    for cached in (cuda_packed._compiled, cuda_packed._functions):
+        cached.cache_clear()
 
 
 @needs_compiler
@@ -77,13 +96,12 @@ def test_few_rows_are_multiplied_straight_from_packed_memory(on_processor, encod
 
 
 @needs_compiler
-@pytest.mark.parametrize("encoding", ENCODED)
-def test_a_row_has_the_same_product_alone_as_among_others(on_processor, encoding):
-    few = CudaPackedKernel(encoded(encoding, (32, 512)), CPU).products[1]
+def test_a_row_has_the_same_product_whatever_is_beside_it(on_processor):
+    few = CudaPackedKernel(encoded("q4_k", (32, 512)), CPU).products[1]
     x = random(16, 512).bfloat16()
     together = few(x)
-    assert torch.equal(torch.cat([few(row) for row in x.split(1)]), together)
     assert torch.equal(few(x[3:11]), together[3:11])
+    assert torch.equal(few(x[2:4]), together[2:4])
 
 
 @needs_compiler
@@ -94,8 +112,9 @@ def test_a_row_has_the_same_product_alone_as_among_others(on_processor, encoding
 def test_however_it_is_launched_the_product_is_right(on_processor, encoding, launch):
     weight = encoded(encoding, (112, 1280))
     kernel = CudaPackedKernel(weight, CPU)
-    kernel.use(launch)
-    for rows in (3, 12):
+    for most in cuda_packed.SLICES:
+        kernel.use(most, launch)
+    for rows in (1, 3):
         x = random(rows, 1280, seed=rows).bfloat16()
         assert_product(kernel.products[1](x), x, weight)
 
@@ -122,7 +141,7 @@ def test_many_rows_are_multiplied_with_decoded_weights(on_processor, monkeypatch
 @needs_compiler
 def test_extreme_codes_and_scales_are_exact(on_processor):
     """All bits set and none, in every byte but those of the float16 factors."""
-    for encoding, factors in {"q4_0": [0], "q4_k": [0, 2], "q6_k": [208], "q8_0": [0]}.items():
+    for encoding, factors in FACTORS.items():
         kind = ENCODINGS[encoding]
         blocks = torch.zeros(16, 512 // kind.block, kind.block_bytes, dtype=torch.uint8)
         blocks[::2] = 255
@@ -177,7 +196,7 @@ def test_plans_know_the_bytes_on_a_card(on_processor, encoding):
 
 def test_plans_count_other_shapes_as_they_are_in_a_file():
     assert card_bits.bits_on_card("q4_k", 100, 512) == 4.5
-    assert card_bits.bits_on_card("q5_k", 128, 512) == 5.5
+    assert card_bits.bits_on_card("q5_1", 128, 512) == 6
     assert card_bits.bits_on_card("bfloat16", 128, 512) == 16
 
 
@@ -185,8 +204,9 @@ def test_plans_count_other_shapes_as_they_are_in_a_file():
 def test_every_default_launch_fits_the_smallest_card(encoding):
     small = nvrtc.Card(sm=86, processors=20, shared_per_processor=102400, shared_per_block=101376)
     for columns in (256, 768, 1024, 4096, 5120, 14336, 32768):
-        launch = launch_for(encoding, 1024, columns, small)
-        assert launch.shared(encoding, 2) <= small.shared_per_block and 1 <= launch.warps <= 16, (columns, launch)
+        for most in cuda_packed.SLICES:
+            launch = launch_for(encoding, 1024, columns, most, small)
+            assert launch.shared(encoding, most) <= small.shared_per_block and 1 <= launch.warps <= 16, launch
 
 
 def test_only_what_fits_is_taken(monkeypatch):
@@ -208,8 +228,8 @@ def test_why_a_card_cannot_run_it_is_said_once(monkeypatch, caplog):
 
     monkeypatch.setattr(nvrtc, "load", refuse)
     monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
-    cuda_packed.why_not.cache_clear()
-    cuda_packed._compiled.cache_clear()
+    for cached in (cuda_packed.why_not, cuda_packed._compiled, cuda_packed._functions):
+        cached.cache_clear()
     weight = encoded("q4_k", (64, 512))
     with caplog.at_level(logging.WARNING, "pixtral_cli.model"):
         taken = [CudaPackedKernel.takes(weight, torch.bfloat16, torch.device("cuda", 0)) for _ in range(3)]
@@ -235,9 +255,8 @@ def needs_nvrtc():
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
     needs_nvrtc()
-    launch = launch_for(encoding, 5120, 5120, emulated_card.CARD)
-    for vector_tiles in (1, 2):
-        options = cuda_packed.macros(encoding, 1 if vector_tiles == 2 else launch.tiles, launch.stages, vector_tiles)
+    for most in cuda_packed.SLICES:
+        options = cuda_packed.macros(encoding, launch_for(encoding, 5120, 5120, most, emulated_card.CARD), most)
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")
         spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", log)]
@@ -281,27 +300,35 @@ def captured(product, x):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(112, 512), (768, 5120), (640, 14336)], ids=str)
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_a_card_multiplies_any_number_of_rows_in_a_graph_as_well(encoding, shape):
-    weight = encoded(encoding, shape)
-    kernel = CudaPackedKernel(weight, GPU)
-    assert CudaPackedKernel.takes(weight, torch.bfloat16, GPU)
-    assert_same(kernel.weight, weight)
-    for rows in (1, 2, 7, 8, 9, 16, 17, 64, 130):
-        x = random(rows, shape[1], seed=rows).bfloat16().to(GPU)
-        few, many = (product(x) for product in kernel.products.values())
-        assert_product(few, x, weight)
-        error = many.double().cpu() - x.double().cpu() @ weight.decoded().double().T
-        assert error.norm() <= 4e-3 * few.double().norm().cpu()
-        for product, found in zip(kernel.products.values(), (few, many), strict=True):
-            assert torch.equal(captured(product, x), found)
+def test_a_card_multiplies_any_number_of_rows(encoding):
+    for shape in ((112, 512), (768, 5120), (640, 14336)):
+        weight = random_bytes(encoding, shape)
+        kernel = CudaPackedKernel(weight, GPU)
+        assert CudaPackedKernel.takes(weight, torch.bfloat16, GPU)
+        assert_same(kernel.weight, weight)
+        rounded = weight.decoded(torch.bfloat16).double().to(GPU)
+        for rows in (1, 2, 7, 8, 9, 16, 17, 64, 130):
+            x = random(rows, shape[1], seed=rows).bfloat16().to(GPU)
+            few, many = (product(x) for product in kernel.products.values())
+            assert_product(few, x, weight)
+            wanted = x.double() @ rounded.T
+            assert (many.double() - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+@pytest.mark.gpu
+def test_products_can_be_captured_in_a_graph():
+    kernel = CudaPackedKernel(random_bytes("q4_k", (768, 5120)), GPU)
+    for rows in (1, 8, 16, 130):
+        x = random(rows, 5120).bfloat16().to(GPU)
+        for product in kernel.products.values():
+            assert torch.equal(captured(product, x), product(x))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_a_card_decodes_as_the_codec_does(encoding):
-    weight = encoded(encoding, (640, 5120))
+    weight = random_bytes(encoding, (640, 5120))
     found = torch.empty(624, 5120, dtype=torch.bfloat16, device=GPU)
     CudaPackedKernel(weight, GPU).decode(16, 640, found)
     assert torch.equal(found.cpu(), weight.decoded(torch.bfloat16)[16:])
@@ -310,14 +337,14 @@ def test_a_card_decodes_as_the_codec_does(encoding):
 @pytest.mark.gpu
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_a_card_multiplies_the_largest_matrix(encoding):
-    weight = encoded(encoding, (64, 5120))
+    weight = random_bytes(encoding, (64, 5120))
     rows = {name: part.repeat(448, *[1] * (part.ndim - 1)) for name, part in weight.tensors().items()}
     large = NF4(**rows) if encoding == "nf4" else PackedRows(encoding, **rows)
     kernel, x = CudaPackedKernel(large, GPU), random(8, 5120).bfloat16().to(GPU)
-    for product in kernel.products.values():
-        found = product(x)
-        assert torch.equal(found, found[:, :64].repeat(1, 448))
-    assert_product(kernel.products[1](x)[:, :64], x, weight)
+    few, many = (product(x) for product in kernel.products.values())
+    assert torch.equal(few, few[:, :64].repeat(1, 448))
+    assert_product(few[:, :64], x, weight)
+    assert (many.double() - few.double()).norm() <= 5e-3 * few.double().norm()
 
 
 @pytest.mark.gpu
