@@ -171,8 +171,6 @@ class CardRunner(Runner):
             prefill_rows=to_device([chunk.sequence.slot for chunk in prefilling], torch.int32, self.device),
             before=to_device(before, torch.int32, self.device),
             starts=to_device([0, *_ends(prefilling)], torch.int32, self.device),
-            longest=max(chunk.tokens for chunk in prefilling),
-            fresh=before == [0],
         )
         hidden = self.model(self._embed_all(rows, decoding, prefilling), places, self._attend(layout))
         wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes]
