@@ -8,6 +8,7 @@ that was chosen last. Letters: N rows of a pass, V vocab_size.
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -135,15 +136,20 @@ class CardRunner(Runner):
                 logger.warning("No CUDA graph for %d rows, so decoding them is slower: %s", bucket, error)
         return self._graphs[bucket]
 
+    @cached_property
+    def _warming(self) -> torch.cuda.Stream:
+        """One for all graphs: cuBLAS keeps a workspace, of 32 MiB on a Hopper card, for each stream that it has met."""
+        return torch.cuda.Stream(self.device)
+
     def _capture(self, bucket: int) -> DecodeGraph:
         padding = len(self._page_table) - 1
         inputs = to_device([[padding] * bucket, [0] * bucket], torch.int32, self.device)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        self._warming.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
+        with torch.cuda.stream(self._warming):
             for _ in range(WARMING_PASSES):
                 self._decode_pass(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._warming)
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._decode_pass(inputs)
         return DecodeGraph(inputs, graph)
@@ -164,8 +170,6 @@ class CardRunner(Runner):
             prefill_rows=to_device([chunk.sequence.slot for chunk in prefilling], torch.int32, self.device),
             before=to_device(before, torch.int32, self.device),
             starts=to_device([0, *_ends(prefilling)], torch.int32, self.device),
-            longest=max(chunk.tokens for chunk in prefilling),
-            fresh=before == [0],
         )
         hidden = self.model(self._embed_all(rows, decoding, prefilling), places, self._attend(layout))
         wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes]

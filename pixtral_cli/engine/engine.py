@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,15 +172,19 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> Iterator[tuple[list[Chunk], Computed | Exception]]:
         """One pass for all chunks. If it fails, each is tried by itself: only the request at fault fails."""
+        if not chunks:
+            return
+        result: Computed | Exception
         try:
-            if chunks:
-                yield chunks, self.runner.run(chunks)
+            result = self.runner.run(chunks)
         except Exception as error:  # noqa: BLE001  an image, a kernel, memory: it concerns one request
-            if len(chunks) == 1:
-                yield chunks, error
-                return
+            traceback.clear_frames(error.__traceback__)  # they hold what was computed, which may be the memory missing
+            result = error
+        if isinstance(result, Exception) and len(chunks) > 1:
             for chunk in chunks:
                 yield from self._run([chunk])
+        else:
+            yield chunks, result
 
     def _advance(self, chunks: list[Chunk], scores: dict[int, TokenScores]) -> list[Sequence]:
         """The chunks are computed -> the sequences whose next token can be chosen, one for each row of logits."""
@@ -195,6 +200,7 @@ class Engine:
         try:
             choices = sampler.sample(logits, [sequence.row for sequence in sequences])
         except Exception as error:  # noqa: BLE001  memory as well
+            traceback.clear_frames(error.__traceback__)
             if len(sequences) == 1:
                 return [Pass(sequences, error)]
             alone = zip(sequences, logits.split(1), strict=True)

@@ -136,7 +136,3 @@ class Layout:
     """[S]: tokens in the cache before the new ones"""
     starts: Tensor | None = None
     """[S + 1]: where each sequence's new tokens begin, counted from the first that is not decoding; their number"""
-    longest: int = 0
-    """most new tokens of one of the S sequences"""
-    fresh: bool = False
-    """the host knows that S is 1 and that nothing comes before"""

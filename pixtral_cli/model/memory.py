@@ -38,8 +38,9 @@ CONTEXT = 512 * 2**20
 """Bytes that CUDA takes of a card when a process begins to use it."""
 LIBRARIES = 256 * 2**20
 """Bytes of a card for kernels that are loaded when they are first used: cuBLAS', torch's, Triton's and ours."""
-WORKSPACES = 2 * 32 * 2**20
-"""Bytes that cuBLAS works in, on a Hopper card: on torch's stream, and on the one that graphs are captured on."""
+WORKSPACES = 3 * 32 * 2**20
+"""Bytes that cuBLAS works in, on a Hopper card: on torch's stream, and on those on which a graph's passes are tried and
+captured."""
 MARGIN, MARGIN_SHARE = 256 * 2**20, 0.03
 """Bytes of a card that are left free, at least, and the part of what was free: allocators lose some between their
 blocks, and a card that draws a screen is asked for more by others."""

@@ -77,7 +77,6 @@ def layout(pages: list[list[int]], new: list[int], before: list[int], decoding: 
         prefill_rows=on_card(list(range(decoding, len(new)))),
         before=on_card(before[decoding:]),
         starts=on_card(starts),
-        longest=max(new[decoding:], default=0),
     )
 
 
@@ -116,7 +115,7 @@ def random_qkv(tokens: int, dtype: torch.dtype, device: torch.device) -> list[Te
 def check(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """(name, largest difference, allowed difference) of the kernels from plain attention over the same store."""
     cases = {  # new tokens, cached ones, how many decode
-        "decode": ([1] * 5, [0, 15, 64, 700, 3000], 5),
+        "decode": ([1] * 5, [0, 15, 64, 700, 6000], 5),
         "prefill": ([300, 1, 70], [0, 130, 33], 0),
         "both": ([1, 1, 90, 40], [200, 31, 0, 17], 2),
     }
@@ -128,10 +127,10 @@ def check(device: torch.device) -> Iterator[tuple[str, float, float]]:
     ]:
         of = config(1, window)
         for name, (new, before, decoding) in cases.items():
-            pages = strewn([a + b for a, b in zip(new, before, strict=True)], 400)
+            pages = strewn([a + b for a, b in zip(new, before, strict=True)], 500)
             q, k, v = random_qkv(sum(new), dtype, device)
             spans = [Span(*each) for each in zip(pages, before, new, strict=True)]
-            found, wanted = (filled_alike(of, dtype, device, 400, codes) for _ in range(2))
+            found, wanted = (filled_alike(of, dtype, device, 500, codes) for _ in range(2))
             mixed = AttendOnCard(of, found, layout(pages, new, before, decoding, device))(0, q, k, v)
             plain = AttendPaged(of, wanted, spans, device)(0, q, k, v)
             where = f"{name} {str(dtype)[6:]} {codes} window {window}"
@@ -201,9 +200,9 @@ def copy_rate(device: torch.device) -> float:
     """Bytes a second read and written by a copy of 2 GB."""
     if device.type == "cpu":
         return 1e9
-    x = torch.empty(2**31, dtype=torch.uint8, device=device)
+    x = torch.ones(2**30, dtype=torch.bfloat16, device=device)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / microseconds(lambda: y.copy_(x), 1, device) * 1e6
+    return 2 * x.nbytes / microseconds(lambda: torch.neg(x, out=y), 1, device) * 1e6
 
 
 def time_decode(kv_cache: KVCache, of: TextConfig, batch: int, length: int, pool: int, device, variant) -> float:

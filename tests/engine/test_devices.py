@@ -7,6 +7,7 @@ with transformers. All runs on the CPU as well, so that a test is known to be ri
 import hashlib
 import json
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -393,16 +394,26 @@ def test_numbers_that_are_none_fail_their_own_request_and_spoil_no_page(model, a
     assert_fails_alone(model, alone, bad, BrokenLogits)
 
 
-def test_a_prompt_for_which_no_memory_is_left_fails_alone(model, alone):
-    def refuse(layer, arguments):
-        if len(arguments[0]) > 200:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.fixture
+def refused(model, monkeypatch):
+    """A layer has no memory for more than 200 tokens. Tells for every pass whether what was refused before is gone."""
+    mlp = model.language_model.layers[1].mlp
+    compute, asked_for, gone = mlp.forward, [], []
 
-    hook = model.language_model.layers[1].register_forward_pre_hook(refuse)
-    try:
-        assert_fails_alone(model, alone, of_words(52, 400), torch.OutOfMemoryError)
-    finally:
-        hook.remove()
+    def forward(x):
+        gone.append(all(each() is None for each in asked_for))
+        if len(x) > 200:
+            asked_for.append(weakref.ref(x))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(x)
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    return gone
+
+
+def test_a_prompt_for_which_no_memory_is_left_fails_alone(model, alone, refused):
+    assert_fails_alone(model, alone, of_words(52, 400), torch.OutOfMemoryError)
+    assert all(refused), "what a failed pass has computed is in the way of those that are tried again"
 
 
 @pytest.mark.gpu

@@ -82,7 +82,6 @@ class Step:
             prefill_rows=self._on_card(list(prefill)),
             before=self._on_card([self.before[row] for row in prefill]),
             starts=self._on_card([sum(self.new[self.decoding : row]) for row in (*prefill, len(self.new))]),
-            longest=max((self.new[row] for row in prefill), default=0),
         )
 
     def _on_card(self, numbers: list) -> Tensor:
@@ -171,8 +170,17 @@ def test_any_number_of_programs_shares_the_work_of_decoding(programs):
     step = decoding(FORMS["fours"], None)
     attend = AttendOnCard(step.config, step.cache(), step.layout())
     attend._scratch = paged_attention.scratch(*FORMS["fours"], CPU, programs)
-    for _ in range(2):  # what one launch leaves is what the next needs
-        step.close(attend(LAYER, *step.qkv()), step.exact())
+    step.close(attend(LAYER, *step.qkv()), step.exact())
+
+
+@interpreted
+def test_a_long_sequence_is_joined_from_more_pieces_than_are_read_at_one_time():
+    from pixtral_cli.model import paged_attention
+
+    step = Step((2, 1, 16), [1], [2500], 1)
+    attend = AttendOnCard(step.config, step.cache(), step.layout())
+    attend._scratch = paged_attention.scratch(2, 1, 16, CPU, programs=64)
+    step.close(attend(LAYER, *step.qkv()), step.exact())
 
 
 @interpreted

@@ -158,13 +158,6 @@ INLINE void spread(u32 (&pairs)[4], u32 word, const Lane &lane) {
     for (int j = 0; j < 4; ++j) pairs[j] = and_or(word >> 4 * j, lane.nibbles, lane.exponents);
 }
 
-/// Add bits that are at `mask` after a shift to the right by `by`, round a half of the word, and so on.
-INLINE void spread_bits(u32 (&pairs)[4], u32 word, int by, u32 mask) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-        pairs[j] = and_or(by + j < 12 ? word >> (by + j) : word << (16 - by - j), mask, pairs[j]);
-}
-
 /// The pairs' eight numbers less `bias`, by row (g, g + 8) and column.
 INLINE void codes_of(float (&codes)[2][4], const u32 (&pairs)[4], float bias) {
 #pragma unroll
@@ -306,8 +299,9 @@ struct Q4_K : SmallScales<2048> {
     }
 };
 
-/// As Q4_K, with fifth bits, [32 lanes, 4 words] after the codes of 4 bits: one word for 64 columns, whose bit of
-/// register j (of 16) is at 4 + j of either half, and turns round at 16.
+/// As Q4_K with codes of 5 bits, five words for the sixteen registers of 64 columns: four as there, then the fifth ones,
+/// [32 lanes, 4 words]. Three registers are at bits 0, 5 and 10 of either half of a word; the sixteenth has its bits at
+/// bit 15 of the five.
 struct Q5_K : SmallScales<2048 + 512> {
     u32 fifth[4];
 
@@ -316,9 +310,21 @@ struct Q5_K : SmallScales<2048 + 512> {
         if (group == 0) read_16(fifth, unit + 2048 + lane.index * 16);
     }
 
+    INLINE u32 word(int group, int index) const { return index < 4 ? words[index % 4] : fifth[group / 2]; }
+
     INLINE void pairs_of(u32 (&pairs)[4], int group, int half, const Lane &lane) const {
-        spread(pairs, words[group % 2 * 2 + half], lane);
-        spread_bits(pairs, fifth[group / 2], group % 2 * 8 + half * 4, 0x00100010);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int index = group % 2 * 8 + half * 4 + j;
+            if (index < 15) {
+                pairs[j] = and_or(word(group, index / 3) >> 5 * (index % 3), 0x001F001F, lane.exponents);
+            } else {
+                pairs[j] = lane.exponents;
+#pragma unroll
+                for (int bit = 0; bit < 5; ++bit)
+                    pairs[j] = and_or(word(group, bit) >> (15 - bit), 0x00010001 << bit, pairs[j]);
+            }
+        }
     }
 
     INLINE void multiply(int group, const u32 (&x)[N_TILES][4], float (&sums)[N_TILES][4], const Lane &lane) const {
