@@ -442,9 +442,8 @@ def _join(
 
 
 def decode_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
-    if dtype == torch.float32:
-        return Blocks(16, 32, 4, 2)
-    return _fitting(Blocks(16, 64, 4, 3), dtype, dim, shared // PROGRAMS_PER_PROCESSOR)
+    most = Blocks(16, 32, 4, 2) if dtype == torch.float32 else Blocks(16, 64, 4, 3)
+    return _fitting(most, dtype, dim, shared // PROGRAMS_PER_PROCESSOR)
 
 
 def decode(
@@ -569,14 +568,14 @@ def _prefill(
             queries, page_row, partly, end, end, positions, window, peak, total, mixed, scales,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, True, WINDOWED, CODES, NATIVE,
         )  # fmt: skip
+        total = tl.where(own_rows < new, total, 1.0)  # rows beyond the last may have seen nothing
         at = out + token_ids[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
         tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def prefill_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
-    if dtype == torch.float32:
-        return Blocks(32, 32, 8, 1)
-    return _fitting(Blocks(128, 64, 8, 3), dtype, dim, shared)
+    most = Blocks(32, 32, 8, 1) if dtype == torch.float32 else Blocks(128, 64, 8, 3)
+    return _fitting(most, dtype, dim, shared)
 
 
 def prefill(
