@@ -2,6 +2,7 @@
 are not here, and on a card that is here."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -158,8 +159,15 @@ def test_a_window_hides_what_is_further_back(step, window):
 
 @interpreted
 @ALL_STEPS
-def test_8_bit_keys_and_values_are_those_of_the_plain_path(step):
-    STEPS[step](FORMS["pairs"], 70, kept="fp8").check()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("native", [True, False], ids=["by the card", "by hand"])
+def test_8_bit_keys_and_values_are_those_of_the_plain_path(native, dtype, step):
+    """However a card makes numbers of them."""
+    from pixtral_cli.model import paged_attention
+
+    card = paged_attention.card(CPU)._replace(native_e4m3=native)
+    with patch.object(paged_attention, "card", lambda device: card):
+        STEPS[step](FORMS["pairs"], 70, kept="fp8", dtype=dtype).check()
 
 
 @interpreted
