@@ -21,9 +21,8 @@ from pixtral_cli.engine.transfers import to_device
 from pixtral_cli.model.attention import AttendOnCard, Layout
 from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
+from pixtral_cli.model.memory import GRAPH_ROWS
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Sequences that a graph decodes. A pass with fewer is padded, which costs little: it reads the same weights."""
 WARMING_PASSES = 2  # before a pass is captured: kernels are compiled, and cuBLAS takes its workspace
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class CardRunner(Runner):
         self._last_tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_batch_size
         """Of each slot, the list of pages that was written last, and how many of it."""
-        self._buckets = [*(each for each in BUCKETS if each < max_batch_size), max_batch_size]
+        self._buckets = [*(each for each in GRAPH_ROWS if each < max_batch_size), max_batch_size]
         self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
         self._graphs: dict[int, DecodeGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
