@@ -8,6 +8,7 @@ that was chosen last. Letters: N rows of a pass, V vocab_size.
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,8 @@ from pixtral_cli.engine.transfers import to_device
 from pixtral_cli.model.attention import AttendOnCard, Layout
 from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
+from pixtral_cli.model.memory import GRAPH_ROWS
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Sequences that a graph decodes. A pass with fewer is padded, which costs little: it reads the same weights."""
 WARMING_PASSES = 2  # before a pass is captured: kernels are compiled, and cuBLAS takes its workspace
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class CardRunner(Runner):
         self._last_tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_batch_size
         """Of each slot, the list of pages that was written last, and how many of it."""
-        self._buckets = [*(each for each in BUCKETS if each < max_batch_size), max_batch_size]
+        self._buckets = [*(each for each in GRAPH_ROWS if each < max_batch_size), max_batch_size]
         self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
         self._graphs: dict[int, DecodeGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -136,15 +136,20 @@ class CardRunner(Runner):
                 logger.warning("No CUDA graph for %d rows, so decoding them is slower: %s", bucket, error)
         return self._graphs[bucket]
 
+    @cached_property
+    def _warming(self) -> torch.cuda.Stream:
+        """One for all graphs: cuBLAS keeps a workspace, of 32 MiB on a Hopper card, for each stream that it has met."""
+        return torch.cuda.Stream(self.device)
+
     def _capture(self, bucket: int) -> DecodeGraph:
         padding = len(self._page_table) - 1
         inputs = to_device([[padding] * bucket, [0] * bucket], torch.int32, self.device)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        self._warming.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
+        with torch.cuda.stream(self._warming):
             for _ in range(WARMING_PASSES):
                 self._decode_pass(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._warming)
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._decode_pass(inputs)
         return DecodeGraph(inputs, graph)

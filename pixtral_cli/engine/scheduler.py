@@ -13,10 +13,11 @@ from typing import NamedTuple
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import PAGE, pages_for
+from pixtral_cli.model.memory import PREFILL
 
 CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at its full speed
 SHORT_CHUNK = 256  # while others decode, who wait meanwhile
-CARD_CHUNKS = 8192, 1024
+CARD_CHUNKS = PREFILL, 1024
 """The same on a GPU, which needs more rows for its full speed: a picture's tokens and its question in one step."""
 
 

@@ -38,19 +38,20 @@ CONTEXT = 512 * 2**20
 """Bytes that CUDA takes of a card when a process begins to use it."""
 LIBRARIES = 256 * 2**20
 """Bytes of a card for kernels that are loaded when they are first used: cuBLAS', torch's, Triton's and ours."""
-WORKSPACES = 2 * 32 * 2**20
-"""Bytes that cuBLAS works in, on a Hopper card: on torch's stream, and on the one that graphs are captured on."""
+WORKSPACES = 3 * 32 * 2**20
+"""Bytes that cuBLAS works in, on a Hopper card: on torch's stream, and on those on which a graph's passes are tried and
+captured."""
 MARGIN, MARGIN_SHARE = 256 * 2**20, 0.03
 """Bytes of a card that are left free, at least, and the part of what was free: allocators lose some between their
 blocks, and a card that draws a screen is asked for more by others."""
-PREFILL = 8192  # tokens of prompts in one pass on a card, as engine.scheduler has it
+PREFILL = 8192  # tokens of prompts in one pass on a card: a picture's and its question's, and enough for full speed
 PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision has it
 IMAGE_CACHE = 512 * 2**20  # bytes of images' features that are kept unless another number is asked for
 SCORED = 64
 """Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
 GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that one
-decodes, as engine.card_runner has them."""
+"""Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that each
+graph decodes: a step of fewer is padded, which costs little, as it reads the same weights."""
 VECTORS = 6
 """Vectors [C] of a token that live at one time in a layer: the residual and what is added to it, those of the layer
 before, which its caller holds, the normed sum, and the embedded tokens."""

@@ -27,8 +27,8 @@ EIGHT = (2, 8, -1, 4, 2, 4, 2, 2, 2)  # T by [h, g, S, quarter, half, t, word, p
 NIBBLES_EIGHT = (0, 3, 4, 2, 6, 5, 7, 9, 8, 1)  # [column, pair, h]
 NF4_EIGHT = (0, 3, 4, 2, 6, 5, 7, 8, 1, 9)  # [pair, h, column]
 BYTES_EIGHT = (0, 3, 4, 5, 2, 6, 7, 8, 9, 1)  # q8_0: [T, S, quarter, half, g, t, word, pair, column, h]
-# The fifth bits of q5_k: a word is of both halves. [T, S, g, t, quarter, column] and then [half, word, pair, h]
-FIFTH_ORDER = (0, 3, 2, 6, 4, 9, 5, 7, 8, 1)
+# For q5_k its words begin as [T, S, quarter, g, t, column], and then come the registers: [half, word, pair, h]
+FIVE_ORDER = (0, 3, 4, 2, 6, 9, 5, 7, 8, 1)
 # q6_k: quarters are two and two. T by [h, g, S, Q, q, half, group, t, pair, column], and
 SIX = (2, 8, -1, 2, 2, 2, 2, 4, 2, 2)
 SIX_ORDER = (0, 3, 4, 2, 8, 10, 5, 6, 7, 9, 1)  # [T, S, Q, g, t, column, q, half] and then [group, pair, h]
@@ -141,22 +141,41 @@ def _pack_q5_k(rows: Tensor) -> Tensor:
     header, fifth, data = rows.unflatten(1, (-1, 176)).split([16, 32, 128], 2)
     runs = data.unflatten(2, (4, 32))
     codes = torch.stack([runs & 15, runs >> 4], 3).flatten(1)
-    bits = torch.stack([fifth >> shift & 1 for shift in range(8)], 2).flatten(1)
-    turned = _ordered(bits, EIGHT, FIFTH_ORDER).flatten(6).roll(4, -1).unflatten(6, (2, 8))
-    upper = sum(turned[..., index] << index for index in range(8))
-    assert isinstance(upper, Tensor)
-    return torch.cat([_nibbles(codes), upper.flatten(2), *_pack_scales(header)], -1)
+    upper = torch.stack([fifth >> shift & 1 for shift in range(8)], 2).flatten(1)
+    return torch.cat([*_five_bits(codes | upper << 4), *_pack_scales(header)], -1)
+
+
+def _five_bits(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 0..31 [R, C] -> uint8 [T, S, 2048] and [T, S, 512]: sixteen codes are five words of 16 bits."""
+    separate = _ordered(codes, EIGHT, FIVE_ORDER).flatten(6).to(torch.int16)
+    threes = separate[..., :15].unflatten(6, (5, 3))
+    bits = torch.stack([separate[..., 15] >> bit & 1 for bit in range(5)], -1)
+    words = threes[..., 0] | threes[..., 1] << 5 | threes[..., 2] << 10 | bits << 15  # [T, S, quarter, g, t, column, 5]
+    four, fifth = words[..., :4].transpose(5, 6), words[..., 4].permute(0, 1, 3, 4, 2, 5)
+    return four.contiguous().view(torch.uint8).flatten(2), fifth.contiguous().view(torch.uint8).flatten(2)
+
+
+def _codes_of_five_bits(four: Tensor, fifth: Tensor) -> Tensor:
+    """The inverse."""
+    tiles, units = four.shape[:2]
+    words = four.reshape(tiles, units, 4, 8, 4, 4, 4).view(torch.int16).transpose(5, 6)
+    last = fifth.reshape(tiles, units, 8, 4, 4, 4).view(torch.int16).permute(0, 1, 4, 2, 3, 5)
+    words = torch.cat([words, last.unsqueeze(6)], 6)
+    threes = torch.stack([words >> shift & 31 for shift in (0, 5, 10)], -1).flatten(6)
+    bits = [(words[..., bit] >> 15 & 1) << bit for bit in range(5)]
+    sixteenth = bits[0] | bits[1] | bits[2] | bits[3] | bits[4]
+    separate = torch.cat([threes, sixteenth.unsqueeze(6)], 6).to(torch.uint8)
+    return _in_rows(separate.unflatten(6, (2, 2, 2, 2)), FIVE_ORDER)
 
 
 def _unpack_q5_k(units: Tensor) -> Tensor:
-    plane, upper, *small = units.split([PLANE, PLANE // 4, 128, 128, 64], 2)
-    sizes = _sizes(EIGHT, FIFTH_ORDER, units)
-    turned = torch.stack([upper >> index & 1 for index in range(8)], -1)
-    bits = turned.reshape(*sizes[:6], 16).roll(-4, -1).reshape(sizes)
-    runs = _in_rows(bits, FIFTH_ORDER).unflatten(1, (-1, 8, 32))
-    fifth = sum(runs[:, :, index] << index for index in range(8))
-    assert isinstance(fifth, Tensor)
-    return torch.cat([_header(*small), fifth, _runs(_codes(plane))], -1).flatten(1)
+    four, last, *small = units.split([PLANE, PLANE // 4, 128, 128, 64], 2)
+    codes = _codes_of_five_bits(four, last)
+    runs = (codes >> 4).unflatten(1, (-1, 8, 32))
+    fifth = torch.zeros_like(runs[:, :, 0])
+    for index in range(8):
+        fifth |= runs[:, :, index] << index
+    return torch.cat([_header(*small), fifth, _runs(codes & 15)], -1).flatten(1)
 
 
 def _pack_q6_k(rows: Tensor) -> Tensor:
