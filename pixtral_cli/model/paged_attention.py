@@ -1,8 +1,10 @@
 """Attention over pages on a card, in Triton: q and new k, v in, mixed values out, keys and values written on the way.
 
-`write` puts the new tokens of prompts into the store. `prefill` lets them look back (FlashAttention-2,
-Dao 2023). `decode` does both for sequences with one new token. All read the store through the page table, and the
-lengths on the card: a launch depends on shapes alone, so a captured graph can be replayed with other lengths.
+`write` puts the new tokens of prompts into the store. `prefill` lets them look back (FlashAttention-2, Dao 2023).
+`decode` does both for sequences with one new token, in one kernel and a short one that joins what several programs
+have shared. All read the store through the page table, and the lengths on the card: a launch depends on shapes alone,
+so a captured graph can be replayed with other lengths. Kernels are chained as in `fused_triton`: each waits, before it
+reads or writes anything, until the one before has ended.
 
 Letters: N new tokens, B of them decoding, M of S prompts; H query heads, K key heads, G = H / K, D head_dim, T slots;
 DP, GP, KP: the next power of two. Scores are in units of log 2: weights are 2^(score - peak).
@@ -322,8 +324,7 @@ def _decode(
     A pair (sequence, key head) has its blocks in a row; who computes its first block also writes its new token and
     begins its softmax with it. Of a pair that lies in several pieces `_join` makes one.
     """
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
+    begin_kernel(CHAINED)
     ids = tl.arange(0, BP)
     all_positions, all_blocks, ends, each = _line(
         positions, batch, window, tl.num_programs(0), K, BP, BLOCK, LEAST, WINDOWED
@@ -352,8 +353,6 @@ def _decode(
         )
         new_slot = tl.load(page_row + position // PAGE_TOKENS).to(tl.int64) * PAGE_TOKENS + position % PAGE_TOKENS
 
-        if CHAINED:  # until now only the layout was read, which no chained kernel writes
-            tl.extra.cuda.gdc_wait()
         inside = (group < G)[:, None] & (dims < D)[None, :]
         queries = tl.load(
             q + b.to(tl.int64) * q_stride + (head * G + group)[:, None] * D + dims[None, :], mask=inside, other=0
@@ -405,8 +404,7 @@ def _join(
     BP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr, WINDOWED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence and query head: puts the pieces of a pair together, where it lies in several."""
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
+    begin_kernel(CHAINED)
     b, query_head = tl.program_id(0), tl.program_id(1)
     _, all_blocks, ends, each = _line(positions, batch, window, programs, K, BP, BLOCK, LEAST, WINDOWED)
     ids = tl.arange(0, BP)
@@ -414,8 +412,6 @@ def _join(
     pair = tl.sum(tl.where(ids == b, ends, 0), 0) - blocks * (K - query_head // G)
     from_program = pair // each
     to_program = (pair + blocks - 1) // each
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
     if from_program < to_program:
         dims = tl.arange(0, DP)
         peak = tl.full([1], NOTHING, tl.float32)
@@ -442,9 +438,8 @@ def _join(
 
 
 def decode_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
-    if dtype == torch.float32:
-        return Blocks(16, 32, 4, 2)
-    return _fitting(Blocks(16, 64, 4, 3), dtype, dim, shared // PROGRAMS_PER_PROCESSOR)
+    most = Blocks(16, 32, 4, 2) if dtype == torch.float32 else Blocks(16, 64, 4, 3)
+    return _fitting(most, dtype, dim, shared // PROGRAMS_PER_PROCESSOR)
 
 
 def decode(
@@ -569,14 +564,14 @@ def _prefill(
             queries, page_row, partly, end, end, positions, window, peak, total, mixed, scales,
             keys, values, key_exponents, value_exponents, head, dims, K, D, DP, BLOCK, True, WINDOWED, CODES, NATIVE,
         )  # fmt: skip
+        total = tl.where(own_rows < new, total, 1.0)  # rows beyond the last may have seen nothing
         at = out + token_ids[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
         tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def prefill_blocks(dtype: torch.dtype, dim: int, shared: int) -> Blocks:
-    if dtype == torch.float32:
-        return Blocks(32, 32, 8, 1)
-    return _fitting(Blocks(128, 64, 8, 3), dtype, dim, shared)
+    most = Blocks(32, 32, 8, 1) if dtype == torch.float32 else Blocks(128, 64, 8, 3)
+    return _fitting(most, dtype, dim, shared)
 
 
 def prefill(

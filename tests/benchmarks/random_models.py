@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 from pixtral_cli.model import load
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.families import read_config
-from pixtral_cli.model.kernels import Weight
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.placement import FLOATS, place
 from weights_cache.codecs.nf4 import NF4
@@ -138,18 +136,4 @@ def _info(name: str, shape: tuple[int, ...], encoding: str) -> TensorInfo:
 
 def random_model(checkpoint: RandomCheckpoint, config: ModelConfig) -> LanguageModel:
     """The model, loaded where its weights are made."""
-    with mock.patch.object(load, "ToCard", _There):
-        return load.load(checkpoint, config, checkpoint.placement, checkpoint.device)
-
-
-class _There:
-    """For what takes weights to a card: they are there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def weight(self, weight: Weight) -> Weight:
-        return weight
-
-    def finish(self) -> None:
-        """Nothing is under way."""
+    return load.load(checkpoint, config, checkpoint.placement, checkpoint.device)

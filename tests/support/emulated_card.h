@@ -20,6 +20,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
+using std::max;
 using std::min;
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(8) float2 { float x, y; };

@@ -127,10 +127,20 @@ class CudaPackedKernel:
     def decode(self, start: int, stop: int, out: Tensor) -> None:
         """Rows [start, stop), whole tiles of 16, into bfloat16 `out` [stop - start, C], as the codec decodes them."""
         tiles, units = (stop - start) // UNIT[0], self.shape[1] // UNIT[1]
-        blocks = -(-tiles * units // DECODING_WARPS)
+        self._for_each_unit("decode", tiles * units, out, start // UNIT[0], tiles, units)
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """int64 [N] on the card -> those rows of the weight, bfloat16 [N, C], as the codec decodes them."""
+        found = torch.empty(len(rows), self.shape[1], dtype=torch.bfloat16, device=rows.device)
+        tiles, units = self.shape[0] // UNIT[0], self.shape[1] // UNIT[1]
+        if len(rows):
+            self._for_each_unit("look_up", len(rows) * units, rows.contiguous(), found, len(rows), tiles, units)
+        return found
+
+    def _for_each_unit(self, name: str, number: int, *arguments: Tensor | int) -> None:
+        function = _functions(self.encoding, self._few[1].launch, 1, self._units.device)[name]
         shared = TABLES.get(self.encoding, (0, 0))[1]
-        function = _functions(self.encoding, self._few[1].launch, 1, self._units.device)["decode"]
-        function(blocks, 32 * DECODING_WARPS, shared, self._units, out, start // UNIT[0], tiles, units)
+        function(-(-number // DECODING_WARPS), 32 * DECODING_WARPS, shared, self._units, *arguments)
 
     def use(self, most: int, launch: Launch) -> None:
         """Multiply slices of `most` rows of x like this."""
@@ -190,14 +200,14 @@ def why_not(encoding: str, device: torch.device) -> str | None:
 
 @cache
 def _functions(encoding: str, launch: Launch, most: int, device: torch.device) -> dict[str, Function]:
-    """`product` for slices of `most` rows of x, and `decode`."""
+    """`product` for slices of `most` rows of x, `decode` and `look_up`."""
     return _compiled(tuple(macros(encoding, launch, most)), device)
 
 
 @cache
 def _compiled(options: tuple[str, ...], device: torch.device) -> dict[str, Function]:
     source = Path(__file__).with_name("packed_matmul.cu").read_text()
-    return nvrtc.load(source, options, ("product", "decode"), device)
+    return nvrtc.load(source, options, ("product", "decode", "look_up"), device)
 
 
 def macros(encoding: str, launch: Launch, most: int) -> list[str]:

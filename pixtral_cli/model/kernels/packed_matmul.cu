@@ -728,23 +728,9 @@ extern "C" __global__ void __launch_bounds__(512) product(
 
 // ---- Rows ------------------------------------------------------------------------------------------------------
 
-/// bfloat16 rows [16 row_tiles, 256 units] of W, from its row tile `first` on: a warp for each unit. Shared memory: 2048
-/// bytes in nf4.
-extern "C" __global__ void __launch_bounds__(256) decode(
-    const u8 *__restrict__ weight, u8 *__restrict__ rows, int first, int row_tiles, int units
-) {
-    extern __shared__ __align__(16) u8 shared[];
-    const Lane lane(threadIdx.x % 32, row_tiles >> 31);
-    if (Encoding::SHARED > 0) {
-        for (int i = threadIdx.x; i < 16 * 32; i += blockDim.x)
-            reinterpret_cast<float *>(shared)[i] = NF4_TABLE[i / 32];
-        __syncthreads();
-    }
-    const long long place = static_cast<long long>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (place >= static_cast<long long>(row_tiles) * units) return;
-    const u8 *const unit = weight + (static_cast<long long>(first) * units + place) * Encoding::BYTES;
-    const long long row_bytes = 2ll * COLUMNS * units;
-    u8 *const to = rows + (place / units * ROWS + lane.g) * row_bytes + place % units * (2 * COLUMNS);
+/// Eight lanes' places in rows g and g + 8 of a unit, as bfloat16 numbers: `write` gets which of the two it is, the bytes
+/// from the unit's first column on, and pairs of numbers.
+template <class Write> INLINE void decode_unit(const u8 *unit, const u8 *shared, const Lane &lane, const Write &write) {
     Encoding state;
     state.begin(unit, shared);
 #pragma unroll
@@ -766,12 +752,57 @@ extern "C" __global__ void __launch_bounds__(256) decode(
             }
         }
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            u8 *const at = to + row * 8 * row_bytes + 2 * GROUP * group + GROUP / 2 * lane.t;
-            if (GROUP == 32)
-                *reinterpret_cast<uint4 *>(at) = {pairs[row][0], pairs[row][1], pairs[row][2], pairs[row][3]};
-            else
-                *reinterpret_cast<uint2 *>(at) = {pairs[row][0], pairs[row][1]};
-        }
+        for (int row = 0; row < 2; ++row) write(row, 2 * GROUP * group + GROUP / 2 * lane.t, pairs[row]);
     }
+}
+
+INLINE void write_pairs(u8 *to, const u32 (&pairs)[4]) {
+    if (GROUP == 32)
+        *reinterpret_cast<uint4 *>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    else
+        *reinterpret_cast<uint2 *>(to) = {pairs[0], pairs[1]};
+}
+
+/// nf4's table in float32, a copy for each lane, in 2048 bytes of shared memory.
+INLINE void prepare_exact(u8 *shared) {
+    if (Encoding::SHARED == 0) return;
+    for (int i = threadIdx.x; i < 16 * 32; i += blockDim.x) reinterpret_cast<float *>(shared)[i] = NF4_TABLE[i / 32];
+    __syncthreads();
+}
+
+/// bfloat16 rows [16 row_tiles, 256 units] of W, from its row tile `first` on: a warp for each unit.
+extern "C" __global__ void __launch_bounds__(256) decode(
+    const u8 *__restrict__ weight, u8 *__restrict__ rows, int first, int row_tiles, int units
+) {
+    extern __shared__ __align__(16) u8 shared[];
+    const Lane lane(threadIdx.x % 32, row_tiles >> 31);
+    prepare_exact(shared);
+    const long long place = static_cast<long long>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (place >= static_cast<long long>(row_tiles) * units) return;
+    const long long row_bytes = 2ll * COLUMNS * units;
+    u8 *const to = rows + (place / units * ROWS + lane.g) * row_bytes + place % units * (2 * COLUMNS);
+    decode_unit(
+        weight + (static_cast<long long>(first) * units + place) * Encoding::BYTES, shared, lane,
+        [&](int row, int at, const u32(&pairs)[4]) { write_pairs(to + row * 8 * row_bytes + at, pairs); }
+    );
+}
+
+/// bfloat16 rows [tokens, 256 units]: those of W [16 row_tiles, 256 units] that `ids` name, a warp for each unit.
+extern "C" __global__ void __launch_bounds__(256) look_up(
+    const u8 *__restrict__ weight, const long long *__restrict__ ids, u8 *__restrict__ rows, int tokens, int row_tiles,
+    int units
+) {
+    extern __shared__ __align__(16) u8 shared[];
+    const Lane lane(threadIdx.x % 32, units >> 31);
+    prepare_exact(shared);
+    const long long place = static_cast<long long>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (place >= static_cast<long long>(tokens) * units) return;
+    const long long id = min(max(ids[place / units], 0ll), ROWS * static_cast<long long>(row_tiles) - 1);
+    u8 *const to = rows + place * (2 * COLUMNS);
+    decode_unit(
+        weight + (id / ROWS * units + place % units) * Encoding::BYTES, shared, lane,
+        [&](int row, int at, const u32(&pairs)[4]) {
+            if (8 * row + lane.g == id % ROWS) write_pairs(to + at, pairs);
+        }
+    );
 }

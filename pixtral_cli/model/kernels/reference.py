@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
 from weights_cache import codecs
 from weights_cache.packed import PackedRows, PackedWeight
 
@@ -50,23 +51,35 @@ def _whole(weight: PackedWeight, x: Tensor) -> Tensor:
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed table [V, C], decoded into `dtype` as they are looked up."""
+    """Rows of a packed table [V, C], decoded into `dtype` as they are looked up; on a card by its kernel, which has the
+    table in its own order."""
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        rows = weight.in_rows().to(device)
-        assert isinstance(rows, PackedRows), f"nothing looks rows up in {weight.encoding}"
-        self.weight = rows
         self.dtype = dtype
+        self._kernel = CudaPackedKernel(weight, device) if CudaPackedKernel.takes(weight, dtype, device) else None
+        self._rows = None if self._kernel else weight.in_rows().to(device)
+
+    @property
+    def weight(self) -> PackedWeight:
+        found = self._rows if self._kernel is None else self._kernel.weight
+        assert found is not None
+        return found
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, C]. On a CPU a token that is there twice is decoded once; a card would wait to count
         them, and then its graph could not be captured."""
-        codec, rows = codecs.get(self.weight.encoding), self.weight.rows
-        if rows.is_cuda:
-            return codec.decode(rows[token_ids], self.dtype)
+        if self._kernel is not None:
+            return self._kernel.look_up(token_ids.long())
+        table = self._rows
+        assert isinstance(table, PackedRows), f"nothing looks rows up in {self.weight.encoding}"
+        codec = codecs.get(table.encoding)
+        if table.rows.is_cuda:
+            return codec.decode(table.rows[token_ids], self.dtype)
         unique, places = token_ids.unique(return_inverse=True)
-        return codec.decode(rows[unique], self.dtype)[places]
+        return codec.decode(table.rows[unique], self.dtype)[places]
 
     def extra_repr(self) -> str:
-        return f"{self.weight.encoding}, shape={self.weight.shape}"
+        weight = self._kernel or self._rows
+        assert weight is not None
+        return f"{weight.encoding}, shape={weight.shape}"

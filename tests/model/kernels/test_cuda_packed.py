@@ -129,6 +129,15 @@ def test_rows_are_decoded_as_the_codec_decodes_them(on_processor, encoding):
 
 
 @needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_rows_are_looked_up_as_the_codec_decodes_them(on_processor, encoding):
+    weight, ids = encoded(encoding, (80, 768)), torch.tensor([79, 3, 3, 0, 40, 15, 16])
+    kernel = CudaPackedKernel(weight, CPU)
+    assert torch.equal(kernel.look_up(ids), weight.decoded(torch.bfloat16)[ids])
+    assert kernel.look_up(ids[:0]).shape == (0, 768)
+
+
+@needs_compiler
 @pytest.mark.parametrize("room", [80, 32], ids=["all rows at a time", "in tiles of rows"])
 def test_many_rows_are_multiplied_with_decoded_weights(on_processor, monkeypatch, room):
     monkeypatch.setattr(card_bits, "BUFFER", room * 512 * 2)
@@ -260,7 +269,7 @@ def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")
         spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", log)]
-        assert len(spilled) == 2 and max(spilled) <= 64, log  # some words, for the sake of another warp
+        assert len(spilled) == 3 and max(spilled) <= 64, log  # some words, for the sake of another warp
 
 
 def test_what_is_compiled_is_kept(tmp_path, monkeypatch):
@@ -352,5 +361,7 @@ def test_a_card_multiplies_the_largest_matrix(encoding):
 def test_rows_of_a_table_are_looked_up_in_a_graph(encoding):
     weight = encoded(encoding, (64, 512))
     ids = torch.tensor([63, 3, 3, 0], dtype=torch.int64)
-    wanted = weight.decoded(torch.bfloat16)[ids]
-    assert torch.equal(captured(PackedEmbedding(weight, torch.bfloat16, GPU), ids.to(GPU)).cpu(), wanted)
+    for dtype in (torch.bfloat16, torch.float32):
+        table, wanted = PackedEmbedding(weight, dtype, GPU), weight.decoded(dtype)[ids]
+        assert torch.equal(captured(table, ids.to(GPU)).cpu(), wanted)
+        assert_same(table.weight, weight)
