@@ -83,7 +83,7 @@ def test_they_are_those_of_transformers(model, oracle, exactly, batch):
 def test_chunks_of_any_size_give_the_same(model, oracle, monkeypatch, chunk, exactly):
     monkeypatch.setattr(scheduler, "SHORT_CHUNK", chunk)
     monkeypatch.setattr(scheduler, "CHUNK", chunk)
-    monkeypatch.setattr(runner, "SCORED_ROWS", 24)
+    monkeypatch.setattr(runner, "SCORED", 24)
     engine = Engine(model, max_batch_size=3)
     engine = engine if exactly else loosely(engine)
     for request, events in zip(MANY[3:6], run(engine, *MANY[3:6]), strict=True):
@@ -160,7 +160,7 @@ def test_never_more_logits_are_made_than_a_few_rows_and_none_for_who_did_not_ask
     assert rows == [0, 0, 1]
     rows.clear()
     run(loosely(Engine(model)), MANY[-1])
-    assert max(rows) == runner.SCORED_ROWS and sum(rows) >= len(MANY[-1].token_ids)
+    assert max(rows) == runner.SCORED and sum(rows) >= len(MANY[-1].token_ids)
 
 
 def test_a_request_for_no_new_tokens_ends_with_its_prompt(model, oracle):
