@@ -5,18 +5,15 @@ import dataclasses
 import pytest
 import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run
+from support.random_requests import words
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import runner, scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
 from pixtral_cli.errors import BrokenLogits, RequestError
-from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +28,11 @@ def oracle(folder):
 
 @pytest.fixture(scope="module")
 def model(folder, oracle):
-    opened = checkpoint.open(folder)
-    config = read_config(opened.config)
-    return load(opened, config, place(opened.tensors, find("float32")), torch.device("cpu"))
+    return loaded(folder)
 
 
 def asked(seed, length, tokens=4, **fields):
-    ids = torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Request(tuple(ids), tokens, **({"prompt_logprobs": 3} | fields))
+    return Request(tuple(words(seed, length)), tokens, **({"prompt_logprobs": 3} | fields))
 
 
 def scores(events):
