@@ -77,7 +77,7 @@ class AttendOnCard:
     """Attention for one step's new tokens on a CUDA device, without waiting for it: see `Layout`.
 
     May be captured in a graph and replayed with other numbers in the layout's tensors. A graph does not keep the
-    memory that this has taken: keep this as long as the graph.
+    memory that this has taken before: make this inside the capture, or keep it as long as the graph.
     """
 
     def __init__(self, config: TextConfig, kv_cache: KVCache, layout: Layout) -> None:
