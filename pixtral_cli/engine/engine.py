@@ -72,13 +72,13 @@ class Engine:
         self.max_length = min(wanted, pages * PAGE)
         self.counters = Counters()
         self.table = PageTable(pages, int(pages * kv_kept))
-        on_card = model.device.type == "cuda"
-        exact = model.dtype == torch.float32 and not on_card
+        on_card = triton_support.available(model.device)
+        exact = model.dtype == torch.float32 and model.device.type == "cpu"
         chunks = CARD_CHUNKS if on_card else None
         self.scheduler = Scheduler(self.table, max_batch_size, max_ce_batch_size, exact, chunks)
         self.features = ImageFeatures(model, image_cache)
         kv_cache = KVCache(text, model.dtype, model.device, pages, kv_cache_dtype)
-        if on_card and triton_support.available(model.device):
+        if on_card:
             from pixtral_cli.engine.card_runner import CardRunner
 
             self.runner: Runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)

@@ -18,7 +18,8 @@ from pixtral_cli.model.memory import PREFILL
 CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at its full speed
 SHORT_CHUNK = 256  # while others decode, who wait meanwhile
 CARD_CHUNKS = PREFILL, 1024
-"""The same on a GPU, which needs more rows for its full speed: a picture's tokens and its question in one step."""
+"""The same for a card's own attention, which needs more rows for its full speed: a picture's tokens and its question
+in one step."""
 
 
 class Chunk(NamedTuple):

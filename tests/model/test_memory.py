@@ -11,7 +11,7 @@ from support.engines import run
 from support.live_bytes import LiveBytes
 
 from pixtral_cli.encoding_choices import find
-from pixtral_cli.engine import card_runner, runner, sampler, scheduler
+from pixtral_cli.engine import runner, sampler
 from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
 from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.errors import ModelError
@@ -108,7 +108,6 @@ def test_a_tower_that_needs_more_than_the_decoder_decides():
 
 
 def test_the_plan_counts_the_passes_that_the_engine_makes():
-    assert scheduler.CARD_CHUNKS[0] == memory.PREFILL and memory.GRAPH_ROWS == card_runner.BUCKETS
     assert memory.PATCHES == vision.PATCHES_AT_ONCE and memory.SCORED == runner.SCORED_ROWS
     assert memory.IMAGE_CACHE == IMAGE_CACHE
 
