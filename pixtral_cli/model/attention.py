@@ -66,6 +66,42 @@ class AttendPaged:
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
+    """The last N of L tokens look back: q [N, H, D], k and v [K, L, D] -> [N, H, D].
+
+    `window` counts the tokens that one token sees, itself included; None is all of them. `mask_of` is `causal_mask`,
+    or remembers what it made.
+    """
+    if q.shape[0] == 1:
+        return _one_query(q, k, v, window)
+    n, length = q.shape[0], k.shape[1]
+    if window is not None and length > n + window - 1:  # keys that no query of ours can see
+        k, v = k[:, -(n + window - 1) :], v[:, -(n + window - 1) :]
+        length = k.shape[1]
+    q, k, v = q.transpose(0, 1)[None], k[None], v[None]  # [1, H, N, D], [1, K, L, D]
+    whole = n == length and (window is None or length <= window)
+    mask = None if whole else mask_of(n, length, window, q.device)
+    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
+    return mixed[0].transpose(0, 1)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One token: the G heads that share a key head become G rows of one query, 7 to 13 times cheaper."""
+    if window is not None:
+        k, v = k[:, -window:], v[:, -window:]
+    kv_heads, _, dim = k.shape
+    folded = q.view(1, kv_heads, -1, dim)  # [1, K, G, D]
+    return scaled_dot_product_attention(folded, k[None], v[None]).reshape(1, -1, dim)
+
+
+def causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [N, L], True where query i (token L - N + i) sees key j."""
+    query = torch.arange(length - n, length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
 def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
@@ -103,39 +139,3 @@ class AttendOnCard:
             self._kernels.write(new_k, new_v, *store)
             self._kernels.prefill(new_q, mixed, *store, window)
         return out
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
-    """The last N of L tokens look back: q [N, H, D], k and v [K, L, D] -> [N, H, D].
-
-    `window` counts the tokens that one token sees, itself included; None is all of them. `mask_of` is `causal_mask`,
-    or remembers what it made.
-    """
-    if q.shape[0] == 1:
-        return _one_query(q, k, v, window)
-    n, length = q.shape[0], k.shape[1]
-    if window is not None and length > n + window - 1:  # keys that no query of ours can see
-        k, v = k[:, -(n + window - 1) :], v[:, -(n + window - 1) :]
-        length = k.shape[1]
-    q, k, v = q.transpose(0, 1)[None], k[None], v[None]  # [1, H, N, D], [1, K, L, D]
-    whole = n == length and (window is None or length <= window)
-    mask = None if whole else mask_of(n, length, window, q.device)
-    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
-    return mixed[0].transpose(0, 1)
-
-
-def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """One token: the G heads that share a key head become G rows of one query, 7 to 13 times cheaper."""
-    if window is not None:
-        k, v = k[:, -window:], v[:, -window:]
-    kv_heads, _, dim = k.shape
-    folded = q.view(1, kv_heads, -1, dim)  # [1, K, G, D]
-    return scaled_dot_product_attention(folded, k[None], v[None]).reshape(1, -1, dim)
-
-
-def causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [N, L], True where query i (token L - N + i) sees key j."""
-    query = torch.arange(length - n, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
