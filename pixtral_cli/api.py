@@ -121,6 +121,8 @@ class Pixtral:
         unasked = kv_cache_memory is None and device.type == "cpu"
 
         def make_engine() -> Engine:
+            if device.type == "cuda" and placement.dtype == "float32":
+                torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have it lower
             with current(device):
                 return engine_of(load(source.checkpoint, source.config, placement, device, progress))
 

@@ -19,6 +19,8 @@ from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.engine.transfers import to_device
 from pixtral_cli.model.attention import AttendOnCard, Layout
+from pixtral_cli.model.kernels import KernelLinear
+from pixtral_cli.model.kernels.reference import ReferenceKernel
 from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.memory import GRAPH_ROWS
@@ -55,7 +57,7 @@ class CardRunner(Runner):
         """Of each slot, the list of pages that was written last, and how many of it."""
         self._buckets = [*(each for each in GRAPH_ROWS if each < max_batch_size), max_batch_size]
         self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
-        self._graphs: dict[int, DecodeGraph | None] = {}
+        self._graphs: dict[int, DecodeGraph | None] = dict.fromkeys(() if _is_short(model) else self._buckets)
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
@@ -198,6 +200,12 @@ class CardRunner(Runner):
             return self.model.embed(token_ids)
         features = self._features(prefilling)
         return self.model.embed(token_ids, features, to_device(places, torch.long, self.device))
+
+
+def _is_short(model: LanguageModel) -> bool:
+    """Whether a pass is a few hundred launches, which fit into a graph; the reference kernel makes a million."""
+    layers = (layer for layer in model.modules() if isinstance(layer, KernelLinear))
+    return not any(isinstance(layer.kernel, ReferenceKernel) for layer in layers)
 
 
 def _ends(chunks: list[Chunk]) -> list[int]:

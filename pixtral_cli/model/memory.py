@@ -49,7 +49,7 @@ PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision
 IMAGE_CACHE = 512 * 2**20  # bytes of images' features that are kept unless another number is asked for
 SCORED = 64
 """Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
-GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that each
 graph decodes: a step of fewer is padded, which costs little, as it reads the same weights."""
 VECTORS = 6
