@@ -19,12 +19,14 @@ from pixtral_cli.encoding_choices import asked_for, kv_encoding
 from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.grammar import Vocabulary
+from pixtral_cli.engine.transfers import current
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save, slower_paths
 from pixtral_cli.model.free_memory import kind_of
 from pixtral_cli.model.kv_cache import PAGE, pages_for
+from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import Plan, Work, check_weights, kv_tokens, plan
 from pixtral_cli.model.pass_sizes import IMAGE_CACHE
@@ -120,7 +122,12 @@ class Pixtral:
         unasked = kv_cache_memory is None and device.type == "cpu"
 
         def make_engine() -> Engine:
-            model = load(source.checkpoint, source.config, placement, device, progress)
+            if device.type == "cuda" and placement.dtype == "float32":
+                torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have it lower
+            with current(device):
+                return engine_of(load(source.checkpoint, source.config, placement, device, progress))
+
+        def engine_of(model: LanguageModel) -> Engine:
             measured = kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if device.type == "cuda" else room
             return Engine(
                 model,

@@ -19,6 +19,8 @@ from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.engine.transfers import to_device
 from pixtral_cli.model.attention import AttendOnCard, Layout
+from pixtral_cli.model.kernels import KernelLinear
+from pixtral_cli.model.kernels.reference import ReferenceKernel
 from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_sizes import GRAPH_ROWS
@@ -55,15 +57,14 @@ class CardRunner(Runner):
         """Of each slot, the list of pages that was written last, and how many of it."""
         self._buckets = [*(each for each in GRAPH_ROWS if each < max_batch_size), max_batch_size]
         self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
-        self._graphs: dict[int, DecodeGraph | None] = {}
+        self._graphs: dict[int, DecodeGraph | None] = dict.fromkeys(() if _is_short(model) else self._buckets)
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture all graphs."""
-        with torch.cuda.device(self.device):
-            for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
-                self._graph(bucket)
+        for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
+            self._graph(bucket)
 
     @torch.inference_mode()
     def keep(self, sequences: list[Sequence], token_ids: Tensor) -> None:
@@ -77,12 +78,11 @@ class CardRunner(Runner):
 
         The logits are overwritten by the next call.
         """
-        with torch.cuda.device(self.device):
-            self._write_pages(chunks)
-            decoding = [chunk for chunk in chunks if not chunk.sequence.prefilling]  # the scheduler has them first
-            if len(decoding) == len(chunks):
-                return Computed(self._decode(chunks), {})
-            return self._mixed(decoding, chunks[len(decoding) :])
+        self._write_pages(chunks)
+        decoding = [chunk for chunk in chunks if not chunk.sequence.prefilling]  # the scheduler has them first
+        if len(decoding) == len(chunks):
+            return Computed(self._decode(chunks), {})
+        return self._mixed(decoding, chunks[len(decoding) :])
 
     def _write_pages(self, chunks: list[Chunk]) -> None:
         """Tell the card the pages that the sequences were given since the last pass."""
@@ -127,17 +127,19 @@ class CardRunner(Runner):
         return AttendOnCard(self.model.config.text, self.kv_cache, layout)
 
     def _graph(self, bucket: int) -> DecodeGraph | None:
-        """The pass for so many rows, captured; None where that fails."""
+        """The pass for so many rows, captured; None where that fails, and then for all others as well."""
         if bucket not in self._graphs:
+            stream = torch.cuda.current_stream()
             try:
                 self._graphs[bucket] = self._capture(bucket)
             except Exception as error:  # noqa: BLE001  a driver, memory: passes run without it
-                self._graphs[bucket] = None
-                logger.warning("No CUDA graph for %d rows, so decoding them is slower: %s", bucket, error)
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+                self._graphs = {**dict.fromkeys(self._buckets), **self._graphs}
+                logger.warning("No CUDA graph for %d rows, so decoding is slower: %s", bucket, error)
         return self._graphs[bucket]
 
     @cached_property
-    def _warming(self) -> torch.cuda.Stream:
+    def _capturing(self) -> torch.cuda.Stream:
         """One for all graphs: cuBLAS keeps a workspace, of 32 MiB on a Hopper card, for each stream that it has met."""
         return torch.cuda.Stream(self.device)
 
@@ -145,12 +147,12 @@ class CardRunner(Runner):
         padding = len(self._page_table) - 1
         inputs = to_device([[padding] * bucket, [0] * bucket], torch.int32, self.device)
         graph = torch.cuda.CUDAGraph()
-        self._warming.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
-        with torch.cuda.stream(self._warming):
+        self._capturing.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
+        with torch.cuda.stream(self._capturing):
             for _ in range(WARMING_PASSES):
                 self._decode_pass(inputs)
-        torch.cuda.current_stream().wait_stream(self._warming)
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        torch.cuda.current_stream().wait_stream(self._capturing)
+        with torch.cuda.graph(graph, self._pool, self._capturing, capture_error_mode="thread_local"):
             self._decode_pass(inputs)
         return DecodeGraph(inputs, graph)
 
@@ -198,6 +200,12 @@ class CardRunner(Runner):
             return self.model.embed(token_ids)
         features = self._features(prefilling)
         return self.model.embed(token_ids, features, to_device(places, torch.long, self.device))
+
+
+def _is_short(model: LanguageModel) -> bool:
+    """Whether a pass is a few hundred launches, which fit into a graph; the reference kernel makes a million."""
+    layers = (layer for layer in model.modules() if isinstance(layer, KernelLinear))
+    return not any(isinstance(layer.kernel, ReferenceKernel) for layer in layers)
 
 
 def _ends(chunks: list[Chunk]) -> list[int]:

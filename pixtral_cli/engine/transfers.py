@@ -7,9 +7,15 @@ wait until everything before it is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it `device` is the one that kernels are launched on, if it is a card. Each thread has its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -24,9 +30,9 @@ class ToHost:
     def __init__(self, *tensors: Tensor) -> None:
         self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
         self._arrival = None
-        if any(tensor.is_cuda for tensor in tensors):
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
+        card = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        if card is not None:
+            self._arrival = torch.cuda.current_stream(card).record_event()
 
     def read(self) -> list[Tensor]:
         """Wait for them; on the CPU."""

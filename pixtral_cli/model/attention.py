@@ -66,45 +66,6 @@ class AttendPaged:
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
-def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
-
-
-class AttendOnCard:
-    """Attention for one step's new tokens on a CUDA device, without waiting for it: see `Layout`.
-
-    May be captured in a graph and replayed with other numbers in the layout's tensors. A graph does not keep the
-    memory that this has taken: keep this as long as the graph.
-    """
-
-    def __init__(self, config: TextConfig, kv_cache: KVCache, layout: Layout) -> None:
-        from pixtral_cli.model import paged_attention  # needs Triton
-
-        self._kernels = paged_attention
-        self._windows = config.sliding_windows
-        self._kv_cache = kv_cache
-        self._layout = layout
-        sizes = config.num_heads, config.num_kv_heads, config.head_dim
-        self._scratch = paged_attention.scratch(*sizes, layout.positions.device)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, H, D], k and v [N, K, D], whose rows may lie apart -> [N, H, D]."""
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        store, window = (self._kv_cache, layer, self._layout), self._windows[layer]
-        (q, new_q), (k, new_k), (v, new_v), (decoded, mixed) = (
-            (x[: self._layout.decoding], x[self._layout.decoding :]) for x in (q, k, v, out)
-        )
-        if len(q):
-            self._kernels.decode(q, k, v, decoded, *store, window, self._scratch)
-        if len(new_q):
-            self._kernels.write(new_k, new_v, *store)
-            self._kernels.prefill(new_q, mixed, *store, window)
-        return out
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
     """The last N of L tokens look back: q [N, H, D], k and v [K, L, D] -> [N, H, D].
 
@@ -139,3 +100,42 @@ def causal_mask(n: int, length: int, window: int | None, device: torch.device) -
     key = torch.arange(length, device=device)[None]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
+
+
+def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
+    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
+
+
+class AttendOnCard:
+    """Attention for one step's new tokens on a CUDA device, without waiting for it: see `Layout`.
+
+    May be captured in a graph and replayed with other numbers in the layout's tensors. A graph does not keep the
+    memory that this has taken before: make this inside the capture, or keep it as long as the graph.
+    """
+
+    def __init__(self, config: TextConfig, kv_cache: KVCache, layout: Layout) -> None:
+        from pixtral_cli.model import paged_attention  # needs Triton
+
+        self._kernels = paged_attention
+        self._windows = config.sliding_windows
+        self._kv_cache = kv_cache
+        self._layout = layout
+        sizes = config.num_heads, config.num_kv_heads, config.head_dim
+        self._scratch = paged_attention.scratch(*sizes, layout.positions.device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, H, D], k and v [N, K, D], whose rows may lie apart -> [N, H, D]."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        store, window = (self._kv_cache, layer, self._layout), self._windows[layer]
+        (q, new_q), (k, new_k), (v, new_v), (decoded, mixed) = (
+            (x[: self._layout.decoding], x[self._layout.decoding :]) for x in (q, k, v, out)
+        )
+        if len(q):
+            self._kernels.decode(q, k, v, decoded, *store, window, self._scratch)
+        if len(new_q):
+            self._kernels.write(new_k, new_v, *store)
+            self._kernels.prefill(new_q, mixed, *store, window)
+        return out

@@ -20,7 +20,7 @@ from pixtral_cli.model.pass_sizes import GRAPH_ROWS, IMAGE_CACHE, PATCHES, PREFI
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
-from weights_cache.names import EMBEDDING, HEAD
+from weights_cache.names import EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -157,17 +157,15 @@ def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 
 
 def card_kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that a card's kernels have beside these weights: what their own order adds to packed ones, the whole of a
-    packed table that is the head, too; and the buffer that they are decoded into."""
+    """Bytes that a card's kernels have beside these weights: what their own order adds to packed ones, and the buffer
+    that they are decoded into."""
     beside, buffer = 0.0, 0
     for name, tensor in tensors.items():
         encoding = placement.encodings[name]
-        tied = name == EMBEDDING and HEAD not in tensors
-        if len(tensor.shape) != 2 or not ENCODINGS[encoding].packed or (name == EMBEDDING and not tied):
+        if len(tensor.shape) != 2 or not ENCODINGS[encoding].packed:
             continue
         rows, columns = tensor.shape
-        beside += rows * columns * card_bits.bits_on_card(encoding, rows, columns) / 8
-        beside -= 0 if tied else _bytes_in(encoding, tensor)
+        beside += rows * columns * card_bits.bits_on_card(encoding, rows, columns) / 8 - _bytes_in(encoding, tensor)
         buffer = card_bits.BUFFER if card_bits.fits(encoding, rows, columns) else buffer
     return int(beside) + buffer
 

@@ -49,7 +49,8 @@ def _try(device: torch.device) -> str | None:
     try:
         from pixtral_cli.model import triton_trial
 
-        found = triton_trial.counted(device).tolist()
+        with torch.cuda.device(device):  # Triton launches on the current one
+            found = triton_trial.counted(device).tolist()
     except Exception as error:  # noqa: BLE001  whatever fails in there, the model can do without
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None if found == [*range(1, len(found) + 1)] else f"it counted {found}"

@@ -15,9 +15,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -34,11 +34,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pixtral_cli.model import fused, fused_triton, vision, vision_triton
+from pixtral_cli.model import fused, fused_triton, vision
 from pixtral_cli.model.kernels import gemv_triton
-from pixtral_cli.model.kernels.gemv_triton import Share, Tile
+from pixtral_cli.model.kernels.gemv_triton import Tile
 from pixtral_cli.model.layers import cos_sin
-from pixtral_cli.model.vision_triton import Blocks
 
 SHAPES = {
     "qkv": (6144, 5120),
@@ -117,7 +116,6 @@ class Bench:
         with (
             replaced(fused_triton, "chains", lambda device: chained and not self.dry),
             replaced(gemv_triton, "chains", lambda device: chained and not self.dry),
-            replaced(vision_triton, "chains", lambda device: chained and not self.dry),
         ):
             yield
 
@@ -142,24 +140,13 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def at_once(calls: Iterable[Callable[[], object]]) -> None:
-    """Compile what is called in several threads; what fails will fail again."""
-
-    def tried(call: Callable[[], object]) -> None:
-        with suppress(Exception):
-            call()
-
-    with ThreadPoolExecutor(12) as threads:
-        list(threads.map(tried, calls))
-
-
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def right(variants: dict[Any, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Any, Product]:
+def right(variants: dict[Tile, Product], x: Tensor, weight: Tensor, dry: bool) -> dict[Tile, Product]:
     """Those that compile, several at a time, and give what torch gives."""
 
-    def wrong(variant: Any) -> str | None:
+    def wrong(variant: Tile) -> str | None:
         try:
             off = error(variants[variant](x, weight), wanted)
         except Exception as failure:  # noqa: BLE001  the others are worth having
@@ -167,8 +154,6 @@ def right(variants: dict[Any, Product], x: Tensor, weight: Tensor, dry: bool) ->
         return None if off < 1e-2 else f"wrong by {off:.1%}"
 
     wanted = linear(x, weight)
-    if not variants:
-        return {}
     first, *others = variants
     with ThreadPoolExecutor(1 if dry else 12) as threads:
         reasons = [wrong(first), *threads.map(wrong, others)]
@@ -190,29 +175,15 @@ def tiles(rows: int, dry: bool) -> list[Tile]:
     return [Tile(*shape, stages) for shape, stages in product(shapes, (2, 3, 4, 5, 6))]
 
 
-def shares(rows: int, dry: bool) -> list[Share]:
-    """To be tried for `rows` rows of x by matrix units."""
-    if dry or rows < 4:
-        return []
-    shapes = [(64, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (64, 256, 4, 3) if rows <= 16 else (128, 128, 8, 3)]
-    return [Share(*shape, splits) for shape, splits in product(shapes, (1, 2, 3, 4, 6))]
-
-
 Best = dict[tuple[str, int], Product]
 
 
 def gemv(bench: Bench) -> Best:
     """Every tile for every matrix and number of rows -> the fastest product of each."""
     best: Best = {}
-    variants: dict[int, dict[Any, Product]] = {
+    variants: dict[int, dict[Tile, Product]] = {
         rows: {tile: partial(gemv_triton.products, tile=tile) for tile in tiles(rows, bench.dry)} for rows in (1, 2)
     }
-    arrived = torch.zeros(4096, dtype=torch.int32, device=bench.device)
-    for rows in (4, 8, 16, 32, 64):
-        variants[rows] = {
-            share: partial(gemv_triton.shared_products, arrived=arrived, share=share)
-            for share in shares(rows, bench.dry)
-        }
     begun = time.perf_counter()
     small = bench.random(*bench.shapes["o"], scale=0.02)
     with bench.chained(False):
@@ -273,7 +244,7 @@ def chain(bench: Bench, best: Best) -> None:
         if rows <= 2:
             variants["now"] = (lambda name: gemv_triton.products, Fused, False)
             variants["now, chained"] = (lambda name: gemv_triton.products, Fused, True)
-        if (rows <= 2 or not bench.dry) and best:
+        if rows <= 2 and best:
             variants["best"] = (lambda name: best[name, rows], Fused, False)  # noqa: B023
             variants["best, chained"] = (lambda name: best[name, rows], Fused, True)  # noqa: B023
         wanted, tell = None, []
@@ -361,50 +332,26 @@ def fused_operations(bench: Bench) -> None:
             print(f"             add_norm by warps: {found}")
 
 
-BLOCKS = [
-    Blocks(*each)
-    for each in (
-        (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2),
-        (128, 128, 8, 3), (128, 128, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2),
-        (64, 128, 4, 3), (256, 64, 8, 2), (256, 64, 8, 3), (128, 256, 8, 2),
-    )
-]  # fmt: skip
-
-
 def attention(bench: Bench) -> None:
-    """The tower's, within images of 4096 patches: torch's by every backend, and ours by its blocks."""
+    """The tower's, within images of 4096 patches, by torch's backends; and what a size takes that is new to them."""
     heads, length, dim = (2, 16, 16) if bench.dry else (16, 4096, 64)
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     results = bench.found["attention"] = {}
     for images in (1, 4):
         flops = 4 * images * heads * length**2 * dim
-        qkv = bench.random(images, length, 3 * heads, dim)
-        q, k, v = (part.transpose(1, 2) for part in qkv.split(heads, 2))
-        flat = qkv.flatten(0, 1).split(heads, 1)
-        starts = torch.arange(0, images * length + 1, length, dtype=torch.int32, device=bench.device)
-        if images == 1 and not bench.dry:
-            at_once(partial(vision_triton.attend_within, *flat, starts, length, blocks) for blocks in BLOCKS)
-        wanted, tell = scaled_dot_product_attention(q, k, v), []
+        q, k, v = (x.transpose(1, 2) for x in bench.random(images, length, 3 * heads, dim).split(heads, 2))
         for name, backend in backends.items():
             try:
                 with sdpa_kernel(backend):
+                    begun = time.perf_counter()
+                    float(scaled_dot_product_attention(q, k, v)[0, 0, 0, 0])
+                    first = (time.perf_counter() - begun) * 1e3
                     us = bench.timed(partial(scaled_dot_product_attention, q, k, v), 3)
-            except RuntimeError:
+            except RuntimeError as failure:
+                print(f"attention, {name}: {str(failure).splitlines()[0]}")
                 continue
-            results[f"{name} {images}"] = us
-            tell.append(f"{name} {flops / us / 1e6:.0f}")
-        for blocks in BLOCKS[:1] if bench.dry else BLOCKS:
-            call = partial(vision_triton.attend_within, *flat, starts, length, blocks)
-            try:
-                found = call().unflatten(0, (images, length)).transpose(1, 2)
-                assert error(found, wanted) < 2e-2, error(found, wanted)
-                us = bench.timed(call, 3)
-            except Exception as failure:  # noqa: BLE001  the others are worth having
-                tell.append(f"{tuple(blocks)} {type(failure).__name__}")
-                continue
-            results[f"{tuple(blocks)} {images}"] = us
-            tell.append(f"{tuple(blocks)} {flops / us / 1e6:.0f}")
-        print(f"attention, {images} images, TF/s: " + "; ".join(tell), flush=True)
+            results[f"{name} {images}"] = {"us": us, "TF/s": flops / us / 1e6, "first ms": first}
+            print(f"attention, {images} images, {name}: {us:.0f} us, {flops / us / 1e6:.0f} TF/s, first {first:.0f} ms")
 
 
 def picture_flops(config: Any, patches: int) -> int:
@@ -456,11 +403,8 @@ def tower(bench: Bench) -> None:
     with bench.chained(False):
         tell("1 picture, not chained", there[:1])
         tell("8 pictures, not chained", there)
-    with replaced(vision_triton, "DIMS", ()):
-        tell("1 picture, attention by flash", there[:1])
-        tell("8 pictures, attention by flash", there)
-        with replaced(vision, "BACKENDS", [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-            tell("8 pictures, attention by cuDNN", there)
+    with replaced(vision, "BACKENDS", [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+        tell("8 pictures, attention by cuDNN", there)
     with replaced(vision, "AttendWithinImages", lambda *_: lambda layer, q, k, v: q.contiguous()):
         tell("8 pictures without attention (its part of the work counted all the same)", there)
     with plainly():

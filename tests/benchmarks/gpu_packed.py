@@ -229,37 +229,6 @@ def report_few(report: Report, pool: Tensor) -> None:
         line(encoding, times, nbytes * 8 / 4096)
 
 
-def report_early(report: Report, pool: Tensor) -> None:
-    """The same kernels, begun before the ones ahead of them have ended."""
-    print("\nbegun early or not, microseconds")
-    for encoding, name in itertools.product(("q4_k", "q6_k"), SHAPES):
-        matrices, times = Matrices(encoding, SHAPES[name], pool), []
-        for early in (False, True):
-            cuda_packed.EARLY = early
-            times.append([matrices.time(rows) for rows in (1, 8)])
-        cuda_packed.EARLY = False
-        print(f"  {encoding} {name:8} " + "   ".join(f"{one:.1f} {eight:.1f}" for one, eight in times))
-        report.keep(f"early {encoding} {name}", times)
-    weights = [CudaPackedKernel(random_weight("q4_k", 5120, 5120), CARD) for _ in range(4)]
-    x, found = torch.randn(1, 5120, device=CARD).bfloat16(), []
-
-    def chain() -> None:
-        y = x
-        for kernel in weights * 10:
-            y = kernel.products[1](kernel.products[1](y))
-            y = y / y.abs().amax()
-        found.append(y)
-
-    torch.cuda.synchronize()
-    for early in (False, True, True):
-        cuda_packed.EARLY = early
-        graph_time([chain])
-    cuda_packed.EARLY = False
-    same = [bool((y == found[0]).all()) for y in found]
-    print("  a chain gives the same:", same)
-    report.keep("early same", same)
-
-
 def report_decoding(report: Report, pool: Tensor) -> None:
     rows, columns = 26208, 5120  # what the buffer holds
     print(f"\ndecoding {rows} x {columns}, microseconds (TB/s read and written)")
@@ -319,7 +288,6 @@ def main() -> None:
     report_decoding(report, pool)
     report_many(report, pool)
     report_sweeps(report, pool, begun + options.seconds)
-    report_early(report, pool)
     print(f"{time.monotonic() - begun:.0f} s")
 
 

@@ -1,6 +1,5 @@
 """The runner for GPUs, on a CPU: Triton interpreted, no graph captured, all else as it is."""
 
-import contextlib
 import os
 
 import torch
@@ -19,8 +18,8 @@ def on_card(model, **settings):
     """An engine as on a card."""
     from pixtral_cli.engine.card_runner import CardRunner
 
-    torch.cuda.device = lambda device: contextlib.nullcontext()
-    torch.cuda.graph_pool_handle = lambda: None  # and no graph can be captured
+    torch.cuda.graph_pool_handle = lambda: None
+    CardRunner._graph = lambda runner, bucket: None  # none can be captured
     engine = Engine(model, **settings)
     kv_cache = KVCache(model.config.text, model.dtype, model.device, engine.table.count + 1)
     kv_cache.scratch_page = engine.table.count

@@ -157,9 +157,9 @@ def test_packed_weights_take_on_a_card_what_its_kernel_makes_of_them_and_the_buf
     assert beside("q4_0", up_proj=(4096, 96)) == 0  # no rows for that kernel
 
 
-def test_a_packed_table_that_is_the_head_too_is_on_a_card_twice():
+def test_a_packed_table_is_on_a_card_once_in_the_order_of_its_kernel():
     rows, columns = 1024, 512
-    assert beside("q6_k", embed_tokens=(rows, columns), up_proj=(16, 256)) == 256 * 2**20 + rows * columns * 210 // 256
+    assert beside("q4_k", embed_tokens=(rows, columns)) == 256 * 2**20 + rows * columns // 4096 * (2368 - 2304)
 
 
 def test_a_card_leaves_room_for_others_and_for_its_own_libraries(small):
@@ -214,7 +214,7 @@ def test_graphs_for_several_numbers_of_sequences_share_the_memory_of_the_largest
     one, odd, many = (memory.graph_bytes(NEMO, 2, batch) for batch in (1, 5, 1000))
     rows = 2 * (3 * 14336 + 6 * 5120 + 3 * 128) + 10 * 131072
     assert one == memory.GRAPH + rows and odd == 4 * memory.GRAPH + 5 * rows  # for 1, 2, 4 and 5 sequences
-    assert many == 15 * memory.GRAPH + 1000 * rows
+    assert many == 18 * memory.GRAPH + 1000 * rows
     assert math.isclose(Plan(1, 2, 3, 4).total(5), 1 + 2 + 3 + 20)
 
 

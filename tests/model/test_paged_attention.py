@@ -322,10 +322,7 @@ def test_every_kernel_compiles_for_every_card_and_fits_it(name, dtype, coded, wi
         ((32, 8, 128), 35, "auto", torch.bfloat16),
         ((32, 8, 128), None, "fp8", torch.bfloat16),
         ((32, 8, 128), None, "auto", torch.float32),
-        ((6, 1, 24), 1, "fp8", torch.float32),
-        ((6, 1, 24), 19, "auto", torch.bfloat16),
-        ((4, 2, 256), None, "auto", torch.bfloat16),
-        ((3, 3, 16), None, "auto", torch.float32),
+        ((6, 1, 24), 19, "fp8", torch.float32),
     ],
 )
 @ALL_STEPS

@@ -61,7 +61,7 @@ def test_no_images_have_no_features(model):
 def as_on_a_card(monkeypatch):
     """The way of a card, on the CPU."""
     monkeypatch.setattr(vision.PixtralModel, "device", SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(vision, "_attend_within", AttendWithinImages)
+    monkeypatch.setattr(vision, "_attend_within", lambda lengths, device: AttendWithinImages(lengths))
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 1000])
@@ -85,7 +85,7 @@ def test_a_pass_has_no_more_patches_than_memory_is_planned_for(model, monkeypatc
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [4, 2, 2, 7]], ids=str)
 def test_attention_within_images_is_a_softmax_over_each(lengths):
     q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    found = AttendWithinImages(lengths, CPU)(0, 3 * q, k, v)
+    found = AttendWithinImages(lengths)(0, 3 * q, k, v)
     of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     scores = torch.einsum("nhd,lhd->hnl", 3 * q.double(), k.double()) / 8**0.5
     weights = scores.masked_fill(of[:, None] != of[None], -torch.inf).softmax(-1)

@@ -200,8 +200,6 @@ inline float __shfl_xor_sync(uint32_t, float value, int bits) {
     return all.values[turn][lane ^ bits];
 }
 
-inline void wait_for_kernel_before() {}
-inline void let_next_kernel_begin() {}
 inline uint32_t kept(uint32_t value) { return value; }
 inline uint32_t times(uint32_t word, uint32_t factor) { return word * factor; }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }

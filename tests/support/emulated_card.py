@@ -29,9 +29,7 @@ class Function:
         self._allowed = 48 * 2**10
         self.launches: list[tuple[int, int, int]] = []
 
-    def __call__(
-        self, blocks: int, threads: int, shared: int, *arguments: torch.Tensor | int, early: bool = False
-    ) -> None:
+    def __call__(self, blocks: int, threads: int, shared: int, *arguments: torch.Tensor | int) -> None:
         assert blocks > 0 and 0 < threads <= 1024 and threads % 32 == 0
         assert shared <= self._allowed, f"{shared} bytes of shared memory, {self._allowed} allowed"
         words = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]

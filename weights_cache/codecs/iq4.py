@@ -10,6 +10,8 @@ Worked: in iq4_nl with d = 0.5, the code byte 0x80 gives weight 0 the code 0, wh
 Source: ggml's ggml-common.h (block_iq4_nl, block_iq4_xs) and gguf-py's quants.py (the values: IQ4_NL.kvalues).
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,16 @@ GROUP = 32
 SUPER = 256
 
 
+@cache
+def _table(device: torch.device) -> Tensor:
+    """VALUES, made once: a copy from the computer's memory would wait for a card, and cannot be in a CUDA graph."""
+    return torch.tensor(VALUES, dtype=torch.float32, device=device)
+
+
 def _values(data: Tensor) -> Tensor:
     """The values that the nibbles of each run of 16 bytes name: float32 [n, 2 * bytes]."""
-    table = torch.tensor(VALUES, dtype=torch.float32, device=data.device)
     codes = bits.fields(data, 4, GROUP // 2)
-    return table.index_select(0, codes.flatten().int()).view(len(data), -1)
+    return _table(data.device).index_select(0, codes.flatten().int()).view(len(data), -1)
 
 
 def _iq4_nl_scales(blocks: Tensor) -> tuple[Tensor, None]:

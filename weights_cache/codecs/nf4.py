@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ TABLE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """What the 16 codes stand for: quantiles of a normal distribution, with an exact zero (QLoRA, appendix E)."""
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """[256, 2]: the two weights of each byte. Made once: a copy to a card would wait for it."""
+    return torch.cartesian_prod(*2 * [torch.tensor(TABLE, device=device)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +99,7 @@ class NF4:
         shape, block = self.shape, self.block
         codes, magnitudes = self.in_rows().codes.flatten(), self.magnitudes()
         codes = pad(codes, (0, magnitudes.numel() * block // 2 - codes.numel()))  # a last block may be cut off
-        pairs = torch.cartesian_prod(*2 * [torch.tensor(TABLE, device=codes.device)])  # [256, 2]: of each byte
+        pairs = _pairs(codes.device)
         weights = torch.empty(len(magnitudes), block, dtype=dtype, device=codes.device)
         step = CHUNK // block
         for start in range(0, len(magnitudes), step):

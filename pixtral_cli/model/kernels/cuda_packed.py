@@ -20,7 +20,7 @@ from torch import Tensor
 from pixtral_cli.model import card_bits
 from pixtral_cli.model.card_bits import UNIT, UNIT_BYTES
 from pixtral_cli.model.kernels import card_layout, nvrtc
-from pixtral_cli.model.kernels.nvrtc import CompilationFailed, Function
+from pixtral_cli.model.kernels.nvrtc import Function
 from weights_cache.codecs.int4 import ROWS as INT4_ROWS
 from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import BLOCK, NF4
@@ -33,7 +33,6 @@ DECODED_FROM = 49  # rows of x, for which decoding the weights once is quicker t
 SLICES = {1: (1, 1), 8: (8, 1), 16: (8, 2)}
 """Most rows of x that are multiplied in one go -> VECTORS and N_TILES of packed_matmul.cu for them."""
 DECODING_WARPS = 8  # of a block
-EARLY = False  # whether kernels begin before those ahead of them have ended
 TABLES = {"nf4": (65536, 2048)}  # bytes of shared memory for them, in products and in decoding
 
 
@@ -53,17 +52,27 @@ class Launch(NamedTuple):
 
 
 def launch_for(encoding: str, rows: int, columns: int, most: int, card: nvrtc.Card) -> Launch:
-    """What is quickest for a matrix and slices of `most` rows of x, as tests/benchmarks/gpu_packed.py found it: warps
-    that have the same number of units, many where there are few rows."""
-    units, tiles = columns // UNIT[1], rows // UNIT[0]
-    few = tiles < 3 * card.processors
-    warps = max((w for w in range(1, (16 if few else 10) + 1) if units % w == 0), default=1)
-    launch = Launch(2 if most == 1 and tiles >= 8 * card.processors else 1, 2, warps)
+    """What is quickest for a matrix and slices of `most` rows of x: two units in flight for each warp, and warps that
+    have equal parts of the columns, up to ten of them. So blocks stay small, and many of them share a processor.
+
+    The tables of nf4 leave room for two blocks of eight warps, or for one that is larger, which does better with few
+    rows. From the sweeps of tests/benchmarks/gpu_packed.py on an H100.
+    """
+    units = columns // UNIT[1]
+    launch = Launch(1, 2, _equal_parts(units, 10))
     if encoding == "nf4":
-        launch = Launch(1, 2, max(w for w in range(1, 17) if units % w == 0), 1)
+        many = rows // UNIT[0] >= 8 * card.processors
+        launch = Launch(1, 2, min(units, 8), 2) if many else Launch(1, 2, _equal_parts(units, 16), 1)
     while launch.shared(encoding, most) > card.shared_per_block and launch.warps > 1:
         launch = launch._replace(warps=launch.warps // 2)
     return launch
+
+
+def _equal_parts(units: int, most: int) -> int:
+    """Of numbers of warps up to `most` that of the most equal parts; the largest of those that are as good."""
+    return max(
+        range(1, min(units, most) + 1), key=lambda warps: (min(warps, 4), units / -(-units // warps) / warps, warps)
+    )
 
 
 class _Few(NamedTuple):
@@ -144,6 +153,7 @@ class CudaPackedKernel:
 
     def use(self, most: int, launch: Launch) -> None:
         """Multiply slices of `most` rows of x like this."""
+        assert launch.warps <= self.shape[1] // UNIT[1], f"{launch.warps} warps share {self.shape[1]} columns"
         device, blocks = self._units.device, -(-self.shape[0] // (UNIT[0] * launch.tiles))
         if launch.per_processor:
             blocks = min(blocks, launch.per_processor * nvrtc.card(device).processors)
@@ -165,9 +175,8 @@ class CudaPackedKernel:
         for some, found in zip(x.split(largest), y.split(largest), strict=True):
             few = self._few[next(most for most in SLICES if len(some) <= most)]
             few.function(
-                few.blocks, 32 * few.launch.warps, few.shared, self._units, some, found, tiles, units, len(some),
-                early=EARLY,
-            )  # fmt: skip
+                few.blocks, 32 * few.launch.warps, few.shared, self._units, some, found, tiles, units, len(some)
+            )
         return y
 
     def _decoded(self, x: Tensor) -> Tensor:
@@ -192,7 +201,7 @@ def why_not(encoding: str, device: torch.device) -> str | None:
     can."""
     try:
         _functions(encoding, launch_for(encoding, *UNIT, 1, nvrtc.card(device)), 1, device)
-    except (CompilationFailed, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         LOG.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
         return str(error)
     return None

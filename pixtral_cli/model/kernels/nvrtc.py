@@ -23,8 +23,8 @@ DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 PROCESSORS, SHARED_PER_PROCESSOR, SHARED_PER_BLOCK = 16, 81, 97  # CU_DEVICE_ATTRIBUTE_...
 
 
-class CompilationFailed(Exception):
-    """NVRTC is missing or refuses the source, or the driver refuses what it made: the text says which."""
+class CudaFailed(RuntimeError):
+    """NVRTC or the driver is missing, or refuses something: the text says what."""
 
 
 @dataclass(frozen=True)
@@ -37,50 +37,29 @@ class Card:
     shared_per_block: int
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, whose value is a union of 64 bytes."""
-
-    _fields_ = (("id", c_int), ("padding", c_int), ("value", c_int * 16))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", c_uint * 3),
-        ("block", c_uint * 3),
-        ("shared", c_uint),
-        ("stream", c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("number", c_uint),
-    )
-
-
-_EARLY = _Attribute(6, 0, (c_int * 16)(1))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-
-
 class Function:
     """One kernel, ready to launch on the device that it was loaded for."""
 
     def __init__(self, handle: c_void_p, device: torch.device) -> None:
         self._handle, self._device, self._shared = handle, device, MOST_STATIC_SHARED
 
-    def __call__(
-        self, blocks: int, threads: int, shared: int, *arguments: torch.Tensor | int, early: bool = False
-    ) -> None:
+    def __call__(self, blocks: int, threads: int, shared: int, *arguments: torch.Tensor | int) -> None:
         """Launch on torch's current stream. Tensors go as their addresses, numbers as 32-bit integers.
 
-        `early`: it may begin before the kernel before it has ended, and waits for that itself (from sm_90 on).
         Works while a CUDA graph is captured, if `allow` was called for as much shared memory before.
         """
         values = [c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else c_int(x) for x in arguments]
         addresses = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        grid, block = (c_uint * 3)(blocks, 1, 1), (c_uint * 3)(threads, 1, 1)
-        config = _Config(grid, block, shared, stream, ctypes.pointer(_EARLY), int(early))
+        stream = c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         with _context(self._device):
             self.allow(shared)
-            _check(_driver().cuLaunchKernelEx(byref(config), self._handle, addresses, None), "launching a kernel")
+            _check(
+                _driver().cuLaunchKernel(
+                    self._handle, c_uint(blocks), c_uint(1), c_uint(1), c_uint(threads), c_uint(1), c_uint(1),
+                    c_uint(shared), stream, addresses, None,
+                ),
+                "launching a kernel",
+            )  # fmt: skip
 
     def allow(self, shared: int) -> None:
         """Let blocks have so many bytes of dynamic shared memory."""
@@ -91,7 +70,7 @@ class Function:
 
 
 def load(source: str, options: Sequence[str], names: Sequence[str], device: torch.device) -> dict[str, Function]:
-    """The kernels `names` (extern "C") of `source`, on `device`; raises CompilationFailed."""
+    """The kernels `names` (extern "C") of `source`, on `device`; raises CudaFailed."""
     cubin, module = compiled(source, options, card(device).sm), c_void_p()
     found = {}
     with _context(device):
@@ -104,7 +83,7 @@ def load(source: str, options: Sequence[str], names: Sequence[str], device: torc
 
 
 def compiled(source: str, options: Sequence[str], sm: int) -> bytes:
-    """Machine code for `sm`, from the cache where it is there; raises CompilationFailed. Needs no GPU."""
+    """Machine code for `sm`, from the cache where it is there; raises CudaFailed. Needs no GPU."""
     key = hashlib.sha256("\0".join([source, *options, str(sm), str(version())]).encode()).hexdigest()
     path = own_cache_folder() / "kernels" / f"{key[:32]}.cubin"
     with suppress(OSError):
@@ -128,7 +107,7 @@ def _compile(source: str, options: Sequence[str], sm: int) -> tuple[bytes, str]:
         _check_nvrtc(nvrtc.nvrtcGetProgramLog(program, log))
         text = log.value.decode(errors="replace").strip()
         if status:
-            raise CompilationFailed(f"NVRTC refuses the source for sm_{sm}: {text or status}")
+            raise CudaFailed(f"NVRTC refuses the source for sm_{sm}: {text or status}")
         _check_nvrtc(nvrtc.nvrtcGetCUBINSize(program, byref(size)))
         cubin = ctypes.create_string_buffer(size.value)
         _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, cubin))
@@ -139,7 +118,7 @@ def _compile(source: str, options: Sequence[str], sm: int) -> tuple[bytes, str]:
 
 @cache
 def version() -> tuple[int, int]:
-    """NVRTC's own; raises CompilationFailed where there is none."""
+    """NVRTC's own; raises CudaFailed where there is none."""
     major, minor = c_int(), c_int()
     _check_nvrtc(_nvrtc().nvrtcVersion(byref(major), byref(minor)))
     return major.value, minor.value
@@ -157,7 +136,7 @@ def _nvrtc() -> ctypes.CDLL:
             for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*") if name.startswith("/") else ():
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(name)
-    raise CompilationFailed("there is no libnvrtc beside torch")
+    raise CudaFailed("there is no libnvrtc beside torch")
 
 
 @cache
@@ -165,7 +144,7 @@ def _driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise CompilationFailed(f"there is no driver: {error}") from error
+        raise CudaFailed(f"there is no driver: {error}") from error
 
 
 @cache
@@ -222,9 +201,9 @@ def _check(status: int, doing: str) -> None:
     if status:
         text = c_char_p()
         _driver().cuGetErrorString(status, byref(text))
-        raise CompilationFailed(f"CUDA, {doing}: {(text.value or b'unknown error').decode()} ({status})")
+        raise CudaFailed(f"CUDA, {doing}: {(text.value or b'unknown error').decode()} ({status})")
 
 
 def _check_nvrtc(status: int) -> None:
     if status:
-        raise CompilationFailed(f"NVRTC fails with error {status}")
+        raise CudaFailed(f"NVRTC fails with error {status}")

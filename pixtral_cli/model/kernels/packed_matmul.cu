@@ -58,20 +58,6 @@ INLINE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 /// Wait for all groups of copies of this lane but the last LEFT.
 template <int LEFT> INLINE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
-/// From here on what the kernel before this one on the stream has written can be read: until then it may be running.
-INLINE void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/// The kernel after this one may begin, as far as it does not wait.
-INLINE void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 /// (word & mask) | bits, in one instruction.
 INLINE u32 and_or(u32 word, u32 mask, u32 bits) {
     u32 found;
@@ -670,8 +656,6 @@ extern "C" __global__ void __launch_bounds__(512) product(
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) copies.begin();
     Encoding::prepare(shared);
-    let_next_kernel_begin();
-    wait_for_kernel_before();
 
     // Four registers with the same number, which the compiler would copy from one again and again if it knew that.
     const int positive[4] = {row_tiles, units, vectors, static_cast<int>(gridDim.x)};

@@ -14,7 +14,7 @@ from support import emulated_card
 from pixtral_cli.model import card_bits
 from pixtral_cli.model.kernels import card_layout, cuda_packed, nf4, nvrtc
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel, Launch, launch_for
-from pixtral_cli.model.kernels.nvrtc import CompilationFailed
+from pixtral_cli.model.kernels.nvrtc import CudaFailed
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from weights_cache import codecs
 from weights_cache.codecs.int4 import Int4
@@ -27,7 +27,6 @@ ENCODED = tuple(card_bits.UNIT_BYTES)
 IN_ROWS = tuple(card_layout.LAYOUTS)
 FACTORS = {"q4_0": [0], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208], "q8_0": [0]}
 """Where the float16 numbers of a block are."""
-ARCHITECTURES = (80, 90, 120)
 needs_compiler = pytest.mark.skipif(emulated_card.COMPILER is None, reason="no g++")
 
 
@@ -62,7 +61,7 @@ def assert_product(found, x, weight):
     x, exact = x.double(), weight.decoded().double().to(x.device)
     wanted, size = x @ exact.T, x.abs().sum(1, keepdim=True) * exact.abs().max()
     assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
-    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 4e-6 * size).all()
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5 * size).all()
 
 
 def assert_same(weight, other):
@@ -233,7 +232,7 @@ def test_only_what_fits_is_taken(monkeypatch):
 
 def test_why_a_card_cannot_run_it_is_said_once(monkeypatch, caplog):
     def refuse(*_):
-        raise CompilationFailed("there is no libnvrtc beside torch")
+        raise CudaFailed("there is no libnvrtc beside torch")
 
     monkeypatch.setattr(nvrtc, "load", refuse)
     monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
@@ -256,15 +255,15 @@ def source():
 def needs_nvrtc():
     try:
         nvrtc.version()
-    except CompilationFailed as error:
+    except CudaFailed as error:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize(("sm", "slices"), [(80, [8]), (90, list(cuda_packed.SLICES)), (120, [8])])
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
+def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm, slices):
     needs_nvrtc()
-    for most in cuda_packed.SLICES:
+    for most in slices:
         options = cuda_packed.macros(encoding, launch_for(encoding, 5120, 5120, most, emulated_card.CARD), most)
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")
@@ -290,7 +289,7 @@ def test_a_cache_that_cannot_be_written_to_is_no_error(tmp_path, monkeypatch):
 
 def test_a_source_that_is_wrong_is_refused_with_the_compilers_words():
     needs_nvrtc()
-    with pytest.raises(CompilationFailed, match=r'sm_90.*identifier "nothing" is undefined'):
+    with pytest.raises(CudaFailed, match=r'sm_90.*identifier "nothing" is undefined'):
         nvrtc._compile("__global__ void f() { nothing(); }", [], 90)
 
 
