@@ -23,7 +23,7 @@ from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.reference import ReferenceKernel
 from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.memory import GRAPH_ROWS
+from pixtral_cli.model.pass_sizes import GRAPH_ROWS
 
 WARMING_PASSES = 2  # before a pass is captured: kernels are compiled, and cuBLAS takes its workspace
 logger = logging.getLogger(__name__)

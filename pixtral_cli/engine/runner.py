@@ -17,11 +17,10 @@ from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.attention import AttendPaged, Span
 from pixtral_cli.model.kv_cache import KVCache
 from pixtral_cli.model.language_model import LanguageModel
+from pixtral_cli.model.pass_sizes import SCORED
 from pixtral_cli.model.pass_threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
-SCORED_ROWS = 64
-"""Tokens of prompts whose logits are held at one time: 32 MiB for a vocabulary of 131,072."""
 
 
 class Computed(NamedTuple):
@@ -137,8 +136,8 @@ class Runner:
         sequence = chunk.sequence
         places, alternatives = sequence.unscored(chunk.tokens), sequence.request.prompt_logprobs or 0
         blocks = []
-        for start in range(places.start, places.stop, SCORED_ROWS):
-            end = min(start + SCORED_ROWS, places.stop)
+        for start in range(places.start, places.stop, SCORED):
+            end = min(start + SCORED, places.stop)
             following = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=hidden.device)
             logits = self._few_logits(hidden[start - sequence.computed : end - sequence.computed])
             blocks.append(sampler.score(logits, following, alternatives))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import PAGE, pages_for
-from pixtral_cli.model.memory import PREFILL
+from pixtral_cli.model.pass_sizes import PREFILL
 
 CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at its full speed
 SHORT_CHUNK = 256  # while others decode, who wait meanwhile

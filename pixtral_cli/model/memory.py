@@ -16,6 +16,7 @@ from pixtral_cli.errors import ModelError
 from pixtral_cli.model import card_bits
 from pixtral_cli.model.config import ModelConfig, TextConfig, VisionConfig
 from pixtral_cli.model.free_memory import Device, Kind, free_bytes, kind_of
+from pixtral_cli.model.pass_sizes import GRAPH_ROWS, IMAGE_CACHE, PATCHES, PREFILL, SCORED
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
@@ -44,14 +45,8 @@ captured."""
 MARGIN, MARGIN_SHARE = 256 * 2**20, 0.03
 """Bytes of a card that are left free, at least, and the part of what was free: allocators lose some between their
 blocks, and a card that draws a screen is asked for more by others."""
-PREFILL = 8192  # tokens of prompts in one pass on a card: a picture's and its question's, and enough for full speed
-PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision has it
-IMAGE_CACHE = 512 * 2**20  # bytes of images' features that are kept unless another number is asked for
-SCORED = 64
-"""Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
-GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
-"""Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that each
-graph decodes: a step of fewer is padded, which costs little, as it reads the same weights."""
+GRAPH = 8 * 2**20
+"""Bytes of a captured graph beside what it computes in: its nodes and their parameters."""
 VECTORS = 6
 """Vectors [C] of a token that live at one time in a layer: the residual and what is added to it, those of the layer
 before, which its caller holds, the normed sum, and the embedded tokens."""

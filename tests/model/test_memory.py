@@ -11,8 +11,8 @@ from support.engines import run
 from support.live_bytes import LiveBytes
 
 from pixtral_cli.encoding_choices import find
-from pixtral_cli.engine import runner, sampler
-from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
+from pixtral_cli.engine import sampler
+from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import free_memory, language_model, layers, memory, vision
@@ -105,11 +105,6 @@ def test_a_tower_that_needs_more_than_the_decoder_decides():
     seeing, blind = (ModelConfig("m", small_decoder, tower) for tower in (TOWER, None))
     patch = 3 * 4096 + 6 * 1024 + 3 * 64 + 3 * 16 * 16
     assert memory.pass_bytes(seeing, 2, Work()) == memory.PATCHES * 2 * patch > memory.pass_bytes(blind, 2, Work())
-
-
-def test_the_plan_counts_the_passes_that_the_engine_makes():
-    assert memory.PATCHES == vision.PATCHES_AT_ONCE and memory.SCORED == runner.SCORED_ROWS
-    assert memory.IMAGE_CACHE == IMAGE_CACHE
 
 
 def test_of_many_sequences_the_logits_count_once_they_are_larger():
