@@ -25,6 +25,7 @@ from weights_cache.codecs.int4 import ROWS as INT4_ROWS
 from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.codecs.packed_rows import PackedRows
+from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedWeight
 
 LOG = logging.getLogger("pixtral_cli.model")
@@ -197,14 +198,39 @@ class CudaPackedKernel:
 
 @cache
 def why_not(encoding: str, device: torch.device) -> str | None:
-    """Why the kernels cannot be used for weights in `encoding` on `device`, said once in the log; None where they
-    can."""
+    """Why the kernels cannot be used for weights in `encoding` on `device`, said once in the log; None where they can,
+    which is tried with a small matrix."""
     try:
-        _functions(encoding, launch_for(encoding, *UNIT, 1, nvrtc.card(device)), 1, device)
+        for most in SLICES:
+            _functions(encoding, launch_for(encoding, *UNIT, most, nvrtc.card(device)), most, device)
+        if not _multiplies(encoding, device):
+            raise RuntimeError("the kernels give wrong products")
     except (OSError, RuntimeError) as error:
         LOG.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
         return str(error)
     return None
+
+
+@torch.no_grad()
+def _multiplies(encoding: str, device: torch.device) -> bool:
+    """Whether products and rows of a matrix of random bytes are right, but for rows that are not finite."""
+    rows, columns, random = 64, 512, torch.Generator().manual_seed(0)
+    stored = (rows, columns // 2 if encoding == "nf4" else ENCODINGS[encoding].row_bytes(columns))
+    data = torch.randint(0, 256, stored, dtype=torch.uint8, generator=random)
+    magnitudes = torch.rand(rows * columns // BLOCK, generator=random)
+    weight = NF4(data, magnitudes) if encoding == "nf4" else PackedRows(encoding, data)
+    kernel, exact = CudaPackedKernel(weight, device), weight.decoded()
+    finite = exact.isfinite().all(1).nonzero().flatten()
+    exact = exact[finite].double()
+    x = torch.randn(max(SLICES) + 1, columns, generator=random).bfloat16()
+    for some in (x[:number] for number in (*SLICES, len(x))):
+        found = kernel.products[1](some.to(device)).cpu()[:, finite].double()
+        if not ((found - some.double() @ exact.T).abs() <= 2**-7 * (some.double().abs() @ exact.abs().T)).all():
+            return False
+    decoded = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+    kernel.decode(0, rows, decoded)
+    looked_up = kernel.look_up(finite.to(device)).cpu()
+    return torch.equal(looked_up, exact.bfloat16()) and torch.equal(looked_up, decoded.cpu()[finite])
 
 
 @cache

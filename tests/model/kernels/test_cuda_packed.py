@@ -248,6 +248,18 @@ def test_why_a_card_cannot_run_it_is_said_once(monkeypatch, caplog):
     cuda_packed.why_not.cache_clear()
 
 
+@needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_card_is_tried_before_it_is_relied_on(on_processor, monkeypatch, encoding):
+    cuda_packed.why_not.cache_clear()
+    assert cuda_packed.why_not(encoding, CPU) is None
+    cuda_packed.why_not.cache_clear()
+    right = cuda_packed._units
+    monkeypatch.setattr(cuda_packed, "_units", lambda weight, device: right(weight, device).roll(1, 0))
+    assert cuda_packed.why_not(encoding, CPU) == "the kernels give wrong products"
+    cuda_packed.why_not.cache_clear()
+
+
 def source():
     return Path(cuda_packed.__file__).with_name("packed_matmul.cu").read_text()
 
