@@ -26,7 +26,6 @@ from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save, slower_paths
 from pixtral_cli.model.free_memory import kind_of
 from pixtral_cli.model.kv_cache import PAGE, pages_for
-from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import Plan, Work, check_weights, kv_tokens, plan
 from pixtral_cli.model.pass_sizes import IMAGE_CACHE
@@ -125,20 +124,18 @@ class Pixtral:
             if device.type == "cuda" and placement.dtype == "float32":
                 torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have it lower
             with current(device):
-                return engine_of(load(source.checkpoint, source.config, placement, device, progress))
-
-        def engine_of(model: LanguageModel) -> Engine:
-            measured = kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if device.type == "cuda" else room
-            return Engine(
-                model,
-                context,
-                max_batch_size,
-                max_ce_batch_size,
-                kv_tokens=measured,
-                kv_kept=KEPT_UNASKED if unasked else 1.0,
-                image_cache=image_cache_memory,
-                kv_cache_dtype=kv_cache_dtype,
-            )
+                model = load(source.checkpoint, source.config, placement, device, progress)
+                on_card = device.type == "cuda"  # where what is left can be measured now
+                return Engine(
+                    model,
+                    context,
+                    max_batch_size,
+                    max_ce_batch_size,
+                    kv_tokens=kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if on_card else room,
+                    kv_kept=KEPT_UNASKED if unasked else 1.0,
+                    image_cache=image_cache_memory,
+                    kv_cache_dtype=kv_cache_dtype,
+                )
 
         engine = on_a_thread_that_ends(make_engine)
         return cls(source, placement, engine, time.perf_counter() - begun, work)

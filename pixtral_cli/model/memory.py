@@ -221,8 +221,7 @@ class Need:
         return self.plans["cpu"].weights
 
     def total(self, tokens: int) -> int:
-        """Bytes of everything for a sequence of `tokens`, which must be among the lengths, but for what is a device's
-        own."""
+        """Bytes for a sequence of `tokens`, one of the lengths, on any device: what only a GPU takes is not counted."""
         return self.weights + self.cache[tokens] + WORKSPACE
 
     def on(self, device: Device, tokens: int) -> int:
