@@ -7,7 +7,7 @@ so a captured graph can be replayed with other lengths. Kernels are chained as i
 reads or writes anything, until the one before has ended.
 
 Letters: N new tokens, B of them decoding, M of S prompts; H query heads, K key heads, G = H / K, D head_dim, T slots;
-DP, GP, KP: the next power of two. Scores are in units of log 2: weights are 2^(score - peak).
+BP, DP, KP: the next power of two. Scores are in units of log 2: weights are 2^(score - peak).
 """
 
 # ruff: noqa: N803 - what is constant in a kernel is written in capitals
