@@ -26,19 +26,19 @@ def model(tmp_path_factory):
 
 
 class RunsAhead(Runner):
-    """Knows the last token of each slot, as a card does."""
+    """Knows the last token of each seat, as a card does."""
 
     steps_ahead = 1
 
     def keep(self, sequences, token_ids):
         self.last = getattr(self, "last", {})
-        self.last.update(zip((sequence.slot for sequence in sequences), token_ids.tolist(), strict=True))
+        self.last.update(zip((sequence.seat for sequence in sequences), token_ids.tolist(), strict=True))
 
     def run(self, chunks):
         unread = [chunk.sequence for chunk in chunks if chunk.sequence.unread]
         for sequence in unread:
             assert sequence.unread == 1 and sequence.token_ids[-1] == UNREAD
-            sequence.token_ids[-1] = self.last[sequence.slot]
+            sequence.token_ids[-1] = self.last[sequence.seat]
         try:
             return super().run(chunks)
         finally:
