@@ -53,14 +53,15 @@ class Launch(NamedTuple):
 
 
 def launch_for(encoding: str, rows: int, columns: int, most: int, card: nvrtc.Card) -> Launch:
-    """What is quickest for a matrix and slices of `most` rows of x: two units in flight for each warp, and warps that
-    have equal parts of the columns, up to ten of them. So blocks stay small, and many of them share a processor.
+    """What is quickest for a matrix and slices of `most` rows of x: two units of memory for each warp, and warps that
+    have equal parts of the columns, up to ten of them; fewer where registers are dear, so that several blocks share a
+    processor.
 
     The tables of nf4 leave room for two blocks of eight warps, or for one that is larger, which does better with few
-    rows. From the sweeps of tests/benchmarks/gpu_packed.py on an H100.
+    rows. After the sweeps of tests/benchmarks/gpu_packed.py on an H100.
     """
     units = columns // UNIT[1]
-    launch = Launch(1, 2, _equal_parts(units, 10))
+    launch = Launch(1, 2, _equal_parts(units, 10 if SLICES[most][1] == 1 else 8))
     if encoding == "nf4":
         many = rows // UNIT[0] >= 8 * card.processors
         launch = Launch(1, 2, min(units, 8), 2) if many else Launch(1, 2, _equal_parts(units, 16), 1)

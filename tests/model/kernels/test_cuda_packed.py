@@ -95,6 +95,15 @@ def test_few_rows_are_multiplied_straight_from_packed_memory(on_processor, encod
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "nf4"])
+def test_rows_can_share_the_columns_of_the_tensor_cores_with_groups(on_processor, monkeypatch, encoding, rows):
+    monkeypatch.setattr(cuda_packed, "SLICES", {rows: (rows, 1), 1: (1, 1)})
+    weight, x = encoded(encoding, (32, 512)), random(rows, 512).bfloat16()
+    assert_product(CudaPackedKernel(weight, CPU).products[1](x), x, weight)
+
+
+@needs_compiler
 def test_a_row_has_the_same_product_whatever_is_beside_it(on_processor):
     few = CudaPackedKernel(encoded("q4_k", (32, 512)), CPU).products[1]
     x = random(16, 512).bfloat16()
