@@ -28,7 +28,7 @@ from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedWeight
 
-LOG = logging.getLogger("pixtral_cli.model")
+logger = logging.getLogger("pixtral_cli.model")
 
 DECODED_FROM = 49  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
 SLICES = {1: (1, 1), 8: (8, 1), 16: (8, 2)}
@@ -128,7 +128,7 @@ class CudaPackedKernel:
         """The weight as it came, in rows: made anew from the kernel's own order."""
         parts = self._units.split(card_layout.rows_at_once(self.shape[1]) // UNIT[0])
         if self.encoding != "nf4":
-            unpack = card_layout.LAYOUTS[self.encoding].unpack
+            unpack = card_layout.PACKINGS[self.encoding].unpack
             return PackedRows(self.encoding, torch.cat([unpack(part) for part in parts]))
         codes, magnitudes = (torch.cat(found) for found in zip(*map(card_layout.unpack_nf4, parts), strict=True))
         if self._beside is None:
@@ -207,7 +207,7 @@ def why_not(encoding: str, device: torch.device) -> str | None:
         if not _multiplies(encoding, device):
             raise RuntimeError("the kernels give wrong products")
     except (OSError, RuntimeError) as error:
-        LOG.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
+        logger.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
         return str(error)
     return None
 
@@ -289,7 +289,7 @@ def _packed(weight: PackedRows | Int4 | NF4, step: int, device: torch.device) ->
         for some, units in zip(codes.split(step), magnitudes.split(step), strict=True):
             yield card_layout.pack_nf4(some.to(device), units)
         return
-    pack = card_layout.LAYOUTS[weight.encoding].pack
+    pack = card_layout.PACKINGS[weight.encoding].pack
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
         yield pack(_rows(weight, some, device))
