@@ -141,17 +141,18 @@ def both(form, window, **kwargs) -> Step:
 
 STEPS = {"decoding": decoding, "prefill": prefilling, "both": both}
 ALL_STEPS = pytest.mark.parametrize("step", STEPS)
+EACH_ALONE = pytest.mark.parametrize("step", ["decoding", "prefill"])
 
 
 @interpreted
-@ALL_STEPS
+@EACH_ALONE
 @pytest.mark.parametrize("form", FORMS)
 def test_every_grouping_of_heads_attends_as_a_dense_softmax_says(step, form):
     STEPS[step](FORMS[form], None).check()
 
 
 @interpreted
-@ALL_STEPS
+@EACH_ALONE
 @pytest.mark.parametrize("window", WINDOWS[1:])
 def test_a_window_hides_what_is_further_back(step, window):
     STEPS[step](FORMS["fours"], window).check()
@@ -193,7 +194,7 @@ def test_a_long_sequence_is_joined_from_more_pieces_than_are_read_at_one_time():
 
 
 @interpreted
-@ALL_STEPS
+@pytest.mark.parametrize("step", ["decoding", "both"])
 def test_rows_that_stand_for_nobody_are_finite_and_change_nothing(step):
     step = STEPS[step](FORMS["fours"], 40)
     kv_cache, padding = step.cache(), 3
