@@ -17,18 +17,18 @@ from pixtral_cli import constraints, generation
 from pixtral_cli import devices as device_names
 from pixtral_cli.encoding_choices import asked_for, kv_encoding
 from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
-from pixtral_cli.engine.engine import IMAGE_CACHE, Engine
+from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.engine.transfers import current
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
-from pixtral_cli.model import paths, save
+from pixtral_cli.model import save, slower_paths
 from pixtral_cli.model.free_memory import kind_of
 from pixtral_cli.model.kv_cache import PAGE, pages_for
-from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import Plan, Work, check_weights, kv_tokens, plan
+from pixtral_cli.model.pass_sizes import IMAGE_CACHE
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import Form, Progress, Source
@@ -124,20 +124,18 @@ class Pixtral:
             if device.type == "cuda" and placement.dtype == "float32":
                 torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have it lower
             with current(device):
-                return engine_of(load(source.checkpoint, source.config, placement, device, progress))
-
-        def engine_of(model: LanguageModel) -> Engine:
-            measured = kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if device.type == "cuda" else room
-            return Engine(
-                model,
-                context,
-                max_batch_size,
-                max_ce_batch_size,
-                kv_tokens=measured,
-                kv_kept=KEPT_UNASKED if unasked else 1.0,
-                image_cache=image_cache_memory,
-                kv_cache_dtype=kv_cache_dtype,
-            )
+                model = load(source.checkpoint, source.config, placement, device, progress)
+                on_card = device.type == "cuda"  # where what is left can be measured now
+                return Engine(
+                    model,
+                    context,
+                    max_batch_size,
+                    max_ce_batch_size,
+                    kv_tokens=kv_tokens(planned, device, most, kv_cache_memory, loaded=True) if on_card else room,
+                    kv_kept=KEPT_UNASKED if unasked else 1.0,
+                    image_cache=image_cache_memory,
+                    kv_cache_dtype=kv_cache_dtype,
+                )
 
         engine = on_a_thread_that_ends(make_engine)
         return cls(source, placement, engine, time.perf_counter() - begun, work)
@@ -159,7 +157,7 @@ class Pixtral:
     def notes(self) -> list[str]:
         """Sentences worth telling a user: which form was chosen, which layers fell back to another encoding, what is
         slower on this machine than it could be."""
-        slower = paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
+        slower = slower_paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
         return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
 
     @cached_property
@@ -276,7 +274,9 @@ def _positive(**numbers: int | None) -> None:
 
 def _device(text: str | None) -> str:
     gpus = torch.cuda.device_count()
-    return device_names.default(gpus) if text is None else device_names.parse(text).torch_name(gpus, paths.sees_gpus())
+    if text is None:
+        return device_names.default(gpus)
+    return device_names.parse(text).torch_name(gpus, slower_paths.sees_gpus())
 
 
 def _context(model: int, wanted: int | None) -> int:

@@ -138,9 +138,9 @@ class Source:
         if there are any."""
         if all(device.kind == "cpu" for device in self.devices()):
             return []
-        from pixtral_cli.model import paths
+        from pixtral_cli.model import slower_paths
 
-        return paths.notes_of_this_machine()
+        return slower_paths.notes_of_this_machine()
 
     @property
     def format(self) -> str:

@@ -1,7 +1,7 @@
 """Chunks of sequences in, logits out, on a GPU: as `runner`, but nothing waits for the host, and decoding is one
 captured CUDA graph.
 
-What a pass needs of the sequences is kept on the card, a row for each slot: the pages in which it lies, and the token
+What a pass needs of the sequences is kept on the card, a row for each seat: the pages in which it lies, and the token
 that was chosen last. Letters: N rows of a pass, V vocab_size.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
+from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner, ends_of
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.engine.transfers import to_device
@@ -23,14 +23,14 @@ from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.reference import ReferenceKernel
 from pixtral_cli.model.kv_cache import KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.memory import GRAPH_ROWS
+from pixtral_cli.model.pass_sizes import GRAPH_ROWS
 
 WARMING_PASSES = 2  # before a pass is captured: kernels are compiled, and cuBLAS takes its workspace
 logger = logging.getLogger(__name__)
 
 
 class DecodeGraph(NamedTuple):
-    """A captured pass. `inputs`, int32 [2, N], are the slot and the position of the token of each row."""
+    """A captured pass. `inputs`, int32 [2, N], are the seat and the position of the token of each row."""
 
     inputs: Tensor
     graph: torch.cuda.CUDAGraph
@@ -54,7 +54,7 @@ class CardRunner(Runner):
         self._page_table = torch.full((rows, pages), kv_cache.scratch_page, dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_batch_size
-        """Of each slot, the list of pages that was written last, and how many of it."""
+        """Of each seat, the list of pages that was written last, and how many of it."""
         self._buckets = [*(each for each in GRAPH_ROWS if each < max_batch_size), max_batch_size]
         self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
         self._graphs: dict[int, DecodeGraph | None] = dict.fromkeys(() if _is_short(model) else self._buckets)
@@ -69,8 +69,8 @@ class CardRunner(Runner):
     @torch.inference_mode()
     def keep(self, sequences: list[Sequence], token_ids: Tensor) -> None:
         """The next tokens of the sequences, int64 [N] on the card: what they decode next."""
-        slots = to_device([sequence.slot for sequence in sequences], torch.long, self.device)
-        self._last_tokens.index_copy_(0, slots, token_ids)
+        seats = to_device([sequence.seat for sequence in sequences], torch.long, self.device)
+        self._last_tokens.index_copy_(0, seats, token_ids)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Computed:
@@ -90,24 +90,24 @@ class CardRunner(Runner):
         pages: list[int] = []
         sequences = [chunk.sequence for chunk in chunks]
         for sequence in sequences:
-            written, count = self._written[sequence.slot]
+            written, count = self._written[sequence.seat]
             first = count if written is sequence.pages else 0
-            row = sequence.slot * self._page_table.shape[1]
+            row = sequence.seat * self._page_table.shape[1]
             places += range(row + first, row + len(sequence.pages))
             pages += sequence.pages[first:]
         if pages:
             where, values = to_device([places, pages], torch.long, self.device)
             self._page_table.view(-1).index_copy_(0, where, values.int())
         for sequence in sequences:
-            self._written[sequence.slot] = sequence.pages, len(sequence.pages)
+            self._written[sequence.seat] = sequence.pages, len(sequence.pages)
 
     def _decode(self, chunks: list[Chunk]) -> Tensor:
         """One token of each sequence -> logits [N, V]."""
         bucket = next(each for each in self._buckets if each >= len(chunks))
         padding = bucket - len(chunks)
-        slots = [chunk.sequence.slot for chunk in chunks] + [len(self._page_table) - 1] * padding
+        seats = [chunk.sequence.seat for chunk in chunks] + [len(self._page_table) - 1] * padding
         positions = [chunk.sequence.computed for chunk in chunks] + [0] * padding
-        inputs = to_device([slots, positions], torch.int32, self.device)
+        inputs = to_device([seats, positions], torch.int32, self.device)
         captured = self._graph(bucket)
         if captured is None:
             self._decode_pass(inputs)
@@ -117,11 +117,11 @@ class CardRunner(Runner):
         return self._logits[: len(chunks)]
 
     def _decode_pass(self, inputs: Tensor) -> None:
-        """From slots and positions, int32 [2, N], to the first N rows of the logits."""
-        slots, positions = inputs
-        layout = Layout(self._page_table, slots, positions, decoding=len(slots))
-        hidden = self.model(self.model.embed(self._last_tokens[slots]), positions, self._attend(layout))
-        self._logits[: len(slots)] = self.model.logits(hidden)
+        """From seats and positions, int32 [2, N], to the first N rows of the logits."""
+        seats, positions = inputs
+        layout = Layout(self._page_table, seats, positions, decoding=len(seats))
+        hidden = self.model(self.model.embed(self._last_tokens[seats]), positions, self._attend(layout))
+        self._logits[: len(seats)] = self.model.logits(hidden)
 
     def _attend(self, layout: Layout) -> AttendOnCard:
         return AttendOnCard(self.model.config.text, self.kv_cache, layout)
@@ -159,38 +159,31 @@ class CardRunner(Runner):
     def _mixed(self, decoding: list[Chunk], prefilling: list[Chunk]) -> Computed:
         """Prompts, or parts of them, beside sequences that decode, in one pass."""
         chunks = [*decoding, *prefilling]
-        before = [chunk.sequence.computed for chunk in prefilling]
-        slots = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.tokens)]
+        seats = [chunk.sequence.seat for chunk in chunks for _ in range(chunk.tokens)]
         positions = [at for c in chunks for at in range(c.sequence.computed, c.sequence.computed + c.tokens)]
-        ends = _ends(chunks)
-        rows, places = to_device([slots, positions], torch.int32, self.device)
+        rows, places = to_device([seats, positions], torch.int32, self.device)
         layout = Layout(
             self._page_table,
             rows,
             places,
             decoding=len(decoding),
-            prefill_rows=to_device([chunk.sequence.slot for chunk in prefilling], torch.int32, self.device),
-            before=to_device(before, torch.int32, self.device),
-            starts=to_device([0, *_ends(prefilling)], torch.int32, self.device),
+            prefill_rows=to_device([chunk.sequence.seat for chunk in prefilling], torch.int32, self.device),
+            before=to_device([chunk.sequence.computed for chunk in prefilling], torch.int32, self.device),
+            starts=to_device([0, *ends_of(prefilling)], torch.int32, self.device),
         )
         hidden = self.model(self._embed_all(rows, decoding, prefilling), places, self._attend(layout))
-        wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes]
+        wanted = [end - 1 for end, chunk in zip(ends_of(chunks), chunks, strict=True) if chunk.completes]
         logits = self.model.logits(hidden[to_device(wanted, torch.long, self.device)])
-        scores = {
-            chunk.sequence.id: self._scores(chunk, hidden[end - chunk.tokens : end])
-            for end, chunk in zip(ends, chunks, strict=True)
-            if chunk.sequence.unscored(chunk.tokens)
-        }
-        return Computed(logits, scores)
+        return Computed(logits, self._scores(chunks, hidden))
 
-    def _embed_all(self, slots: Tensor, decoding: list[Chunk], prefilling: list[Chunk]) -> Tensor:
+    def _embed_all(self, seats: Tensor, decoding: list[Chunk], prefilling: list[Chunk]) -> Tensor:
         """Embedded tokens [N, C]: those chosen last of who decodes, then those of prompts, with their images."""
         ids = [
             token_id
             for chunk in prefilling
             for token_id in chunk.sequence.token_ids[chunk.sequence.computed :][: chunk.tokens]
         ]
-        token_ids = torch.cat([self._last_tokens[slots[: len(decoding)]], to_device(ids, torch.long, self.device)])
+        token_ids = torch.cat([self._last_tokens[seats[: len(decoding)]], to_device(ids, torch.long, self.device)])
         places: list[int] = []
         start = len(decoding)
         for chunk in prefilling:
@@ -206,11 +199,3 @@ def _is_short(model: LanguageModel) -> bool:
     """Whether a pass is a few hundred launches, which fit into a graph; the reference kernel makes a million."""
     layers = (layer for layer in model.modules() if isinstance(layer, KernelLinear))
     return not any(isinstance(layer.kernel, ReferenceKernel) for layer in layers)
-
-
-def _ends(chunks: list[Chunk]) -> list[int]:
-    total, ends = 0, []
-    for chunk in chunks:
-        total += chunk.tokens
-        ends.append(total)
-    return ends

@@ -24,8 +24,7 @@ from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model import triton_support
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.language_model import LanguageModel
-
-IMAGE_CACHE = 512 * 2**20  # bytes
+from pixtral_cli.model.pass_sizes import IMAGE_CACHE
 
 
 @dataclass

@@ -17,11 +17,10 @@ from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.attention import AttendPaged, Span
 from pixtral_cli.model.kv_cache import KVCache
 from pixtral_cli.model.language_model import LanguageModel
+from pixtral_cli.model.pass_sizes import SCORED
 from pixtral_cli.model.pass_threads import PassThreads
 
 EXACT_ROWS = 8  # as many rows as a float32 matrix product takes for the price of one
-SCORED_ROWS = 64
-"""Tokens of prompts whose logits are held at one time: 32 MiB for a vocabulary of 131,072."""
 
 
 class Computed(NamedTuple):
@@ -115,8 +114,8 @@ class Runner:
         positions = torch.cat(
             [torch.arange(span.before, span.before + span.tokens, device=self.device) for span in spans]
         )
-        ends = list(accumulate(chunk.tokens for chunk in chunks))
-        wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.completes or (self.exact and rows)]
+        ends = zip(ends_of(chunks), chunks, strict=True)
+        wanted = [end - 1 for end, chunk in ends if chunk.completes or (self.exact and rows)]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
@@ -125,20 +124,23 @@ class Runner:
         with self.threads.chosen(len(x), self.model.multiplications_per_token):
             hidden = self.model(x, positions, AttendPaged(text, self.kv_cache, spans, self.device))
             logits = self.model.logits(hidden[wanted])
-        scores = {
-            chunk.sequence.id: self._scores(chunk, hidden[end - chunk.tokens : end])
-            for end, chunk in zip(ends, chunks, strict=True)
+        return Computed(logits, self._scores(chunks, hidden))
+
+    def _scores(self, chunks: list[Chunk], hidden: Tensor) -> dict[int, TokenScores]:
+        """The scores that the chunks, whose hidden states [N, C] come first, give to the tokens of their prompts."""
+        return {
+            chunk.sequence.id: self._scores_of(chunk, hidden[end - chunk.tokens : end])
+            for end, chunk in zip(ends_of(chunks), chunks, strict=True)
             if chunk.sequence.unscored(chunk.tokens)
         }
-        return Computed(logits, scores)
 
-    def _scores(self, chunk: Chunk, hidden: Tensor) -> TokenScores:
+    def _scores_of(self, chunk: Chunk, hidden: Tensor) -> TokenScores:
         """Of the prompt's tokens that come after those of `hidden` [tokens of the chunk, C]."""
         sequence = chunk.sequence
         places, alternatives = sequence.unscored(chunk.tokens), sequence.request.prompt_logprobs or 0
         blocks = []
-        for start in range(places.start, places.stop, SCORED_ROWS):
-            end = min(start + SCORED_ROWS, places.stop)
+        for start in range(places.start, places.stop, SCORED):
+            end = min(start + SCORED, places.stop)
             following = torch.tensor(sequence.token_ids[start + 1 : end + 1], device=hidden.device)
             logits = self._few_logits(hidden[start - sequence.computed : end - sequence.computed])
             blocks.append(sampler.score(logits, following, alternatives))
@@ -181,6 +183,11 @@ class Runner:
             begin, position = position, position + image.features
             if begin < end and position > first:
                 yield image, sequence.request.cache_salt, slice(max(first - begin, 0), end - begin)
+
+
+def ends_of(chunks: list[Chunk]) -> list[int]:
+    """Where the tokens of each chunk end, in a pass over all of them."""
+    return list(accumulate(chunk.tokens for chunk in chunks))
 
 
 def _completing(group: list[Chunk]) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.engine.request import Sampling, TokenScores
-from pixtral_cli.engine.transfers import ToHost, to_device
+from pixtral_cli.engine.transfers import ToHost, send, to_device
 from pixtral_cli.errors import BrokenLogits
 
 if TYPE_CHECKING:
@@ -162,9 +162,7 @@ def keep_allowed(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
             row.fill_(True)
         else:
             row[: mask.numel()] = mask[: row.numel()]
-    if logits.is_cuda:
-        allowed = allowed.pin_memory().to(logits.device, non_blocking=True)
-    return logits.masked_fill(~allowed, -torch.inf)
+    return logits.masked_fill(~send(allowed, logits.device), -torch.inf)
 
 
 def add_bias(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> Tensor:

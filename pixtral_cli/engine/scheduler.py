@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import PAGE, pages_for
-from pixtral_cli.model.memory import PREFILL
+from pixtral_cli.model.pass_sizes import PREFILL
 
 CHUNK = 1024  # prompt tokens a step: enough rows to keep a matrix product at its full speed
 SHORT_CHUNK = 256  # while others decode, who wait meanwhile
@@ -38,7 +38,7 @@ class Scheduler:
     With `exact`, a prompt is cut at the same places whoever else is there, at multiples of SHORT_CHUNK, and only such
     whole chunks are known afterwards: what is shared then has the very bits that would be computed. What begins
     again after a pre-emption is computed in the same chunks as at first. `chunks` are the tokens of prompts in a step,
-    alone and while others decode.
+    alone and while others decode; by default CHUNK and SHORT_CHUNK.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order in which they came
         self.preemptions = 0
         self._steps = 0
-        self._free_slots = list(range(max_batch_size))
+        self._free_seats = list(range(max_batch_size))
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -122,7 +122,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         self.table.release(sequence.pages)
         sequence.restart()
-        self._free_slots.append(sequence.slot)
+        self._free_seats.append(sequence.seat)
 
     def _admit(self) -> None:
         """Take in who waits, first come first served, but for prompts that begin like one being computed now."""
@@ -152,7 +152,7 @@ class Scheduler:
         if self.exact:
             known = known[: len(known) - len(known) % (SHORT_CHUNK // PAGE)]
         self.table.share(known)
-        sequence.begin(self._free_slots.pop(), known)
+        sequence.begin(self._free_seats.pop(), known)
         sequence.waits_since = self._steps
         if not self._grow(sequence, sequence.pending):
             self._stop(sequence)

@@ -17,8 +17,8 @@ class Sequence:
     """`token_ids` is the prompt and all that came after it; the first `computed` of them have keys and values.
 
     The last `unread` tokens are chosen, and not known here yet: the device has them. It ends after `max_tokens` new
-    tokens at the latest. The first `scored` tokens of the prompt need no more scores. While it runs, `slot` is its
-    place among the sequences that run. Its draws are made on `device`.
+    tokens at the latest. The first `scored` tokens of the prompt need no more scores. While it runs, `seat` is
+    a number below the most that run, which no other has. Its draws are made on `device`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Sequence:
         self.page_keys = PageKeys(request, image_token_id)
         self.page_keys.extend(self.token_ids, (self.prompt_length - 1) // PAGE)  # one token is always left to compute
         self.pages: list[int] = []
-        self.slot = 0
+        self.seat = 0
         self.removed = False
         self.computed = 0
         self.unread = 0
@@ -91,9 +91,9 @@ class Sequence:
         """Whether no token is to be chosen any more, though the last ones may be unread."""
         return len(self.token_ids) - self.prompt_length >= self.max_tokens
 
-    def begin(self, slot: int, known_pages: list[int]) -> None:
-        """It runs, in `slot`; the first pages of it are computed."""
-        self.slot, self.pages = slot, known_pages
+    def begin(self, seat: int, known_pages: list[int]) -> None:
+        """It runs, in `seat`; the first pages of it are computed."""
+        self.seat, self.pages = seat, known_pages
         self.computed, self.named = len(known_pages) * PAGE, len(known_pages)
 
     def advance(self, tokens: int) -> None:

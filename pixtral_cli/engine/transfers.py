@@ -20,7 +20,11 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of the numbers, or of equally long lists of them, on `device`; there before anything asked for later."""
-    tensor = torch.tensor(values, dtype=dtype)
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same for a tensor of the computer's memory."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -1,8 +1,6 @@
 """Triton's forms of `fused`: computed in float32 and rounded once. Import it after `triton_support.available`.
 
-`chained` kernels begin while the kernel before them still runs, and wait for it only before they read what it wrote
-(programmatic dependent launch, compute capability 9 and up). Letters: N tokens, C hidden_size, H query heads, K
-key-value heads, D head_dim, F intermediate_size.
+Letters: N tokens, C hidden_size, H query heads, K key-value heads, D head_dim, F intermediate_size.
 """
 
 from __future__ import annotations
@@ -12,18 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixtral_cli.model.triton_chaining import begin
 from pixtral_cli.model.triton_support import chains
 
 HEADS = 8  # of one token, that a program rotates
 COLUMNS = 1024  # of one token, that a program gates
-
-
-@triton.jit
-def begin(chained: tl.constexpr):
-    """Let the next kernel be put onto the card, and wait until all that the kernel before wrote can be read."""
-    if chained:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

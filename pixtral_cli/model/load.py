@@ -154,12 +154,11 @@ def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, de
 
 
 def _tie(model: LanguageModel) -> None:
-    """Let the head multiply with the table of embeddings. On a CPU that is in the order that rows are looked up in, and
-    no copy is made; on a card what is packed is there a second time, in the order of its kernel."""
+    """Let the head multiply with the table of embeddings, in the order that rows are looked up in: no copy is made."""
     table = model.language_model.embed_tokens
-    if model.device.type == "cuda":
+    if isinstance(table, PackedEmbedding):
+        model.lm_head = KernelLinear(table.kernel or ReferenceKernel(table.weight, model.device))
+    elif model.device.type == "cuda":
         model.set_submodule("lm_head", joining.linear(table.weight, model.dtype))
-    elif isinstance(table, PackedEmbedding):
-        model.lm_head = KernelLinear(ReferenceKernel(table.weight, model.device))
     else:
         model.lm_head.weight = table.weight

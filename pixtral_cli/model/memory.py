@@ -16,10 +16,11 @@ from pixtral_cli.errors import ModelError
 from pixtral_cli.model import card_bits
 from pixtral_cli.model.config import ModelConfig, TextConfig, VisionConfig
 from pixtral_cli.model.free_memory import Device, Kind, free_bytes, kind_of
+from pixtral_cli.model.pass_sizes import GRAPH_ROWS, IMAGE_CACHE, PATCHES, PREFILL, SCORED
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
-from weights_cache.names import EMBEDDING, HEAD
+from weights_cache.names import EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +45,8 @@ captured."""
 MARGIN, MARGIN_SHARE = 256 * 2**20, 0.03
 """Bytes of a card that are left free, at least, and the part of what was free: allocators lose some between their
 blocks, and a card that draws a screen is asked for more by others."""
-PREFILL = 8192  # tokens of prompts in one pass on a card: a picture's and its question's, and enough for full speed
-PATCHES = 16384  # of images in one pass of the tower on a card, as model.vision has it
-IMAGE_CACHE = 512 * 2**20  # bytes of images' features that are kept unless another number is asked for
-SCORED = 64
-"""Tokens of prompts whose logits are computed at one time, where their log-probabilities are asked for."""
-GRAPH, GRAPH_ROWS = 8 * 2**20, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
-"""Bytes of a captured graph beside what it computes in: its nodes and their parameters. And the sequences that each
-graph decodes: a step of fewer is padded, which costs little, as it reads the same weights."""
+GRAPH = 8 * 2**20
+"""Bytes of a captured graph beside what it computes in: its nodes and their parameters."""
 VECTORS = 6
 """Vectors [C] of a token that live at one time in a layer: the residual and what is added to it, those of the layer
 before, which its caller holds, the normed sum, and the embedded tokens."""
@@ -162,17 +157,15 @@ def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 
 
 def card_kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that a card's kernels have beside these weights: what their own order adds to packed ones, the whole of a
-    packed table that is the head, too; and the buffer that they are decoded into."""
+    """Bytes that a card's kernels have beside these weights: what their own order adds to packed ones, and the buffer
+    that they are decoded into."""
     beside, buffer = 0.0, 0
     for name, tensor in tensors.items():
         encoding = placement.encodings[name]
-        tied = name == EMBEDDING and HEAD not in tensors
-        if len(tensor.shape) != 2 or not ENCODINGS[encoding].packed or (name == EMBEDDING and not tied):
+        if len(tensor.shape) != 2 or not ENCODINGS[encoding].packed:
             continue
         rows, columns = tensor.shape
-        beside += rows * columns * card_bits.bits_on_card(encoding, rows, columns) / 8
-        beside -= 0 if tied else _bytes_in(encoding, tensor)
+        beside += rows * columns * card_bits.bits_on_card(encoding, rows, columns) / 8 - _bytes_in(encoding, tensor)
         buffer = card_bits.BUFFER if card_bits.fits(encoding, rows, columns) else buffer
     return int(beside) + buffer
 
@@ -228,8 +221,7 @@ class Need:
         return self.plans["cpu"].weights
 
     def total(self, tokens: int) -> int:
-        """Bytes of everything for a sequence of `tokens`, which must be among the lengths, but for what is a device's
-        own."""
+        """Bytes for a sequence of `tokens`, one of the lengths, on any device: what only a GPU takes is not counted."""
         return self.weights + self.cache[tokens] + WORKSPACE
 
     def on(self, device: Device, tokens: int) -> int:

@@ -3,11 +3,11 @@
 `write` puts the new tokens of prompts into the store. `prefill` lets them look back (FlashAttention-2, Dao 2023).
 `decode` does both for sequences with one new token, in one kernel and a short one that joins what several programs
 have shared. All read the store through the page table, and the lengths on the card: a launch depends on shapes alone,
-so a captured graph can be replayed with other lengths. Kernels are chained as in `fused_triton`: each waits, before it
+so a captured graph can be replayed with other lengths. Kernels are chained (`triton_chaining`): each waits, before it
 reads or writes anything, until the one before has ended.
 
 Letters: N new tokens, B of them decoding, M of S prompts; H query heads, K key heads, G = H / K, D head_dim, T slots;
-DP, GP, KP: the next power of two. Scores are in units of log 2: weights are 2^(score - peak).
+BP, DP, KP: the next power of two. Scores are in units of log 2: weights are 2^(score - peak).
 """
 
 # ruff: noqa: N803 - what is constant in a kernel is written in capitals
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixtral_cli.model.fused_triton import begin as begin_kernel
 from pixtral_cli.model.kv_cache import HIGHEST_EXPONENT, LOWEST_EXPONENT, PAGE, KVCache, Layout
+from pixtral_cli.model.triton_chaining import begin as begin_kernel
 from pixtral_cli.model.triton_support import chains
 
 LOG2_E = 1.4426950408889634
@@ -32,6 +32,9 @@ PAGE_TOKENS = tl.constexpr(PAGE)
 PAGE_BITS = tl.constexpr(PAGE.bit_length() - 1)
 LOWEST = tl.constexpr(LOWEST_EXPONENT)
 HIGHEST = tl.constexpr(HIGHEST_EXPONENT)
+PROGRAMS_PER_PROCESSOR = 2  # of `decode`
+LEAST_BLOCKS = 2
+"""Blocks of keys that are not worth a program more."""
 WHERE = ["page_table", "rows", "positions", "before", "starts"]
 """May begin anywhere in a tensor; a kernel is not compiled anew for that."""
 
@@ -69,11 +72,6 @@ def card(device: torch.device) -> Card:
         shared=getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
         native_e4m3=(found.major, found.minor) >= (8, 9),
     )
-
-
-PROGRAMS_PER_PROCESSOR = 2
-LEAST_BLOCKS = 2
-"""Blocks of keys that are not worth a program more."""
 
 
 # ---- what the kernels share -------------------------------------------------------------------------------------

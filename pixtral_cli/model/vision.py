@@ -20,11 +20,9 @@ from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.layers import Attend, GatedFeedForward, Rotary, SelfAttention, cos_sin, grid_angles
+from pixtral_cli.model.pass_sizes import PATCHES
 
 Grid = tuple[int, int]  # rows, columns of one image's patches
-PATCHES_AT_ONCE = 16384
-"""Of the images that a card computes in one pass, unless one has more: their activations take 25 KiB a patch
-(gate, up and their product of 4,096 numbers each, and a few vectors), so 400 MiB. Fewer leave a large card idle."""
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of attention on a card, the first that takes the numbers. cuDNN's is half as fast again on an H100, but plans anew
 for each size of image, for 60 ms: as long as it saves on thirty images."""
@@ -62,7 +60,7 @@ class PixtralModel(LanguageModel):
             return
         chosen: list[int] = []
         for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if chosen and sum(lengths[other] for other in chosen) + lengths[index] > PATCHES_AT_ONCE:
+            if chosen and sum(lengths[other] for other in chosen) + lengths[index] > PATCHES:
                 yield chosen
                 chosen = []
             chosen.append(index)

@@ -36,7 +36,7 @@ from random_models import SHAPES, SPOKEN, RandomCheckpoint, config_of, random_mo
 
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request, Sampling
-from pixtral_cli.model import free_memory, memory, paths
+from pixtral_cli.model import free_memory, memory, slower_paths
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.memory import Work
@@ -143,7 +143,7 @@ class Loaded:
         self.model = random_model(self.checkpoint, bench.config)
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
         self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
-        for note in paths.notes(bench.device, [encoding]):
+        for note in slower_paths.notes(bench.device, [encoding]):
             bench.table.leave_out(f"a fast path of {encoding}", note)
         bench.wait()
         taken = torch.cuda.memory_allocated() / 1e9 if bench.on_card else 0.0

@@ -398,7 +398,7 @@ def tower(bench: Bench) -> None:
     tell("8 of 256 x 256 (the same)", few)
     host(bench, results, lambda: model.encode_images(there[:1]))
     for limit in (8192, 32768):
-        with replaced(vision, "PATCHES_AT_ONCE", limit):
+        with replaced(vision, "PATCHES", limit):
             tell(f"8 pictures, {limit} patches at once", there)
     with bench.chained(False):
         tell("1 picture, not chained", there[:1])

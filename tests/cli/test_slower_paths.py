@@ -7,14 +7,14 @@ import sys
 import torch
 
 from pixtral_cli import Pixtral
-from pixtral_cli.model import free_memory, paths
+from pixtral_cli.model import free_memory, slower_paths
 from pixtral_cli.model.free_memory import Device
 
 
 def test_inspect_tells_of_gpus_only_where_there_are_any(call, monkeypatch):
-    monkeypatch.setattr(paths, "sees_gpus", lambda: True)
+    monkeypatch.setattr(slower_paths, "sees_gpus", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(paths, "notes", lambda device, encodings: ["Triton does not work here."])
+    monkeypatch.setattr(slower_paths, "notes", lambda device, encodings: ["Triton does not work here."])
     monkeypatch.setattr(free_memory, "devices", lambda: [Device("cpu", None), Device("gpu-0", 2**40)])
     assert call("inspect", "tiny")[2].count("Triton does not work") == 1
     monkeypatch.setattr(free_memory, "devices", lambda: [Device("cpu", None)])
@@ -22,7 +22,7 @@ def test_inspect_tells_of_gpus_only_where_there_are_any(call, monkeypatch):
 
 
 def test_inspect_says_which_torch_to_install_where_a_gpu_is_there_and_torch_is_for_cpus(call, monkeypatch):
-    monkeypatch.setattr(paths, "sees_gpus", lambda: False)
+    monkeypatch.setattr(slower_paths, "sees_gpus", lambda: False)
     monkeypatch.setattr(free_memory, "devices", lambda: [Device("cpu", None), Device("gpu-0", 2**40)])
     assert call("inspect", "tiny")[2].count("pip install") == 1
 
@@ -34,7 +34,7 @@ def test_run_tells_what_is_slower_once_and_what_is_logged_beside_it_is_not_shown
 
     model = Pixtral.load("tiny", devices="cpu")
     monkeypatch.setattr(Pixtral, "load", load)
-    monkeypatch.setattr(paths, "notes", lambda device, encodings: ["It is slower: no compiler."])
+    monkeypatch.setattr(slower_paths, "notes", lambda device, encodings: ["It is slower: no compiler."])
     code, _, err = call("run", "--model-path", "tiny", "-p", "hi", "--stats", "--max-new-tokens", "1")
     assert code == 0 and err.count("It is slower") == 1
     assert call("run", "--model-path", "tiny", "-p", "hi", "--quiet", "--max-new-tokens", "1")[2] == ""

@@ -4,17 +4,14 @@ import os
 
 import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run, tokens
 from support.interpreter import interpreted
+from support.random_requests import words
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Request, Sampling
-from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE, KVCache
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
 
 
 def on_card(model, **settings):
@@ -33,22 +30,19 @@ def on_card(model, **settings):
 
 
 def prompt(seed, length, max_new_tokens, **fields):
-    ids = torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Request(tuple(ids), max_new_tokens, **fields)
+    return Request(tuple(words(seed, length)), max_new_tokens, **fields)
 
 
 @interpreted
 def test_requests_get_the_tokens_that_the_cpu_gives_them(tmp_path):
     builders.pixtral(tmp_path, sliding_window=24)
-    opened = checkpoint.open(tmp_path)
-    config, placement = read_config(opened.config), place(opened.tensors, find("float32"))
-    model = load(opened, config, placement, torch.device("cpu"))
+    model = loaded(tmp_path)
     requests = [
-        prompt(1, 2 * PAGE - 1, PAGE),
+        prompt(1, 2 * PAGE - 1, 5),
         prompt(2, 4 * PAGE, 3, logprobs=1),
         prompt(3, 1, 4, sampling=Sampling(temperature=0.8, top_k=0, seed=7)),
         prompt(1, 2 * PAGE - 1, 4, sampling=Sampling(repetition_penalty=1.3)),  # it shares the first one's page
-        prompt(4, 2 * PAGE - 1, PAGE),
+        prompt(4, 2 * PAGE - 1, 5),
     ]
     expected = [tokens(run(Engine(model, 5 * PAGE), each)[0]) for each in requests]
     engine = on_card(model, max_length=5 * PAGE, max_batch_size=3, kv_tokens=7 * PAGE)

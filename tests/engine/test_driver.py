@@ -11,21 +11,17 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 import pytest
-import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run, tokens
 from support.processes import PATIENCE, wait_until
+from support.random_requests import words
 
 from pixtral_cli import Pixtral
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
 from pixtral_cli.errors import RequestError
-from pixtral_cli.model.families import read_config
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
 
 QUESTION = [{"role": "user", "content": "What can you do?"}]
 LONG = {"max_new_tokens": 2000, "ignore_eos": True}
@@ -35,8 +31,7 @@ LONG = {"max_new_tokens": 2000, "ignore_eos": True}
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistral")
     builders.mistral(folder)
-    opened = checkpoint.open(folder)
-    return load(opened, read_config(opened.config), place(opened.tensors, find("float32")), torch.device("cpu"))
+    return loaded(folder)
 
 
 @pytest.fixture
@@ -47,8 +42,7 @@ def driver(model):
 
 
 def asked(seed, length=20, tokens=12):
-    ids = torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Request(tuple(ids), tokens)
+    return Request(tuple(words(seed, length)), tokens)
 
 
 @contextmanager

@@ -5,26 +5,19 @@ import hashlib
 import pytest
 import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run, tokens
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request, Sampling
-from pixtral_cli.model.families import read_config
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
     builders.pixtral(folder, sliding_window=24)
-    opened = checkpoint.open(folder)
-    return load(opened, read_config(opened.config), place(opened.tensors, find("float32")), CPU)
+    return loaded(folder)
 
 
 def request(seed, length=30, tokens=16, grid=None, **fields):

@@ -5,18 +5,15 @@ import dataclasses
 import pytest
 import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run
+from support.random_requests import words
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import runner, scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
 from pixtral_cli.errors import BrokenLogits, RequestError
-from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +28,11 @@ def oracle(folder):
 
 @pytest.fixture(scope="module")
 def model(folder, oracle):
-    opened = checkpoint.open(folder)
-    config = read_config(opened.config)
-    return load(opened, config, place(opened.tensors, find("float32")), torch.device("cpu"))
+    return loaded(folder)
 
 
 def asked(seed, length, tokens=4, **fields):
-    ids = torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Request(tuple(ids), tokens, **({"prompt_logprobs": 3} | fields))
+    return Request(tuple(words(seed, length)), tokens, **({"prompt_logprobs": 3} | fields))
 
 
 def scores(events):
@@ -83,7 +77,7 @@ def test_they_are_those_of_transformers(model, oracle, exactly, batch):
 def test_chunks_of_any_size_give_the_same(model, oracle, monkeypatch, chunk, exactly):
     monkeypatch.setattr(scheduler, "SHORT_CHUNK", chunk)
     monkeypatch.setattr(scheduler, "CHUNK", chunk)
-    monkeypatch.setattr(runner, "SCORED_ROWS", 24)
+    monkeypatch.setattr(runner, "SCORED", 24)
     engine = Engine(model, max_batch_size=3)
     engine = engine if exactly else loosely(engine)
     for request, events in zip(MANY[3:6], run(engine, *MANY[3:6]), strict=True):
@@ -160,7 +154,7 @@ def test_never_more_logits_are_made_than_a_few_rows_and_none_for_who_did_not_ask
     assert rows == [0, 0, 1]
     rows.clear()
     run(loosely(Engine(model)), MANY[-1])
-    assert max(rows) == runner.SCORED_ROWS and sum(rows) >= len(MANY[-1].token_ids)
+    assert max(rows) == runner.SCORED and sum(rows) >= len(MANY[-1].token_ids)
 
 
 def test_a_request_for_no_new_tokens_ends_with_its_prompt(model, oracle):

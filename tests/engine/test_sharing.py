@@ -1,53 +1,25 @@
 """What requests share (pages, pictures, steps) changes how much is computed and never what comes out."""
 
 import dataclasses
-import hashlib
 
 import pytest
-import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run, tokens
+from support.random_requests import asked, picture, words
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import scheduler
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, ImageInput, Request, Sampling
 from pixtral_cli.errors import BrokenLogits
-from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
-
-IMAGE, BREAK = 10, 12
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
     builders.pixtral(folder, sliding_window=200)
-    opened = checkpoint.open(folder)
-    config = read_config(opened.config)
-    return load(opened, config, place(opened.tensors, find("float32")), torch.device("cpu"))
-
-
-def words(seed, length):
-    return torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def picture(seed, rows=4, columns=5):
-    pixels = torch.randn(3, rows * 16, columns * 16, generator=torch.Generator().manual_seed(seed))
-    ids = ([IMAGE] * columns + [BREAK]) * rows
-    return ids, ImageInput(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels)
-
-
-def asked(*parts, tokens=12, **fields):
-    """A request of texts (lists of ids) and pictures (of `picture`), in order."""
-    ids, pictures = [], []
-    for part in parts:
-        ids += part if isinstance(part, list) else part[0]
-        pictures += [] if isinstance(part, list) else [part[1]]
-    return Request(tuple(ids), tokens, images=tuple(pictures), **fields)
+    return loaded(folder)
 
 
 def loosely(engine):

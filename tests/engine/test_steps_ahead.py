@@ -6,44 +6,39 @@ A runner for the CPU stands in for the GPU's: tokens that the engine has not rea
 from dataclasses import replace
 
 import pytest
-import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run, tokens
+from support.random_requests import words
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, ImageInput, Request, Sampling
 from pixtral_cli.engine.runner import Runner
 from pixtral_cli.engine.sequence import UNREAD
-from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import PAGE
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
     builders.pixtral(folder, sliding_window=24)
-    opened = checkpoint.open(folder)
-    return load(opened, read_config(opened.config), place(opened.tensors, find("float32")), torch.device("cpu"))
+    return loaded(folder)
 
 
 class RunsAhead(Runner):
-    """Knows the last token of each slot, as a card does."""
+    """Knows the last token of each seat, as a card does."""
 
     steps_ahead = 1
 
     def keep(self, sequences, token_ids):
         self.last = getattr(self, "last", {})
-        self.last.update(zip((sequence.slot for sequence in sequences), token_ids.tolist(), strict=True))
+        self.last.update(zip((sequence.seat for sequence in sequences), token_ids.tolist(), strict=True))
 
     def run(self, chunks):
         unread = [chunk.sequence for chunk in chunks if chunk.sequence.unread]
         for sequence in unread:
             assert sequence.unread == 1 and sequence.token_ids[-1] == UNREAD
-            sequence.token_ids[-1] = self.last[sequence.slot]
+            sequence.token_ids[-1] = self.last[sequence.seat]
         try:
             return super().run(chunks)
         finally:
@@ -59,8 +54,7 @@ def ahead(model, **settings):
 
 
 def request(seed, length=30, max_new_tokens=16, **fields):
-    ids = torch.randint(14, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Request(tuple(ids), max_new_tokens, **fields)
+    return Request(tuple(words(seed, length)), max_new_tokens, **fields)
 
 
 MIXED = [

@@ -247,31 +247,21 @@ def test_a_cpu_keeps_8_bits_as_well(dtype):
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a program may have on a card of each capability."""
 TYPES = {
-    **dict.fromkeys(
-        (
-            "page_table",
-            "rows",
-            "positions",
-            "before",
-            "starts",
-        ),
-        "*i32",
-    ),
+    **dict.fromkeys(("page_table", "rows", "positions", "before", "starts"), "*i32"),
     **dict.fromkeys(("part_mixed", "part_peaks", "part_totals"), "*fp32"),
     **dict.fromkeys(("window", "batch", "sequences", "table_stride", "first", "programs"), "i32"),
     **dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32:16"),
     "scale": "fp32",
 }
-COMPILED = [
+EVERYWHERE = [
     ("_join", "bf16", False, False), ("_write", "bf16", False, False), ("_write", "bf16", True, False),
-    ("_decode", "bf16", False, False), ("_decode", "bf16", True, True), ("_decode", "fp32", False, False),
-    ("_prefill", "bf16", False, False), ("_prefill", "bf16", False, True),
-    ("_prefill", "bf16", True, True), ("_prefill", "fp32", False, False),
+    ("_decode", "bf16", True, True), ("_prefill", "bf16", False, True),
 ]  # fmt: skip
-
-
-QUICK = [(*of, card) for of in COMPILED[:-2] for card in CARDS if of[0] != "_prefill" or of[3] or card == 90]
-SLOW = [(*of, card) for of in COMPILED for card in CARDS if (*of, card) not in QUICK]
+"""Kernel, dtype of activations, whether keys and values are coded, whether there is a window: on every card."""
+NEARLY_THOSE = [("_decode", "bf16", False, False), ("_prefill", "bf16", False, False)]
+LONGEST = [("_decode", "fp32", False, False), ("_prefill", "bf16", True, True), ("_prefill", "fp32", False, False)]
+QUICK = [*((*of, card) for of in EVERYWHERE for card in CARDS), *((*of, 90) for of in NEARLY_THOSE)]
+SLOW = [(*of, card) for of in NEARLY_THOSE + LONGEST for card in CARDS if (*of, card) not in QUICK]
 
 
 @pytest.mark.parametrize(
@@ -285,28 +275,14 @@ def test_every_kernel_compiles_for_every_card_and_fits_it(name, dtype, coded, wi
     types = {**TYPES, **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")}
     types |= dict.fromkeys(("keys", "values"), "*u8" if coded else f"*{dtype}")
     types |= dict.fromkeys(("key_exponents", "value_exponents"), "*i8") if coded else {}
-    given = {
-        "K": 8,
-        "KP": 16,
-        "G": 4,
-        "GP": 4,
-        "D": 128,
-        "DP": 128,
-        "CODES": coded,
-        "NATIVE": card >= 89,
-        "BP": 64,
-        "CHAINED": card >= 90,
-    }
-    given |= {
-        "WINDOWED": windowed,
-        "LEAST": paged_attention.LEAST_BLOCKS,
-        "key_exponents": None,
-        "value_exponents": None,
-    }
     blocks = paged_attention.Blocks(0, 0, 4, 3)
     if name in ("_decode", "_prefill"):
         blocks = getattr(paged_attention, f"{name[1:]}_blocks")(form, 128, SHARED[card])
-    given |= {"ROWS": blocks.rows, "BLOCK": blocks.keys}
+    given = {
+        "K": 8, "KP": 16, "G": 4, "D": 128, "DP": 128, "BP": 64, "ROWS": blocks.rows, "BLOCK": blocks.keys,
+        "LEAST": paged_attention.LEAST_BLOCKS, "WINDOWED": windowed, "CODES": coded, "NATIVE": card >= 89,
+        "CHAINED": card >= 90, "key_exponents": None, "value_exponents": None,
+    }  # fmt: skip
     kernel = getattr(paged_attention, name)
     types = {name: of for name, of in types.items() if name in kernel.arg_names}
     constants = {name: of for name, of in given.items() if name in kernel.arg_names and name not in types}

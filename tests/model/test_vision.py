@@ -66,12 +66,12 @@ def as_on_a_card(monkeypatch):
 
 @pytest.mark.parametrize("at_once", [1, 7, 1000])
 def test_images_of_one_pass_do_not_see_each_other_and_keep_their_order(model, monkeypatch, as_on_a_card, at_once):
-    monkeypatch.setattr(vision, "PATCHES_AT_ONCE", at_once)
+    monkeypatch.setattr(vision, "PATCHES", at_once)
     assert_close(together(model, pictures()), alone(model, pictures()), 1e-5)
 
 
 def test_a_pass_has_no_more_patches_than_memory_is_planned_for(model, monkeypatch, as_on_a_card):
-    monkeypatch.setattr(vision, "PATCHES_AT_ONCE", 12)
+    monkeypatch.setattr(vision, "PATCHES", 12)
     passes, tower = [], vision.VisionTower.forward
     monkeypatch.setattr(
         vision.VisionTower, "forward", lambda self, patches, grids: passes.append(grids) or tower(self, patches, grids)

@@ -1,4 +1,4 @@
-// Enough of a CUDA card for packed_matmul.cu to run on a processor: every thread of a block is a fiber, blocks run one
+// Enough of a CUDA card for packed_matmul.cu to run on a CPU: every thread of a block is a fiber, blocks run one
 // after the other, and a barrier switches fibers. Copies to shared memory are only made when they are waited for.
 
 #include <ucontext.h>

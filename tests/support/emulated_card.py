@@ -1,4 +1,4 @@
-"""CUDA source in, functions that run it on the processor out, in the place of `nvrtc.load`; see emulated_card.h."""
+"""CUDA source in, functions that run it on the CPU out, in the place of `nvrtc.load`; see emulated_card.h."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Function:
 
 
 def load(source: str, options: Sequence[str], names: Sequence[str], device: torch.device) -> dict[str, Function]:
-    """As `nvrtc.load`; `device` is the processor."""
+    """As `nvrtc.load`; `device` is the CPU."""
     key = hashlib.sha256("\0".join([source, *options, HEADER.read_text()]).encode()).hexdigest()
     library = Path(os.environ["PIXTRAL_CACHE"]) / f"emulated-{key[:16]}.so"
     if not library.exists():

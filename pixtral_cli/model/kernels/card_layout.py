@@ -34,7 +34,7 @@ SIX = (2, 8, -1, 2, 2, 2, 2, 4, 2, 2)
 SIX_ORDER = (0, 3, 4, 2, 8, 10, 5, 6, 7, 9, 1)  # [T, S, Q, g, t, column, q, half] and then [group, pair, h]
 
 
-class Layout(NamedTuple):
+class Packing(NamedTuple):
     """`pack` takes uint8 [16 T, bytes of a row] to uint8 [T, S, bytes of a unit], `unpack` goes back."""
 
     pack: Callable[[Tensor], Tensor]
@@ -247,12 +247,12 @@ def unpack_nf4(units: Tensor) -> tuple[Tensor, Tensor]:
     return pairs[..., 0] << 4 | pairs[..., 1], _groups_of(data, 4).flatten(1).view(torch.float32)
 
 
-LAYOUTS = {
-    "q4_0": Layout(_pack_q4_0, _unpack_q4_0),
-    "q4_k": Layout(_pack_q4_k, _unpack_q4_k),
-    "q5_k": Layout(_pack_q5_k, _unpack_q5_k),
-    "q6_k": Layout(_pack_q6_k, _unpack_q6_k),
-    "q8_0": Layout(_pack_q8_0, _unpack_q8_0),
+PACKINGS = {
+    "q4_0": Packing(_pack_q4_0, _unpack_q4_0),
+    "q4_k": Packing(_pack_q4_k, _unpack_q4_k),
+    "q5_k": Packing(_pack_q5_k, _unpack_q5_k),
+    "q6_k": Packing(_pack_q6_k, _unpack_q6_k),
+    "q8_0": Packing(_pack_q8_0, _unpack_q8_0),
 }
 
 

@@ -25,9 +25,10 @@ from weights_cache.codecs.int4 import ROWS as INT4_ROWS
 from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.codecs.packed_rows import PackedRows
+from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedWeight
 
-LOG = logging.getLogger("pixtral_cli.model")
+logger = logging.getLogger("pixtral_cli.model")
 
 DECODED_FROM = 49  # rows of x, for which decoding the weights once is quicker than the kernel for few rows
 SLICES = {1: (1, 1), 8: (8, 1), 16: (8, 2)}
@@ -52,14 +53,15 @@ class Launch(NamedTuple):
 
 
 def launch_for(encoding: str, rows: int, columns: int, most: int, card: nvrtc.Card) -> Launch:
-    """What is quickest for a matrix and slices of `most` rows of x: two units in flight for each warp, and warps that
-    have equal parts of the columns, up to ten of them. So blocks stay small, and many of them share a processor.
+    """What is quickest for a matrix and slices of `most` rows of x: two units of memory for each warp, and warps that
+    have equal parts of the columns, up to ten of them; fewer where registers are dear, so that several blocks share a
+    processor.
 
     The tables of nf4 leave room for two blocks of eight warps, or for one that is larger, which does better with few
-    rows. From the sweeps of tests/benchmarks/gpu_packed.py on an H100.
+    rows. After the sweeps of tests/benchmarks/gpu_packed.py on an H100.
     """
     units = columns // UNIT[1]
-    launch = Launch(1, 2, _equal_parts(units, 10))
+    launch = Launch(1, 2, _equal_parts(units, 10 if SLICES[most][1] == 1 else 8))
     if encoding == "nf4":
         many = rows // UNIT[0] >= 8 * card.processors
         launch = Launch(1, 2, min(units, 8), 2) if many else Launch(1, 2, _equal_parts(units, 16), 1)
@@ -126,7 +128,7 @@ class CudaPackedKernel:
         """The weight as it came, in rows: made anew from the kernel's own order."""
         parts = self._units.split(card_layout.rows_at_once(self.shape[1]) // UNIT[0])
         if self.encoding != "nf4":
-            unpack = card_layout.LAYOUTS[self.encoding].unpack
+            unpack = card_layout.PACKINGS[self.encoding].unpack
             return PackedRows(self.encoding, torch.cat([unpack(part) for part in parts]))
         codes, magnitudes = (torch.cat(found) for found in zip(*map(card_layout.unpack_nf4, parts), strict=True))
         if self._beside is None:
@@ -197,14 +199,39 @@ class CudaPackedKernel:
 
 @cache
 def why_not(encoding: str, device: torch.device) -> str | None:
-    """Why the kernels cannot be used for weights in `encoding` on `device`, said once in the log; None where they
-    can."""
+    """Why the kernels cannot be used for weights in `encoding` on `device`, said once in the log; None where they can,
+    which is tried with a small matrix."""
     try:
-        _functions(encoding, launch_for(encoding, *UNIT, 1, nvrtc.card(device)), 1, device)
+        for most in SLICES:
+            _functions(encoding, launch_for(encoding, *UNIT, most, nvrtc.card(device)), most, device)
+        if not _multiplies(encoding, device):
+            raise RuntimeError("the kernels give wrong products")
     except (OSError, RuntimeError) as error:
-        LOG.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
+        logger.warning("Weights in %s are multiplied with slowly on %s: %s", encoding, device, error)
         return str(error)
     return None
+
+
+@torch.no_grad()
+def _multiplies(encoding: str, device: torch.device) -> bool:
+    """Whether products and rows of a matrix of random bytes are right, but for rows that are not finite."""
+    rows, columns, random = 64, 512, torch.Generator().manual_seed(0)
+    stored = (rows, columns // 2 if encoding == "nf4" else ENCODINGS[encoding].row_bytes(columns))
+    data = torch.randint(0, 256, stored, dtype=torch.uint8, generator=random)
+    magnitudes = torch.rand(rows * columns // BLOCK, generator=random)
+    weight = NF4(data, magnitudes) if encoding == "nf4" else PackedRows(encoding, data)
+    kernel, exact = CudaPackedKernel(weight, device), weight.decoded()
+    finite = exact.isfinite().all(1).nonzero().flatten()
+    exact = exact[finite].double()
+    x = torch.randn(max(SLICES) + 1, columns, generator=random).bfloat16()
+    for some in (x[:number] for number in (*SLICES, len(x))):
+        found = kernel.products[1](some.to(device)).cpu()[:, finite].double()
+        if not ((found - some.double() @ exact.T).abs() <= 2**-7 * (some.double().abs() @ exact.abs().T)).all():
+            return False
+    decoded = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+    kernel.decode(0, rows, decoded)
+    looked_up = kernel.look_up(finite.to(device)).cpu()
+    return torch.equal(looked_up, exact.bfloat16()) and torch.equal(looked_up, decoded.cpu()[finite])
 
 
 @cache
@@ -262,7 +289,7 @@ def _packed(weight: PackedRows | Int4 | NF4, step: int, device: torch.device) ->
         for some, units in zip(codes.split(step), magnitudes.split(step), strict=True):
             yield card_layout.pack_nf4(some.to(device), units)
         return
-    pack = card_layout.LAYOUTS[weight.encoding].pack
+    pack = card_layout.PACKINGS[weight.encoding].pack
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
         yield pack(_rows(weight, some, device))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixtral_cli.model.fused_triton import begin
+from pixtral_cli.model.triton_chaining import begin
 from pixtral_cli.model.triton_support import chains
 
 

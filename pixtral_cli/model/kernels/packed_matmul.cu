@@ -23,8 +23,8 @@
 // sums of different groups, and multiplies those of a quarter of the groups (V = 1) with their scales, not of all.
 //
 // Macros: ENCODING (Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, NF4), VECTORS (V: 1, 2, 4 or 8), N_TILES (of eight vectors, with V =
-// 8), TILES (of 16 rows that share what is read of x), STAGES (units of a warp: one that it multiplies with, and those
-// that are on their way).
+// 8), TILES (of 16 rows that share what is read of x), STAGES (units of a warp: the one that it multiplies with, and
+// those that are on their way). A block has no more warps than a row of W has units.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -548,7 +548,7 @@ INLINE void start_sums(float (&start)[N_TILES][4], const u32 (&x)[N_TILES][4], c
         for (int half = 0; half < HALVES; ++half) mma(start[n], less, x[n][2 * half], x[n][2 * half + 1]);
 }
 
-/// Add the products of TILES units with x to the totals. `x` has the lane's columns of the unit, for each eight vectors.
+/// Add the products of TILES units with x to the totals; `x` is where the lane's columns of them begin.
 INLINE void multiply_units(
     float (&totals)[TILES][N_TILES][4], const u8 *units, const u8 *shared, const u8 *const (&x)[N_TILES],
     const u32 (&less)[4], const Lane &lane
@@ -712,8 +712,8 @@ extern "C" __global__ void __launch_bounds__(512) product(
 
 // ---- Rows ------------------------------------------------------------------------------------------------------
 
-/// Eight lanes' places in rows g and g + 8 of a unit, as bfloat16 numbers: `write` gets which of the two it is, the bytes
-/// from the unit's first column on, and pairs of numbers.
+/// A lane's weights of a unit, as bfloat16 numbers: `write` gets 0 for row g or 1 for g + 8, the byte of a row at which
+/// they begin, and a group's numbers in pairs.
 template <class Write> INLINE void decode_unit(const u8 *unit, const u8 *shared, const Lane &lane, const Write &write) {
     Encoding state;
     state.begin(unit, shared);

@@ -57,29 +57,28 @@ class PackedEmbedding(nn.Module):
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.dtype = dtype
-        self._kernel = CudaPackedKernel(weight, device) if CudaPackedKernel.takes(weight, dtype, device) else None
-        self._rows = None if self._kernel else weight.in_rows().to(device)
+        self.kernel = CudaPackedKernel(weight, device) if CudaPackedKernel.takes(weight, dtype, device) else None
+        self._rows = weight.in_rows().to(device) if self.kernel is None else None
 
     @property
     def weight(self) -> PackedWeight:
-        found = self._rows if self._kernel is None else self._kernel.weight
+        found = self._rows if self.kernel is None else self.kernel.weight
         assert found is not None
         return found
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, C]. On a CPU a token that is there twice is decoded once; a card would wait to count
         them, and then its graph could not be captured."""
-        if self._kernel is not None:
-            return self._kernel.look_up(token_ids.long())
-        table = self._rows
-        assert isinstance(table, PackedRows), f"nothing looks rows up in {self.weight.encoding}"
-        codec = codecs.get(table.encoding)
-        if table.rows.is_cuda:
-            return codec.decode(table.rows[token_ids], self.dtype)
+        if self.kernel is not None:
+            return self.kernel.look_up(token_ids.long())
+        assert isinstance(self._rows, PackedRows), f"nothing looks rows up in {self.weight.encoding}"
+        codec, rows = codecs.get(self._rows.encoding), self._rows.rows
+        if rows.is_cuda:
+            return codec.decode(rows[token_ids], self.dtype)
         unique, places = token_ids.unique(return_inverse=True)
-        return codec.decode(table.rows[unique], self.dtype)[places]
+        return codec.decode(rows[unique], self.dtype)[places]
 
     def extra_repr(self) -> str:
-        weight = self._kernel or self._rows
+        weight = self.kernel or self._rows
         assert weight is not None
         return f"{weight.encoding}, shape={weight.shape}"

@@ -1,4 +1,4 @@
-"""The kernels for packed weights on a card: run by a processor in place of the card, compiled without one, and on one.
+"""The kernels for packed weights on a card: run by the CPU in place of a card, compiled without one, and on one.
 
 The oracle is the codec's decode, multiplied in float64. Letters: N rows of x, C columns, R rows of the weight.
 """
@@ -24,10 +24,9 @@ from weights_cache.packed import PackedRows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ENCODED = tuple(card_bits.UNIT_BYTES)
-IN_ROWS = tuple(card_layout.LAYOUTS)
+IN_ROWS = tuple(card_layout.PACKINGS)
 FACTORS = {"q4_0": [0], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208], "q8_0": [0]}
 """Where the float16 numbers of a block are."""
-ARCHITECTURES = (80, 90, 120)
 needs_compiler = pytest.mark.skipif(emulated_card.COMPILER is None, reason="no g++")
 
 
@@ -74,8 +73,8 @@ def assert_same(weight, other):
 
 
 @pytest.fixture
-def on_processor(monkeypatch):
-    """A kernel's functions run on the processor."""
+def emulated(monkeypatch):
+    """A kernel's functions run on the CPU."""
     monkeypatch.setattr(nvrtc, "load", emulated_card.load)
     monkeypatch.setattr(nvrtc, "card", lambda device: emulated_card.CARD)
     for cached in (cuda_packed._compiled, cuda_packed._functions):
@@ -87,7 +86,7 @@ def on_processor(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_few_rows_are_multiplied_straight_from_packed_memory(on_processor, encoding):
+def test_few_rows_are_multiplied_straight_from_packed_memory(emulated, encoding):
     weight = encoded(encoding, (48, 1280))
     few = CudaPackedKernel(weight, CPU).products[1]
     for rows in (1, 2, 7, 8, 9, 16, 17):
@@ -96,7 +95,16 @@ def test_few_rows_are_multiplied_straight_from_packed_memory(on_processor, encod
 
 
 @needs_compiler
-def test_a_row_has_the_same_product_whatever_is_beside_it(on_processor):
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "nf4"])
+def test_rows_can_share_the_columns_of_the_tensor_cores_with_groups(emulated, monkeypatch, encoding, rows):
+    monkeypatch.setattr(cuda_packed, "SLICES", {rows: (rows, 1), 1: (1, 1)})
+    weight, x = encoded(encoding, (32, 512)), random(rows, 512).bfloat16()
+    assert_product(CudaPackedKernel(weight, CPU).products[1](x), x, weight)
+
+
+@needs_compiler
+def test_a_row_has_the_same_product_whatever_is_beside_it(emulated):
     few = CudaPackedKernel(encoded("q4_k", (32, 512)), CPU).products[1]
     x = random(16, 512).bfloat16()
     together = few(x)
@@ -109,10 +117,10 @@ def test_a_row_has_the_same_product_whatever_is_beside_it(on_processor):
     "launch", [Launch(1, 3, 1), Launch(2, 2, 2), Launch(2, 2, 5, 1), Launch(1, 3, 4, 2), Launch(1, 3, 5, 1)], ids=str
 )
 @pytest.mark.parametrize("encoding", ["q4_k", "nf4"])
-def test_however_it_is_launched_the_product_is_right(on_processor, encoding, launch):
+def test_however_it_is_launched_the_product_is_right(emulated, encoding, launch):
     weight = encoded(encoding, (112, 1280))
     kernel = CudaPackedKernel(weight, CPU)
-    for most in cuda_packed.SLICES:
+    for most in (1, 8):
         kernel.use(most, launch)
     for rows in (1, 3):
         x = random(rows, 1280, seed=rows).bfloat16()
@@ -121,7 +129,7 @@ def test_however_it_is_launched_the_product_is_right(on_processor, encoding, lau
 
 @needs_compiler
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_rows_are_decoded_as_the_codec_decodes_them(on_processor, encoding):
+def test_rows_are_decoded_as_the_codec_decodes_them(emulated, encoding):
     weight = encoded(encoding, (80, 768))
     kernel, found = CudaPackedKernel(weight, CPU), torch.empty(48, 768, dtype=torch.bfloat16)
     kernel.decode(16, 64, found)
@@ -130,7 +138,7 @@ def test_rows_are_decoded_as_the_codec_decodes_them(on_processor, encoding):
 
 @needs_compiler
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_rows_are_looked_up_as_the_codec_decodes_them(on_processor, encoding):
+def test_rows_are_looked_up_as_the_codec_decodes_them(emulated, encoding):
     weight, ids = encoded(encoding, (80, 768)), torch.tensor([79, 3, 3, 0, 40, 15, 16])
     kernel = CudaPackedKernel(weight, CPU)
     assert torch.equal(kernel.look_up(ids), weight.decoded(torch.bfloat16)[ids])
@@ -139,7 +147,7 @@ def test_rows_are_looked_up_as_the_codec_decodes_them(on_processor, encoding):
 
 @needs_compiler
 @pytest.mark.parametrize("room", [80, 32], ids=["all rows at a time", "in tiles of rows"])
-def test_many_rows_are_multiplied_with_decoded_weights(on_processor, monkeypatch, room):
+def test_many_rows_are_multiplied_with_decoded_weights(emulated, monkeypatch, room):
     monkeypatch.setattr(card_bits, "BUFFER", room * 512 * 2)
     weight, x = encoded("q4_k", (80, 512)), random(70, 512).bfloat16()
     many = CudaPackedKernel(weight, CPU).products[cuda_packed.DECODED_FROM]
@@ -148,7 +156,7 @@ def test_many_rows_are_multiplied_with_decoded_weights(on_processor, monkeypatch
 
 
 @needs_compiler
-def test_extreme_codes_and_scales_are_exact(on_processor):
+def test_extreme_codes_and_scales_are_exact(emulated):
     """All bits set and none, in every byte but those of the float16 factors."""
     for encoding, factors in FACTORS.items():
         kind = ENCODINGS[encoding]
@@ -165,7 +173,7 @@ def test_putting_rows_in_order_loses_no_bit(encoding):
     generator = torch.Generator().manual_seed(0)
     size = (32, ENCODINGS[encoding].row_bytes(768))
     rows = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    layout = card_layout.LAYOUTS[encoding]
+    layout = card_layout.PACKINGS[encoding]
     units = layout.pack(rows)
     assert units.shape == (2, 3, card_bits.UNIT_BYTES[encoding])
     assert torch.equal(layout.unpack(units), rows)
@@ -178,7 +186,7 @@ def in_blocks_of_128():
 
 @needs_compiler
 @pytest.mark.parametrize("form", [*ENCODED, "nf4, double", "nf4, blocks of 128"])
-def test_the_weight_comes_back_as_it_was(on_processor, monkeypatch, form):
+def test_the_weight_comes_back_as_it_was(emulated, monkeypatch, form):
     name, *special = form.split(", ")
     weight = in_blocks_of_128() if "blocks of 128" in special else encoded(name, (128, 512), double=bool(special))
     monkeypatch.setattr(card_layout, "AT_ONCE", 64 * 512)
@@ -190,7 +198,7 @@ def test_the_weight_comes_back_as_it_was(on_processor, monkeypatch, form):
 
 @needs_compiler
 @pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "nf4"])
-def test_a_weight_in_the_order_of_the_processors_kernel_is_put_back_into_rows(on_processor, encoding):
+def test_a_weight_in_the_order_of_a_cpus_kernel_is_put_back_into_rows(emulated, encoding):
     weight = encoded(encoding, (128, 512))
     ordered = weight.interleaved() if encoding == "nf4" else Int4.from_rows(encoding, weight.rows)
     assert_same(CudaPackedKernel(ordered, CPU).weight, weight)
@@ -198,7 +206,7 @@ def test_a_weight_in_the_order_of_the_processors_kernel_is_put_back_into_rows(on
 
 @needs_compiler
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_plans_know_the_bytes_on_a_card(on_processor, encoding):
+def test_plans_know_the_bytes_on_a_card(emulated, encoding):
     kernel = CudaPackedKernel(encoded(encoding, (64, 768)), CPU)
     assert kernel.nbytes * 8 == 64 * 768 * card_bits.bits_on_card(encoding, 64, 768)
 
@@ -249,6 +257,18 @@ def test_why_a_card_cannot_run_it_is_said_once(monkeypatch, caplog):
     cuda_packed.why_not.cache_clear()
 
 
+@needs_compiler
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_card_is_tried_before_it_is_relied_on(emulated, monkeypatch, encoding):
+    cuda_packed.why_not.cache_clear()
+    assert cuda_packed.why_not(encoding, CPU) is None
+    cuda_packed.why_not.cache_clear()
+    right = cuda_packed._units
+    monkeypatch.setattr(cuda_packed, "_units", lambda weight, device: right(weight, device).roll(1, 0))
+    assert cuda_packed.why_not(encoding, CPU) == "the kernels give wrong products"
+    cuda_packed.why_not.cache_clear()
+
+
 def source():
     return Path(cuda_packed.__file__).with_name("packed_matmul.cu").read_text()
 
@@ -260,11 +280,11 @@ def needs_nvrtc():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize(("sm", "slices"), [(80, [8]), (90, list(cuda_packed.SLICES)), (120, [8])])
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm):
+def test_it_compiles_without_a_card_and_registers_suffice(encoding, sm, slices):
     needs_nvrtc()
-    for most in cuda_packed.SLICES:
+    for most in slices:
         options = cuda_packed.macros(encoding, launch_for(encoding, 5120, 5120, most, emulated_card.CARD), most)
         cubin, log = nvrtc._compile(source(), [*options, "--ptxas-options=-v"], sm)
         assert cubin.startswith(b"\x7fELF")

@@ -4,7 +4,6 @@ Expected tokens and scores come from the same checkpoint on the CPU, in float32 
 with transformers. All runs on the CPU as well, so that a test is known to be right before it meets a card.
 """
 
-import hashlib
 import json
 import random
 import weakref
@@ -15,6 +14,7 @@ import torch
 from support import builders
 from support.devices import CPU, DEVICES, loaded
 from support.engines import run, tokens
+from support.random_requests import asked, picture, words
 
 from pixtral_cli.engine import grammar
 from pixtral_cli.engine.engine import Engine
@@ -24,7 +24,6 @@ from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.kv_cache import PAGE
 
-IMAGE, BREAK = 10, 12
 VOCABULARY = builders.TEXT["vocab_size"]
 
 
@@ -56,25 +55,6 @@ def alone(folder):
         return kept[id(request)][1]
 
     return of
-
-
-def words(seed, length):
-    return torch.randint(14, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def picture(seed, rows=4, columns=5):
-    pixels = torch.randn(3, rows * 16, columns * 16, generator=torch.Generator().manual_seed(seed))
-    ids = ([IMAGE] * columns + [BREAK]) * rows
-    return ids, ImageInput(hashlib.sha256(pixels.numpy().tobytes()).digest(), rows * columns, lambda: pixels)
-
-
-def asked(*parts, tokens=12, **fields):
-    """A request of texts (lists of ids) and pictures (of `picture`), in order."""
-    ids, pictures = [], []
-    for part in parts:
-        ids += part if isinstance(part, list) else part[0]
-        pictures += [] if isinstance(part, list) else [part[1]]
-    return Request(tuple(ids), tokens, images=tuple(pictures), **fields)
 
 
 def of_words(seed, length=30, tokens=12, **fields):
@@ -477,14 +457,13 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"])
-@pytest.mark.parametrize("length", [2, 40])
-def test_scores_of_packed_weights_are_those_of_the_weights_decoded(wide, device, encoding, length):
+def test_scores_of_packed_weights_are_those_of_the_weights_decoded(wide, device, encoding):
     """Few rows and many take different kernels. What is left is bfloat16's rounding of activations."""
-    request = of_words(1, length, tokens=0, prompt_logprobs=VOCABULARY)
-    found, expected = (
-        logprobs(run(Engine(model), request)[0]) for model in (loaded(wide, device, encoding), decoded(wide, encoding))
-    )
-    assert (found - expected).norm() / expected.norm() < 3e-2
+    models = loaded(wide, device, encoding), decoded(wide, encoding)
+    for length in (2, 40):
+        request = of_words(1, length, tokens=0, prompt_logprobs=VOCABULARY)
+        found, expected = (logprobs(run(Engine(model), request)[0]) for model in models)
+        assert (found - expected).norm() / expected.norm() < 3e-2, length
 
 
 def decoded(folder, encoding):

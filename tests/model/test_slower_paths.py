@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixtral_cli import Pixtral
-from pixtral_cli.model import paths, triton_support
+from pixtral_cli.model import slower_paths, triton_support
 from pixtral_cli.model.kernels import cuda_packed
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -25,22 +25,22 @@ def whole(monkeypatch):
 
 
 def test_a_cpu_has_no_path_to_tell_of(broken):
-    assert paths.notes(CPU, ["q4_k"]) == [] and Pixtral.load("tiny", devices="cpu").notes == []
+    assert slower_paths.notes(CPU, ["q4_k"]) == [] and Pixtral.load("tiny", devices="cpu").notes == []
 
 
 def test_where_all_works_nothing_is_told(whole):
-    assert paths.notes(CARD, ["q4_k", "nf4", "bfloat16"]) == []
+    assert slower_paths.notes(CARD, ["q4_k", "nf4", "bfloat16"]) == []
 
 
 def test_each_path_that_fails_is_one_sentence_with_its_reason(broken):
-    (triton,) = paths.notes(CARD, ["bfloat16"])
+    (triton,) = slower_paths.notes(CARD, ["bfloat16"])
     assert "Triton" in triton and "C compiler" in triton and triton.endswith(".")
-    assert paths.notes(CARD, {"q6_k", "q4_k", "bfloat16"})[0] == triton
-    packed = paths.notes(CARD, {"q6_k", "q4_k"})[1]
+    assert slower_paths.notes(CARD, {"q6_k", "q4_k", "bfloat16"})[0] == triton
+    packed = slower_paths.notes(CARD, {"q6_k", "q4_k"})[1]
     assert "q4_k, q6_k" in packed and packed.endswith("no NVRTC for q4_k.")
 
 
 def test_the_same_sentence_of_several_cards_is_told_once(broken, monkeypatch):
-    monkeypatch.setattr(paths, "sees_gpus", lambda: True)
+    monkeypatch.setattr(slower_paths, "sees_gpus", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert len(paths.notes_of_this_machine()) == 2
+    assert len(slower_paths.notes_of_this_machine()) == 2
