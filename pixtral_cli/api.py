@@ -19,7 +19,7 @@ from pixtral_cli.encoding_choices import asked_for, kv_encoding
 from pixtral_cli.engine.driver import Driver, on_a_thread_that_ends
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.grammar import Vocabulary
-from pixtral_cli.engine.transfers import current
+from pixtral_cli.engine.transfers import current_device
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
 from pixtral_cli.known_models import DEFAULT_MODEL
@@ -123,7 +123,7 @@ class Pixtral:
         def make_engine() -> Engine:
             if device.type == "cuda" and placement.dtype == "float32":
                 torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have it lower
-            with current(device):
+            with current_device(device):
                 model = load(source.checkpoint, source.config, placement, device, progress)
                 on_card = device.type == "cuda"  # where what is left can be measured now
                 return Engine(

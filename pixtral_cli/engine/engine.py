@@ -19,7 +19,7 @@ from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
 from pixtral_cli.engine.sampler import Choice, Choices
 from pixtral_cli.engine.scheduler import CARD_CHUNKS, Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
-from pixtral_cli.engine.transfers import current
+from pixtral_cli.engine.transfers import current_device
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model import triton_support
 from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
@@ -140,16 +140,16 @@ class Engine:
 
     def warm_up(self) -> None:
         """Prepare what would be prepared when it is first needed."""
-        with current(self.model.device):
+        with current_device(self.model.device):
             self.runner.warm_up()
 
     def step(self) -> list[Event]:
-        """Launch a step of all running requests, and read one -> at most one event of each request.
+        """Launch a step of all running requests, and read one -> its events.
 
         On a GPU what is read was launched a step before, so that the device never waits for Python; there is none
         while prompts are computed. A choice that depends on the tokens before it waits for them.
         """
-        with current(self.model.device):
+        with current_device(self.model.device):
             return self._step()
 
     def _step(self) -> list[Event]:

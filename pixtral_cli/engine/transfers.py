@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
+def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Within it `device` is the one that kernels are launched on, if it is a card. Each thread has its own."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

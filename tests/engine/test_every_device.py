@@ -20,6 +20,7 @@ from pixtral_cli.engine import grammar
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, ImageInput, Request, Sampling
 from pixtral_cli.errors import BrokenLogits
+from pixtral_cli.model import triton_support
 from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.kv_cache import PAGE
@@ -431,7 +432,6 @@ def assert_fails_alone(model, alone, bad, error):
 
 
 def test_without_triton_the_tokens_are_the_same(folder, device, alone, monkeypatch):
-    triton_support = pytest.importorskip("pixtral_cli.model.triton_support")
     monkeypatch.setattr(triton_support, "available", lambda device: False)
     requests = MANY[:5]
     found = run(Engine(loaded(folder, device), max_batch_size=3), *requests)
