@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.dense_attention import dense, same_image
 from torch import Tensor
 
 from pixtral_cli.model.attention import AttendPaged, Span, attend_within
@@ -29,16 +30,6 @@ def random_qkv(tokens: int, seed: int = 0, kv_heads: int = KV_HEADS) -> tuple[Te
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(tokens, heads, DIM, generator=generator) for heads in (HEADS, kv_heads, kv_heads))
     return 3 * q, k, v  # scores far apart
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt D) v in float64, by the definition; `seen` is bool [N, L]."""
-    mixed = torch.empty(q.shape, dtype=torch.float64)
-    group = q.shape[1] // k.shape[1]
-    for head in range(q.shape[1]):
-        scores = q[:, head].double() @ k[:, head // group].double().T / q.shape[2] ** 0.5
-        mixed[:, head] = scores.masked_fill(~seen, -torch.inf).softmax(1) @ v[:, head // group].double()
-    return mixed
 
 
 def seen_by(length: int, window: int | None) -> Tensor:
@@ -136,7 +127,5 @@ def test_pages_hold_their_tokens_and_no_page_more(tokens):
 @pytest.mark.parametrize("lengths", [[12], [1], [6, 1, 5], [4, 4, 4]], ids=str)
 def test_patches_see_all_of_their_own_image_and_nothing_of_others(lengths):
     q, k, v = random_qkv(sum(lengths), kv_heads=HEADS)
-    image = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     found = attend_within(lengths, 0, q, k, v)
-    wanted = dense(q, k, v, image[:, None] == image[None])
-    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.double(), dense(q, k, v, same_image(lengths)), atol=1e-5, rtol=0)

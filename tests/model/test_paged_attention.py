@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.dense_attention import dense
 from support.interpreter import CARDS, compile_for, interpreted
 from torch import Tensor
 
@@ -100,15 +101,12 @@ class Step:
         return AttendPaged(self.config, kv_cache, spans, self.device)(LAYER, *self.qkv()).cpu()
 
     def exact(self) -> Tensor:
-        """softmax(q k^T / sqrt D) v in float64, by the definition, of the new tokens."""
+        """What the new tokens get, in float64."""
         mixed = []
         for (q, *kv), past in zip(self.sequences, self.before, strict=True):
-            stored = kv if self.kept == "auto" else [decode(*encode(x), self.dtype) for x in kv]
-            k, v = (x.double().repeat_interleave(self.heads // self.kv_heads, 1) for x in stored)
-            scores = torch.einsum("nhd,lhd->hnl", q[past:].double(), k) / self.dim**0.5
+            k, v = kv if self.kept == "auto" else [decode(*encode(x), self.dtype) for x in kv]
             apart = torch.arange(past, len(q))[:, None] - torch.arange(len(q))
-            seen = (apart >= 0) & (apart < (self.window or len(q)))
-            mixed.append(torch.einsum("hnl,lhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(2), v))
+            mixed.append(dense(q[past:], k, v, (apart >= 0) & (apart < (self.window or len(q)))))
         return torch.cat(mixed)
 
     def close(self, found: Tensor, wanted: Tensor) -> None:

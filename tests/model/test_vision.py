@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import builders
+from support.dense_attention import dense, same_image
 from support.devices import GPU, loaded
 
 from pixtral_cli.model import fused, vision
@@ -86,10 +87,7 @@ def test_a_pass_has_no_more_patches_than_memory_is_planned_for(model, monkeypatc
 def test_attention_within_images_is_a_softmax_over_each(lengths):
     q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
     found = AttendWithinImages(lengths)(0, 3 * q, k, v)
-    of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    scores = torch.einsum("nhd,lhd->hnl", 3 * q.double(), k.double()) / 8**0.5
-    weights = scores.masked_fill(of[:, None] != of[None], -torch.inf).softmax(-1)
-    torch.testing.assert_close(found.double(), torch.einsum("hnl,lhd->nhd", weights, v.double()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.double(), dense(3 * q, k, v, same_image(lengths)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("device", [GPU])
