@@ -18,10 +18,10 @@ from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner, ends_of
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.engine.transfers import to_device
-from pixtral_cli.model.attention import AttendOnCard, Layout
+from pixtral_cli.model.attention import AttendOnCard
 from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.reference import ReferenceKernel
-from pixtral_cli.model.kv_cache import KVCache, pages_for
+from pixtral_cli.model.kv_cache import KVCache, Layout, pages_for
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_sizes import GRAPH_ROWS
 

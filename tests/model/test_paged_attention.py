@@ -12,9 +12,9 @@ from support.dense_attention import dense
 from support.interpreter import CARDS, compile_for, interpreted
 from torch import Tensor
 
-from pixtral_cli.model.attention import AttendOnCard, AttendPaged, Layout, Span
+from pixtral_cli.model.attention import AttendOnCard, AttendPaged, Span
 from pixtral_cli.model.config import TextConfig
-from pixtral_cli.model.kv_cache import PAGE, KVCache, decode, encode, pages_for
+from pixtral_cli.model.kv_cache import PAGE, KVCache, Layout, decode, encode, pages_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FORMS = {"no groups": (3, 3, 16), "pairs": (4, 2, 8), "fours": (8, 2, 32), "sixes": (6, 1, 24), "wide": (4, 4, 80)}

@@ -28,7 +28,8 @@ class Kernel(Protocol):
     """`weight` is [R, C] in the order that the kernel reads; nothing of it is lost, for it is what is saved.
 
     `products` take x [N, C] to x W^T [N, R]: the key is the number of rows from which on a product is used, and 1 is
-    among the keys. What a kernel holds beside its weight is counted in `memory.kernel_bytes`.
+    among the keys. What a kernel holds beside its weight is counted in `memory.kernel_bytes`, on a card in
+    `memory.card_kernel_bytes`.
     """
 
     @property

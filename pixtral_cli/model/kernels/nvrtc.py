@@ -51,7 +51,7 @@ class Function:
         values = [c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else c_int(x) for x in arguments]
         addresses = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        with _context(self._device):
+        with _Context(self._device):
             self.allow(shared)
             _check(
                 _driver().cuLaunchKernel(
@@ -64,7 +64,7 @@ class Function:
     def allow(self, shared: int) -> None:
         """Let blocks have so many bytes of dynamic shared memory."""
         if shared > self._shared:
-            with _context(self._device):
+            with _Context(self._device):
                 _check(_driver().cuFuncSetAttribute(self._handle, DYNAMIC_SHARED, c_int(shared)), "shared memory")
             self._shared = shared
 
@@ -73,7 +73,7 @@ def load(source: str, options: Sequence[str], names: Sequence[str], device: torc
     """The kernels `names` (extern "C") of `source`, on `device`; raises CudaFailed."""
     cubin, module = compiled(source, options, card(device).sm), c_void_p()
     found = {}
-    with _context(device):
+    with _Context(device):
         _check(_driver().cuModuleLoadData(byref(module), c_char_p(cubin)), "loading kernels")
         for name in names:
             handle = c_void_p()
@@ -171,7 +171,7 @@ def _ordinal(device: torch.device) -> c_int:
     return found
 
 
-class _context:  # noqa: N801 - used as a function
+class _Context:
     """torch's context of `device`, made the current one of this thread where it is not: a new thread has none."""
 
     def __init__(self, device: torch.device) -> None:
