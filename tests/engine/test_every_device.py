@@ -69,11 +69,7 @@ MANY = [
 ]
 
 FAMILIES = {
-    "nemo": builders.mistral,
-    "tied": lambda folder: builders.mistral(folder, tie_word_embeddings=True),
-    "sliding": lambda folder: builders.mistral(folder, sliding_window=9),
-    "ministral": builders.ministral,
-    "ungrouped": lambda folder: builders.mistral(folder, num_key_value_heads=8, head_dim=8),
+    **builders.TEXT_FAMILIES,
     "wide heads": lambda folder: builders.mistral(folder, num_attention_heads=4, num_key_value_heads=1, head_dim=64),
 }
 

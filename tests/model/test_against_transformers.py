@@ -3,43 +3,27 @@
 import pytest
 import torch
 from support import builders
+from support.devices import loaded
 
-from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import ImageInput, Request
 from pixtral_cli.model.attention import AttendPaged, Span
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kv_cache import KVCache, pages_for
-from pixtral_cli.model.load import load
-from pixtral_cli.model.placement import place
-from weights_cache import checkpoint
 
-FAMILIES = {
-    "nemo": builders.mistral,
-    "tied": lambda folder: builders.mistral(folder, tie_word_embeddings=True),
-    "sliding": lambda folder: builders.mistral(folder, sliding_window=9),
-    "ministral": builders.ministral,
-    "ungrouped": lambda folder: builders.mistral(folder, num_key_value_heads=8, head_dim=8),
-}
 IMG, IMG_BREAK, IMG_END = 10, 12, 13
 
 
-def open_model(folder, encoding="float32"):
-    opened = checkpoint.open(folder)
-    placement = place(opened.tensors, find(encoding))
-    return load(opened, read_config(opened.config), placement, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=builders.TEXT_FAMILIES)
 def text_pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return FAMILIES[request.param](folder), open_model(folder)
+    return builders.TEXT_FAMILIES[request.param](folder), loaded(folder)
 
 
 @pytest.fixture(scope="module")
 def pixtral_pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixtral")
-    return builders.pixtral(folder), open_model(folder)
+    return builders.pixtral(folder), loaded(folder)
 
 
 def text_ids(length, seed):
@@ -184,7 +168,7 @@ def test_gelu_in_a_vision_config_means_silu(tmp_path):
     ids, pictures = prompt_with([(3, 5)])
     with torch.no_grad():
         expected = hf(torch.tensor([ids]), **hf_pictures(pictures)).logits[0]
-    torch.testing.assert_close(our_logits(open_model(tmp_path), ids, pictures), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(our_logits(loaded(tmp_path), ids, pictures), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1, [-1], [2]], ids=str)
@@ -194,14 +178,14 @@ def test_vision_feature_layer_counts_as_transformers_does(tmp_path, layer):
     ids, pictures = prompt_with([(3, 5)])
     with torch.no_grad():
         expected = hf(torch.tensor([ids]), **hf_pictures(pictures), vision_feature_layer=layer).logits[0]
-    torch.testing.assert_close(our_logits(open_model(tmp_path), ids, pictures), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(our_logits(loaded(tmp_path), ids, pictures), expected, atol=1e-4, rtol=0)
 
 
 def test_bfloat16_agrees_with_transformers_in_bfloat16(pixtral_pair, tmp_path):
     hf, _ = pixtral_pair
     hf.save_pretrained(tmp_path)
     ids, pictures = prompt_with([(3, 5)])
-    ours = our_logits(open_model(tmp_path, "bfloat16"), ids, pictures)
+    ours = our_logits(loaded(tmp_path, encoding="bfloat16"), ids, pictures)
     with torch.no_grad():
         exact = hf(torch.tensor([ids]), **hf_pictures(pictures)).logits[0]
         half = hf.bfloat16()(torch.tensor([ids]), **hf_pictures([p.bfloat16() for p in pictures])).logits[0].float()

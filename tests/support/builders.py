@@ -66,6 +66,16 @@ def ministral(folder: Path, **changes) -> MinistralForCausalLM:
     return _save(MinistralForCausalLM, config, folder)
 
 
+TEXT_FAMILIES = {
+    "nemo": mistral,
+    "tied": lambda folder: mistral(folder, tie_word_embeddings=True),
+    "sliding": lambda folder: mistral(folder, sliding_window=9),
+    "ministral": ministral,
+    "ungrouped": lambda folder: mistral(folder, num_key_value_heads=8, head_dim=8),
+}
+"""Each saves a model of text into a folder, and gives transformers' own."""
+
+
 def _save(kind: type, config, folder: Path):
     torch.manual_seed(0)
     model = kind(config).float().eval()
