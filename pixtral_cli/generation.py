@@ -145,12 +145,12 @@ class Reply:
     echo: Echo | None = None
 
 
-@dataclass(slots=True)  # not frozen, which takes four times as long: there is one for each token
+@dataclass(unsafe_hash=True)  # not frozen, which takes four times as long: there is one for each token
 class TextEvent:
     """What one token adds. `text` may be empty: half a character, or what may begin a stop string, is held back.
 
     What belongs to tool calls comes in `tool_call_deltas`, and the whole `tool_calls` with the last event. The first
-    event has the `echo`; where no answer was asked for, it is the only one, without a token.
+    event has the `echo`; where no answer was asked for, it is the only one, without a token. Not to be changed.
     """
 
     text: str

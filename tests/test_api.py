@@ -102,6 +102,11 @@ def test_streamed_text_is_the_whole_text(ours):
     assert reply.text == whole
 
 
+def test_an_event_has_a_hash_and_a_dict(ours):
+    event, *_ = ours.stream(CONVERSATIONS["text"], **OPTIONS)
+    assert event in {event} and vars(event)["text"] == event.text
+
+
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(ours):
     def answer(seed):
         return ours.chat(CONVERSATIONS["text"], temperature=1.0, seed=seed, **OPTIONS).token_ids
