@@ -146,11 +146,16 @@ def _weights_table(found: dict[str, Any]) -> list[str]:
 
 
 def _fit_tables(found: dict[str, Any]) -> Iterable[str]:
+    """What each device needs in all, activations and a card's own memory included, and whether it has that."""
     for device in found["devices"]:
         free = "nobody says how much is free" if device["free_bytes"] is None else f"{size(device['free_bytes'])} free"
         name = device["name"]
         rows = [[name, *(f"{row['tokens']} tokens" for row in found["encodings"][0]["lengths"])]]
         rows += [
-            [each["name"], *(VERDICTS[row["fits"][name]] for row in each["lengths"])] for each in found["encodings"]
+            [
+                each["name"],
+                *(f"{size(row['needed_bytes'][name])} {VERDICTS[row['fits'][name]]}" for row in each["lengths"]),
+            ]
+            for each in found["encodings"]
         ]
         yield from ["", f"{name}: {free}", *table(rows, "<>")]

@@ -70,7 +70,8 @@ def _banner(model: Any, address: str, settings: Settings, batch: int) -> str:
         "serving": f"{', '.join(settings.names)}: {model.encoding} on {model.device}, "
         f"{model.max_length:,} tokens of context",
         "address": f"{address} (chat page), {address}/v1 (OpenAI's API)",
-        "memory": f"weights {_size(memory.weights)}, KV cache {_size(memory.kv_cache)} ({memory.kv_tokens:,} tokens), "
+        "memory": f"weights {_size(memory.weights)}, KV cache {_size(memory.kv_cache)} ({memory.kv_tokens:,} tokens"
+        f"{'' if model.work.kv_cache_dtype == 'auto' else ' in ' + model.work.kv_cache_dtype}), "
         f"pictures' features {_size(memory.image_cache)}",
         "limits": f"{batch} requests at once, {limits.max_queue} waiting; "
         f"a request: up to {settings.max_body_bytes // 2**20} MiB, pictures up to {limits.max_images}",

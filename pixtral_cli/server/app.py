@@ -183,7 +183,9 @@ async def _answered(request: Request, service: Service, answer_request: AnswerRe
     service.check_name(answer_request.model)
     state = request.scope.setdefault("state", {})
     salt = state.get("key_salt", b"")
-    fingerprint = f"pixtral-{__version__}-{service.model.encoding}"
+    model = service.model
+    kept = "" if model.work.kv_cache_dtype == "auto" else f"-kv-{model.work.kv_cache_dtype}"
+    fingerprint = f"pixtral-{__version__}-{model.encoding}{kept}"
     envelope = responses.Envelope(answer_request, answer_request.model or service.names[0], fingerprint)
     token_bytes = service.model.processor.tokenizer.token_bytes
     if answer_request.stream:
