@@ -76,7 +76,9 @@ class KVCache:
         if coded:
             self._exponents = torch.empty(shape[:-1], dtype=torch.int8, device=device)
         if self.scratch_page is not None:
-            self._store[:, :, -PAGE:] = 0
+            for part in (self._store, self._exponents):
+                if part is not None:
+                    part[:, :, -PAGE:] = 0
         self._layers = [
             LayerStore(
                 *self._store[:, layer], *((None, None) if self._exponents is None else self._exponents[:, layer])

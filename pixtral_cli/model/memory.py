@@ -269,9 +269,14 @@ def check_weights(
         )
     raise ModelError(
         f"This model in {placement.label} needs {wanted.beside / GIB:.1f} GiB of memory, "
-        f"and {device} has {free / GIB:.1f} GiB free.",
+        f"and {_name(device)} has {free / GIB:.1f} GiB free.",
         hint=hint,
     )
+
+
+def _name(device: torch.device) -> str:
+    """As --devices takes it."""
+    return "cpu" if device.type == "cpu" else f"gpu-{device.index or 0}"
 
 
 def kv_tokens(
@@ -296,7 +301,7 @@ def kv_tokens(
     room = planned.room(free, loaded)
     if room < least:
         raise ModelError(
-            f"The weights leave {max(room, 0) * token / GIB:.1f} GiB on {device} for keys and values: "
+            f"The weights leave {max(room, 0) * token / GIB:.1f} GiB on {_name(device)} for keys and values: "
             f"{max(room, 0)} tokens.",
             hint="Free memory, or take a smaller encoding with --quantization-encoding.",
         )

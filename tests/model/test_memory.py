@@ -205,7 +205,7 @@ def test_weights_that_leave_no_room_to_compute_are_refused_before_they_are_loade
     tensors, config = small
     plan = plan_of(small, "float32")
     monkeypatch.setattr(memory, "free_bytes", lambda device: plan.weights + 2**20)
-    with pytest.raises(ModelError, match=r"needs \d+\.\d GiB of memory, and cuda has") as refused:
+    with pytest.raises(ModelError, match=r"needs \d+\.\d GiB of memory, and gpu-0 has") as refused:
         memory.check_weights(tensors, place(tensors, find("float32")), config, CARD, Work())
     assert "--devices cpu" in refused.value.hint
 
