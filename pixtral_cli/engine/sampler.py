@@ -7,6 +7,7 @@ bias, repetition penalty, frequency and presence penalty. Then the filters in th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,14 +55,15 @@ class Choices:
     """A token for each of N rows, `token_ids` int64 [N] on the device of the logits; `read` waits for them."""
 
     def __init__(
-        self, token_ids: Tensor, usable: Tensor, scores: Mapping[int, TokenScores], errors: Mapping[int, Exception]
+        self, token_ids: Tensor, peaks: Tensor, scores: Mapping[int, TokenScores], errors: Mapping[int, Exception]
     ) -> None:
-        """`usable`, bool [N], says whether the logits of each row were numbers; errors and scores are of some rows."""
+        """`peaks` [N] are finite where the logits of a row were numbers; errors and scores are of some rows."""
         self.token_ids = token_ids
         self._errors = errors
         self._scored = list(scores)
         self._arriving = ToHost(
-            torch.stack([token_ids, usable.long()]), *(part for each in scores.values() for part in each)
+            torch.stack([token_ids.double(), peaks.double()]),  # which holds both exactly
+            *(part for each in scores.values() for part in each),
         )
 
     def read(self) -> list[Choice | Exception]:
@@ -70,8 +72,8 @@ class Choices:
         both, *parts = self._arriving.read()
         scores = {place: parts[3 * n : 3 * n + 3] for n, place in enumerate(self._scored)}
         return [
-            self._choice(place, token_id, bool(usable), scores.get(place))
-            for place, (token_id, usable) in enumerate(zip(*both.tolist(), strict=True))
+            self._choice(place, int(token_id), math.isfinite(peak), scores.get(place))
+            for place, (token_id, peak) in enumerate(zip(*both.tolist(), strict=True))
         ]
 
     def _choice(self, place: int, token_id: int, usable: bool, scores: list[Tensor] | None) -> Choice | Exception:
@@ -91,13 +93,13 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Choices:
     Waits for the device only where a row has a constraint or a penalty.
     """
     best, likeliest = logits.max(-1)
-    usable = best.isfinite()  # the largest is no number as well where a single score is none
+    peaks = best  # the largest is no number as well where a single score is none
     masks, errors = _masks(rows)
     altering = any(row.constraint is not None or row.sampling.alters_logits for row in rows)
     changed = altered(logits, rows, masks) if altering else logits
     if altering:
         best, likeliest = changed.max(-1)
-        usable &= best.isfinite()
+        peaks = peaks + best
     drawing = [place for place, row in enumerate(rows) if not row.sampling.greedy]
     if drawing:
         places = to_device(drawing, torch.long, logits.device)
@@ -108,7 +110,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Choices:
         for place, row in enumerate(rows)
         if row.logprobs is not None
     }
-    return Choices(likeliest, usable, scores, errors)
+    return Choices(likeliest, peaks, scores, errors)
 
 
 def _masks(rows: Sequence[Row]) -> tuple[list[Tensor | None], dict[int, Exception]]:
