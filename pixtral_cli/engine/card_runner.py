@@ -196,6 +196,6 @@ class CardRunner(Runner):
 
 
 def _is_short(model: LanguageModel) -> bool:
-    """Whether a pass is a few hundred launches, which fit into a graph; the reference kernel makes a million."""
-    layers = (layer for layer in model.modules() if isinstance(layer, KernelLinear))
-    return not any(isinstance(layer.kernel, ReferenceKernel) for layer in layers)
+    """Whether decoding is a few hundred launches, which fit into a graph; the reference kernel makes a million."""
+    layers = [*model.language_model.modules(), model.lm_head]
+    return not any(isinstance(each, KernelLinear) and isinstance(each.kernel, ReferenceKernel) for each in layers)
