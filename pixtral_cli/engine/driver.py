@@ -63,6 +63,7 @@ class Driver:
             self._inbox.put((self, partial(self._begin, sequence, sink)))
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=_run, args=(self._inbox,), name="engine", daemon=True)
+                _threads.add(self._thread)
                 self._thread.start()
         return sequence.id
 
@@ -212,6 +213,8 @@ def on_a_thread_that_ends(work: Callable[[], Result]) -> Result:
 
 
 _drivers: WeakSet[Driver] = WeakSet()
+_threads: WeakSet[threading.Thread] = WeakSet()
+"""Of all drivers: one may be freeing the tensors of a model whose driver is gone already."""
 _paused: list[Driver] = []
 
 
@@ -219,6 +222,8 @@ def _stop_all() -> None:
     """Before the interpreter closes: a thread that came back from torch into a closed one would abort the process."""
     for driver in list(_drivers):
         driver.stop()
+    for thread in list(_threads):
+        thread.join()
 
 
 def _before_fork() -> None:

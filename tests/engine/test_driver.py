@@ -236,6 +236,36 @@ print([next(stream).finish_reason for stream in streams], flush=True)
     assert "engine" not in ended.stderr and "terminate" not in ended.stderr
 
 
+def test_a_script_that_ends_while_the_thread_frees_a_model_that_it_let_go_of_does_not_crash():
+    script = """
+import queue, types
+import torch
+from pixtral_cli.engine.driver import Driver
+
+class LargeModel:
+    busy, waiting = False, 0
+    scheduler = types.SimpleNamespace(add=lambda sequence: (begun.put(None), leave.get()))
+
+    def prepare(self, request):
+        return types.SimpleNamespace(id=0)
+
+    def __del__(self):
+        freeing.put(None)
+        for _ in range(60):
+            numbers.sort()  # lets go of the interpreter, as freeing memory does
+
+begun, leave, freeing, numbers = queue.SimpleQueue(), queue.SimpleQueue(), queue.SimpleQueue(), torch.rand(200_000)
+driver = Driver(LargeModel())
+driver.submit(None, print)
+begun.get()
+del driver  # the last reference but the thread's
+leave.put(None)
+freeing.get()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=PATIENCE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 LOADED = """
 import os, sys, time
 import torch
