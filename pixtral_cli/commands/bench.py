@@ -163,8 +163,8 @@ def _measure(run: "Bench", arguments: BenchArguments) -> None:
     def of_shape(encoding: str | None, folder: Path) -> Subject:
         return model_files.of_shape(shape, encoding or DEFAULT_ENCODING, run.sizes.image is not None, folder)
 
-    encodings: list[str | None] = [*(arguments.quantization_encoding or [None])]
-    run.run(name or shape, of_model if name else of_shape, encodings)
+    encodings = arguments.quantization_encoding
+    run.run(name or shape, of_model if name else of_shape, encodings or (None,))
 
 
 def _show(run: "Bench", file: Path | None, console: Console) -> None:

@@ -51,7 +51,10 @@ def test_version_is_the_packages_version(program):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("pixtral ", {"run", "serve", "tokenize", "download", "export", "verify", "cache", "inspect", "bench", "completions"}),
+        (
+            "pixtral ",
+            {"run", "serve", "tokenize", "download", "export", "verify", "cache", "inspect", "bench", "completions"},
+        ),
         ("pixtral run --quantization-encoding q4", {"q4_0", "q4_k"}),
         ("pixtral run --image-preprocessing ", {"hf", "native"}),
         ("pixtral run --model-path t", {"tiny"}),
