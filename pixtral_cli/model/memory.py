@@ -67,16 +67,16 @@ class Work:
 class Plan:
     """Bytes that a model takes on a device, by what takes them.
 
-    `weights` are those that are loaded. `passes` is the largest pass: its activations and buffers. A token's keys and
-    values take `token`, and are given `share` of what all else leaves. `kernels` is what a card's kernels have beside
-    the weights from the start, `images` are features that are kept. `graphs`, `libraries` and `context` are a card's,
-    see the constants.
+    `weights` are those that are loaded, `kernels` what a card's kernels have beside them from the start. `passes` is
+    the largest pass: its activations and buffers. `images` are features that are kept. `graphs`, `libraries` and
+    `context` are a card's, see the constants. A token's keys and values take `token`, and are given `share` of what all
+    else leaves.
     """
 
     weights: int
+    kernels: int
     passes: int
     token: int
-    kernels: int = 0
     images: int = 0
     graphs: int = 0
     libraries: int = 0
@@ -120,13 +120,13 @@ def plan(tensors: Mapping[str, TensorInfo], placement: Placement, config: ModelC
     token = kv_bytes(config.text, 1, kv_encoding(work.kv_cache_dtype, placement.dtype))
     weights = weight_bytes(tensors, placement)
     if kind == "cpu":
-        return Plan(weights, WORKSPACE, token, share=KV_SHARE)
+        return Plan(weights, 0, WORKSPACE, token, share=KV_SHARE)
     width = ENCODINGS[placement.dtype].block_bytes
     return Plan(
         weights,
+        card_kernel_bytes(tensors, placement),
         pass_bytes(config, width, work) + WORKSPACES,
         token,
-        card_kernel_bytes(tensors, placement),
         work.image_cache if config.vision else 0,
         graph_bytes(config.text, width, work.batch),
         LIBRARIES,
