@@ -196,7 +196,7 @@ def test_only_a_file_in_an_older_order_tells_how_to_write_it_anew(folder, tmp_pa
     older_files.write(old, now)
     assert Pixtral.load(serialized_model_path=now).notes == []
     (note,) = Pixtral.load(serialized_model_path=old).notes
-    assert str(old) in note and "`pixtral export`" in note
+    assert str(old) in note and f"`pixtral export {old}" in note
     assert Source.open_serialized(old, weights=False).checkpoint.note == note
 
 

@@ -34,7 +34,7 @@ WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
 OLDER_ORDER = (
     "{path} has its weights in an older order, and loading copies them into rows: "
-    "`pixtral export` writes a file that is read as it lies."
+    "`pixtral export {path} NEW_FILE` writes a file that is read as it lies."
 )
 
 

@@ -23,7 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_cache import cache
+from weights_cache import cache, file_kind
 from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound
 from weights_cache.json_fields import CheckpointFields, parse_json_object
@@ -253,6 +253,11 @@ class EmbeddedFile:
 
     def __str__(self) -> str:
         return f"{self.name} in {self.model}"
+
+
+def is_serialized(path: Path) -> bool:
+    """Whether `path` is a safetensors file with a manifest. Raises CheckpointCorrupt for one whose header is wrong."""
+    return path.is_file() and file_kind.of(path) == "safetensors" and KEY in SafetensorsFile(path).metadata
 
 
 def verify_path(path: Path) -> SerializedFile:
