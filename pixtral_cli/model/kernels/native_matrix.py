@@ -60,7 +60,7 @@ def matrix_of(weight: Tensor | PackedWeight) -> Matrix | None:
         return Matrix(name, weight, weight.shape[1]) if name in NUMBERS and _readable(weight) else None
     if isinstance(weight, PackedRows) and weight.encoding in NUMBERS and _readable(weight.rows):
         return Matrix(weight.encoding, weight.rows, weight.shape[1])
-    if isinstance(weight, NF4) and weight.codes.ndim == 2 and _readable(weight.codes):
+    if isinstance(weight, NF4) and _readable(weight.codes):
         return Matrix("nf4", weight.codes, weight.shape[1], weight.magnitudes().contiguous(), weight.block)
     return None
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pixtral_cli.model import native_library
 from pixtral_cli.model.kernels import native
 
 
@@ -9,10 +10,10 @@ from pixtral_cli.model.kernels import native
 def instructions(request, monkeypatch):
     """The name of those in use; `off` may be asked for as well: then there is no library."""
     monkeypatch.setenv(native.SETTING, request.param)
-    native._loaded.cache_clear()
+    native_library.loaded.cache_clear()
     if request.param != native.OFF and not native.available():
         pytest.skip(native.why_not())
     yield request.param
     monkeypatch.undo()
-    native._loaded.cache_clear()
+    native_library.loaded.cache_clear()
     native.available()  # which chooses the best again

@@ -1,8 +1,8 @@
 /* Rows -> float32 exactly as weights_cache/codecs decodes them, and rounded once to bfloat16: plain C, which a compiler
- * turns into the instructions of whoever includes this. Needs NAME(x), the names of its functions.
+ * turns into the instructions of the file that includes this. That defines NAME, which makes names of functions.
  *
- * Layouts of blocks are told in weights_cache/codecs/block_quants.py, k_quants.py and nf4.py. A scale times a code never
- * needs more than the 24 bits of a float, so it is one rounding, with an offset taken off, in whatever order. */
+ * block_quants.py, k_quants.py and nf4.py of the codecs tell how blocks lie. A scale times a code never needs more
+ * than the 24 bits of a float, so nothing is rounded but the difference to an offset, fused or not. */
 #include <math.h>
 #include <string.h>
 

@@ -168,8 +168,8 @@ static void multiply_panel(void *argument, long chunk) {
 
 /* x [N, C] and y [N, R] in bfloat16, whose rows lie `x_stride` and `y_stride` numbers apart; C is a multiple of 32.
  * Where the instructions in use reach to AVX512-BF16; 0 where they do not, and nothing is written. */
-EXPORT int pixtral_multiply_tiles(const struct matrix *matrix, const uint16_t *x, long x_stride, long tokens, uint16_t *y,
-                                  long y_stride, int threads) {
+EXPORT int pixtral_multiply_tiles(const struct matrix *matrix, const uint16_t *x, long x_stride, long tokens,
+                                  uint16_t *y, long y_stride, int threads) {
 #if defined(__x86_64__)
     if (instructions >= AVX512BF16) {
         long panels = (matrix->rows + PANEL - 1) / PANEL, parts = (tokens + MOST_ROWS - 1) / MOST_ROWS;
