@@ -328,9 +328,12 @@ def test_a_picture_in_low_detail_is_seen_smaller_and_by_itself(ours):
         reply = ours.chat([{"role": "user", "content": [part]}], max_new_tokens=8, logprobs=True)
         return reply.usage.image_tokens, [entry.logprob for entry in reply.logprobs]
 
+    def same(one, other):  # on a card a prompt that is cached is computed in other sums
+        return one[0] == other[0] and one[1] == pytest.approx(other[1], abs=1e-5)
+
     full, low, high = answer(), answer(detail="low"), answer(detail="high")
-    assert full == high == answer(detail="auto") and low == answer(detail="low")
-    assert low[0] < full[0] and low[1] != full[1]
+    assert same(full, high) and same(full, answer(detail="auto")) and same(low, answer(detail="low"))
+    assert low[0] < full[0] and not same((0, low[1]), (0, full[1]))
 
 
 def test_the_older_parameter_names_load_as_the_newer(oracle, ours, tmp_path):

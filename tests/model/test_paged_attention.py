@@ -112,7 +112,8 @@ class Step:
     def close(self, found: Tensor, wanted: Tensor) -> None:
         """Float32 up to the order of its sums; bfloat16 weights and results are rounded."""
         assert found.dtype == self.dtype
-        tolerance = 2e-6 if self.dtype == torch.float32 else 2e-2
+        sums = 2e-6 if found.device.type == "cpu" else 1e-5  # a card's exponential is a little less exact
+        tolerance = sums if self.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found.cpu().double(), wanted, atol=tolerance, rtol=tolerance)
 
     def check(self) -> None:

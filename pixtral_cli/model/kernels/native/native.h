@@ -1,0 +1,29 @@
+/* What the files of this library share. Knows no Python: functions marked EXPORT are bound by ctypes (native.py).
+ *
+ * Plain C11 with pthreads, for gcc and clang. A file that needs more than the instructions of every x86-64 says so at
+ * its top, and is only called where `instructions` reaches that far. */
+#ifndef PIXTRAL_NATIVE_H
+#define PIXTRAL_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Each includes those before it. avx2 means fma and f16c too; avx512 means f, bw, dq and vl. */
+enum instructions { PORTABLE, AVX2, AVX512, AVX512BF16 };
+extern enum instructions instructions; /* those in use; the best that this processor has until something else is said */
+
+EXPORT int pixtral_best_instructions(void);
+EXPORT void pixtral_use_instructions(int wanted);
+
+/* ggml's numbers of tensor types (weights_cache/encodings.py), and one of our own. */
+enum encoding { FLOAT32 = 0, FLOAT16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BFLOAT16 = 30, NF4 = 1000 };
+
+/* Calls function(argument, chunk) once for each chunk of 0 .. chunks - 1, on at most `most_threads` threads, the
+ * caller's among them, and returns when all are done. Chunks are taken in order, one after the other, by whoever is
+ * free. Safe after fork, and for several callers at once: while the pool works for one, others compute alone. */
+typedef void chunk_function(void *argument, long chunk);
+EXPORT void pixtral_parallel_for(chunk_function *function, void *argument, long chunks, int most_threads);
+
+#endif
