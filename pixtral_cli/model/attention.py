@@ -71,10 +71,8 @@ class AttendPaged:
             queries, out = q[run.first : run.end], mixed[run.first : run.end]
             if natively and run.single:
                 native_ops.attend_one(queries, store.keys, store.values, out, run.pages, window)
-            elif natively and native_ops.takes_blocks(q.dtype):
-                native_ops.attend_block(
-                    queries, store.keys, store.values, out, run.pages, run.spans[0].before, window
-                )
+            elif natively and native_ops.takes_blocks(q):
+                native_ops.attend_block(queries, store.keys, store.values, out, run.pages, run.spans[0].before, window)
             else:
                 self._attend_each(layer, run, queries, out)
         return mixed
@@ -157,12 +155,12 @@ def causal_mask(n: int, length: int, window: int | None, device: torch.device) -
 def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
     mixed = q.new_empty(q.shape)
-    natively = native_ops.take(q, k, v) and native_ops.takes_blocks(q.dtype)
-    for *segment, out in zip(*(x.split(lengths) for x in (q, k, v, mixed)), strict=True):
+    natively = native_ops.take(q, k, v) and native_ops.takes_blocks(q)
+    for queries, keys, values, out in zip(*(x.split(lengths) for x in (q, k, v, mixed)), strict=True):
         if natively:
-            native_ops.attend_block(*segment, out, causal=False)
+            native_ops.attend_block(queries, keys, values, out, causal=False)
         else:
-            batched = (x.transpose(0, 1)[None] for x in segment)  # [1, H, N, D]
+            batched = (x.transpose(0, 1)[None] for x in (queries, keys, values))  # [1, H, N, D]
             out.copy_(scaled_dot_product_attention(*batched)[0].transpose(0, 1))
     return mixed
 

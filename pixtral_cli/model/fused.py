@@ -21,7 +21,7 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor,
     """The residual x [N, C] and what a layer adds to it -> (x + delta, norm(x + delta)); `delta` None adds nothing."""
     if _on_card(x):
         return _triton().add_norm(x, delta, norm.weight, norm.eps)
-    if native_ops.take(x, norm.weight, *(() if delta is None else (delta,))):
+    if norm.eps is not None and native_ops.take(x, norm.weight, x if delta is None else delta):
         return native_ops.add_norm(x, delta, norm.weight, norm.eps)
     total = x if delta is None else x + delta
     return total, norm(total)

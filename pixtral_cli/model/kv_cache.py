@@ -93,7 +93,7 @@ class KVCache:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [N, K, D] into `slots` [N]."""
         if self._exponents is None and native_ops.take(k, v, self._store):
-            native_ops.write(*self._store[:, layer], slots, k, v)
+            native_ops.write(self._layers[layer].keys, self._layers[layer].values, slots, k, v)
             return
         for side, x in enumerate((k, v)):
             if self._exponents is None:

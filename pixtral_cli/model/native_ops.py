@@ -20,8 +20,8 @@ from pixtral_cli.model.kernels import native
 
 TYPES = {torch.float32: 0, torch.bfloat16: 30}
 """As `enum encoding` in native.h."""
-MOST_DIM = 256
-"""The largest head_dim, as in ops.h; an even one."""
+MOST_DIM, MOST_HEADS = 256, 192
+"""Of `attend_block`, as in ops.h and attention.c (BLOCK)."""
 POINTER, NUMBER, FEW, REAL = c_void_p, c_long, c_int, c_float
 ARGUMENTS = {
     "add_norm": (FEW, *[POINTER] * 5, *[NUMBER] * 2, REAL, FEW),
@@ -122,9 +122,11 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, pages: Page
         raise MemoryError
 
 
-def takes_blocks(dtype: torch.dtype) -> bool:
-    """Whether `attend_block` computes with such numbers, on this processor."""
-    return dtype == torch.bfloat16 and native.instructions() == "avx512bf16"
+def takes_blocks(q: Tensor) -> bool:
+    """Whether `attend_block` computes with such queries [N, H, D] on this processor."""
+    _, heads, dim = q.shape
+    sizes = heads <= MOST_HEADS and dim <= MOST_DIM and dim % 2 == 0
+    return sizes and q.dtype == torch.bfloat16 and native.instructions() == "avx512bf16"
 
 
 def attend_block(
