@@ -192,7 +192,9 @@ class Engine:
             return True
         if self.speculation is None or not self._launched:
             return False
-        if any(chunk.proposed.tokens for launched in self._launched for each in launched.passes for chunk in each.chunks):
+        if any(
+            chunk.proposed.tokens for launched in self._launched for each in launched.passes for chunk in each.chunks
+        ):
             return True
         return not any(each.prefilling for each in running) and self.speculation.promises(running)
 

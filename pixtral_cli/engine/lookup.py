@@ -51,7 +51,11 @@ class Lookup:
             if (length := self._agreeing(token_ids, place, end)) > longest:
                 best, longest = place, length
             place = self._before[place]
-        return Match(self._following(token_ids[best + 1 : min(best + 1 + most, known)], most), longest) if best else NOTHING
+        return (
+            Match(self._following(token_ids[best + 1 : min(best + 1 + most, known)], most), longest)
+            if best
+            else NOTHING
+        )
 
     def _agreeing(self, token_ids: Sequence[int], place: int, end: int) -> int:
         """How many tokens up to `place` are those up to `end`, two of which are known to be."""

@@ -121,7 +121,7 @@ class Runner:
             [torch.arange(span.before, span.before + span.tokens, device=self.device) for span in spans]
         )
         ends = zip(ends_of(chunks), chunks, strict=True)
-        wanted = [row for end, chunk in ends for row in range(end - (chunk.choices or self.exact and rows > 0), end)]
+        wanted = [row for end, chunk in ends for row in range(end - (chunk.choices or (self.exact and rows > 0)), end)]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])

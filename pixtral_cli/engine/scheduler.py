@@ -1,8 +1,9 @@
 """Sequences in, the chunks to compute in the next step out. Knows pages and no tensors.
 
-A chunk is a sequence, how many of its pending tokens to compute, and perhaps what is proposed to follow. Sequences that decode always get their one token.
-Prompts share what is left of a step, first who waited longest, so that a long one does not hold up the others. When no
-page is left for one that decodes, the one that came last gives its pages back and begins again later.
+A chunk is a sequence, how many of its pending tokens to compute, and perhaps what is proposed to follow. Sequences
+that decode always get their one token. Prompts share what is left of a step, first who waited longest, so that a long
+one does not hold up the others. When no page is left for one that decodes, the one that came last gives its pages back
+and begins again later.
 """
 
 from __future__ import annotations
