@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "commands": {"cli", "prompt", "server", "source", "weights_cache"},
     "cli": {"api", "generation", "generation_options", "prompt", "weights_cache"},
     "server": {"api", "engine", "generation", "generation_options", "prompt"},
-    "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
+    "api": {"constraints", "generation", "generation_options", "source", "engine", "model", "prompt"},
     "generation": {"constraints", "generation_options", "engine", "prompt"},
     "generation_options": {"engine"},
     "constraints": {"engine", "generation_options", "prompt"},

@@ -61,8 +61,8 @@ class Engine:
     `max_length` bounds the tokens of one prompt and its answer; default the model's own. Keys and values have room
     for `kv_tokens` tokens of all requests together, by default as many as the batch can need; those of requests that
     have ended stay known, up to the share `kv_kept` of that room. `image_cache` is how many bytes of images' features
-    are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". `speculative` "auto" computes several tokens
-    of an answer in one step where that pays, "off" never does. In float32 on a CPU a request gets the very tokens that
+    are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". With `speculative` several tokens of an
+    answer are computed in one step where that pays. In float32 on a CPU a request gets the very tokens that
     it gets alone. `clock` tells seconds.
     """
 
@@ -77,7 +77,7 @@ class Engine:
         kv_kept: float = 1.0,
         image_cache: int = IMAGE_CACHE,
         kv_cache_dtype: str = "auto",
-        speculative: str = "auto",
+        speculative: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         text = model.config.text
@@ -100,7 +100,7 @@ class Engine:
         else:
             self.runner = Runner(model, kv_cache, self.features, exact)
         self.speculation: Speculation | None = None
-        if speculative != "off" and self.runner.speculates:
+        if speculative and self.runner.speculates:
             self.speculation = Speculation(model.config.image_token_id)
         self._clock = clock
         self._last_read = 0.0

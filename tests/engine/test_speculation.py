@@ -55,7 +55,7 @@ MIXED = [
 
 
 def plain(model, *requests, **settings):
-    return run(Engine(model, speculative="off", **settings), *requests)
+    return run(Engine(model, speculative=False, **settings), *requests)
 
 
 class Forced:
@@ -246,7 +246,7 @@ def test_a_choice_that_depends_on_more_than_logits_is_not_proposed_for(model, sa
 
 
 def test_nothing_is_proposed_where_it_is_off(model):
-    engine = Engine(model, speculative="off", clock=Ticking())
+    engine = Engine(model, speculative=False, clock=Ticking())
     run(engine, asked(REPEATING, tokens=60))
     assert engine.counters.proposed_tokens == 0
 
