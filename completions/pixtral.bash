@@ -104,7 +104,7 @@ _pixtral() {
 _pixtral_command() {
     case $path in
     pixtral)
-        commands='run serve tokenize download inspect export verify completions cache'
+        commands='run serve tokenize download inspect export verify bench completions cache'
         flags='--version --install-completion --show-completion -h --help'
         valued=''
         ;;
@@ -142,6 +142,11 @@ _pixtral_command() {
         commands=''
         flags='--json --quiet -h --help'
         valued=''
+        ;;
+    'pixtral bench')
+        commands=''
+        flags='--model-path --shape --quantization-encoding --prompt-tokens --new-tokens --batch-sizes --image --repeats --devices --compare --json -h --help'
+        valued='--model-path --shape --quantization-encoding --prompt-tokens --new-tokens --batch-sizes --image --repeats --devices --json'
         ;;
     'pixtral completions')
         commands=''
@@ -197,7 +202,8 @@ _pixtral_value() {
         'pixtral serve --model-path' |\
         'pixtral tokenize --model-path' |\
         'pixtral download 0' |\
-        'pixtral export 0')
+        'pixtral export 0' |\
+        'pixtral bench --model-path')
         _pixtral_ask models
         _pixtral_files gguf
         ;;
@@ -215,7 +221,8 @@ _pixtral_value() {
         _pixtral_offer hf native gguf
         ;;
     'pixtral run --devices' |\
-        'pixtral serve --devices')
+        'pixtral serve --devices' |\
+        'pixtral bench --devices')
         _pixtral_ask devices
         ;;
     'pixtral run --kv-cache-dtype' |\
@@ -229,7 +236,8 @@ _pixtral_value() {
         ;;
     'pixtral run --save-to-serialized-model-path' |\
         'pixtral serve --save-to-serialized-model-path' |\
-        'pixtral export 1')
+        'pixtral export 1' |\
+        'pixtral bench --json')
         _pixtral_files
         ;;
     'pixtral run --serialized-model-path' |\
@@ -254,6 +262,9 @@ _pixtral_value() {
     'pixtral inspect 0')
         _pixtral_ask all-models
         _pixtral_files
+        ;;
+    'pixtral bench --shape')
+        _pixtral_offer 1b 3b 8b nemo-12b
         ;;
     'pixtral completions 0')
         _pixtral_offer bash zsh fish

@@ -166,6 +166,11 @@ class Pixtral:
         slower = slower_paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
         return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
 
+    @property
+    def kernels(self) -> str:
+        """Which kernels multiply with the weights, in a few words: "avx512bf16 (2 threads)"."""
+        return slower_paths.kernels(self.engine.model.device)
+
     @cached_property
     def plan(self) -> Plan:
         """What the model was expected to take before it was loaded."""

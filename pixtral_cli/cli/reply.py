@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from pixtral_cli.generation import Reply, TokenLogprob
 
 
-def tell(reply: Reply, console: Console, report: ReportFlags) -> None:
-    """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics."""
+def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> None:
+    """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics, which say what
+    `kernels` have multiplied."""
     if console.json:
-        console.object(as_object(reply))
+        console.object(as_object(reply) | {"kernels": kernels})
     elif report.logprobs:
         lines = (f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ())
         console.detail("\n".join(lines))
     if report.stats:
-        console.detail(statistics(reply))
+        console.detail(statistics(reply, kernels))
 
 
 def as_object(reply: Reply) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     return {"token_id": entry.token_id, "token": entry.token, "logprob": entry.logprob} | alternatives
 
 
-def statistics(reply: Reply) -> str:
-    """One line: how many tokens, how fast. Rates are in tokens a second."""
+def statistics(reply: Reply, kernels: str) -> str:
+    """One line: how many tokens, how fast, by what. Rates are in tokens a second."""
     usage, timings = reply.usage, reply.timings
     looked_up = f", looked up {usage.accepted_tokens} of {usage.proposed_tokens}" if usage.proposed_tokens else ""
     images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
@@ -67,6 +68,7 @@ def statistics(reply: Reply) -> str:
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",
         f"total {timings.total_s:.2f} s",
+        f"kernels {kernels}",
     ]
     return " | ".join(parts)
 

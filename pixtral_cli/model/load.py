@@ -88,8 +88,7 @@ def _fill(
 ) -> Iterator[str]:
     """Give each parameter its weight, and tell its name then."""
     for name in names:
-        if _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device):
-            checkpoint.release(name)  # in another order now; or, if in its own, read for its scales only
+        _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device)
         yield name
 
 
@@ -139,18 +138,16 @@ def _converted(weight: Tensor, target: str, double_quantization: bool) -> Weight
     return PackedRows(target, codecs.get(target).encode(weight))
 
 
-def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, device: torch.device) -> bool:
-    """Give the parameter `name` its weight -> whether that is in a kernel."""
+def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameter `name` its weight."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if isinstance(layer, nn.Linear) and leaf == "weight" and (kernel := kernels.choose(weight, dtype, device)):
         model.set_submodule(path, KernelLinear(kernel(weight, device), layer.bias))
-        return True
-    if isinstance(weight, Tensor):
+    elif isinstance(weight, Tensor):
         setattr(layer, leaf, nn.Parameter(weight.to(device), requires_grad=False))
     else:
         model.set_submodule(path, PackedEmbedding(weight, dtype, device))
-    return False
 
 
 def _tie(model: LanguageModel) -> None:

@@ -73,7 +73,7 @@ ORDERS = {
 class FakePixtral:
     """The Pixtral of the Python API, as far as the commands use it."""
 
-    notes = ()
+    notes, kernels = (), "none at all"
 
     @classmethod
     def load(cls, model_path, **arguments):

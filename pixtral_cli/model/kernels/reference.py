@@ -24,7 +24,7 @@ class ReferenceKernel:
 
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert not isinstance(weight, Tensor)
-        self.weight = weight.in_rows().to(device)
+        self.weight = weight.to(device)
 
     @property
     def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -58,7 +58,7 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.kernel = CudaPackedKernel(weight, device) if CudaPackedKernel.takes(weight, dtype, device) else None
-        self._rows = weight.in_rows().to(device) if self.kernel is None else None
+        self._rows = weight.to(device) if self.kernel is None else None
 
     @property
     def weight(self) -> PackedWeight:
