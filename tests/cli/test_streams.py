@@ -6,13 +6,8 @@ import subprocess
 import pytest
 from support.processes import run_line
 
-<<<<<<< HEAD
-KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings"]
 USAGE = ["prompt_tokens", "completion_tokens", "image_tokens", "proposed_tokens", "accepted_tokens"]
-=======
 KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings", "kernels"]
-USAGE = ["prompt_tokens", "completion_tokens", "image_tokens"]
->>>>>>> main
 TIMINGS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "total_s"]
 
 
