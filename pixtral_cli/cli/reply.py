@@ -36,6 +36,8 @@ def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "image_tokens": usage.image_tokens,
+            "proposed_tokens": usage.proposed_tokens,
+            "accepted_tokens": usage.accepted_tokens,
         },
         "timings": {
             "load_s": timings.load_s,
@@ -59,10 +61,11 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
 def statistics(reply: Reply, kernels: str) -> str:
     """One line: how many tokens, how fast, by what. Rates are in tokens a second."""
     usage, timings = reply.usage, reply.timings
+    looked_up = f", looked up {usage.accepted_tokens} of {usage.proposed_tokens}" if usage.proposed_tokens else ""
     images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
     parts = [
         f"prompt {counted(usage.prompt_tokens, 'token')}{images}, {_rate(timings.prefill_tokens_per_s)}",
-        f"answer {counted(usage.completion_tokens, 'token')}, {_rate(timings.decode_tokens_per_s)}",
+        f"answer {counted(usage.completion_tokens, 'token')}{looked_up}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",
         f"total {timings.total_s:.2f} s",
