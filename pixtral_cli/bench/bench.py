@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from pixtral_cli.bench import ceilings, report
+from pixtral_cli.bench import ceilings, model_files, report
 from pixtral_cli.bench.ceilings import Ceilings
 from pixtral_cli.bench.counts import Counts
 from pixtral_cli.bench.model_files import Subject
 from pixtral_cli.bench.runs import OURS, Measured, Programs, Row, Sizes, rows
 from pixtral_cli.devices import default, parse
-from pixtral_cli.errors import RequestError
+from pixtral_cli.errors import PixtralError, RequestError
 from pixtral_cli.model import slower_paths
 from pixtral_cli.model.kernels import native
 
@@ -64,6 +64,15 @@ class Bench:
             placement.label, Counts(config, subject.source.checkpoint.tensors, width), found, placement.dtype
         )
         models: dict[str, Any] = {OURS: {**subject.arguments, "devices": _name(self.device)}}
+        for name, peer in model_files.PEERS.items() if self.compare else ():
+            try:
+                if peer.installed:
+                    self.doing(f"{subject.name} for {name}")
+                    models[name] = peer.prepare(subject, folder)
+                else:
+                    self.tell(f"{name} is left out: it is not installed (pip install {peer.packages}).")
+            except PixtralError as error:
+                self.tell(f"{name} is left out: {error}")
         programs = Programs(models, threads, self.sizes, self.tell)
         try:
             yield from rows(programs, model)

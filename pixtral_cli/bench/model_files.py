@@ -6,18 +6,32 @@ export` writes it; what is measured is that file. Files lie in a folder that the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-from pixtral_cli.bench import random_weights
+from pixtral_cli.bench import gguf_writer, random_weights
 from pixtral_cli.bench.shapes import config_of
 from pixtral_cli.encoding_choices import asked_for
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.source import Source
 from weights_cache import file_kind
 from weights_cache.progress import Progress
+
+
+class Peer(NamedTuple):
+    """What a program needs: modules, which `pip install PACKAGES` brings, and the model as it reads it."""
+
+    modules: tuple[str, ...]
+    packages: str
+    prepare: Callable[[Subject, Path], dict[str, str]]
+
+    @property
+    def installed(self) -> bool:
+        return all(find_spec(module) for module in self.modules)
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,20 @@ def of_model(name: str, encoding: str | None, folder: Path, progress: Progress |
     path = folder / f"{path.name}.{placement.label}"
     source.save(path, placement, progress=progress)
     return _serialized(name, path)
+
+
+def for_llama_cpp(subject: Subject, folder: Path) -> dict[str, str]:
+    """The same weights as GGUF, the file itself if it is one. Raises ModelError for what llama.cpp does not have."""
+    opened = subject.source.checkpoint
+    if opened.form == "gguf" and opened.folder.is_file() and "model_path" in subject.arguments:
+        return {"gguf": str(opened.folder)}
+    path = folder / "model.gguf"
+    gguf_writer.write(opened, subject.source.config, path)
+    return {"gguf": str(path)}
+
+
+PEERS: Mapping[str, Peer] = {"llama.cpp": Peer(("llama_cpp", "gguf"), "llama-cpp-python gguf", for_llama_cpp)}
+"""By name, in the order in which they take turns."""
 
 
 def _serialized(name: str, path: Path) -> Subject:
