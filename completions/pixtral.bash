@@ -110,13 +110,13 @@ _pixtral_command() {
         ;;
     'pixtral run')
         commands=''
-        flags='-p --prompt -i --image --system --messages --raw --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --ignore-eos --json --quiet --stats --logprobs --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding --quantize-vision --double-quantization -h --help'
-        valued='-p --prompt -i --image --system --messages --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding'
+        flags='-p --prompt -i --image --system --messages --raw --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --ignore-eos --json --quiet --stats --logprobs --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding --quantize-vision --double-quantization -h --help'
+        valued='-p --prompt -i --image --system --messages --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding'
         ;;
     'pixtral serve')
         commands=''
-        flags='--host --port --served-model-name --drain-timeout --quiet --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --insecure --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --quantize-vision --double-quantization --devices --max-length --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path -h --help'
-        valued='--host --port --served-model-name --drain-timeout --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --devices --max-length --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path'
+        flags='--host --port --served-model-name --drain-timeout --quiet --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --insecure --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --quantize-vision --double-quantization --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path -h --help'
+        valued='--host --port --served-model-name --drain-timeout --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path'
         ;;
     'pixtral tokenize')
         commands=''
@@ -229,6 +229,10 @@ _pixtral_value() {
         'pixtral serve --kv-cache-dtype' |\
         'pixtral inspect --kv-cache-dtype')
         _pixtral_offer auto fp8
+        ;;
+    'pixtral run --speculative' |\
+        'pixtral serve --speculative')
+        _pixtral_offer auto off
         ;;
     'pixtral run --save-to-serialized-model-path' |\
         'pixtral serve --save-to-serialized-model-path' |\

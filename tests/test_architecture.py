@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "cli": {"api", "generation", "generation_options", "prompt", "weights_cache"},
     "server": {"api", "engine", "generation", "generation_options", "prompt"},
     "bench": {"api", "engine", "model", "process_environment", "source", "tiny", "weights_cache"},
-    "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
+    "api": {"constraints", "generation", "generation_options", "source", "engine", "model", "prompt"},
     "generation": {"constraints", "generation_options", "engine", "prompt"},
     "generation_options": {"engine"},
     "constraints": {"engine", "generation_options", "prompt"},

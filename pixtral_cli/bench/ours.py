@@ -22,9 +22,9 @@ class Program:
     """See `contender.Program`."""
 
     def load(self, model: dict[str, Any], threads: int, context: int, batch: int) -> float:
-        """Threads are torch's own: OMP_NUM_THREADS says how many, here as elsewhere."""
+        """Threads are torch's own: OMP_NUM_THREADS says how many, here as elsewhere. Each token is a pass."""
         begun = time.perf_counter()
-        self._model = Pixtral.load(**model, max_batch_size=batch, max_length=context)
+        self._model = Pixtral.load(**model, max_batch_size=batch, max_length=context, speculative="off")
         return time.perf_counter() - begun
 
     def about(self) -> dict[str, Any]:

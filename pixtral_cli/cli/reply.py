@@ -15,7 +15,7 @@ def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> N
     """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics, which say what
     `kernels` have multiplied."""
     if console.json:
-        console.object(as_object(reply) | {"kernels": kernels})
+        console.object(as_object(reply, kernels))
     elif report.logprobs:
         lines = (f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ())
         console.detail("\n".join(lines))
@@ -23,7 +23,7 @@ def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> N
         console.detail(statistics(reply, kernels))
 
 
-def as_object(reply: Reply) -> dict[str, Any]:
+def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
     """The object that `--json` prints; `logprobs` is there only when it was asked for."""
     usage, timings = reply.usage, reply.timings
     value = {
@@ -36,6 +36,8 @@ def as_object(reply: Reply) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "image_tokens": usage.image_tokens,
+            "proposed_tokens": usage.proposed_tokens,
+            "accepted_tokens": usage.accepted_tokens,
         },
         "timings": {
             "load_s": timings.load_s,
@@ -44,6 +46,7 @@ def as_object(reply: Reply) -> dict[str, Any]:
             "decode_tokens_per_s": timings.decode_tokens_per_s,
             "total_s": timings.total_s,
         },
+        "kernels": kernels,
     }
     if reply.logprobs is not None:
         value["logprobs"] = [_logprob(entry) for entry in reply.logprobs]
@@ -58,10 +61,11 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
 def statistics(reply: Reply, kernels: str) -> str:
     """One line: how many tokens, how fast, by what. Rates are in tokens a second."""
     usage, timings = reply.usage, reply.timings
+    looked_up = f", looked up {usage.accepted_tokens} of {usage.proposed_tokens}" if usage.proposed_tokens else ""
     images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
     parts = [
         f"prompt {counted(usage.prompt_tokens, 'token')}{images}, {_rate(timings.prefill_tokens_per_s)}",
-        f"answer {counted(usage.completion_tokens, 'token')}, {_rate(timings.decode_tokens_per_s)}",
+        f"answer {counted(usage.completion_tokens, 'token')}{looked_up}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",
         f"total {timings.total_s:.2f} s",
