@@ -15,7 +15,7 @@ def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> N
     """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics, which say what
     `kernels` have multiplied."""
     if console.json:
-        console.object(as_object(reply) | {"kernels": kernels})
+        console.object(as_object(reply, kernels))
     elif report.logprobs:
         lines = (f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ())
         console.detail("\n".join(lines))
@@ -23,7 +23,7 @@ def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> N
         console.detail(statistics(reply, kernels))
 
 
-def as_object(reply: Reply) -> dict[str, Any]:
+def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
     """The object that `--json` prints; `logprobs` is there only when it was asked for."""
     usage, timings = reply.usage, reply.timings
     value = {
@@ -46,6 +46,7 @@ def as_object(reply: Reply) -> dict[str, Any]:
             "decode_tokens_per_s": timings.decode_tokens_per_s,
             "total_s": timings.total_s,
         },
+        "kernels": kernels,
     }
     if reply.logprobs is not None:
         value["logprobs"] = [_logprob(entry) for entry in reply.logprobs]
