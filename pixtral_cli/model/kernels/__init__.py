@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
 from pixtral_cli.model.kernels.gemv import GemvKernel
 from pixtral_cli.model.kernels.int4 import Int4Kernel
@@ -46,7 +47,7 @@ class Kernel(Protocol):
         ...
 
 
-KERNELS: list[type[Kernel]] = [CudaPackedKernel, Int4Kernel, NF4Kernel, GemvKernel, ReferenceKernel]
+KERNELS: list[type[Kernel]] = [CudaPackedKernel, CpuRowsKernel, Int4Kernel, NF4Kernel, GemvKernel, ReferenceKernel]
 """In order of preference. The reference takes every packed weight on every device."""
 
 

@@ -12,28 +12,52 @@
 
 typedef float floats __attribute__((vector_size(4 * L)));
 typedef int32_t integers __attribute__((vector_size(4 * L)));
-typedef uint8_t bytes __attribute__((vector_size(L)));
-typedef int8_t signed_bytes __attribute__((vector_size(L)));
-typedef uint16_t shorts __attribute__((vector_size(2 * L)));
 typedef float eight_floats __attribute__((vector_size(32)));
 typedef uint8_t eight_bytes __attribute__((vector_size(8)));
 
 #if L == 16
 #define MOST 4 /* vectors at once: their sums must fit into registers */
-static ALWAYS_INLINE floats multiply_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static ALWAYS_INLINE floats multiply_add(floats a, floats b, floats c) {
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 static ALWAYS_INLINE float half(const uint8_t *at) { return _cvtsh_ss((uint16_t)(at[0] | at[1] << 8)); }
-/* table[the low 4 bits of each index] */
+static ALWAYS_INLINE integers unsigned_codes(const uint8_t *at) {
+    return (integers)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
+}
+static ALWAYS_INLINE integers signed_codes(const uint8_t *at) {
+    return (integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
+}
+static ALWAYS_INLINE integers unsigned_words(const uint8_t *at) {
+    return (integers)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+}
 static ALWAYS_INLINE floats look_up(const float *table, integers index) {
     return (floats)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
 }
+static ALWAYS_INLINE float total(floats sum) { return _mm512_reduce_add_ps((__m512)sum); }
 #elif L == 8
 #define MOST 2
-static ALWAYS_INLINE floats multiply_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static ALWAYS_INLINE floats multiply_add(floats a, floats b, floats c) {
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 static ALWAYS_INLINE float half(const uint8_t *at) { return _cvtsh_ss((uint16_t)(at[0] | at[1] << 8)); }
+static ALWAYS_INLINE integers unsigned_codes(const uint8_t *at) {
+    return (integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at));
+}
+static ALWAYS_INLINE integers signed_codes(const uint8_t *at) {
+    return (integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at));
+}
+static ALWAYS_INLINE integers unsigned_words(const uint8_t *at) {
+    return (integers)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+}
 static ALWAYS_INLINE floats look_up(const float *table, integers index) {
     __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
     __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
     return (floats)_mm256_blendv_ps(low, high, (__m256)(index << 28)); /* bit 3 is now the sign */
+}
+static ALWAYS_INLINE float total(floats sum) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)sum), _mm256_extractf128_ps((__m256)sum, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 #else
 #define MOST 2
@@ -45,13 +69,22 @@ static ALWAYS_INLINE float half(const uint8_t *at) {
     float magnitude = as_float(rest) * 0x1p112f; /* exact, for subnormal ones as well */
     return sign ? -magnitude : magnitude;
 }
-static ALWAYS_INLINE floats look_up(const float *table, integers index) {
-    floats found;
-    for (int i = 0; i < L; i++)
-        found[i] = table[index[i] & 15];
-    return found;
+static ALWAYS_INLINE integers unsigned_codes(const uint8_t *at) { return (integers){at[0], at[1], at[2], at[3]}; }
+static ALWAYS_INLINE integers signed_codes(const uint8_t *at) {
+    return (integers){(int8_t)at[0], (int8_t)at[1], (int8_t)at[2], (int8_t)at[3]};
 }
+static ALWAYS_INLINE integers unsigned_words(const uint8_t *at) {
+    return unsigned_codes((const uint8_t[4]){at[0], at[2], at[4], at[6]}) |
+           unsigned_codes((const uint8_t[4]){at[1], at[3], at[5], at[7]}) << 8;
+}
+static ALWAYS_INLINE floats look_up(const float *table, integers index) {
+    index &= 15;
+    return (floats){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+static ALWAYS_INLINE float total(floats sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
 #endif
+/* multiply_add(a, b, c) is a * b + c; half, a float16 of two bytes; the next three, L numbers from bytes; look_up,
+ * table[the low 4 bits of each index]; total, the sum of a register. */
 
 #define SUMS 4 /* of a vector: one would wait for itself */
 #define UNROLLED _Pragma("GCC unroll 8")
@@ -76,13 +109,7 @@ static ALWAYS_INLINE floats look_up(const float *table, integers index) {
     for (int64_t column = 0; column < matrix->columns; column += (columns_of_block), block += (bytes_of_block))
 
 static ALWAYS_INLINE floats all(float value) { return value - (floats){0}; }
-static ALWAYS_INLINE integers unsigned_codes(const uint8_t *at) { return __builtin_convertvector(LOAD(bytes, at), integers); }
-static ALWAYS_INLINE integers signed_codes(const uint8_t *at) {
-    return __builtin_convertvector(LOAD(signed_bytes, at), integers);
-}
-static ALWAYS_INLINE floats from_bfloat16(const uint8_t *at) {
-    return (floats)(__builtin_convertvector(LOAD(shorts, at), integers) << 16);
-}
+static ALWAYS_INLINE floats from_bfloat16(const uint8_t *at) { return (floats)(unsigned_words(at) << 16); }
 
 static ALWAYS_INLINE void float32(PIECE) {
     const uint8_t *weights = matrix->bytes + row * matrix->row_bytes;
@@ -213,15 +240,6 @@ static ALWAYS_INLINE void nf4(PIECE) {
     }
 }
 
-static ALWAYS_INLINE float total(const floats sum[SUMS]) {
-    floats all_sums = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    float parts[L];
-    memcpy(parts, &all_sums, sizeof parts);
-    UNROLLED for (int width = L / 2; width; width /= 2)
-        UNROLLED for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    return parts[0];
-}
-
 #define KERNEL(PIECE_NAME)                                                                                      \
     static ALWAYS_INLINE void PIECE_NAME##_rows(const struct matrix *matrix, int64_t first, int64_t end,        \
                                                 struct vectors vectors, int from, float *sums, const int n) {   \
@@ -231,7 +249,7 @@ static ALWAYS_INLINE float total(const floats sum[SUMS]) {
             floats sum[MOST][SUMS];                                                                             \
             EACH_VECTOR UNROLLED for (int i = 0; i < SUMS; i++) sum[v][i] = (floats){0};                        \
             PIECE_NAME(matrix, row, x, sum, n);                                                                 \
-            EACH_VECTOR sums[(row - first) * AT_ONCE + from + v] = total(sum[v]);                               \
+            EACH_VECTOR sums[(row - first) * AT_ONCE + from + v] = total((sum[v][0] + sum[v][1]) + (sum[v][2] + sum[v][3]));                              \
         }                                                                                                       \
     }                                                                                                           \
     static void PIECE_NAME##_kernel(const struct matrix *matrix, int64_t first, int64_t end,                    \
