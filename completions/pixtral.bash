@@ -104,19 +104,19 @@ _pixtral() {
 _pixtral_command() {
     case $path in
     pixtral)
-        commands='run serve tokenize download inspect export verify completions cache'
+        commands='run serve tokenize download inspect export verify bench completions cache'
         flags='--version --install-completion --show-completion -h --help'
         valued=''
         ;;
     'pixtral run')
         commands=''
-        flags='-p --prompt -i --image --system --messages --raw --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --ignore-eos --json --quiet --stats --logprobs --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding --quantize-vision --double-quantization -h --help'
-        valued='-p --prompt -i --image --system --messages --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding'
+        flags='-p --prompt -i --image --system --messages --raw --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --ignore-eos --json --quiet --stats --logprobs --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding --quantize-vision --double-quantization -h --help'
+        valued='-p --prompt -i --image --system --messages --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding'
         ;;
     'pixtral serve')
         commands=''
-        flags='--host --port --served-model-name --drain-timeout --quiet --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --insecure --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --quantize-vision --double-quantization --devices --max-length --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path -h --help'
-        valued='--host --port --served-model-name --drain-timeout --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --devices --max-length --max-ce-batch-size --kv-cache-dtype --save-to-serialized-model-path --serialized-model-path'
+        flags='--host --port --served-model-name --drain-timeout --quiet --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --insecure --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --quantize-vision --double-quantization --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path -h --help'
+        valued='--host --port --served-model-name --drain-timeout --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path'
         ;;
     'pixtral tokenize')
         commands=''
@@ -142,6 +142,11 @@ _pixtral_command() {
         commands=''
         flags='--json --quiet -h --help'
         valued=''
+        ;;
+    'pixtral bench')
+        commands=''
+        flags='--model-path --shape --quantization-encoding --prompt-tokens --new-tokens --batch-sizes --image --repeats --devices --compare --json -h --help'
+        valued='--model-path --shape --quantization-encoding --prompt-tokens --new-tokens --batch-sizes --image --repeats --devices --json'
         ;;
     'pixtral completions')
         commands=''
@@ -197,7 +202,8 @@ _pixtral_value() {
         'pixtral serve --model-path' |\
         'pixtral tokenize --model-path' |\
         'pixtral download 0' |\
-        'pixtral export 0')
+        'pixtral export 0' |\
+        'pixtral bench --model-path')
         _pixtral_ask models
         _pixtral_files gguf
         ;;
@@ -215,7 +221,8 @@ _pixtral_value() {
         _pixtral_offer hf native gguf
         ;;
     'pixtral run --devices' |\
-        'pixtral serve --devices')
+        'pixtral serve --devices' |\
+        'pixtral bench --devices')
         _pixtral_ask devices
         ;;
     'pixtral run --kv-cache-dtype' |\
@@ -223,9 +230,14 @@ _pixtral_value() {
         'pixtral inspect --kv-cache-dtype')
         _pixtral_offer auto fp8
         ;;
+    'pixtral run --speculative' |\
+        'pixtral serve --speculative')
+        _pixtral_offer auto off
+        ;;
     'pixtral run --save-to-serialized-model-path' |\
         'pixtral serve --save-to-serialized-model-path' |\
-        'pixtral export 1')
+        'pixtral export 1' |\
+        'pixtral bench --json')
         _pixtral_files
         ;;
     'pixtral run --serialized-model-path' |\
@@ -250,6 +262,9 @@ _pixtral_value() {
     'pixtral inspect 0')
         _pixtral_ask all-models
         _pixtral_files
+        ;;
+    'pixtral bench --shape')
+        _pixtral_offer 1b 3b 8b nemo-12b
         ;;
     'pixtral completions 0')
         _pixtral_offer bash zsh fish

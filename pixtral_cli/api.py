@@ -22,6 +22,7 @@ from pixtral_cli.engine.grammar import Vocabulary
 from pixtral_cli.engine.transfers import current_device
 from pixtral_cli.errors import ModelError, PixtralError
 from pixtral_cli.generation import GenerationOptions, Reply, Request, TextEvent, TextStream
+from pixtral_cli.generation_options import SPECULATIVE
 from pixtral_cli.known_models import DEFAULT_MODEL
 from pixtral_cli.model import save, slower_paths
 from pixtral_cli.model.free_memory import kind_of
@@ -82,6 +83,7 @@ class Pixtral:
         kv_cache_memory: int | None = None,
         kv_cache_dtype: str = "auto",
         image_cache_memory: int = IMAGE_CACHE,
+        speculative: str = "auto",
         image_preprocessing: str | None = None,
         force_download: bool = False,
         progress: Progress | None = None,
@@ -91,6 +93,7 @@ class Pixtral:
         The arguments mean what the command line's flags of the same name mean, only that `chat_batch` runs up to
         32 requests at once unless told otherwise. `kv_cache_memory` bounds keys and values, `image_cache_memory` the
         images' features that are kept, both in bytes. `kv_cache_dtype` "fp8" keeps keys and values in half the memory.
+        `speculative` "off" computes each token in a step of its own, by which nothing but the time changes.
         `progress(label, done, total)` is told of bytes downloaded and loaded. Raises PixtralError or
         weights_cache.errors.WeightsError, each with a sentence and a `hint`.
         """
@@ -98,6 +101,8 @@ class Pixtral:
         _positive(max_length=max_length, max_batch_size=max_batch_size, max_ce_batch_size=max_ce_batch_size)
         wanted = asked_for(quantization_encoding, double_quantization)
         kv_encoding(kv_cache_dtype, "")  # what is not known is refused before anything is fetched
+        if speculative not in SPECULATIVE:
+            raise ModelError(f"speculative should be {' or '.join(map(repr, SPECULATIVE))}, not {speculative!r}.")
         device = torch.device(_device(devices))
         if serialized_model_path is not None:
             source = Source.open_serialized(serialized_model_path, image_preprocessing, progress=progress)
@@ -135,6 +140,7 @@ class Pixtral:
                     kv_kept=KEPT_UNASKED if unasked else 1.0,
                     image_cache=image_cache_memory,
                     kv_cache_dtype=kv_cache_dtype,
+                    speculative=speculative == "auto",
                 )
 
         engine = on_a_thread_that_ends(make_engine)
@@ -159,6 +165,11 @@ class Pixtral:
         slower on this machine than it could be."""
         slower = slower_paths.notes(self.engine.model.device, set(self.placement.encodings.values()))
         return [note for note in (self.source.checkpoint.note, *self.placement.notes, *slower) if note]
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels multiply with the weights, in a few words: "avx512bf16 (2 threads)"."""
+        return slower_paths.kernels(self.engine.model.device)
 
     @cached_property
     def plan(self) -> Plan:

@@ -105,12 +105,18 @@ class Echo:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of the prompt, of the answer, and those of the prompt that stand for images or were computed before."""
+    """Tokens of the prompt, of the answer, and those of the prompt that stand for images or were computed before.
+
+    Of the answer, `proposed_tokens` were looked up in what came before and computed in advance; `accepted_tokens` of
+    them were right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int
     cached_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ class TextStream:
         self.logprobs: list[TokenLogprob] | None = None if options.alternatives is None else []
         self.echo = Echo.of(prompt, tokenizer) if options.echo else None
         self.cached_tokens = 0
+        self.looked_up = 0, 0  # proposed, accepted
         self.started = self.first_token = time.perf_counter()
 
     def push(self, event: TokenEvent) -> TextEvent:
@@ -194,6 +201,7 @@ class TextStream:
         if event.token_id is None:
             return TextEvent("", None, None, "length", self._reply("length"), echo=echo, usage=self.usage)
         self.token_ids.append(event.token_id)
+        self.looked_up = event.proposed_tokens, event.accepted_tokens
         text, deltas = self.reader.push(event.token_id)
         if event.finish_reason:
             rest = self.reader.finish(cut=event.finish_reason == "length")
@@ -221,7 +229,8 @@ class TextStream:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt_token_ids), len(self.token_ids), self.image_tokens, self.cached_tokens)
+        prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
+        return Usage(prompt, answer, self.image_tokens, self.cached_tokens, *self.looked_up)
 
     def _logprob(self, event: TokenEvent, told: list[TokenLogprob]) -> TokenLogprob:
         assert event.token_id is not None and event.logprob is not None, event

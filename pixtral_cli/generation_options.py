@@ -13,6 +13,8 @@ from typing import Any
 from pixtral_cli.engine.request import Sampling
 from pixtral_cli.errors import RequestError
 
+SPECULATIVE = ("auto", "off")
+"""Whether several tokens of a greedy answer are computed at once: where it pays, or never."""
 FORMATS = ("text", "json_object", "json_schema")
 CHOICES = ("auto", "none", "required")
 ANY_OBJECT = {"type": "object"}

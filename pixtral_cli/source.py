@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pixtral_cli.errors import ModelError, PixtralError, RequestError
 from pixtral_cli.known_models import BUILT_IN
-from pixtral_cli.model import families, free_memory, memory
+from pixtral_cli.model import families, free_memory, memory, native_library
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.free_memory import Device
 from pixtral_cli.model.memory import Need
@@ -92,6 +92,11 @@ class Source:
         opened.note = " ".join(notes) or opened.note
         return cls(name, opened)
 
+    @staticmethod
+    def is_serialized(name: str) -> bool:
+        """Whether the name is that of a serialized model's file."""
+        return name != BUILT_IN and serialized.is_serialized(Path(name))
+
     @classmethod
     def open_serialized(
         cls,
@@ -133,14 +138,18 @@ class Source:
         """This machine's devices and what is free on them."""
         return free_memory.devices()
 
+    def kernels(self, device: Device) -> str | None:
+        """Which kernels multiply on a CPU, in a few words: "avx512bf16"; None of a GPU, see `device_notes`."""
+        return native_library.words() if device.kind == "cpu" else None
+
     def device_notes(self) -> list[str]:
-        """A sentence for whatever makes the GPUs of this machine slower than they could be, or of no use. Imports torch
-        if there are any."""
+        """A sentence for whatever makes the devices of this machine slower than they could be, or of no use. Imports
+        torch if there are GPUs."""
         if all(device.kind == "cpu" for device in self.devices()):
-            return []
+            return native_library.notes()
         from pixtral_cli.model import slower_paths
 
-        return slower_paths.notes_of_this_machine()
+        return [*native_library.notes(), *slower_paths.notes_of_this_machine()]
 
     @property
     def format(self) -> str:

@@ -10,10 +10,11 @@ SHARED = {"errors", "encoding_choices", "devices", "known_models"}
 MAY_IMPORT = {
     "__main__": {"cli.main", "process_environment"},
     "cli.main": {"cli", "commands", "weights_cache"},
-    "commands": {"cli", "prompt", "server", "source", "weights_cache"},
+    "commands": {"bench", "cli", "prompt", "server", "source", "weights_cache"},
     "cli": {"api", "generation", "generation_options", "prompt", "weights_cache"},
     "server": {"api", "engine", "generation", "generation_options", "prompt"},
-    "api": {"constraints", "generation", "source", "engine", "model", "prompt"},
+    "bench": {"api", "engine", "model", "process_environment", "source", "tiny", "weights_cache"},
+    "api": {"constraints", "generation", "generation_options", "source", "engine", "model", "prompt"},
     "generation": {"constraints", "generation_options", "engine", "prompt"},
     "generation_options": {"engine"},
     "constraints": {"engine", "generation_options", "prompt"},

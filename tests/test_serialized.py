@@ -1,27 +1,22 @@
 """Encodings and the one-file model, from end to end: right, whole, and refused when they are not."""
 
-import dataclasses
 import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
-from support import builders
+from support import builders, older_files
 
 from pixtral_cli import Pixtral, PixtralError
 from pixtral_cli.encoding_choices import find
-from pixtral_cli.model import save
-from pixtral_cli.model.kernels import KernelLinear, int4, nf4
-from pixtral_cli.model.kernels.int4 import Int4Kernel
+from pixtral_cli.model.kernels import KernelLinear, native, nf4
+from pixtral_cli.model.kernels.reference import ReferenceKernel
 from pixtral_cli.source import Source
 from weights_cache import codecs
-from weights_cache.codecs.int4 import Int4
-from weights_cache.codecs.nf4 import NF4
-from weights_cache.encodings import Encoding
+from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, DiskFull, SerializedTooNew, WeightsError, WriteFailed
 from weights_cache.formats import serialized, serialized_writer
 from weights_cache.formats.serialized import verify_path
@@ -55,18 +50,14 @@ def saved(folder, tmp_path):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_logits_are_those_of_the_exactly_decoded_weights(folder, name):
-    """Within the rounding of bfloat16: the same model with every packed layer decoded once into float32."""
-    packed = Pixtral.load(folder, quantization_encoding=name).engine.model
-    exact = Pixtral.load(folder, quantization_encoding="float32").engine.model
-    for path, layer in packed.named_modules():
-        if isinstance(getattr(layer, "weight", None), PackedWeight):
-            exact.get_submodule(path).weight.data = layer.weight.decoded()
-    layers = [path for path, layer in packed.named_modules() if isinstance(layer, KernelLinear)]
-    assert len(layers) == 3 * 7 + 1
-    for path in layers:
-        wanted_layer = exact.get_submodule(path)
-        x = torch.randn(5, wanted_layer.weight.shape[1], generator=torch.Generator().manual_seed(1))
-        wanted, got = wanted_layer(x), packed.get_submodule(path)(x.bfloat16()).float()
+    """Within the rounding of bfloat16: each packed layer decoded once into float32."""
+    model = Pixtral.load(folder, quantization_encoding=name).engine.model
+    kernels = [layer for layer in model.modules() if isinstance(layer, KernelLinear)]
+    packed = [layer for layer in kernels if isinstance(layer.weight, PackedWeight)]
+    assert len(packed) == 3 * 7 + 1
+    for layer in packed:
+        x = torch.randn(5, layer.weight.shape[1], generator=torch.Generator().manual_seed(1))
+        wanted, got = x @ layer.weight.decoded().T, layer(x.bfloat16()).float()
         assert (got - wanted).norm() < 1e-2 * wanted.norm()
 
 
@@ -136,31 +127,36 @@ def test_each_matrix_is_encoded_once_for_a_file_in_nf4(folder, tmp_path, monkeyp
     assert len(encoded) == 3 * 7 + 1
 
 
-def test_nf4_lies_in_the_file_in_the_order_of_the_kernel(folder, tmp_path):
-    path = tmp_path / "model"
-    model = Pixtral.load(folder, quantization_encoding="nf4")
-    model.save(path)
-    name = "language_model.layers.1.mlp.up_proj.weight"
-    with safe_open(path, "pt") as file:
-        codes = file.get_tensor(name)
-    stored = NF4(codes, torch.ones(codes.numel() * 2 // 64))
-    weight = model.engine.model.get_submodule(name.removesuffix(".weight")).weight
-    assert stored.codes.ndim == 3 and torch.equal(stored.in_rows().codes, weight.in_rows().codes)
-
-
 @pytest.mark.parametrize("encoding", PACKED)
 def test_any_safetensors_tool_opens_it_and_finds_the_packed_bytes(folder, tmp_path, encoding):
-    """Those of q4_0 and q4_k in the order of the kernel, which has a way back."""
     path, name = tmp_path / "model", "language_model.layers.1.mlp.up_proj.weight"
     Pixtral.load(folder, quantization_encoding=encoding).save(path)
     with safe_open(path, "pt") as file:
         packed = file.get_tensor(name)
-        if encoding != "q6_k":
-            packed = Int4(encoding, packed, file.get_tensor(f"{name}.scales")).in_rows().rows
         manifest = json.loads(file.metadata()["pixtral"])
-    exact = Pixtral.load(folder, quantization_encoding="float32").engine.model.get_parameter(name)
+    exact = (
+        Pixtral.load(folder, quantization_encoding="float32")
+        .engine.model.get_submodule(name.removesuffix(".weight"))
+        .weight
+    )
     assert torch.equal(packed, codecs.get(encoding).encode(exact))
     assert manifest["tensors"][name] == [encoding, list(exact.shape)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_it_has_the_codes_of_nf4_as_bitsandbytes_makes_them(folder, tmp_path, double):
+    path, name = tmp_path / "model", "language_model.layers.1.mlp.up_proj.weight"
+    Pixtral.load(folder, quantization_encoding="nf4", double_quantization=double).save(path)
+    exact = (
+        Pixtral.load(folder, quantization_encoding="float32")
+        .engine.model.get_submodule(name.removesuffix(".weight"))
+        .weight
+    )
+    functional = nf4.bitsandbytes().functional
+    codes, state = functional.quantize_4bit(exact.data, compress_statistics=double, quant_type="nf4")
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor(name).flatten(), codes.flatten())
+        assert torch.equal(file.get_tensor(f"{name}.absmax"), state.absmax)
 
 
 @pytest.mark.parametrize("encoding", [*PACKED, "nf4"])
@@ -174,34 +170,23 @@ def test_a_loaded_file_is_saved_as_the_very_same_file(folder, tmp_path, encoding
     assert first.read_bytes() == second.read_bytes()
 
 
-def write_version_1(monkeypatch, model, path):
-    """As the first release wrote it: every packed matrix row by row, and the version 1."""
-    initialised = serialized.Manifest.__init__
-    with monkeypatch.context() as patched:
-        patched.setattr(Encoding, "has_kernel_order", lambda *_: False)
-        patched.setattr(
-            serialized.Manifest, "__init__", lambda self, *a, **k: initialised(self, *a, **{"version": 1} | k)
-        )
-        patched.setattr(save, "loaded", lambda model, name: in_rows(loaded(model, name)))
-        model.save(path)
+OLDER = [("q4_0", 2), ("q4_k", 2), ("nf4", 1), ("nf4", 2), ("nf4, double", 2)]
 
 
-def in_rows(weight):
-    return weight if isinstance(weight, torch.Tensor) else weight.in_rows()
+def load_as(folder, encoding):
+    name, _, double = encoding.partition(", ")
+    return Pixtral.load(folder, quantization_encoding=name, double_quantization=bool(double))
 
 
-loaded = save.loaded
-
-
-@pytest.mark.parametrize("encoding", ["q4_0", "q4_k"])
-def test_a_file_of_version_1_answers_the_same_and_is_saved_as_one_of_today(folder, tmp_path, monkeypatch, encoding):
+@pytest.mark.parametrize(("encoding", "version"), OLDER)
+def test_a_file_in_an_older_order_answers_the_same_and_is_saved_as_one_of_today(folder, tmp_path, encoding, version):
     old, new, now = (tmp_path / name for name in ("old", "new", "now"))
-    model = Pixtral.load(folder, quantization_encoding=encoding)
-    write_version_1(monkeypatch, model, old)
+    model = load_as(folder, encoding)
     model.save(now)
+    older_files.write(old, now, version)
     with safe_open(old, "pt") as file:
-        assert json.loads(file.metadata()["pixtral"])["version"] == 1
-        assert file.get_tensor("language_model.layers.0.mlp.up_proj.weight").ndim == 2
+        assert json.loads(file.metadata()["pixtral"])["version"] == version
+        assert file.get_tensor("language_model.layers.0.mlp.up_proj.weight").ndim == 3
     again = Pixtral.load(serialized_model_path=old)
     first, second = (m.chat(QUESTION, logprobs=5, **OPTIONS) for m in (model, again))
     assert (second.token_ids, second.logprobs) == (first.token_ids, first.logprobs)
@@ -209,15 +194,59 @@ def test_a_file_of_version_1_answers_the_same_and_is_saved_as_one_of_today(folde
     assert new.read_bytes() == now.read_bytes()
 
 
-@pytest.mark.parametrize("encoding", ["q4_0", "q4_k"])
-def test_a_file_loads_where_the_kernel_is_absent(folder, tmp_path, monkeypatch, encoding):
+def test_only_a_file_in_an_older_order_tells_how_to_write_it_anew(folder, tmp_path):
+    now, old = tmp_path / "now", tmp_path / "old"
+    Pixtral.load(folder, quantization_encoding="q4_k").save(now)
+    older_files.write(old, now)
+    assert Pixtral.load(serialized_model_path=now).notes == []
+    (note,) = Pixtral.load(serialized_model_path=old).notes
+    assert str(old) in note and f"`pixtral export {old}" in note
+    assert Source.open_serialized(old, weights=False).checkpoint.note == note
+
+
+@pytest.mark.parametrize("encoding", [*PACKED, "nf4", "bfloat16"])
+def test_a_program_for_version_1_finds_what_it_can_read(folder, tmp_path, encoding):
+    """It knows rows of every encoding, and refuses whatever has a higher version."""
+    Pixtral.load(folder, quantization_encoding=encoding).save(tmp_path / "model")
+    with safe_open(tmp_path / "model", "pt") as file:
+        manifest = json.loads(file.metadata()["pixtral"])
+        for name, (kind, shape) in manifest["tensors"].items():
+            stored = list(file.get_slice(name).get_shape())
+            rows = [shape[0], shape[1] // 2 if kind == "nf4" else ENCODINGS[kind].row_bytes(shape[1])] if kind in (
+                *PACKED, "nf4"
+            ) else shape  # fmt: skip
+            assert stored == rows, name
+    assert manifest["version"] == 1
+
+
+def test_an_older_order_is_put_into_rows_matrix_by_matrix_and_the_files_pages_are_given_back(
+    folder, tmp_path, monkeypatch
+):
+    now, old = tmp_path / "now", tmp_path / "old"
+    Pixtral.load(folder, quantization_encoding="q4_k").save(now)
+    older_files.write(old, now)
+    released, release = [], serialized.SerializedFile.release
+    monkeypatch.setattr(
+        serialized.SerializedFile, "release", lambda self, name: released.append(name) or release(self, name)
+    )
+    file = serialized.SerializedFile(old)
+    name = "language_model.layers.0.mlp.up_proj.weight"
+    assert file.weight(name).rows.shape == (512, 144) and released == [name]
+    file.weight("language_model.embed_tokens.weight")
+    assert released == [name]  # it lies in rows, and stays mapped
+
+
+@pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "nf4"])
+def test_a_file_answers_and_is_saved_the_same_where_the_compiled_kernels_are_missing(
+    folder, tmp_path, monkeypatch, encoding
+):
     path, again = tmp_path / "model", tmp_path / "again"
     model = Pixtral.load(folder, quantization_encoding=encoding)
     model.save(path)
-    monkeypatch.setattr(int4, "supported", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     plain = Pixtral.load(serialized_model_path=path)
     layers = {n: each for n, each in plain.engine.model.named_modules() if isinstance(each, KernelLinear)}
-    assert layers and not any(isinstance(layer.kernel, Int4Kernel) for layer in layers.values())
+    assert layers and all(isinstance(layer.kernel, ReferenceKernel) for layer in layers.values())
     for name, layer in layers.items():
         x = torch.randn(5, layer.weight.shape[1]).bfloat16()
         found, expected = layer(x).float(), model.engine.model.get_submodule(name)(x).float()
@@ -226,28 +255,25 @@ def test_a_file_loads_where_the_kernel_is_absent(folder, tmp_path, monkeypatch, 
     assert again.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("encoding", ["q4_k", "nf4"])
 @pytest.mark.parametrize("fault", ["missing", "of another matrix"])
-def test_codes_without_their_scales_are_refused(folder, tmp_path, monkeypatch, fault):
-    """In a file whose hashes and seal are right: its writer meant ill."""
-    weights_of = save.weights
+def test_codes_without_what_belongs_to_them_are_refused(folder, tmp_path, fault, encoding):
+    """In a file of version 2 whose hashes and seal are right: its writer meant ill."""
+    parts_of = {}
 
-    def without(*arguments):
-        weights = {weight.name: weight for weight in weights_of(*arguments)}
-        robbed, other = (
-            weights[f"language_model.layers.0.{path}.weight"] for path in ("mlp.up_proj", "self_attn.q_proj")
-        )
-        parts = {"codes": robbed.parts["codes"]}
-        tensors = {"codes": robbed.make().tensors()["codes"]}
-        if fault != "missing":
-            parts["scales"], tensors["scales"] = other.parts["scales"], other.make().tensors()["scales"]
-        made = SimpleNamespace(tensors=lambda: tensors)
-        weights[robbed.name] = dataclasses.replace(robbed, parts=parts, make=lambda: made)
-        return list(weights.values())
+    def rob(name, parts):
+        parts_of[name] = parts
+        if "layers.0.mlp.up_proj" not in name:
+            return parts
+        beside = list(parts)[1]
+        other = {beside: parts_of["language_model.layers.0.mlp.down_proj.weight"][beside][..., :-1]}
+        return {"codes": parts["codes"]} | ({} if fault == "missing" else other)
 
-    monkeypatch.setattr(save, "weights", without)
-    Pixtral.load(folder, quantization_encoding="q4_k").save(tmp_path / "model")
+    now, old = tmp_path / "now", tmp_path / "old"
+    Pixtral.load(folder, quantization_encoding=encoding).save(now)
+    older_files.write(old, now, change=rob)
     with pytest.raises(CheckpointCorrupt, match="up_proj"):
-        Pixtral.load(serialized_model_path=tmp_path / "model")
+        Pixtral.load(serialized_model_path=old)
 
 
 def test_weights_of_a_saved_model_are_mapped_and_not_copied(saved):

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 WRITTEN_TOKENIZER = "gguf_tokenizer.json"
 """`written_tokenizer` as a file."""
+OLDER_ORDER = (
+    "{path} has its weights in an older order, and loading copies them into rows: "
+    "`pixtral export {path} NEW_FILE` writes a file that is read as it lies."
+)
 
 
 @dataclass(eq=False)
@@ -117,7 +121,8 @@ class SerializedCheckpoint(Checkpoint):
         if not self._file.known:
             self._file.check(weights=weights, progress=progress)
         manifest = self._file.manifest
-        super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form)
+        note = OLDER_ORDER.format(path=path) if self._file.in_older_order else None
+        super().__init__(path, self._json(layout.CONFIG) or {}, form=manifest.form, note=note)
         self.written_tokenizer = self._json(WRITTEN_TOKENIZER)
         self.encoding = manifest.encoding
         self.model_name = manifest.model

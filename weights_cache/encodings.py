@@ -19,8 +19,7 @@ class Encoding:
     A row of 5120 weights in q4_k is 20 blocks of 256 weights in 144 bytes: `row_bytes(5120)` is 2880.
 
     `ggml` is the number of the tensor type in GGUF; `fallback` names what rows take instead that are no whole number
-    of blocks; `kernel_rows` lie together in the order of the CPU's 4-bit kernel (0: there is none).
-    With `double_quantization` nf4's scales are quantised as well: 4.13 bits.
+    of blocks. With `double_quantization` nf4's scales are quantised as well: 4.13 bits.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Encoding:
     block_bytes: int
     ggml: int | None = None
     fallback: str | None = None
-    kernel_rows: int = 0
     double_quantization: bool = False
 
     @property
@@ -50,22 +48,12 @@ class Encoding:
         """Whether a row of `columns` weights is a whole number of blocks."""
         return columns % self.block == 0
 
-    def has_kernel_order(self, rows: int) -> bool:
-        """Whether a matrix of `rows` rows can be put into the order of the CPU's 4-bit kernel."""
-        return self.kernel_rows > 0 and rows > 0 and rows % self.kernel_rows == 0
-
-    def stored_shape(self, rows: int, columns: int, *, kernel_order: bool = False) -> tuple[int, ...] | None:
+    def stored_shape(self, rows: int, columns: int) -> tuple[int, int] | None:
         """The shape of a matrix's bytes in a file, None if its rows are no whole number of them: [rows, row_bytes].
-
-        In kernel order they are the codes alone, two in a byte and 32 bytes together: those of 64 rows of a column
-        (q4_0, q4_k), or of 32 rows of two columns (nf4). nf4's are the codes alone in either order.
-        """
-        codes_alone = self.name == "nf4"
-        if columns % 2 if codes_alone else not self.fits(columns):
-            return None
-        if kernel_order:
-            return rows // self.kernel_rows, columns * self.kernel_rows // 64, 32
-        return rows, columns // 2 if codes_alone else self.row_bytes(columns)
+        Of nf4 they are the codes alone, two in a byte."""
+        if self.name == "nf4":
+            return None if columns % 2 else (rows, columns // 2)
+        return (rows, self.row_bytes(columns)) if self.fits(columns) else None
 
     def for_width(self, columns: int) -> Encoding:
         """This, or the neighbour that rows of `columns` weights fit into."""
@@ -92,19 +80,19 @@ ENCODINGS: Mapping[str, Encoding] = {
         Encoding("float32", 1, 4, ggml=0),
         Encoding("float16", 1, 2, ggml=1),
         Encoding("bfloat16", 1, 2, ggml=30),
-        Encoding("q4_0", 32, 18, ggml=2, fallback="bfloat16", kernel_rows=64),
+        Encoding("q4_0", 32, 18, ggml=2, fallback="bfloat16"),
         Encoding("q4_1", 32, 20, ggml=3),
         Encoding("q5_0", 32, 22, ggml=6),
         Encoding("q5_1", 32, 24, ggml=7),
         Encoding("q8_0", 32, 34, ggml=8, fallback="bfloat16"),
         Encoding("q2_k", 256, 84, ggml=10),
         Encoding("q3_k", 256, 110, ggml=11),
-        Encoding("q4_k", 256, 144, ggml=12, fallback="q4_0", kernel_rows=64),
+        Encoding("q4_k", 256, 144, ggml=12, fallback="q4_0"),
         Encoding("q5_k", 256, 176, ggml=13),
         Encoding("q6_k", 256, 210, ggml=14, fallback="q8_0"),
         Encoding("iq4_nl", 32, 18, ggml=20),
         Encoding("iq4_xs", 256, 136, ggml=23),
-        Encoding("nf4", 64, 36, fallback="bfloat16", kernel_rows=32),  # with double quantisation 33.02 bytes
+        Encoding("nf4", 64, 36, fallback="bfloat16"),  # with double quantisation 33.02 bytes
     )
 }
 

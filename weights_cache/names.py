@@ -168,6 +168,20 @@ def from_gguf(name: str) -> str | None:
     return GGUF[name] if name in GGUF else _in_layer(name, GGUF_LAYERS) or name
 
 
+def to_gguf(ours: str) -> str:
+    """What GGUF calls the tensor that we call `ours`; KeyError if it has no name for it.
+
+    >>> to_gguf("language_model.layers.3.mlp.up_proj.weight")
+    'blk.3.ffn_up.weight'
+    """
+    if match := re.fullmatch(r"(.*?\.layers\.)(\d+)\.(.+)\.weight", ours):
+        for theirs, (prefix, parts) in GGUF_LAYERS.items():
+            for their_part, part in parts.items():
+                if (prefix, part) == (match[1], match[3]):
+                    return f"{theirs}{match[2]}.{their_part}.weight"
+    return {name: theirs for theirs, name in GGUF.items() if name}[ours]
+
+
 def looks_native(names: Iterable[str]) -> bool:
     """Whether a file's tensor names are Mistral's own. (`norm.weight` alone says nothing.)"""
     return any(name != "norm.weight" and from_native(name) != name for name in names)
@@ -193,6 +207,12 @@ def halves(rows: "Tensor", head_dim: int) -> "Tensor":
     """
     heads = rows.shape[0] // head_dim
     return rows.reshape(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def neighbours(rows: "Tensor", head_dim: int) -> "Tensor":
+    """`rows` [heads * D, …] in the order of the native form and of GGUF, from ours: undoes `halves`."""
+    heads = rows.shape[0] // head_dim
+    return rows.reshape(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
 def _in_layer(name: str, layers: Mapping[str, tuple[str, Mapping[str, str]]]) -> str | None:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
@@ -137,6 +137,17 @@ class Console:
 
         with status(label, styled=is_styled(sys.stderr)) as stop:
             yield stop
+
+    @contextmanager
+    def doing(self, label: str) -> Iterator[Callable[[str], None]]:
+        """As `waiting`; the value is to be called with what is being done next."""
+        if not self._shows_progress:
+            yield lambda label: None
+            return
+        from pixtral_cli.cli.progress_bars import changing
+
+        with changing(label, styled=is_styled(sys.stderr)) as change:
+            yield change
 
     def stream(self, events: Generator[Any, None, None]) -> Any:
         """Print each event's text as it comes (with `json`, nothing) and give back the last event's reply.

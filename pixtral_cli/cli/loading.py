@@ -43,6 +43,7 @@ def load(source: SourceFlags, weights: WeightFlags, console: Console, **more: An
             max_batch_size=weights.max_batch_size,
             max_ce_batch_size=weights.max_ce_batch_size,
             kv_cache_dtype=weights.kv_cache_dtype,
+            speculative=weights.speculative,
             image_preprocessing=source.image_preprocessing,
             force_download=source.force_download,
             progress=progress,

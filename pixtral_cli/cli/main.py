@@ -21,7 +21,7 @@ from pixtral_cli import __version__
 from pixtral_cli.cli import console
 from pixtral_cli.cli.flags import UsageError, with_flags
 from pixtral_cli.cli.help import Command, Group
-from pixtral_cli.commands import cache, completions, download, export, inspect, run, serve, tokenize, verify
+from pixtral_cli.commands import bench, cache, completions, download, export, inspect, run, serve, tokenize, verify
 from pixtral_cli.errors import PixtralError, is_out_of_memory
 
 DEBUG = "PIXTRAL_DEBUG"
@@ -56,7 +56,7 @@ def _register(module: ModuleType) -> None:
         app.command(name, cls=Command, epilog=module.EXAMPLES)(with_flags(getattr(module, name)))
 
 
-for module in (run, serve, tokenize, download, inspect, export, verify, completions, cache):
+for module in (run, serve, tokenize, download, inspect, export, verify, bench, completions, cache):
     _register(module)
 
 

@@ -23,6 +23,7 @@ from pixtral_cli.cli.flags import (
     within_option,
 )
 from pixtral_cli.encoding_choices import CHOICES, KV_CACHE_DTYPES
+from pixtral_cli.generation_options import SPECULATIVE
 from pixtral_cli.known_models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -180,6 +181,16 @@ class WeightFlags(EncodingFlags):
         _machine("--max-ce-batch-size", metavar="N", callback=within(1), help="How many prompts are read together."),
     ] = 32
     kv_cache_dtype: Annotated[str, KV_CACHE_DTYPE] = "auto"
+    speculative: Annotated[
+        str,
+        _machine(
+            "--speculative",
+            metavar="auto|off",
+            help="Look up in prompt and answer what may come next, and compute it at once where that pays: the same "
+            "answer, sooner. off: never.",
+            **one_of(SPECULATIVE),
+        ),
+    ] = "auto"
     save_to_serialized_model_path: Annotated[
         Path | None,
         _model(

@@ -54,6 +54,13 @@ def status(label: str, *, styled: bool) -> Iterator[Callable[[], None]]:
         shown.stop()
 
 
+@contextmanager
+def changing(label: str, *, styled: bool) -> Iterator[Callable[[str], None]]:
+    """A moving sign beside a label, which calling the value changes."""
+    with _console(styled).status(label) as shown:
+        yield shown.update
+
+
 def _console(styled: bool) -> Console:
     """Rich's own NO_COLOR leaves bold; without a colour system it writes neither."""
     return Console(stderr=True, color_system="auto" if styled else None)

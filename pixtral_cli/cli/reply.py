@@ -11,18 +11,19 @@ if TYPE_CHECKING:
     from pixtral_cli.generation import Reply, TokenLogprob
 
 
-def tell(reply: Reply, console: Console, report: ReportFlags) -> None:
-    """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics."""
+def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> None:
+    """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics, which say what
+    `kernels` have multiplied."""
     if console.json:
-        console.object(as_object(reply))
+        console.object(as_object(reply, kernels))
     elif report.logprobs:
         lines = (f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ())
         console.detail("\n".join(lines))
     if report.stats:
-        console.detail(statistics(reply))
+        console.detail(statistics(reply, kernels))
 
 
-def as_object(reply: Reply) -> dict[str, Any]:
+def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
     """The object that `--json` prints; `logprobs` is there only when it was asked for."""
     usage, timings = reply.usage, reply.timings
     value = {
@@ -35,6 +36,8 @@ def as_object(reply: Reply) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "image_tokens": usage.image_tokens,
+            "proposed_tokens": usage.proposed_tokens,
+            "accepted_tokens": usage.accepted_tokens,
         },
         "timings": {
             "load_s": timings.load_s,
@@ -43,6 +46,7 @@ def as_object(reply: Reply) -> dict[str, Any]:
             "decode_tokens_per_s": timings.decode_tokens_per_s,
             "total_s": timings.total_s,
         },
+        "kernels": kernels,
     }
     if reply.logprobs is not None:
         value["logprobs"] = [_logprob(entry) for entry in reply.logprobs]
@@ -54,16 +58,18 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     return {"token_id": entry.token_id, "token": entry.token, "logprob": entry.logprob} | alternatives
 
 
-def statistics(reply: Reply) -> str:
-    """One line: how many tokens, how fast. Rates are in tokens a second."""
+def statistics(reply: Reply, kernels: str) -> str:
+    """One line: how many tokens, how fast, by what. Rates are in tokens a second."""
     usage, timings = reply.usage, reply.timings
+    looked_up = f", looked up {usage.accepted_tokens} of {usage.proposed_tokens}" if usage.proposed_tokens else ""
     images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
     parts = [
         f"prompt {counted(usage.prompt_tokens, 'token')}{images}, {_rate(timings.prefill_tokens_per_s)}",
-        f"answer {counted(usage.completion_tokens, 'token')}, {_rate(timings.decode_tokens_per_s)}",
+        f"answer {counted(usage.completion_tokens, 'token')}{looked_up}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",
         f"total {timings.total_s:.2f} s",
+        f"kernels {kernels}",
     ]
     return " | ".join(parts)
 

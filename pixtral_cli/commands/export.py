@@ -28,7 +28,7 @@ class ExportArguments:
         typer.Argument(
             metavar="MODEL",
             autocompletion=completions.MODEL.offered,
-            help="A Hugging Face name, a local folder, a .gguf file, or tiny.",
+            help="A Hugging Face name, a local folder, a .gguf file, a file that export wrote, or tiny.",
         ),
     ]
     file: Annotated[
@@ -50,17 +50,21 @@ def export(arguments: ExportArguments, encoding: EncodingFlags, fetch: FetchFlag
     console = output.console()
     wanted = asked_for(encoding.quantization_encoding, encoding.double_quantization)
     with console.progress(f"exporting {arguments.model}") as progress:
-        source = Source.open(
-            arguments.model,
-            tuple(encoding.weight_path or ()),
-            weights_format=fetch.form,
-            force_download=fetch.force_download,
-            progress=progress,
-        )
+        if Source.is_serialized(arguments.model) and not encoding.weight_path:
+            source = Source.open_serialized(arguments.model, progress=progress)
+        else:
+            source = Source.open(
+                arguments.model,
+                tuple(encoding.weight_path or ()),
+                weights_format=fetch.form,
+                force_download=fetch.force_download,
+                progress=progress,
+            )
         _ = source.config, source.processor  # what cannot be run later is refused now
         placement = source.placement(wanted, encoding.quantize_vision)
         source.save(arguments.file, placement, progress=progress)
-    for note in (source.checkpoint.note, *placement.notes):
+    chosen = None if source.format == "serialized" else source.checkpoint.note  # else it tells of what is mended here
+    for note in (chosen, *placement.notes):
         if note:
             console.notice(note)
     file, nbytes = str(arguments.file), arguments.file.stat().st_size

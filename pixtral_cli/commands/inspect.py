@@ -99,7 +99,9 @@ def as_object(name: str, source: "Source", kv_cache_dtype: str = "auto") -> dict
             "parameters": sum(prod(t.shape) for n, t in tensors.items() if n.startswith(VISION)),
         },
         "bytes_on_disk": sum(path.stat().st_size for path in {tensor.file for tensor in tensors.values()}),
-        "devices": [{"name": device.name, "free_bytes": device.free} for device in devices],
+        "devices": [
+            {"name": device.name, "free_bytes": device.free, "kernels": source.kernels(device)} for device in devices
+        ],
         "encodings": [_needed(need, devices) for need in source.needs(kv_cache_dtype)],
     }
 
@@ -158,4 +160,5 @@ def _fit_tables(found: dict[str, Any]) -> Iterable[str]:
             ]
             for each in found["encodings"]
         ]
-        yield from ["", f"{name}: {free}", *table(rows, "<>")]
+        kernels = f", kernels: {device['kernels']}" if device["kernels"] else ""
+        yield from ["", f"{name}: {free}{kernels}", *table(rows, "<>")]

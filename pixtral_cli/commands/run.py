@@ -35,4 +35,4 @@ def run(
     pending = PendingInput(request)
     model = load(source, weights, console)
     events = pending.finish(console).stream(model, **sampling.options(), logprobs=report.logprobs)
-    replies.tell(console.stream(events), console, report)
+    replies.tell(console.stream(events), model.kernels, console, report)

@@ -44,6 +44,7 @@ class CardRunner(Runner):
     """
 
     steps_ahead = 1
+    speculates = False
 
     def __init__(
         self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, max_batch_size: int, max_length: int
@@ -67,8 +68,10 @@ class CardRunner(Runner):
             self._graph(bucket)
 
     @torch.inference_mode()
-    def keep(self, sequences: list[Sequence], token_ids: Tensor) -> None:
-        """The next tokens of the sequences, int64 [N] on the card: what they decode next."""
+    def keep(self, sequences: list[Sequence], token_ids: Tensor | None = None) -> None:
+        """The next tokens of the sequences, int64 [N] on the card or known: what they decode next."""
+        if token_ids is None:
+            token_ids = to_device([sequence.token_ids[-1] for sequence in sequences], torch.long, self.device)
         seats = to_device([sequence.seat for sequence in sequences], torch.long, self.device)
         self._last_tokens.index_copy_(0, seats, token_ids)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner
 from pixtral_cli.engine.sampler import Choice, Choices
 from pixtral_cli.engine.scheduler import CARD_CHUNKS, Chunk, Scheduler
 from pixtral_cli.engine.sequence import Sequence
+from pixtral_cli.engine.speculation import Speculation
 from pixtral_cli.engine.transfers import current_device
 from pixtral_cli.errors import BrokenLogits, PromptTooLong, RequestError
 from pixtral_cli.model import triton_support
@@ -34,13 +36,23 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Pass(NamedTuple):
-    """Sequences for which a token was chosen on the device, or that failed."""
+    """Chunks after which tokens were chosen on the device, or that failed."""
 
-    sequences: list[Sequence]
+    chunks: list[Chunk]
     choices: Choices | Exception
+
+
+class Step(NamedTuple):
+    """A step that was launched at the time `begun`; `rows` were decoded, 0 if there were prompts as well."""
+
+    passes: list[Pass]
+    rows: int
+    begun: float
 
 
 class Engine:
@@ -49,8 +61,9 @@ class Engine:
     `max_length` bounds the tokens of one prompt and its answer; default the model's own. Keys and values have room
     for `kv_tokens` tokens of all requests together, by default as many as the batch can need; those of requests that
     have ended stay known, up to the share `kv_kept` of that room. `image_cache` is how many bytes of images' features
-    are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". In float32 on a CPU a request gets the very
-    tokens that it gets alone.
+    are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". With `speculative` several tokens of an
+    answer are computed in one step where that pays. In float32 on a CPU a request gets the very tokens that
+    it gets alone. `clock` tells seconds.
     """
 
     def __init__(
@@ -64,6 +77,8 @@ class Engine:
         kv_kept: float = 1.0,
         image_cache: int = IMAGE_CACHE,
         kv_cache_dtype: str = "auto",
+        speculative: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         text = model.config.text
         wanted = max_length or text.max_length
@@ -84,7 +99,12 @@ class Engine:
             self.runner: Runner = CardRunner(model, kv_cache, self.features, max_batch_size, self.max_length)
         else:
             self.runner = Runner(model, kv_cache, self.features, exact)
-        self._launched: deque[list[Pass]] = deque()
+        self.speculation: Speculation | None = None
+        if speculative and self.runner.speculates:
+            self.speculation = Speculation(model.config.image_token_id)
+        self._clock = clock
+        self._last_read = 0.0
+        self._launched: deque[Step] = deque()
         self._ids = count()
 
     def check(self, request: Request) -> None:
@@ -147,27 +167,54 @@ class Engine:
         """Launch a step of all running requests, and read one -> its events.
 
         On a GPU what is read was launched a step before, so that the device never waits for Python; there is none
-        while prompts are computed. A choice that depends on the tokens before it waits for them.
+        while prompts are computed. A choice that depends on the tokens before it waits for them. A request has several
+        events where tokens that were proposed are right.
         """
         with current_device(self.model.device):
             return self._step()
 
     def _step(self) -> list[Event]:
         events: list[Event] = []
-        if any(sequence.row.needs_history for sequence in self.scheduler.running):
+        if self._waits():
             events += self._read(0)
-        passes = self._launch(self.scheduler.schedule())
+        begun, chunks = self._clock(), self._proposing(self.scheduler.schedule())
+        rows = sum(chunk.rows for chunk in chunks) if _decode(chunks) else 0
+        passes = self._launch(chunks)
         if passes:
-            self._launched.append(passes)
+            self._launched.append(Step(passes, rows, begun))
         failed = any(isinstance(each.choices, Exception) for each in passes)
         return events + self._read(0 if failed or not passes else self.runner.steps_ahead)
+
+    def _waits(self) -> bool:
+        """Whether what was launched is to be read before anything else is."""
+        running = self.scheduler.running
+        if any(sequence.row.needs_history for sequence in running):
+            return True
+        if self.speculation is None or not self._launched:
+            return False
+        if any(
+            chunk.proposed.tokens for launched in self._launched for each in launched.passes for chunk in each.chunks
+        ):
+            return True
+        return not any(each.prefilling for each in running) and self.speculation.promises(running)
+
+    def _proposing(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, with what is worth computing in advance where all of them decode."""
+        if self.speculation is None or self._launched or not _decode(chunks):
+            return chunks
+        matches = self.speculation.proposals([chunk.sequence for chunk in chunks])
+        found = [self.scheduler.proposing(chunk, match) for chunk, match in zip(chunks, matches, strict=True)]
+        for sequence, _, (tokens, _) in found:
+            sequence.proposed_tokens += len(tokens)
+            self.counters.proposed_tokens += len(tokens)
+        return found
 
     def _launch(self, chunks: list[Chunk]) -> list[Pass]:
         """Compute the chunks, choose what comes after them, and wait for nothing."""
         passes = []
         for some, computed in self._run(chunks):
             if isinstance(computed, Exception):
-                passes.append(Pass([chunk.sequence for chunk in some], computed))
+                passes.append(Pass(some, computed))
                 continue
             logits, scores = computed
             completed = self._advance(some, scores)
@@ -191,41 +238,76 @@ class Engine:
         else:
             yield chunks, result
 
-    def _advance(self, chunks: list[Chunk], scores: dict[int, TokenScores]) -> list[Sequence]:
-        """The chunks are computed -> the sequences whose next token can be chosen, one for each row of logits."""
-        completed = [chunk.sequence for chunk in chunks if chunk.completes]
+    def _advance(self, chunks: list[Chunk], scores: dict[int, TokenScores]) -> list[Chunk]:
+        """The chunks are computed -> those after which tokens can be chosen."""
+        completed = [chunk for chunk in chunks if chunk.completes]
         for chunk in chunks:
             if chunk.sequence.id in scores:
                 chunk.sequence.score(scores[chunk.sequence.id])
             self.scheduler.computed(chunk)
         return completed
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[Pass]:
-        """A token for each sequence after float32 logits [N, V]; as in `_run`, one that fails fails alone."""
+    def _choose(self, chunks: list[Chunk], logits: Tensor) -> list[Pass]:
+        """A token for each choice of the chunks after float32 logits [N, V]; as in `_run`, who fails fails alone."""
+        counts = [1 + len(chunk.proposed.tokens) for chunk in chunks]
+        rows = [chunk.sequence.row for chunk, count in zip(chunks, counts, strict=True) for _ in range(count)]
         try:
-            choices = sampler.sample(logits, [sequence.row for sequence in sequences])
+            choices = sampler.sample(logits, rows)
         except Exception as error:  # noqa: BLE001  memory as well
             traceback.clear_frames(error.__traceback__)
-            if len(sequences) == 1:
-                return [Pass(sequences, error)]
-            alone = zip(sequences, logits.split(1), strict=True)
-            return [each for sequence, row in alone for each in self._choose([sequence], row)]
-        self.runner.keep(sequences, choices.token_ids)
-        for sequence in sequences:
-            if sequence.max_tokens:  # else only the prompt was to be computed
-                sequence.choose()
-        return [Pass(sequences, choices)]
+            if len(chunks) == 1:
+                return [Pass(chunks, error)]
+            alone = zip(chunks, logits.split(counts), strict=True)
+            return [each for chunk, rows_of in alone for each in self._choose([chunk], rows_of)]
+        if len(rows) == len(chunks):
+            self.runner.keep([chunk.sequence for chunk in chunks], choices.token_ids)
+        for chunk in chunks:
+            if chunk.sequence.max_tokens:  # else only the prompt was to be computed
+                chunk.sequence.choose()
+        return [Pass(chunks, choices)]
 
     def _read(self, ahead: int) -> list[Event]:
         """The events of what was launched, but for the last `ahead` steps; who ended is removed."""
         events: list[Event] = []
         while len(self._launched) > ahead:
-            for sequences, choices in self._launched.popleft():
-                found = [choices] * len(sequences) if isinstance(choices, Exception) else choices.read()
-                for sequence, choice in zip(sequences, found, strict=True):
-                    if not sequence.removed:  # else it ended a step before, or was cancelled
-                        events.append(self._event(sequence, choice))
+            passes, rows, begun = self._launched.popleft()
+            found = [choices if isinstance(choices, Exception) else choices.read() for _, choices in passes]
+            self._took(rows, begun)
+            for (chunks, _), choices in zip(passes, found, strict=True):
+                each = repeat(choices) if isinstance(choices, Exception) else iter(choices)
+                for chunk in chunks:
+                    events += self._events(chunk, [next(each) for _ in range(1 + len(chunk.proposed.tokens))])
+                if any(chunk.proposed.tokens for chunk in chunks):
+                    self.runner.keep([chunk.sequence for chunk in chunks if not chunk.sequence.removed])
         return events
+
+    def _took(self, rows: int, begun: float) -> None:
+        """A step that was launched at the time `begun` has been computed."""
+        now = self._clock()
+        if rows and self.speculation is not None:
+            self.speculation.times.measured(rows, now - max(begun, self._last_read))  # it began after the one before
+        self._last_read = now
+
+    def _events(self, chunk: Chunk, choices: list[Choice | Exception]) -> Iterator[Event]:
+        """Those of what was chosen after the chunk, and after what was proposed, as long as that was right."""
+        sequence, (tokens, length) = chunk.sequence, chunk.proposed
+        if not sequence.removed:  # else it ended a step before, or was cancelled
+            yield self._event(sequence, choices[0])
+        for place, (token_id, choice) in enumerate(zip(tokens, choices[1:], strict=True)):
+            if sequence.removed or not self._is_right(sequence, token_id, length + place):
+                return
+            self.scheduler.computed(Chunk(sequence, 1))
+            sequence.choose()
+            yield self._event(sequence, choice)
+
+    def _is_right(self, sequence: Sequence, proposed: int, length: int) -> bool:
+        """Whether the token that was proposed after a match of `length` is the one that came."""
+        right = sequence.token_ids[-1] == proposed
+        assert self.speculation is not None
+        self.speculation.tried(sequence, length, right)
+        sequence.accepted_tokens += right
+        self.counters.accepted_tokens += right
+        return right
 
     def _event(self, sequence: Sequence, choice: Choice | Exception) -> Event:
         """What was chosen, as the sequence takes it."""
@@ -265,4 +347,11 @@ class Engine:
             choice.alternatives,
             sequence.cached_tokens,
             scores,
+            sequence.proposed_tokens,
+            sequence.accepted_tokens,
         )
+
+
+def _decode(chunks: list[Chunk]) -> bool:
+    """Whether there are chunks, and none of a prompt."""
+    return bool(chunks) and not any(chunk.sequence.prefilling for chunk in chunks)

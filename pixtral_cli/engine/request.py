@@ -101,7 +101,8 @@ class TokenEvent:
 
     `cached_tokens` of the prompt had been computed before, for this or another request. The first event has the
     scores of the prompt's tokens, all but the first, if they were asked for. The only event of a request for no new
-    tokens has no token.
+    tokens has no token. Of the answer, `proposed_tokens` were looked up and computed in advance until now, of which
+    `accepted_tokens` were right.
     """
 
     request_id: int
@@ -111,6 +112,8 @@ class TokenEvent:
     alternatives: tuple[tuple[int, float], ...] = ()
     cached_tokens: int = 0
     prompt_scores: tuple[TokenScores, ...] = ()
+    proposed_tokens: int = field(default=0, compare=False)  # how, and not what, was answered
+    accepted_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,16 @@ class ImageFeatures:
 class Runner:
     """Computes chunks in one pass; with `exact`, in passes whose shapes do not depend on who else is there.
 
+    A token that is proposed to follow a chunk is computed as one that is decoded: with numbers of the same shapes.
+
     A matrix product's last bits depend on its number of rows. So each chunk of a prompt is then computed by itself,
     and tokens that are decoded in passes of EXACT_ROWS rows, empty ones among them.
     """
 
     steps_ahead = 0
     """How many steps may be launched before one is read."""
+    speculates = True
+    """Whether it computes what is proposed to follow a chunk."""
 
     def __init__(self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
         self.model = model
@@ -91,17 +95,19 @@ class Runner:
     def warm_up(self) -> None:
         """Nothing is prepared: each pass runs as it is."""
 
-    def keep(self, sequences: list[Sequence], token_ids: Tensor) -> None:
-        """The next tokens of the sequences, int64 [N] on the device. They are read here before they are computed."""
+    def keep(self, sequences: list[Sequence], token_ids: Tensor | None = None) -> None:
+        """The next tokens of the sequences, int64 [N] on the device; None if they are known. Here all are, when they
+        are computed."""
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Computed:
-        """Compute the chunks -> float32 logits [chunks that complete their sequence, vocab_size], in order; scores."""
+        """Compute the chunks -> float32 logits [choices of all chunks, vocab_size], in order; scores."""
         if not self.exact:
-            logits, scores = self._pass(chunks, rounded_rows(sum(chunk.tokens for chunk in chunks)))
-            return Computed(logits[: sum(chunk.completes for chunk in chunks)], scores)
+            logits, scores = self._pass(chunks, rounded_rows(sum(chunk.rows for chunk in chunks)))
+            return Computed(logits[: sum(chunk.choices for chunk in chunks)], scores)
         decoding = [chunk for chunk in chunks if chunk.sequence.answering]
-        groups = [decoding[at : at + EXACT_ROWS] for at in range(0, len(decoding), EXACT_ROWS)]
+        each = len(decoding) if any(chunk.proposed.tokens for chunk in decoding) else EXACT_ROWS
+        groups = [decoding[at : at + each] for at in range(0, len(decoding), each)]
         answers = [self._pass(group, EXACT_ROWS).logits[_completing(group)] for group in groups]
         prompts = [self._pass([chunk]) for chunk in chunks if not chunk.sequence.answering]
         scores = {request_id: each for prompt in prompts for request_id, each in prompt.scores.items()}
@@ -110,12 +116,12 @@ class Runner:
     def _pass(self, chunks: list[Chunk], rows: int = 0) -> Computed:
         """One forward pass, padded to `rows` tokens; the logits of padding come last."""
         x = torch.cat([self._embed(chunk) for chunk in chunks])
-        spans = [Span(chunk.sequence.pages, chunk.sequence.computed, chunk.tokens) for chunk in chunks]
+        spans = [span for chunk in chunks for span in _spans(chunk)]
         positions = torch.cat(
             [torch.arange(span.before, span.before + span.tokens, device=self.device) for span in spans]
         )
         ends = zip(ends_of(chunks), chunks, strict=True)
-        wanted = [end - 1 for end, chunk in ends if chunk.completes or (self.exact and rows)]
+        wanted = [row for end, chunk in ends for row in range(end - (chunk.choices or (self.exact and rows > 0)), end)]
         if len(x) < rows:
             wanted += range(len(x), rows)
             positions = torch.cat([positions, positions.new_zeros(rows - len(x))])
@@ -129,7 +135,7 @@ class Runner:
     def _scores(self, chunks: list[Chunk], hidden: Tensor) -> dict[int, TokenScores]:
         """The scores that the chunks, whose hidden states [N, C] come first, give to the tokens of their prompts."""
         return {
-            chunk.sequence.id: self._scores_of(chunk, hidden[end - chunk.tokens : end])
+            chunk.sequence.id: self._scores_of(chunk, hidden[end - chunk.rows : end])
             for end, chunk in zip(ends_of(chunks), chunks, strict=True)
             if chunk.sequence.unscored(chunk.tokens)
         }
@@ -153,7 +159,8 @@ class Runner:
 
     def _embed(self, chunk: Chunk) -> Tensor:
         sequence, start, device = chunk.sequence, chunk.sequence.computed, self.device
-        ids = torch.tensor(sequence.token_ids[start : start + chunk.tokens], device=device)
+        known = sequence.token_ids[start : start + chunk.tokens]
+        ids = torch.tensor([*known, *chunk.proposed.tokens], device=device)
         places = self._image_places(chunk)
         if not places:
             return self.model.embed(ids)
@@ -186,9 +193,18 @@ class Runner:
 
 
 def ends_of(chunks: list[Chunk]) -> list[int]:
-    """Where the tokens of each chunk end, in a pass over all of them."""
-    return list(accumulate(chunk.tokens for chunk in chunks))
+    """Where the rows of each chunk end, in a pass over all of them."""
+    return list(accumulate(chunk.rows for chunk in chunks))
+
+
+def _spans(chunk: Chunk) -> Iterator[Span]:
+    """The chunk's tokens, and each that is proposed by itself."""
+    pages, end = chunk.sequence.pages, chunk.sequence.computed + chunk.tokens
+    yield Span(pages, end - chunk.tokens, chunk.tokens)
+    for n in range(len(chunk.proposed.tokens)):
+        yield Span(pages, end + n, 1)
 
 
 def _completing(group: list[Chunk]) -> list[int]:
-    return [row for row, chunk in enumerate(group) if chunk.completes]
+    """The rows, in a pass that decodes, after which tokens are to be chosen."""
+    return [row for end, chunk in zip(ends_of(group), group, strict=True) for row in range(end - chunk.choices, end)]

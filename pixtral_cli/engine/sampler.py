@@ -41,6 +41,11 @@ class Row(NamedTuple):
         """Whether its next choice depends on the tokens before, other than by the logits."""
         return self.constraint is not None or self.sampling.penalises
 
+    @property
+    def follows_logits(self) -> bool:
+        """Whether its next choice depends on the logits alone, so that it can be made before those before it."""
+        return self.sampling.greedy and not self.needs_history
+
 
 class Choice(NamedTuple):
     """A token; its natural log-probability in the unaltered distribution and the likeliest (id, log-probability) in

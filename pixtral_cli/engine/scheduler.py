@@ -1,8 +1,9 @@
 """Sequences in, the chunks to compute in the next step out. Knows pages and no tensors.
 
-A chunk is a sequence and how many of its pending tokens to compute. Sequences that decode always get their one token.
-Prompts share what is left of a step, first who waited longest, so that a long one does not hold up the others. When no
-page is left for one that decodes, the one that came last gives its pages back and begins again later.
+A chunk is a sequence, how many of its pending tokens to compute, and perhaps what is proposed to follow. Sequences
+that decode always get their one token. Prompts share what is left of a step, first who waited longest, so that a long
+one does not hold up the others. When no page is left for one that decodes, the one that came last gives its pages back
+and begins again later.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from pixtral_cli.engine.lookup import NOTHING, Match
 from pixtral_cli.engine.pages import PageTable
 from pixtral_cli.engine.sequence import Sequence
 from pixtral_cli.model.kv_cache import PAGE, pages_for
@@ -23,8 +25,21 @@ in one step."""
 
 
 class Chunk(NamedTuple):
+    """Of a sequence, its next `tokens` pending tokens, and what was `proposed` to follow them."""
+
     sequence: Sequence
     tokens: int
+    proposed: Match = NOTHING
+
+    @property
+    def rows(self) -> int:
+        """Tokens to compute."""
+        return self.tokens + len(self.proposed.tokens)
+
+    @property
+    def choices(self) -> int:
+        """Tokens that can be chosen after this chunk: one if it completes, one more for each that is proposed."""
+        return 1 + len(self.proposed.tokens) if self.completes else 0
 
     @property
     def completes(self) -> bool:
@@ -79,6 +94,13 @@ class Scheduler:
         self._admit()
         decoding = [Chunk(s, s.pending) for s in self.running if self._decodes(s)]
         return sorted(decoding + self._prefill(bool(decoding)), key=lambda chunk: not chunk.sequence.answering)
+
+    def proposing(self, chunk: Chunk, match: Match) -> Chunk:
+        """The chunk with what is proposed to follow it, as far as there are pages for that."""
+        if match.tokens and not self._grow(chunk.sequence, chunk.tokens + len(match.tokens)):
+            room = len(chunk.sequence.pages) * PAGE - chunk.sequence.computed - chunk.tokens
+            match = Match(match.tokens[:room], match.length)
+        return chunk._replace(proposed=match)
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk is computed, or will be before anything that comes after: its full pages are known from now on."""

@@ -43,6 +43,8 @@ class Sequence:
         self.unread = 0
         self.named = 0  # pages at its beginning that were told by `filled_pages`
         self.cached_tokens = 0
+        self.proposed_tokens = 0  # of the answer: computed before it was known that they come
+        self.accepted_tokens = 0  # that came
         self.scored = self.prompt_length if request.prompt_logprobs is None else 1  # nothing comes before the first
         self.scores: list[TokenScores] = []
         self.prefilling = True
@@ -87,9 +89,14 @@ class Sequence:
         return self.known - self.prompt_length
 
     @property
+    def unchosen(self) -> int:
+        """Tokens that may still be chosen."""
+        return self.max_tokens - (len(self.token_ids) - self.prompt_length)
+
+    @property
     def all_chosen(self) -> bool:
         """Whether no token is to be chosen any more, though the last ones may be unread."""
-        return len(self.token_ids) - self.prompt_length >= self.max_tokens
+        return self.unchosen <= 0
 
     def begin(self, seat: int, known_pages: list[int]) -> None:
         """It runs, in `seat`; the first pages of it are computed."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pixtral_cli.model import families, joining, kernels
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
-from pixtral_cli.model.kernels.reference import PackedEmbedding, ReferenceKernel
+from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
@@ -88,8 +88,7 @@ def _fill(
 ) -> Iterator[str]:
     """Give each parameter its weight, and tell its name then."""
     for name in names:
-        if _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device):
-            checkpoint.release(name)  # in another order now; or, if in its own, read for its scales only
+        _put(model, name, encoded(checkpoint, name, placement), DTYPES[placement.dtype], device)
         yield name
 
 
@@ -139,26 +138,22 @@ def _converted(weight: Tensor, target: str, double_quantization: bool) -> Weight
     return PackedRows(target, codecs.get(target).encode(weight))
 
 
-def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, device: torch.device) -> bool:
-    """Give the parameter `name` its weight -> whether that is in a kernel."""
+def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameter `name` its weight."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if isinstance(layer, nn.Linear) and leaf == "weight" and (kernel := kernels.choose(weight, dtype, device)):
         model.set_submodule(path, KernelLinear(kernel(weight, device), layer.bias))
-        return True
-    if isinstance(weight, Tensor):
+    elif isinstance(weight, Tensor):
         setattr(layer, leaf, nn.Parameter(weight.to(device), requires_grad=False))
     else:
         model.set_submodule(path, PackedEmbedding(weight, dtype, device))
-    return False
 
 
 def _tie(model: LanguageModel) -> None:
     """Let the head multiply with the table of embeddings, in the order that rows are looked up in: no copy is made."""
     table = model.language_model.embed_tokens
-    if isinstance(table, PackedEmbedding):
-        model.lm_head = KernelLinear(table.kernel or ReferenceKernel(table.weight, model.device))
-    elif model.device.type == "cuda":
-        model.set_submodule("lm_head", joining.linear(table.weight, model.dtype))
+    if isinstance(table, PackedEmbedding) and table.kernel is not None:
+        model.lm_head = KernelLinear(table.kernel)
     else:
-        model.lm_head.weight = table.weight
+        model.set_submodule("lm_head", joining.linear(table.weight, model.dtype))

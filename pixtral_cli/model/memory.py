@@ -20,7 +20,6 @@ from pixtral_cli.model.pass_sizes import GRAPH_ROWS, IMAGE_CACHE, PATCHES, PREFI
 from pixtral_cli.model.placement import Placement, place
 from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
-from weights_cache.names import EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 WORKSPACE = 256 * 2**20  # bytes; on a CPU, activations and buffers beside the weights
 LENGTHS = (4096, 32768, 131072)  # tokens
 GIB = 2**30
-WEIGHTS_PER_KERNEL_BYTE = {"q4_0": 8, "q4_k": 8, "nf4": 32}
-"""What kernels.int4 has beside the codes is a bfloat16 scale and zero for 32 weights, kernels.nf4 a scale for 64; they
-import torch, and so cannot be asked here."""
 FP8_SCALE = 1  # byte for the numbers of a head and token that fp8 keeps
 KV_SHARE = 0.9  # of what the weights leave on a CPU: some is for images on their way
 LEAST = 256  # tokens, with which something can be asked
@@ -71,9 +67,10 @@ class Work:
 class Plan:
     """Bytes that a model takes on a device, by what takes them.
 
-    `weights` are those that are loaded, `kernels` what kernels have beside them from the start. `passes` is the largest
-    pass: its activations and buffers. `images` are features that are kept. `graphs`, `libraries` and `context` are a
-    card's, see the constants. A token's keys and values take `token`, and are given `share` of what all else leaves.
+    `weights` are those that are loaded, `kernels` what a card's kernels have beside them from the start. `passes` is
+    the largest pass: its activations and buffers. `images` are features that are kept. `graphs`, `libraries` and
+    `context` are a card's, see the constants. A token's keys and values take `token`, and are given `share` of what all
+    else leaves.
     """
 
     weights: int
@@ -123,7 +120,7 @@ def plan(tensors: Mapping[str, TensorInfo], placement: Placement, config: ModelC
     token = kv_bytes(config.text, 1, kv_encoding(work.kv_cache_dtype, placement.dtype))
     weights = weight_bytes(tensors, placement)
     if kind == "cpu":
-        return Plan(weights, kernel_bytes(tensors, placement), WORKSPACE, token, share=KV_SHARE)
+        return Plan(weights, 0, WORKSPACE, token, share=KV_SHARE)
     width = ENCODINGS[placement.dtype].block_bytes
     return Plan(
         weights,
@@ -144,16 +141,6 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 
 def _bytes_in(encoding: str, tensor: TensorInfo) -> int:
     return tensor.nbytes if encoding == tensor.encoding else int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
-
-
-def kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:
-    """Bytes that the CPU's 4-bit kernels want beside these weights; counted where a kernel is absent, too."""
-    shapes = [(placement.encodings[name], tensor.shape) for name, tensor in tensors.items() if name != EMBEDDING]
-    return sum(
-        prod(shape) // WEIGHTS_PER_KERNEL_BYTE[encoding]
-        for encoding, shape in shapes
-        if ENCODINGS[encoding].has_kernel_order(shape[0])
-    )
 
 
 def card_kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:

@@ -16,7 +16,6 @@ from weights_cache import packed
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.formats import serialized_writer
-from weights_cache.names import EMBEDDING
 
 
 def weights(
@@ -29,8 +28,6 @@ def weights(
 def _weight(
     checkpoint: Checkpoint, name: str, placement: Placement, make: Callable[[], Weight]
 ) -> serialized_writer.Weight:
-    """What the CPU's 4-bit kernels can take is written in their order, so that loading need not make it; but for the
-    table of embeddings, whose rows are looked up."""
     encoding, shape = placement.encodings[name], checkpoint.tensors[name].shape
     if encoding in DTYPES:
         return serialized_writer.Weight(name, encoding, shape, {"": (DTYPES[encoding], shape)}, make)
@@ -39,17 +36,9 @@ def _weight(
         stored = checkpoint.weight(name)
         assert isinstance(stored, NF4), f"{name} is {type(stored).__name__}"
         block, nested = stored.block, stored.nested
-    kernel_order = name != EMBEDDING
     rows, columns = shape
-    parts = packed.parts(encoding, (rows, columns), kernel_order=kernel_order, block=block, nested=nested)
-    return serialized_writer.Weight(name, encoding, shape, parts, partial(_made, make, kernel_order))
-
-
-def _made(make: Callable[[], Weight], kernel_order: bool) -> Weight:
-    weight = make()
-    if isinstance(weight, Tensor):
-        return weight
-    return packed.in_kernel_order(weight) if kernel_order else weight.in_rows()
+    parts = packed.parts(encoding, (rows, columns), block=block, nested=nested)
+    return serialized_writer.Weight(name, encoding, shape, parts, make)
 
 
 def loaded(model: LanguageModel, name: str) -> Weight:

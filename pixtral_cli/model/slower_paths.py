@@ -1,7 +1,7 @@
-"""A device in, sentences on what is slower there than it could be out. Knows no model.
+"""A device in, which kernels run on it out, and sentences on what is slower there than it could be. Knows no model.
 
-The fast paths of a card need Triton and NVRTC, which torch for CUDA brings along. Where one is missing or fails, plain
-torch serves, with the same results.
+On a CPU the fast path is our library in C. The fast paths of a card need Triton and NVRTC, which torch for CUDA brings
+along. Where one is missing or fails, plain torch serves, with the same results.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Collection
 import torch
 
 from pixtral_cli.devices import INSTALL_CUDA, NO_CUDA
-from pixtral_cli.model import card_bits, triton_support
-from pixtral_cli.model.kernels import cuda_packed
+from pixtral_cli.model import card_bits, native_library, triton_support
+from pixtral_cli.model.kernels import cuda_packed, native
+from weights_cache.encodings import ENCODINGS
 
 
 def sees_gpus() -> bool:
@@ -20,10 +21,17 @@ def sees_gpus() -> bool:
     return torch.version.cuda is not None or torch.version.hip is not None
 
 
-def notes(device: torch.device, encodings: Collection[str] = ()) -> list[str]:
-    """A sentence for each path that weights in `encodings` would take and cannot on `device`; none for a CPU."""
+def kernels(device: torch.device) -> str:
+    """Which kernels multiply on `device`, in a few words: "avx512bf16 (2 threads)", "CUDA and Triton"."""
     if device.type != "cuda":
-        return []
+        return native_library.words(native.threads())
+    return "CUDA and Triton" if triton_support.available(device) else "torch's"
+
+
+def notes(device: torch.device, encodings: Collection[str] = ()) -> list[str]:
+    """A sentence for each path that weights in `encodings` would take and cannot on `device`."""
+    if device.type != "cuda":
+        return native_library.notes() if any(ENCODINGS[encoding].packed for encoding in encodings) else []
     found = []
     if not triton_support.available(device):
         found.append(

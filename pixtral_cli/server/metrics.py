@@ -104,6 +104,10 @@ class _EngineState(Collector):
         )
         yield CounterMetricFamily("pixtral_generated_tokens", "Tokens of answers.", value=done.generated_tokens)
         yield CounterMetricFamily(
+            "pixtral_proposed_tokens", "Tokens looked up and computed in advance.", value=done.proposed_tokens
+        )
+        yield CounterMetricFamily("pixtral_accepted_tokens", "Those of them that came.", value=done.accepted_tokens)
+        yield CounterMetricFamily(
             "pixtral_preemptions",
             "Requests put back into the queue because the KV cache was full.",
             value=engine.scheduler.preemptions,

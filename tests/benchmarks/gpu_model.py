@@ -142,7 +142,7 @@ class Loaded:
         self.checkpoint = RandomCheckpoint(bench.config, encoding, bench.device)
         self.model = random_model(self.checkpoint, bench.config)
         room = max(sizes.batch * (sizes.shared + 2 * sizes.answer), sizes.long + 1024) + 4096
-        self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, **engine)
+        self.engine = Engine(self.model, sizes.long + 1024, sizes.batch, kv_tokens=room, speculative=False, **engine)
         for note in slower_paths.notes(bench.device, [encoding]):
             bench.table.leave_out(f"a fast path of {encoding}", note)
         bench.wait()

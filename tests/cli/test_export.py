@@ -50,6 +50,21 @@ def test_run_saves_the_model_that_it_loaded(call, tmp_path):
     assert saved.read_bytes() == exported.read_bytes()
 
 
+def test_a_file_in_an_older_order_is_told_and_exported_anew_with_the_same_weights(call, tmp_path):
+    from support import older_files
+
+    now, old, new = (tmp_path / name for name in ("now", "old", "new"))
+    assert call("export", "tiny", str(now), "--quantization-encoding", "q4_0")[0] == 0
+    older_files.write(old, now)
+    asked = ("run", "--serialized-model-path", str(old), *ASK)
+    assert all(call(*told)[2].count("older order") == 1 for told in (asked, ("inspect", str(old))))
+    code, _, err = call("export", str(old), str(new))
+    assert (code, err) == (0, "") and new.read_bytes() == now.read_bytes()
+    assert call("inspect", str(new))[2] == "" and call("export", str(new), str(new))[0] == 1
+    code, _, err = call("export", str(old), str(new), "--quantization-encoding", "q6_k")
+    assert code == 1 and "q4_0" in err and "q6_k" in err
+
+
 def alter(file):
     """One byte, in the middle and in place."""
     with file.open("r+b") as opened:

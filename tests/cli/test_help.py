@@ -18,7 +18,7 @@ FLAGS = """--model-path --weight-path --weights-format --quantize-vision --quant
     "arguments",
     [
         *([], ["--help"], ["--version"], ["run", "--top-k", "x"]),
-        *([command, "--help"] for command in ("run", "serve", "tokenize")),
+        *([command, "--help"] for command in ("run", "serve", "tokenize", "bench")),
     ],
 )
 def test_help_version_and_usage_errors_import_nothing_heavy(arguments):
@@ -51,7 +51,10 @@ def test_version_is_the_packages_version(program):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("pixtral ", {"run", "serve", "tokenize", "download", "export", "verify", "cache", "inspect", "completions"}),
+        (
+            "pixtral ",
+            {"run", "serve", "tokenize", "download", "export", "verify", "cache", "inspect", "bench", "completions"},
+        ),
         ("pixtral run --quantization-encoding q4", {"q4_0", "q4_k"}),
         ("pixtral run --image-preprocessing ", {"hf", "native"}),
         ("pixtral run --model-path t", {"tiny"}),

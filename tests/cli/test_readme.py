@@ -41,7 +41,7 @@ def test_every_file_that_the_readme_names_is_there():
 
 
 def test_every_flag_that_the_readme_names_is_in_the_help(program):
-    pages = [["run"], ["serve"], [], ["cache", "prune"]]
+    pages = [["run"], ["serve"], ["bench"], [], ["cache", "prune"]]
     known = b"".join(program(*page, "--help").stdout for page in pages).decode()
     named = set(re.findall(r"--[a-z][a-z-]+", README.partition("## Real checkpoints")[2]))
     assert len(named) > 15 and {flag for flag in named if flag not in known} == set()

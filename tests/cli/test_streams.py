@@ -6,8 +6,8 @@ import subprocess
 import pytest
 from support.processes import run_line
 
-KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings"]
-USAGE = ["prompt_tokens", "completion_tokens", "image_tokens"]
+USAGE = ["prompt_tokens", "completion_tokens", "image_tokens", "proposed_tokens", "accepted_tokens"]
+KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings", "kernels"]
 TIMINGS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "total_s"]
 
 
@@ -61,7 +61,7 @@ def test_statistics_and_log_probabilities_go_to_standard_error(fake):
     assert done.stdout == b"<user>hi\n"
     table, line = done.stderr.decode().splitlines()
     assert table.split() == ["-0.5000", "7", "'x'"]
-    assert "prompt 3 tokens" in line and "answer 2 tokens" in line and "20.0/s" in line
+    assert "prompt 3 tokens" in line and "answer 2 tokens, looked up 1 of 3" in line and "20.0/s" in line
 
 
 def test_remote_code_gets_a_notice_and_quiet_silences_it(fake):
@@ -77,6 +77,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
     flags += ["--weight-path", "w", "--max-batch-size", "2", "--max-ce-batch-size", "3", "--force-download"]
     flags += ["--image-preprocessing", "native", "--quantization-encoding", "nf4", "--model-path", "some/name"]
     flags += ["--weights-format", "native", "--quantize-vision", "--double-quantization", "--kv-cache-dtype", "fp8"]
+    flags += ["--speculative", "off"]
     done = fake("run", "-p", "options", "--json", *flags)
     answer = json.loads(done.stdout)
     assert answer["model"] == "some/name"
@@ -102,6 +103,7 @@ def test_flags_arrive_as_the_arguments_of_the_python_api(fake):
         "max_batch_size": 2,
         "max_ce_batch_size": 3,
         "kv_cache_dtype": "fp8",
+        "speculative": "off",
         "image_preprocessing": "native",
         "force_download": True,
         "progress": None,

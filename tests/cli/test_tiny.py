@@ -43,7 +43,8 @@ def test_run_gives_the_same_tokens_as_the_python_api(program, model, picture):
     shown = json.loads(done.stdout)
     assert done.stderr == b"" and shown["token_ids"] == list(reply.token_ids) and shown["text"] == reply.text
     assert shown["prompt_token_ids"] == list(reply.prompt_token_ids)
-    assert shown["usage"] == {"prompt_tokens": len(reply.prompt_token_ids), "completion_tokens": 6, "image_tokens": 66}
+    usage = {"prompt_tokens": len(reply.prompt_token_ids), "completion_tokens": 6, "image_tokens": 66}
+    assert usage.items() <= shown["usage"].items()
     assert shown["finish_reason"] == "length"
 
 

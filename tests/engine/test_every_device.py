@@ -164,7 +164,7 @@ def test_pictures_of_many_sizes_in_one_step_are_each_their_own(model, alone):
     assert [tokens(events) for events in found] == [tokens(alone(request)) for request in requests]
 
 
-@pytest.mark.parametrize("pages", [28, 40])
+@pytest.mark.parametrize("pages", [20, 24])
 def test_with_too_little_memory_requests_begin_again_and_none_fails(model, alone, pages):
     requests = [asked(words(seed, 20 + 37 * seed), words(seed, 3), tokens=30 + seed) for seed in range(7)]
     engine = Engine(model, max_batch_size=7, kv_tokens=pages * PAGE)

@@ -30,9 +30,10 @@ class RunsAhead(Runner):
 
     steps_ahead = 1
 
-    def keep(self, sequences, token_ids):
+    def keep(self, sequences, token_ids=None):
         self.last = getattr(self, "last", {})
-        self.last.update(zip((sequence.seat for sequence in sequences), token_ids.tolist(), strict=True))
+        known = [sequence.token_ids[-1] for sequence in sequences] if token_ids is None else token_ids.tolist()
+        self.last.update(zip((sequence.seat for sequence in sequences), known, strict=True))
 
     def run(self, chunks):
         unread = [chunk.sequence for chunk in chunks if chunk.sequence.unread]

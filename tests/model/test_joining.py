@@ -14,7 +14,7 @@ from pixtral_cli.model.kernels import nf4
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint, codecs, packed
-from weights_cache.packed import PackedRows, in_kernel_order
+from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = (64, 32, 32), 256
@@ -43,13 +43,6 @@ def test_the_rows_of_a_joined_matrix_are_those_of_its_parts(encoding):
     assert whole.shape == (sum(ROWS), COLUMNS)
     assert torch.equal(packed.plain(whole), torch.cat([packed.plain(part) for part in parts]))
     assert same(packed.rows_of(whole, 64, 96), parts[1])
-
-
-@pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "nf4"])
-def test_what_lies_in_the_order_of_a_cpus_kernel_is_joined_row_by_row(encoding):
-    parts = [encoded(encoding, rows) for rows in (64, 128)]
-    whole = packed.joined([in_kernel_order(part) for part in parts])
-    assert all(map(same, parts, [packed.rows_of(whole, 0, 64), packed.rows_of(whole, 64, 192)]))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,6 @@ def test_a_model_loaded_as_on_a_card_has_the_weights_of_one_that_is_not(monkeypa
     assert tower.feed_forward.gate_up_proj.weight.shape == (2 * 96, 64)
     for name in opened.tensors:
         one, other = save.loaded(usual, name), save.loaded(joined, name)
-        one, other = (each if isinstance(each, torch.Tensor) else each.in_rows() for each in (one, other))
         assert same(one, other), name
 
 
@@ -150,7 +142,6 @@ def test_a_model_on_a_card_is_saved_as_one_on_a_cpu(tmp_path, encoding):
     assert there.language_model.layers[0].self_attn.qkv_proj.weight.shape == (8 * 16 + 2 * 2 * 16, 256)
     for name in opened.tensors:
         one, other = save.loaded(usual, name), save.loaded(there, name)
-        one, other = (each if isinstance(each, torch.Tensor) else each.in_rows() for each in (one, other))
         assert same(one, other), name
 
 

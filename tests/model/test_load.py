@@ -12,7 +12,7 @@ from pixtral_cli.encoding_choices import find
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import free_memory, memory
 from pixtral_cli.model.families import read_config
-from pixtral_cli.model.kernels import KernelLinear, int4, nf4
+from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint
@@ -130,11 +130,7 @@ def held_bytes(model):
 def test_the_plan_counts_the_bytes_that_loading_takes(folder, name):
     tensors = checkpoint.open(folder).tensors
     placement, model = place(tensors, find(name)), open_model(folder, name)
-    beside = memory.kernel_bytes(tensors, placement)
-    assert (beside > 0) == (name in ("q4_0", "nf4"))
-    if not (nf4.bitsandbytes().functional.has_avx512bf16() if name == "nf4" else int4.supported()):
-        beside = 0
-    assert memory.weight_bytes(tensors, placement) + beside == held_bytes(model)
+    assert memory.weight_bytes(tensors, placement) == held_bytes(model)
 
 
 def test_weights_that_cannot_fit_are_refused_with_both_figures_and_what_would_fit(folder, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from pixtral_cli.model.to_card import LEAST, Reading, ToCard
 from weights_cache import codecs
-from weights_cache.packed import PackedRows, in_kernel_order
+from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.float16, torch.uint8, torch.int64, torch.bool)
@@ -62,8 +62,7 @@ def test_a_number_without_dimensions_arrives():
 
 
 @pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "q8_0", "nf4"])
-@pytest.mark.parametrize("kernel_order", [False, True])
-def test_packed_weights_arrive_with_all_their_parts(encoding, kernel_order):
+def test_packed_weights_arrive_with_all_their_parts(encoding):
     from pixtral_cli.model.kernels import nf4
 
     weights = torch.randn(64, 256)
@@ -72,7 +71,6 @@ def test_packed_weights_arrive_with_all_their_parts(encoding, kernel_order):
         if encoding == "nf4"
         else PackedRows(encoding, codecs.get(encoding).encode(weights))
     )
-    packed = in_kernel_order(packed) if kernel_order else packed
     arrived = ToCard(CPU, piece=100).weight(packed)
     assert type(arrived) is type(packed) and arrived.encoding == encoding
     assert arrived.tensors().keys() == packed.tensors().keys()

@@ -92,7 +92,9 @@ class FullDriver:
     engine = SimpleNamespace(
         running=3,
         table=SimpleNamespace(in_use=7, count=28),
-        counters=SimpleNamespace(prompt_tokens=1100, cached_tokens=13, generated_tokens=17),
+        counters=SimpleNamespace(
+            prompt_tokens=1100, cached_tokens=13, generated_tokens=17, proposed_tokens=23, accepted_tokens=11
+        ),
         scheduler=SimpleNamespace(preemptions=19),
     )
 
@@ -107,6 +109,8 @@ def test_each_figure_of_the_engine_has_its_own_name():
         "prompt_tokens_total": 1100,
         "cached_tokens_total": 13,
         "generated_tokens_total": 17,
+        "proposed_tokens_total": 23,
+        "accepted_tokens_total": 11,
         "preemptions_total": 19,
     }
 

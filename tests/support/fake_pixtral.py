@@ -73,7 +73,7 @@ ORDERS = {
 class FakePixtral:
     """The Pixtral of the Python API, as far as the commands use it."""
 
-    notes = ()
+    notes, kernels = (), "none at all"
 
     @classmethod
     def load(cls, model_path, **arguments):
@@ -116,7 +116,9 @@ class FakePixtral:
             token_ids=[7, 2],
             prompt_token_ids=[1, 3, 4],
             finish_reason="stop",
-            usage=SimpleNamespace(prompt_tokens=3, completion_tokens=2, image_tokens=0),
+            usage=SimpleNamespace(
+                prompt_tokens=3, completion_tokens=2, image_tokens=0, proposed_tokens=3, accepted_tokens=1
+            ),
             timings=SimpleNamespace(
                 load_s=0.1,
                 first_token_s=0.2,

@@ -29,33 +29,23 @@ def weight_of(kind: str) -> tuple[PackedWeight, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_weight_is_decoded_as_another_program_does_in_whatever_order_it_lies(kind):
+def test_a_packed_weight_is_decoded_as_another_program_does(kind):
     weight, expected = weight_of(kind)
-    ordered = packed.in_kernel_order(weight)
-    for each in (weight, ordered, ordered.in_rows(), ordered.to(torch.device("cpu"))):
+    for each in (weight, weight.to(torch.device("cpu"))):
         assert isinstance(each, PackedWeight)
         assert (each.encoding, each.shape) == (weight.encoding, SHAPE)
         assert torch.equal(each.decoded(), expected)
         assert torch.equal(each.decoded(torch.bfloat16), expected.bfloat16())
         assert torch.equal(packed.plain(each), expected)
-    assert (ordered is weight) == (ENCODINGS[weight.encoding].kernel_rows == 0)
 
 
-@pytest.mark.parametrize("kernel_order", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_parts_are_known_before_it_is_made_and_make_it_again(kind, kernel_order):
+def test_its_parts_are_known_before_it_is_made_and_make_it_again(kind):
     weight, expected = weight_of(kind)
-    weight = packed.in_kernel_order(weight) if kernel_order else weight
     tensors = weight.tensors()
     found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
-    assert found == packed.parts(weight.encoding, SHAPE, kernel_order=kernel_order, nested=kind == "nf4 twice")
+    assert found == packed.parts(weight.encoding, SHAPE, nested=kind == "nf4 twice")
     assert weight.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     first = tensors.pop(next(iter(tensors)))
     again = packed.from_parts(weight.encoding, SHAPE, first, tensors)
     assert again is not None and torch.equal(again.decoded(), expected)
-
-
-def test_rows_that_do_not_fill_the_order_of_a_kernel_stay_as_they_are():
-    weight = PackedRows("q4_0", codecs.get("q4_0").encode(torch.randn(96, 64)))
-    assert packed.in_kernel_order(weight) is weight
-    assert packed.parts("q4_0", (96, 64), kernel_order=True) == {"rows": (torch.uint8, (96, 36))}

@@ -5,7 +5,7 @@
     codec.decode(packed)            # float32 [..., columns], bit for bit what gguf-py makes of the same bytes
 
 Names and sizes are those of encodings.py. All of NAMES decode, those in ENCODERS encode. Beside the codecs are the
-weights that stay packed in memory, each in the order that something reads: packed_rows.py, int4.py, nf4.py.
+weights that stay packed in memory, row by row: packed_rows.py, nf4.py.
 Importing this package imports torch.
 """
 

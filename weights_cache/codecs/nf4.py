@@ -8,7 +8,7 @@ block. With double quantisation these magnitudes are bytes themselves, in blocks
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -22,8 +22,6 @@ BLOCK = ENCODINGS["nf4"].block
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Every size of block that it knows."""
 NESTED_BLOCK = 256
-ROWS = ENCODINGS["nf4"].kernel_rows
-"""Rows that lie together in the order of bitsandbytes' kernel for the CPU."""
 CHUNK = 2**18  # weights decoded at a time: a multiple of every block, and small enough for a core's cache
 
 TABLE = (
@@ -45,10 +43,9 @@ def _pairs(device: torch.device) -> Tensor:
 class NF4:
     """A matrix [R, C] in NF4; C is even.
 
-    `codes` are uint8, two weights a byte and the first of them in the high half: [R, C/2], or [R/32, C/2, 32] in the
-    order of the CPU's kernel (see `interleaved`). `absmax` is float32 [blocks]; with double quantisation it is uint8,
-    and a block's magnitude is nested_quant_map[absmax] (float32 [256]) times its nested_absmax (float32, one for 256
-    blocks) plus nested_offset (float32 [1]).
+    `codes` are uint8 [R, C/2], two weights a byte and the first of them in the high half. `absmax` is float32
+    [blocks]; with double quantisation it is uint8, and a block's magnitude is nested_quant_map[absmax] (float32 [256])
+    times its nested_absmax (float32, one for 256 blocks) plus nested_offset (float32 [1]).
     """
 
     codes: Tensor
@@ -63,9 +60,7 @@ class NF4:
 
     @property
     def shape(self) -> tuple[int, int]:
-        if self.codes.ndim == 2:
-            return self.codes.shape[0], 2 * self.codes.shape[1]
-        return self.codes.shape[0] * ROWS, 2 * self.codes.shape[1]
+        return len(self.codes), 2 * self.codes.shape[1]
 
     @property
     def block(self) -> int:
@@ -97,7 +92,7 @@ class NF4:
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [R, C]: bit for bit what bitsandbytes' `dequantize_4bit` makes of them in that dtype."""
         shape, block = self.shape, self.block
-        codes, magnitudes = self.in_rows().codes.flatten(), self.magnitudes()
+        codes, magnitudes = self.codes.flatten(), self.magnitudes()
         codes = pad(codes, (0, magnitudes.numel() * block // 2 - codes.numel()))  # a last block may be cut off
         pairs = _pairs(codes.device)
         weights = torch.empty(len(magnitudes), block, dtype=dtype, device=codes.device)
@@ -107,29 +102,6 @@ class NF4:
             units = magnitudes[start : start + step, None]
             weights[start : start + step] = embedding(part.int(), pairs).view(-1, block) * units
         return weights.flatten()[: math.prod(shape)].view(shape)
-
-    def interleaved(self) -> NF4:
-        """The same in the order of bitsandbytes' kernel for the CPU; R must be a multiple of 32.
-
-        Of 32 rows, bytes of one column pair follow each other: byte j has codes of rows j//2 (low half) and
-        16 + j//2 (high half), of the pair's first column when j is even and of its second when j is odd.
-        """
-        if self.codes.ndim == 3:
-            return self
-        low, high = self.codes.view(-1, 2, ROWS // 2, self.codes.shape[1]).transpose(2, 3).unbind(1)  # [R/32, C/2, 16]
-        codes = torch.empty(*low.shape, 2, dtype=torch.uint8, device=low.device)
-        torch.bitwise_or(high & 0xF0, low >> 4, out=codes[..., 0])
-        torch.bitwise_or(high << 4, low & 0xF, out=codes[..., 1])
-        return replace(self, codes=codes.flatten(2))
-
-    def in_rows(self) -> NF4:
-        """The same row by row: undoes `interleaved`."""
-        if self.codes.ndim == 2:
-            return self
-        first, second = self.codes.unflatten(2, (ROWS // 2, 2)).unbind(3)  # [R/32, C/2, 16]
-        low, high = first << 4 | second & 0xF, first & 0xF0 | second >> 4
-        codes = torch.stack([low, high], 1).transpose(2, 3)  # [R/32, 2, 16, C/2]
-        return replace(self, codes=codes.reshape(self.shape[0], -1))
 
     def to(self, device: torch.device) -> NF4:
         return NF4(**{name: part.to(device) for name, part in self.tensors().items()})

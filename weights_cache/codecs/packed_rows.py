@@ -32,8 +32,5 @@ class PackedRows:
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return codecs.get(self.encoding).decode(self.rows, dtype)
 
-    def in_rows(self) -> PackedRows:
-        return self
-
     def to(self, device: torch.device) -> PackedRows:
         return PackedRows(self.encoding, self.rows.to(device))

@@ -2,10 +2,13 @@
 
 A serialized model is a valid safetensors file: any safetensors tool opens it. Its metadata entry `pixtral` is the
 `Manifest` as JSON; side files ("config.json", "tokenizer.json", …) are U8 tensors named `file/NAME`. The manifest says
-each tensor's encoding and true shape. A packed matrix is stored as its parts (`PackedWeight.tensors`): the first goes
-by the matrix's own name, the others by NAME.PART. The last tensor, `seal`, is the SHA-256 of the header, which holds
-the SHA-256 of every other tensor: so no change goes unnoticed. But a seal does not say that the writer meant well, so
-every field is checked here. serialized_writer.py writes such files.
+each tensor's encoding and true shape. A packed matrix is stored as its parts (`PackedWeight.tensors`), row by row as
+its codec has it: the first goes by the matrix's own name, the others by NAME.PART. The last tensor, `seal`, is the
+SHA-256 of the header, which holds the SHA-256 of every other tensor: so no change goes unnoticed. But a seal does not
+say that the writer meant well, so every field is checked here. serialized_writer.py writes such files.
+
+Files of version 2, and those of version 1 in nf4, may have matrices in another order; older_orders.py puts them into
+rows. What is written today is what a program for version 1 reads, and so is of that version.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weights_cache import cache
+from weights_cache import cache, file_kind
 from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, SerializedTooNew, WeightsNotFound
 from weights_cache.json_fields import CheckpointFields, parse_json_object
@@ -28,6 +31,7 @@ from weights_cache.layout import FORMS, Form
 from weights_cache.progress import Progress
 from weights_cache.wording import listed
 
+from . import older_orders
 from .reader import TensorInfo
 from .safetensors import SafetensorsFile
 
@@ -36,13 +40,13 @@ if TYPE_CHECKING:
 
     from weights_cache.packed import PackedWeight
 
-VERSION = 2
-"""Written from now on. In version 1, q4_0 and q4_k lay row by row only: such a file is read as well."""
+VERSION, NEWEST = 1, 2
+"""The version that is written, and the newest that can be read."""
 KEY = "pixtral"
 FILE_PREFIX = "file/"
 SEAL = "seal"
-IN_PARTS = frozenset(name for name, encoding in ENCODINGS.items() if encoding.kernel_rows)
-"""Encodings of matrices that have other tensors beside them in the file, named after them."""
+IN_PARTS = frozenset(older_orders.ROWS_TOGETHER)
+"""Encodings of matrices that may have other tensors beside them in the file, named after them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,14 @@ def _stored_shape(info: TensorInfo, encoding: str, shape: list[int]) -> tuple[in
     if kind is None or not kind.packed or info.dtype != "U8" or not shape:
         return None
     rows, columns = prod(shape[:-1]), shape[-1]
-    return kind.stored_shape(rows, columns, kernel_order=len(info.shape) == 3 and kind.has_kernel_order(rows))
+    if _is_in_older_order(info):
+        return older_orders.codes_shape(encoding, rows, columns)
+    return kind.stored_shape(rows, columns)
+
+
+def _is_in_older_order(info: TensorInfo) -> bool:
+    """Whether the bytes of a packed matrix do not lie row by row."""
+    return len(info.shape) == 3
 
 
 class SerializedFile:
@@ -121,8 +132,8 @@ class SerializedFile:
         version, stored = raw.get("version"), self._file.tensors
         if type(version) is not int:
             raise CheckpointCorrupt(self.path, f"its manifest has {str(version)[:40]!r} for a version")
-        if not 1 <= version <= VERSION:
-            raise SerializedTooNew(self.path, version, VERSION)
+        if not 1 <= version <= NEWEST:
+            raise SerializedTooNew(self.path, version, NEWEST)
         if SEAL not in stored or self._file.raw(SEAL) != self.seal:
             raise CheckpointCorrupt(self.path, "its header was altered")
         hashes = raw.get("sha256")
@@ -153,7 +164,8 @@ class SerializedFile:
         return found
 
     def weight(self, name: str) -> Tensor | PackedWeight:
-        """As it is stored, memory-mapped. Raises CheckpointCorrupt when what belongs to a packed one is not there."""
+        """As it is stored, memory-mapped; a matrix in an older order is copied into rows. Raises CheckpointCorrupt when
+        what belongs to a packed one is not there."""
         encoding, shape = self.manifest.tensors[name]
         stored = self._file.weight(name)
         if encoding == self._file.tensors[name].encoding:
@@ -161,15 +173,27 @@ class SerializedFile:
         from weights_cache import packed
 
         beside = {part.removeprefix(f"{name}."): self._file.weight(part) for part in self._parts[name][1:]}
-        weight = packed.from_parts(encoding, (prod(shape[:-1]), shape[-1]), stored, beside)
+        older = _is_in_older_order(self._file.tensors[name])
+        make = older_orders.in_rows if older else packed.from_parts
+        weight = make(encoding, (prod(shape[:-1]), shape[-1]), stored, beside)
         if weight is None:
             raise CheckpointCorrupt(self.path, f"what belongs to {name[:200]!r} is missing or of another size")
+        if older:
+            self.release(name)  # nobody needs the original beside the copy
         return weight if len(shape) == 2 else weight.decoded().view(shape)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor has taken."""
         for part in self._parts[name]:
             self._file.release(part)
+
+    @property
+    def in_older_order(self) -> bool:
+        """Whether matrices of the file do not lie row by row, so that reading them takes memory and time."""
+        described = self.manifest.tensors.items()
+        return any(
+            encoding in IN_PARTS and _is_in_older_order(self._file.tensors[name]) for name, (encoding, _) in described
+        )
 
     def read(self, name: str) -> bytes | None:
         """The side file `name`, or None."""
@@ -229,6 +253,11 @@ class EmbeddedFile:
 
     def __str__(self) -> str:
         return f"{self.name} in {self.model}"
+
+
+def is_serialized(path: Path) -> bool:
+    """Whether `path` is a safetensors file with a manifest. Raises CheckpointCorrupt for one whose header is wrong."""
+    return path.is_file() and file_kind.of(path) == "safetensors" and KEY in SafetensorsFile(path).metadata
 
 
 def verify_path(path: Path) -> SerializedFile:

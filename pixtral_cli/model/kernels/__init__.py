@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
 from pixtral_cli.model.kernels.gemv import GemvKernel
-from pixtral_cli.model.kernels.int4 import Int4Kernel
 from pixtral_cli.model.kernels.nf4 import NF4Kernel
 from pixtral_cli.model.kernels.reference import ReferenceKernel
 from weights_cache.packed import PackedWeight
@@ -29,8 +28,8 @@ class Kernel(Protocol):
     """`weight` is [R, C] in the order that the kernel reads; nothing of it is lost, for it is what is saved.
 
     `products` take x [N, C] to x W^T [N, R]: the key is the number of rows from which on a product is used, and 1 is
-    among the keys. What a kernel holds beside its weight is counted in `memory.kernel_bytes`, on a card in
-    `memory.card_kernel_bytes`.
+    among the keys. What a kernel holds beside its weight is counted in `memory.card_kernel_bytes`; on a CPU it
+    is nothing.
     """
 
     @property
@@ -47,7 +46,7 @@ class Kernel(Protocol):
         ...
 
 
-KERNELS: list[type[Kernel]] = [CudaPackedKernel, CpuRowsKernel, Int4Kernel, NF4Kernel, GemvKernel, ReferenceKernel]
+KERNELS: list[type[Kernel]] = [CudaPackedKernel, CpuRowsKernel, NF4Kernel, GemvKernel, ReferenceKernel]
 """In order of preference. The reference takes every packed weight on every device."""
 
 

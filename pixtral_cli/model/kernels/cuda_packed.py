@@ -21,8 +21,6 @@ from pixtral_cli.model import card_bits
 from pixtral_cli.model.card_bits import UNIT, UNIT_BYTES
 from pixtral_cli.model.kernels import card_layout, nvrtc
 from pixtral_cli.model.kernels.nvrtc import Function
-from weights_cache.codecs.int4 import ROWS as INT4_ROWS
-from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.encodings import ENCODINGS
@@ -93,7 +91,7 @@ class CudaPackedKernel:
     """
 
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
-        assert isinstance(weight, PackedRows | Int4 | NF4)
+        assert isinstance(weight, PackedRows | NF4)
         self.encoding, self.shape = weight.encoding, weight.shape
         self._beside: NF4 | None = None
         self._units = _units(weight, device)
@@ -108,7 +106,7 @@ class CudaPackedKernel:
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
-        if device.type != "cuda" or dtype != torch.bfloat16 or not isinstance(weight, PackedRows | Int4 | NF4):
+        if device.type != "cuda" or dtype != torch.bfloat16 or not isinstance(weight, PackedRows | NF4):
             return False
         if not card_bits.fits(weight.encoding, *weight.shape):
             return False
@@ -268,7 +266,7 @@ def _buffer(device: torch.device) -> Tensor:
     return buffer
 
 
-def _units(weight: PackedRows | Int4 | NF4, device: torch.device) -> Tensor:
+def _units(weight: PackedRows | NF4, device: torch.device) -> Tensor:
     """The weight in the kernel's order, uint8 [R / 16, C / 256, bytes], made on the device some rows at a time."""
     rows, columns = weight.shape
     found = torch.empty(
@@ -280,24 +278,14 @@ def _units(weight: PackedRows | Int4 | NF4, device: torch.device) -> Tensor:
     return found
 
 
-def _packed(weight: PackedRows | Int4 | NF4, step: int, device: torch.device) -> Iterator[Tensor]:
-    rows, columns = weight.shape
+def _packed(weight: PackedRows | NF4, step: int, device: torch.device) -> Iterator[Tensor]:
     if isinstance(weight, NF4):
-        codes = weight.in_rows().codes
+        rows, columns = weight.shape
         magnitudes = weight.to(device).magnitudes().repeat_interleave(weight.block // BLOCK)
         magnitudes = magnitudes[: rows * columns // BLOCK].view(rows, -1)
-        for some, units in zip(codes.split(step), magnitudes.split(step), strict=True):
+        for some, units in zip(weight.codes.split(step), magnitudes.split(step), strict=True):
             yield card_layout.pack_nf4(some.to(device), units)
         return
     pack = card_layout.PACKINGS[weight.encoding].pack
-    for start in range(0, rows, step):
-        some = slice(start, min(start + step, rows))
-        yield pack(_rows(weight, some, device))
-
-
-def _rows(weight: PackedRows | Int4, some: slice, device: torch.device) -> Tensor:
-    """Those rows as the codec has them, on the device."""
-    if isinstance(weight, PackedRows):
-        return weight.rows[some].to(device)
-    codes = weight.codes[some.start // INT4_ROWS : some.stop // INT4_ROWS]
-    return Int4(weight.encoding, codes, weight.scales[:, :, some]).to(device).in_rows().rows
+    for rows in weight.rows.split(step):
+        yield pack(rows.to(device))

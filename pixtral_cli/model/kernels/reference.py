@@ -1,5 +1,7 @@
 """Multiplying with any packed weight, and looking rows up in one: decoded as they are needed, on every device.
 
+On a CPU the library in C decodes what it reads; the codecs do the rest, and are the definition.
+
 The other kernels are compared with this one, and this one with the codecs. Letters: N rows of x, C columns, R rows of
 the weight, V rows of a table.
 """
@@ -12,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model.kernels import cpu_tiles, native_matrix
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
 from weights_cache import codecs
 from weights_cache.packed import PackedRows, PackedWeight
@@ -24,11 +27,14 @@ class ReferenceKernel:
 
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert not isinstance(weight, Tensor)
-        self.weight = weight.in_rows().to(device)
+        self.weight = weight.to(device)
+        self._matrix = native_matrix.matrix_of(self.weight)
 
     @property
     def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
         weight = self.weight
+        if self._matrix is not None:
+            return {1: partial(cpu_tiles.multiply, self._matrix)}
         return {1: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
 
     @classmethod
@@ -58,7 +64,8 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.kernel = CudaPackedKernel(weight, device) if CudaPackedKernel.takes(weight, dtype, device) else None
-        self._rows = weight.in_rows().to(device) if self.kernel is None else None
+        self._rows = weight.to(device) if self.kernel is None else None
+        self._matrix = native_matrix.matrix_of(self._rows) if self._rows is not None else None
 
     @property
     def weight(self) -> PackedWeight:
@@ -67,10 +74,12 @@ class PackedEmbedding(nn.Module):
         return found
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids [N] -> [N, C]. On a CPU a token that is there twice is decoded once; a card would wait to count
+        """token_ids [N] -> [N, C]. The codec decodes a token that is there twice once; a card would wait to count
         them, and then its graph could not be captured."""
         if self.kernel is not None:
             return self.kernel.look_up(token_ids.long())
+        if self._matrix is not None:
+            return native_matrix.look_up(self._matrix, token_ids, self.dtype)
         assert isinstance(self._rows, PackedRows), f"nothing looks rows up in {self.weight.encoding}"
         codec, rows = codecs.get(self._rows.encoding), self._rows.rows
         if rows.is_cuda:

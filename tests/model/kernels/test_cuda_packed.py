@@ -17,7 +17,6 @@ from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel, Launch, laun
 from pixtral_cli.model.kernels.nvrtc import CudaFailed
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from weights_cache import codecs
-from weights_cache.codecs.int4 import Int4
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows
@@ -194,14 +193,6 @@ def test_the_weight_comes_back_as_it_was(emulated, monkeypatch, form):
     assert_same(kernel.weight, weight)
     x = random(3, 512).bfloat16()
     assert_product(kernel.products[1](x), x, weight)
-
-
-@needs_compiler
-@pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "nf4"])
-def test_a_weight_in_the_order_of_a_cpus_kernel_is_put_back_into_rows(emulated, encoding):
-    weight = encoded(encoding, (128, 512))
-    ordered = weight.interleaved() if encoding == "nf4" else Int4.from_rows(encoding, weight.rows)
-    assert_same(CudaPackedKernel(ordered, CPU).weight, weight)
 
 
 @needs_compiler

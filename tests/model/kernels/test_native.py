@@ -98,10 +98,3 @@ def test_instructions_can_be_chosen_among_those_that_the_processor_has():
 def test_a_library_that_is_not_used_says_why(setting, reason):
     found = said(ASK, PIXTRAL_CPU_KERNELS=setting)
     assert found.startswith("False off") and reason in found
-
-
-def test_without_a_compiled_library_the_reason_is_that(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".nowhere"])
-    monkeypatch.delenv(native.SETTING, raising=False)
-    loaded = native._loaded.__wrapped__()
-    assert loaded.library is None and "no C compiler" in loaded.why_not

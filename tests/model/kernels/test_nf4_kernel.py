@@ -44,15 +44,15 @@ def layer_of(weight, bias=None, device=CPU):
 
 
 SHAPES = {
-    "the kernel's": (128, 512),
-    "rows that the kernel cannot take": (50, 128),
-    "several tiles": (2080, 64),
+    "whole tiles": (128, 512),
+    "rows that few kernels take": (50, 128),
+    "many rows": (2080, 64),
     "blocks that go on in the next row": (64, 96),
 }
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, nf4.DECODED_FROM, nf4.DECODED_FROM + 7])
+@pytest.mark.parametrize("tokens", [1, 5, 71])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_products_agree_with_exactly_decoded_weights(double, tokens, shape):
     weight = encode(random(*shape), double)
@@ -82,13 +82,21 @@ def test_a_layer_is_restored_from_tensors_without_encoding_again(double, monkeyp
     assert torch.equal(layer_of(NF4(**tensors))(x), layer(x))
 
 
-def test_a_processor_without_the_kernel_gives_the_same(monkeypatch):
-    weight, x = encode(random(128, 256)), random(4, 256, seed=1, scale=1).to(torch.bfloat16)
-    kernel = NF4Kernel(weight, CPU)
-    monkeypatch.setattr(nf4.bitsandbytes().functional, "has_avx512bf16", lambda: False)
-    plain = NF4Kernel(kernel.weight, CPU)  # the order of the kernel is undone
-    assert not plain.fused and torch.equal(plain.weight.codes, weight.codes)
-    assert difference(plain.products[1](x), kernel.products[1](x)) < 1e-2
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("tokens", [1, 71])
+def test_bitsandbytes_kernel_for_gpus_is_told_what_the_weight_is(double, tokens):
+    """On the CPU, where bitsandbytes multiplies as well."""
+    weight, x = encode(random(128, 256), double), random(tokens, 256, seed=1, scale=1).to(torch.bfloat16)
+    found = NF4Kernel(weight, CPU).products[1](x)
+    assert found.dtype == torch.bfloat16 and difference(found, x.float() @ weight.decoded().T) < 1e-2
+
+
+def test_it_takes_whole_blocks_in_nf4_on_a_gpu_only():
+    gpu = torch.device("cuda")
+    assert NF4Kernel.takes(encode(random(50, 128)), torch.bfloat16, gpu)
+    assert not NF4Kernel.takes(encode(random(64, 96)), torch.bfloat16, gpu)
+    assert not NF4Kernel.takes(encode(random(64, 128)), torch.bfloat16, CPU)
+    assert not NF4Kernel.takes(random(64, 128), torch.bfloat16, gpu)
 
 
 def test_layers_bring_no_compiler_and_no_kernel_from_the_hub():

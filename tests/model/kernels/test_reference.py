@@ -4,7 +4,7 @@ import gguf
 import pytest
 import torch
 
-from pixtral_cli.model.kernels import reference
+from pixtral_cli.model.kernels import cpu_tiles, native, reference
 from pixtral_cli.model.kernels.reference import PackedEmbedding, ReferenceKernel
 from weights_cache import codecs
 from weights_cache.packed import PackedRows
@@ -12,6 +12,7 @@ from weights_cache.packed import PackedRows
 CPU = torch.device("cpu")
 PACKED = sorted(set(codecs.ENCODERS) - {"float32", "float16", "bfloat16"})
 SHAPE = (50, 512)
+with_library_and_without = pytest.mark.parametrize("instructions", ["portable", native.OFF], indirect=True)
 
 
 def random(*shape, seed=0):
@@ -24,20 +25,23 @@ def packed_and_exact(encoding):
     return PackedRows(encoding, packed), torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind))
 
 
+@with_library_and_without
 @pytest.mark.parametrize("tile", [1, 7 * 512, 2**22], ids=["a row", "seven rows", "all rows"])
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 64])
 @pytest.mark.parametrize("encoding", PACKED)
-def test_products_are_those_of_the_weights_that_gguf_py_decodes(encoding, rows, tile, monkeypatch):
-    monkeypatch.setattr(reference, "TILE", tile)
+def test_products_are_those_of_the_weights_that_gguf_py_decodes(encoding, rows, tile, instructions, monkeypatch):
+    for module in (reference, cpu_tiles):
+        monkeypatch.setattr(module, "TILE", tile)
     weight, exact = packed_and_exact(encoding)
     x = random(rows, SHAPE[1], seed=1)
     found = ReferenceKernel(weight, CPU).products[1](x)
     torch.testing.assert_close(found.double(), x.double() @ exact.double().T, atol=2e-5, rtol=0)
 
 
+@with_library_and_without
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("encoding", PACKED)
-def test_rows_are_looked_up_as_gguf_py_decodes_them(encoding, dtype):
+def test_rows_are_looked_up_as_gguf_py_decodes_them(encoding, dtype, instructions):
     weight, exact = packed_and_exact(encoding)
     ids = torch.tensor([49, 3, 3, 0, 49, 17])
     found = PackedEmbedding(weight, dtype, CPU)(ids)
@@ -48,9 +52,6 @@ class Doubled:
     """A made-up packed weight that no codec knows: what it decodes to is all that the reference needs."""
 
     encoding, shape = "doubled", (3, 4)
-
-    def in_rows(self):
-        return self
 
     def to(self, device):
         return self

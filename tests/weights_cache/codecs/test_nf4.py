@@ -43,27 +43,9 @@ def test_the_table_is_that_of_bitsandbytes():
     assert torch.equal(torch.tensor(TABLE), bitsandbytes().functional.get_4bit_type("nf4", device="cpu"))
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (96, 320), (320, 192)])
-def test_interleaved_is_the_order_that_bitsandbytes_packs_for_the_cpu(shape):
-    _, codes, state, ours = encoded(shape)
-    packed, _ = bitsandbytes().functional._convert_weight_packed_for_cpu(codes, state)
-    interleaved = ours.interleaved()
-    assert interleaved.shape == shape and torch.equal(interleaved.codes.flatten(), packed.flatten())
-
-
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_order_of_the_codes_changes_nothing(nested):
+def test_a_matrix_goes_through_a_file_unchanged(nested):
     _, _, _, ours = encoded((96, 320), nested=nested)
-    there = ours.interleaved()
-    assert torch.equal(there.in_rows().codes, ours.codes)
-    assert torch.equal(there.decoded(), ours.decoded())
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("order", ["rows", "interleaved"])
-def test_a_matrix_goes_through_a_file_unchanged(nested, order):
-    _, _, _, ours = encoded((96, 320), nested=nested)
-    ours = ours.interleaved() if order == "interleaved" else ours
     tensors = load(save(ours.tensors()))
     assert len(tensors) == (5 if nested else 2)
     back = from_parts("nf4", (96, 320), tensors.pop("codes"), tensors)

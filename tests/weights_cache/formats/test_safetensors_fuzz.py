@@ -57,7 +57,7 @@ def _write_serialized(path: Path) -> None:
     weights = [
         Weight("a.weight", "q4_0", (4, 32), {"rows": (torch.uint8, (4, 18))}, lambda: rows),
         Weight("n", "float32", (3,), {"": (torch.float32, (3,))}, lambda: torch.ones(3)),
-        Weight("b.weight", "nf4", (2, 64), parts("nf4", (2, 64), kernel_order=False), lambda: codes),
+        Weight("b.weight", "nf4", (2, 64), parts("nf4", (2, 64)), lambda: codes),
     ]
     files = {"config.json": b'{"architectures": ["x"]}', "tokenizer.json": b"{}"}
     write(path, weights, files, model="m", form="hf", encoding="q4_0")

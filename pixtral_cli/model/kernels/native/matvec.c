@@ -166,23 +166,18 @@ static void prepare(struct call *call, int which, uint8_t **free_memory) {
 }
 
 /* y [N, rows of all matrices, one beside the other] = x [N, C] times each of `count` matrices of C columns, with x and y
- * contiguous, both bfloat16 or both float32. 0, or another number if there is no memory or no kernel. */
+ * contiguous, both bfloat16 or both float32. 0, or 1 where there is no kernel. */
 EXPORT int pixtral_multiply(const struct matrix *matrices, int count, const void *x, int x_encoding, int64_t n, void *y,
                             int most_threads) {
     if (count < 1 || count > MOST_MATRICES)
         return 1;
     struct call call = {.matrices = matrices, .count = count, .narrow = x_encoding == BFLOAT16, .x = x, .n = n, .y = y};
     int64_t columns = matrices[0].columns, chunks = 0, bytes = 0;
-    uint8_t *memory = NULL, *free_memory;
-    if (posix_memalign((void **)&memory, 64, (size_t)(count * n * (columns + 128) * 4 + 64)) != 0)
-        return 2;
-    free_memory = memory;
+    uint8_t *free_memory = pixtral_scratch((size_t)(count * n * (columns + 128) * 4));
     for (int which = 0; which < count; which++) {
         const struct matrix *matrix = &matrices[which];
-        if (float_kernel(matrix->encoding) == NULL) {
-            free(memory);
+        if (float_kernel(matrix->encoding) == NULL)
             return 1;
-        }
         prepare(&call, which, &free_memory);
         int64_t rows = CHUNK / matrix->row_bytes;
         call.chunk_rows[which] = rows > 1 ? rows : 1;
@@ -191,6 +186,5 @@ EXPORT int pixtral_multiply(const struct matrix *matrices, int count, const void
         bytes += matrix->rows * matrix->row_bytes;
     }
     pixtral_parallel_for(multiply_chunk, &call, chunks, bytes * n <= ALONE ? 1 : most_threads);
-    free(memory);
     return 0;
 }

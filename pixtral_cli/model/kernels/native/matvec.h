@@ -12,15 +12,6 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define AT_ONCE 4 /* the most vectors that a kernel multiplies with at a time */
 
-/* R x C weights. The bytes may begin anywhere; rows follow each other. ctypes has the same structure (cpu_rows.py). */
-struct matrix {
-    const uint8_t *bytes;
-    const float *magnitudes; /* nf4: of each block of the flattened matrix; else NULL */
-    int64_t rows, columns, row_bytes;
-    int32_t encoding;
-    int32_t block; /* nf4: weights that share a magnitude, a power of two of 32 or more */
-};
-
 /* Vectors of a call in the order of a kernel. */
 struct vectors {
     const void *data; /* [N, stride] bfloat16 or float32 */

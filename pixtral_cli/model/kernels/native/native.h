@@ -20,6 +20,19 @@ EXPORT void pixtral_use_instructions(int wanted);
 /* ggml's numbers of tensor types (weights_cache/encodings.py), and one of our own. */
 enum encoding { FLOAT32 = 0, FLOAT16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BFLOAT16 = 30, NF4 = 1000 };
 
+/* R x C weights. The bytes may begin anywhere; rows follow each other. ctypes has the same (native_matrix.py). */
+struct matrix {
+    const uint8_t *bytes;
+    const float *magnitudes; /* nf4: of each block of the flattened matrix; else NULL */
+    int64_t rows, columns, row_bytes;
+    int32_t encoding;
+    int32_t block; /* nf4: weights that share a magnitude, a power of two of 32 or more */
+};
+
+/* The calling thread's own memory of `size` bytes, with whatever was last in it: fresh pages are dear. It begins at a
+ * line of the cache, and holds until the thread's next call. */
+void *pixtral_scratch(size_t size);
+
 /* Calls function(argument, chunk) once for each chunk of 0 .. chunks - 1, on at most `most_threads` threads, the
  * caller's among them, and returns when all are done. Chunks are taken in order, one after the other, by whoever is
  * free. Safe after fork, and for several callers at once: while the pool works for one, others compute alone. */

@@ -1,0 +1,88 @@
+"""A model, or the name of a shape, in; files of the same weights as each program reads them out.
+
+A shape, and a model that is wanted in another encoding than its file has, becomes a serialized model first, as `pixtral
+export` writes it; what is measured is that file. Files lie in a folder that the caller throws away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from pixtral_cli.bench import gguf_writer, random_weights
+from pixtral_cli.bench.shapes import config_of
+from pixtral_cli.encoding_choices import asked_for
+from pixtral_cli.model.placement import Placement
+from pixtral_cli.source import Source
+from weights_cache import file_kind
+from weights_cache.progress import Progress
+
+
+class Peer(NamedTuple):
+    """What a program needs: modules, which `pip install PACKAGES` brings, and the model as it reads it."""
+
+    modules: tuple[str, ...]
+    packages: str
+    prepare: Callable[[Subject, Path], dict[str, str]]
+
+    @property
+    def installed(self) -> bool:
+        return all(find_spec(module) for module in self.modules)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured in one encoding: `arguments` are those of `Pixtral.load`, and of `pixtral run`."""
+
+    name: str
+    source: Source
+    arguments: Mapping[str, str]
+
+    @cached_property
+    def placement(self) -> Placement:
+        return self.source.placement(None)
+
+
+def of_shape(shape: str, encoding: str, sees: bool, folder: Path, progress: Progress | None = None) -> Subject:
+    """Random weights of one of SHAPES, with Pixtral's tower if it `sees`."""
+    path = folder / f"{shape}.{encoding}"
+    random_weights.write(config_of(shape, sees), encoding, path, progress)
+    return _serialized(shape, path)
+
+
+def of_model(name: str, encoding: str | None, folder: Path, progress: Progress | None = None) -> Subject:
+    """A model by Hub name, folder or file; None is the encoding that it has."""
+    path = Path(name)
+    if path.is_file() and file_kind.of(path) != "gguf":
+        opened = Source.open_serialized(path, progress=progress)
+        opened.placement(asked_for(encoding))
+        return Subject(name, opened, {"serialized_model_path": name})
+    source = Source.open(name, progress=progress)
+    placement = source.placement(asked_for(encoding))
+    if all(source.checkpoint.tensors[each].encoding == kept for each, kept in placement.encodings.items()):
+        return Subject(name, source, {"model_path": name})
+    path = folder / f"{path.name}.{placement.label}"
+    source.save(path, placement, progress=progress)
+    return _serialized(name, path)
+
+
+def for_llama_cpp(subject: Subject, folder: Path) -> dict[str, str]:
+    """The same weights as GGUF, the file itself if it is one. Raises ModelError for what llama.cpp does not have."""
+    opened = subject.source.checkpoint
+    if opened.form == "gguf" and opened.folder.is_file() and "model_path" in subject.arguments:
+        return {"gguf": str(opened.folder)}
+    path = folder / "model.gguf"
+    gguf_writer.write(opened, subject.source.config, path)
+    return {"gguf": str(path)}
+
+
+PEERS: Mapping[str, Peer] = {"llama.cpp": Peer(("llama_cpp", "gguf"), "llama-cpp-python gguf", for_llama_cpp)}
+"""By name, in the order in which they take turns."""
+
+
+def _serialized(name: str, path: Path) -> Subject:
+    return Subject(name, Source.open_serialized(path), {"serialized_model_path": str(path)})

@@ -1,0 +1,67 @@
+"""Names of sizes in, configs as config.json has them out. Imports no torch, so that `--help` can list them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COMMON = {
+    "vocab_size": 131072,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+
+def _sizes(hidden: int, layers: int, heads: int, ffn: int, **others: Any) -> dict[str, Any]:
+    return COMMON | {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        **others,
+    }
+
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "1b": _sizes(2048, 16, 16, 8192),
+    "3b": _sizes(3072, 26, 32, 9216, tie_word_embeddings=True),
+    "8b": _sizes(4096, 36, 32, 12288),
+    "nemo-12b": _sizes(5120, 40, 32, 14336),
+}
+"""1.5 billion parameters, and the sizes of Ministral 3 3B, Ministral 8B and Mistral NeMo 12B (their config.json)."""
+TOWER = {
+    "model_type": "pixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 1024,
+    "patch_size": 16,
+    "rope_theta": 10000.0,
+}
+"""Of Pixtral 12B."""
+IMAGE_TOKEN_ID = 10
+"""Of the built-in model's tokenizer, which a shape borrows."""
+
+
+def config_of(shape: str, sees: bool = False) -> dict[str, Any]:
+    """The config.json of a model of that shape; one that `sees` has Pixtral's tower before it."""
+    text = {"model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2, **SHAPES[shape]}
+    if not sees:
+        return {"architectures": ["MistralForCausalLM"], **text}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": IMAGE_TOKEN_ID,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": text,
+        "vision_config": dict(TOWER),
+    }
