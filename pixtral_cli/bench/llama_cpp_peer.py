@@ -18,6 +18,9 @@ from llama_cpp import mtmd_cpp as mtmd
 
 from pixtral_cli.bench.contender import PROMPT
 
+MOST_TOKENS = 2**16
+"""Of a picture: llama.cpp would make larger ones smaller, to 1024 tokens."""
+
 
 class LlamaCppFailed(Exception):
     """A function of llama.cpp gave no result."""
@@ -119,6 +122,7 @@ class Tower:
         settings = mtmd.mtmd_context_params_default()
         settings.use_gpu, settings.print_timings, settings.warmup = False, False, False
         settings.n_threads = threads
+        settings.image_max_tokens = MOST_TOKENS
         self._context = self._text and mtmd.mtmd_init_from_file(mmproj.encode(), self._text, settings)
         if not self._context:
             raise LlamaCppFailed(f"{mmproj} cannot be loaded")

@@ -69,7 +69,8 @@ def of_model(name: str, encoding: str | None, folder: Path, progress: Progress |
         return Subject(name, opened, {"serialized_model_path": name})
     source = Source.open(name, progress=progress)
     placement = source.placement(asked_for(encoding))
-    if all(source.checkpoint.tensors[each].encoding == kept for each, kept in placement.encodings.items()):
+    matrices = [info for info in source.checkpoint.tensors.values() if len(info.shape) == 2]
+    if encoding is None or all(placement.encodings[info.name] == info.encoding for info in matrices):
         return Subject(name, source, {"model_path": name})
     path = folder / f"{path.name}.{placement.label}"
     source.save(path, placement, progress=progress)
