@@ -14,7 +14,7 @@ setup(
             sources=sorted(str(path.relative_to(HERE)) for path in (HERE / SOURCES).glob("*.c")),
             depends=sorted(str(path.relative_to(HERE)) for path in (HERE / SOURCES).glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030b0000")],
-            extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi"],
             extra_link_args=["-pthread"],
             libraries=["m"],
             py_limited_api=True,

@@ -13,6 +13,11 @@ SAID_OTHERWISE = ("OMP_WAIT_POLICY",)
 """What the user sets wins: this is another name of the same thing."""
 
 
+def of_others() -> dict[str, str]:
+    """The environment for other programs: as the user has it, without what `prepare` set for this one."""
+    return {name: value for name, value in os.environ.items() if DEFAULTS.get(name) != value}
+
+
 def prepare() -> None:
     """Set what the user has not."""
     if not any(name in os.environ for name in SAID_OTHERWISE):

@@ -168,6 +168,18 @@ def from_gguf(name: str) -> str | None:
     return GGUF[name] if name in GGUF else _in_layer(name, GGUF_LAYERS) or name
 
 
+def to_hf(ours: str, sees: bool) -> str:
+    """What a Hugging Face file of a text model, or one that sees (in the older style), calls the tensor `ours`.
+
+    >>> to_hf("language_model.layers.3.mlp.up_proj.weight", sees=True)
+    'language_model.model.layers.3.mlp.up_proj.weight'
+    """
+    for theirs, prefix in HF_PREFIXES[:3] if sees else HF_PREFIXES[-1:]:
+        if ours.startswith(prefix):
+            return theirs + ours.removeprefix(prefix)
+    return ours
+
+
 def to_gguf(ours: str) -> str:
     """What GGUF calls the tensor that we call `ours`; KeyError if it has no name for it.
 

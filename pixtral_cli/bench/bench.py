@@ -2,98 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from pixtral_cli.bench import ceilings, model_files, report
+from pixtral_cli.bench import model_files, report
 from pixtral_cli.bench.ceilings import Ceilings
+from pixtral_cli.bench.contender import OURS
 from pixtral_cli.bench.counts import Counts
 from pixtral_cli.bench.model_files import Subject
-from pixtral_cli.bench.runs import OURS, Measured, Programs, Row, Sizes, rows
+from pixtral_cli.bench.runs import Measured, Programs, Row, Sizes
 from pixtral_cli.devices import default, parse
 from pixtral_cli.errors import PixtralError, RequestError
 from pixtral_cli.model import slower_paths
 from pixtral_cli.model.kernels import native
 
 
-@dataclass
 class Bench:
-    """One run. `tell` takes sentences, `doing` what is being done, for whoever watches; `rows` are those so far."""
+    """One run on one device; `rows` are those so far. `tell` takes sentences for the user, `doing` what is going on.
 
-    sizes: Sizes
-    device: torch.device
-    compare: bool
-    tell: Callable[[str], None]
-    doing: Callable[[str], None]
-    rows: list[Row] = field(default_factory=list)
-    header: dict[str, Any] = field(default_factory=dict)
+    Raises DeviceError for a device that is not there, as `--devices` names it.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        devices: str | None,
+        compare: bool,
+        tell: Callable[[str], None],
+        doing: Callable[[str], None],
+    ) -> None:
+        gpus = torch.cuda.device_count()
+        name = default(gpus) if devices is None else parse(devices).torch_name(gpus, slower_paths.sees_gpus())
+        self.device = torch.device(name)
+        self.sizes, self.compare = sizes, compare
+        self.tell, self.doing = tell, doing
+        self.rows: list[Row] = []
+        self.programs: dict[str, Any] = {}
+        self.threads = torch.get_num_threads()
 
     def run(self, model: str, make: Callable[[str | None, Path], Subject], encodings: Sequence[str | None]) -> None:
         """Measure the model in each encoding; `make(encoding, folder)` gives it."""
-        self.doing("what this machine can do")
-        found = ceilings.measure(self.device)
-        threads = torch.get_num_threads()
-        self.header = {
-            "model": model,
-            "machine": report.machine(),
-            "device": str(self.device),
-            "threads": threads,
-            "torch": torch.__version__,
-            "instructions": native.instructions(),
-            "ceilings": report.ceilings_object(found),
-            "programs": {},
-        }
+        self.doing("measuring this machine")
+        self.model, self.ceilings = model, Ceilings(self.device)
+        self.ceilings.sample()
         for encoding in encodings:
             with TemporaryDirectory(prefix="pixtral-bench-") as folder:
-                self.doing(f"{model}, {encoding or 'as it is'}")
+                self.doing(f"preparing {model}{f' in {encoding}' if encoding else ''}")
                 subject = make(encoding, Path(folder))
-                for row in self._measured(subject, found, threads, Path(folder)):
+                for row in self._rows(subject, Path(folder)):
                     self.rows.append(row)
 
-    def _measured(self, subject: Subject, found: Ceilings, threads: int, folder: Path) -> Iterator[Row]:
+    def _rows(self, subject: Subject, folder: Path) -> Iterator[Row]:
         placement, config = subject.placement, subject.source.config
         if self.sizes.image and config.vision is None:
             raise RequestError(f"{subject.name} is a text model and cannot look at pictures.", "Leave --image out.")
-        width = 4 if placement.dtype == "float32" else 2
-        model = Measured(
-            placement.label, Counts(config, subject.source.checkpoint.tensors, width), found, placement.dtype
-        )
-        models: dict[str, Any] = {OURS: {**subject.arguments, "devices": _name(self.device)}}
-        for name, peer in model_files.PEERS.items() if self.compare else ():
-            try:
-                if peer.installed:
-                    self.doing(f"{subject.name} for {name}")
-                    models[name] = peer.prepare(subject, folder)
-                else:
-                    self.tell(f"{name} is left out: it is not installed (pip install {peer.packages}).")
-            except PixtralError as error:
-                self.tell(f"{name} is left out: {error}")
-        programs = Programs(models, threads, self.sizes, self.tell)
+        counts = Counts(config, subject.source.checkpoint.tensors, 4 if placement.dtype == "float32" else 2)
+        models = {OURS: {**subject.arguments, "devices": self._device_name}, **dict(self._for_peers(subject, folder))}
+        programs = Programs(models, self.threads, self.sizes, self.ceilings, self.tell, self.doing)
         try:
-            yield from rows(programs, model)
+            yield from Measured(placement.label, counts, placement.dtype).rows(programs, self.programs)
         finally:
-            self.header["programs"] |= programs.abouts
             programs.end()
 
+    def _for_peers(self, subject: Subject, folder: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Each peer that is installed and can have the model, and the model as it reads it."""
+        for name, peer in model_files.PEERS.items() if self.compare else ():
+            if not peer.installed:
+                self.tell(f"{name} is left out: it is not installed (pip install {peer.packages}).")
+                continue
+            self.doing(f"preparing {subject.name} for {name}")
+            try:
+                yield name, {**peer.prepare(subject, folder), "device": str(self.device)}
+            except PixtralError as error:
+                self.tell(f"{name} is left out: {error}")
+
+    @property
+    def _device_name(self) -> str:
+        """As --devices takes it."""
+        return "cpu" if self.device.type == "cpu" else f"gpu-{self.device.index or 0}"
+
     def as_object(self) -> dict[str, Any]:
-        return report.as_object(self.header, self.sizes, self.rows)
+        """What was measured until now."""
+        header = {
+            "model": self.model,
+            "machine": report.machine(),
+            "device": self._device_name,
+            "threads": self.threads,
+            "torch": torch.__version__,
+            "instructions": native.instructions(),
+            "programs": self.programs,
+            "ceilings": report.ceilings_object(self.ceilings.samples),
+        }
+        return report.as_object(header, self.sizes, self.rows)
 
     def as_text(self) -> str:
         return report.as_text(self.as_object(), self.rows)
-
-
-def device_of(text: str | None) -> torch.device:
-    """What `--devices` means. Raises DeviceError."""
-    gpus = torch.cuda.device_count()
-    name = default(gpus) if text is None else parse(text).torch_name(gpus, slower_paths.sees_gpus())
-    return torch.device(name)
-
-
-def _name(device: torch.device) -> str:
-    """As --devices takes it."""
-    return "cpu" if device.type == "cpu" else f"gpu-{device.index or 0}"

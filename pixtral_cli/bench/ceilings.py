@@ -1,14 +1,14 @@
 """A device in, what it can do at most out: bytes read a second, operations of a matrix product a second.
 
-Each is the best of several rounds with all of torch's threads: a ceiling is what the machine can do when nothing else
-is in the way. Knows no model.
+Rates of a machine change while it runs, with its clock and with what else runs there. So they are measured again in
+each round of a work, with all of torch's threads. Knows no model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -18,58 +18,63 @@ READ = 2**30
 """Bytes that are read, far more than caches hold; less where memory is short."""
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Of the matrices that are multiplied."""
-ROUNDS = 7
+KINDS = (torch.bfloat16, torch.float32)
+TIMES = 2  # of which the better counts
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes a second, and floating-point operations a second by dtype."""
+class Rates(NamedTuple):
+    """Bytes read a second, and floating-point operations of a matrix product a second by dtype."""
 
     read: float
-    product: dict[str, float]
+    product: Mapping[str, float]
 
     def operations(self, dtype: str) -> float:
         """Of products in that dtype; what is kept in bfloat16 may be computed in float32 where that is faster."""
         return max(self.product.values()) if dtype == "bfloat16" else self.product[dtype]
 
 
-def measure(device: torch.device) -> Ceilings:
-    """The ceilings of a CPU or a GPU."""
-    return Ceilings(_read(device), {str(kind).removeprefix("torch."): _product(device, kind) for kind in KINDS})
+class Ceilings:
+    """Measures the rates of a CPU or a GPU; `samples` are those so far.
 
+    Reading is on a CPU a sum of float32 numbers, the fastest reader that torch has; on a GPU a copy, whose bytes read
+    and bytes written count.
+    """
 
-KINDS = (torch.bfloat16, torch.float32)
+    @torch.inference_mode()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.samples: list[Rates] = []
+        nbytes = min(READ, (free_bytes(device) or READ) // 8)
+        self._numbers = torch.ones(nbytes // 4, device=device)
+        self._target = torch.empty_like(self._numbers) if device.type == "cuda" else None
+        self._matrix = torch.randn(SIDE[device.type], SIDE[device.type], device=device)
 
+    @torch.inference_mode()
+    def sample(self) -> Rates:
+        """The rates now."""
+        products = {str(kind).removeprefix("torch."): self._product(self._matrix.to(kind)) for kind in KINDS}
+        self.samples.append(Rates(self._read(), products))
+        return self.samples[-1]
 
-@torch.inference_mode()
-def _read(device: torch.device) -> float:
-    """On a CPU a sum of float32 numbers, which is the fastest reader that torch has; on a GPU a copy, whose bytes
-    read and bytes written count."""
-    nbytes = min(READ, (free_bytes(device) or READ) // 4)
-    numbers = torch.ones(nbytes // 4, device=device)
-    if device.type == "cpu":
-        return nbytes / _best(numbers.sum, device)
-    target = torch.empty_like(numbers)
-    return 2 * nbytes / _best(lambda: target.copy_(numbers), device)
+    def _read(self) -> float:
+        numbers, target = self._numbers, self._target
+        if target is None:
+            return numbers.nbytes / self._best(numbers.sum)
+        return 2 * numbers.nbytes / self._best(lambda: target.copy_(numbers))
 
+    def _product(self, matrix: torch.Tensor) -> float:
+        return 2 * len(matrix) ** 3 / self._best(lambda: torch.nn.functional.linear(matrix, matrix))
 
-@torch.inference_mode()
-def _product(device: torch.device, dtype: torch.dtype) -> float:
-    side = SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / _best(lambda: torch.nn.functional.linear(a, b), device)
-
-
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest round."""
-    found = []
-    for _ in range(ROUNDS):
-        wait(device)
-        begun = time.perf_counter()
-        work()
-        wait(device)
-        found.append(time.perf_counter() - begun)
-    return min(found)
+    def _best(self, work: Callable[[], object]) -> float:
+        """Seconds of the fastest time."""
+        found = []
+        for _ in range(TIMES):
+            wait(self.device)
+            begun = time.perf_counter()
+            work()
+            wait(self.device)
+            found.append(time.perf_counter() - begun)
+        return min(found)
 
 
 def wait(device: torch.device) -> None:

@@ -16,9 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from pixtral_cli import process_environment
 from pixtral_cli.errors import PixtralError
 
-MODULES = {"pixtral": "ours", "llama.cpp": "llama_cpp_peer", "transformers": "transformers_peer"}
+OURS = "pixtral"
+MODULES = {OURS: "ours", "llama.cpp": "llama_cpp_peer", "transformers": "transformers_peer"}
 PROMPT = 16
 """Tokens before those that are decoded."""
 ENDING = 5.0  # seconds for a process that is told to end
@@ -58,9 +60,14 @@ class Contender:
     def __init__(self, name: str) -> None:
         self.name = name
         self._told = tempfile.TemporaryFile()  # noqa: SIM115  what it says beside its answers; closed with the process
-        command = [sys.executable, "-m", __spec__.name, name]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, text=True, start_new_session=True
+            [sys.executable, "-m", __spec__.name, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._told,
+            text=True,
+            env=process_environment.of_others(),
+            start_new_session=True,  # an interrupt at the terminal is for the one who asks
         )
 
     def ask(self, what: str, **arguments: Any) -> Any:
@@ -127,6 +134,8 @@ def serve(program: Program, questions: IO[str], answers: IO[str]) -> None:
 
 def main(name: str) -> None:
     """Standard output is for answers alone: what a library prints goes to standard error."""
+    if name == OURS:
+        process_environment.prepare()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module = importlib.import_module(f"{__package__}.{MODULES[name]}")
@@ -134,7 +143,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    from pixtral_cli import process_environment
-
-    process_environment.prepare()
     main(sys.argv[1])

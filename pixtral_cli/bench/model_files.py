@@ -10,16 +10,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from pixtral_cli.bench import gguf_writer, random_weights
+from pixtral_cli.bench import gguf_writer, hf_writer, random_weights
 from pixtral_cli.bench.shapes import config_of
 from pixtral_cli.encoding_choices import asked_for
+from pixtral_cli.errors import ModelError
+from pixtral_cli.model.free_memory import free_memory
+from pixtral_cli.model.load import DTYPES
 from pixtral_cli.model.placement import Placement
 from pixtral_cli.source import Source
 from weights_cache import file_kind
+from weights_cache.encodings import ENCODINGS
 from weights_cache.progress import Progress
+from weights_cache.wording import size
 
 
 class Peer(NamedTuple):
@@ -80,7 +86,24 @@ def for_llama_cpp(subject: Subject, folder: Path) -> dict[str, str]:
     return {"gguf": str(path)}
 
 
-PEERS: Mapping[str, Peer] = {"llama.cpp": Peer(("llama_cpp", "gguf"), "llama-cpp-python gguf", for_llama_cpp)}
+def for_transformers(subject: Subject, folder: Path) -> dict[str, str]:
+    """The same weights decoded, in the dtype that ours computes in. Raises ModelError when they cannot be had."""
+    opened, dtype = subject.source.checkpoint, subject.placement.dtype
+    nbytes = ENCODINGS[dtype].block_bytes * sum(prod(info.shape) for info in opened.tensors.values())
+    free = free_memory()
+    if free is not None and nbytes > free:
+        raise ModelError(f"its weights take {size(nbytes)} of memory, and {size(free)} are free.")
+    if opened.form == "hf" and "model_path" in subject.arguments and subject.placement.label in DTYPES:
+        return {"folder": str(opened.folder), "dtype": dtype}
+    path = folder / "transformers"
+    hf_writer.write(opened, dtype, path)
+    return {"folder": str(path), "dtype": dtype}
+
+
+PEERS: Mapping[str, Peer] = {
+    "llama.cpp": Peer(("llama_cpp", "gguf"), "llama-cpp-python gguf", for_llama_cpp),
+    "transformers": Peer(("transformers",), "transformers", for_transformers),
+}
 """By name, in the order in which they take turns."""
 
 

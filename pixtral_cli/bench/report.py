@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pixtral_cli.bench.ceilings import Ceilings
+from pixtral_cli.bench.ceilings import Rates
 from pixtral_cli.bench.runs import Row, Sizes
 
 GIGA = 1e9
@@ -49,8 +50,14 @@ def as_object(header: Mapping[str, Any], sizes: Sizes, rows: Sequence[Row]) -> d
     return {**header, "date": date, "sizes": asdict(sizes), "rows": [asdict(row) for row in rows]}
 
 
-def ceilings_object(ceilings: Ceilings) -> dict[str, Any]:
-    return {"read_bytes_per_second": ceilings.read, "operations_per_second": ceilings.product}
+def ceilings_object(samples: Sequence[Rates]) -> dict[str, Any]:
+    """Medians over the run, of bytes and operations a second."""
+    kinds = samples[0].product
+    products = {kind: statistics.median(each.product[kind] for each in samples) for kind in kinds}
+    return {
+        "read_bytes_per_second": statistics.median(each.read for each in samples),
+        "operations_per_second": products,
+    }
 
 
 def as_table(rows: Sequence[Row]) -> Table:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pixtral_cli.bench.ceilings import Ceilings
-from pixtral_cli.bench.contender import PROMPT, Contender, ContenderFailed
+from pixtral_cli.bench.ceilings import Ceilings, Rates
+from pixtral_cli.bench.contender import OURS, PROMPT, Contender, ContenderFailed
 from pixtral_cli.bench.counts import Counts, Need
 
-OURS = "pixtral"
 WITH_TORCH = (OURS, "transformers")
 SETTLING = 0.05
 """Seconds before a program's turn, in which the threads of the one before it fall asleep."""
@@ -87,129 +86,131 @@ def works(sizes: Sizes, counts: Counts) -> Iterator[Work]:
 
 @dataclass
 class Programs:
-    """Those that are measured, ours first, each with the model as it reads it. `tell` takes a sentence on a peer that
-    failed, which is left out from then on; what fails of ours is raised."""
+    """Those that are measured, ours first, each with the model as it reads it, and the machine's ceilings beside them.
+
+    `tell` takes a sentence on a peer that is left out of a work because it fails there, `doing` what is going on; what
+    fails of ours is raised.
+    """
 
     models: dict[str, Mapping[str, Any]]
     threads: int
     sizes: Sizes
+    ceilings: Ceilings
     tell: Callable[[str], None]
+    doing: Callable[[str], None]
     running: dict[str, Contender] = field(default_factory=dict)
-    abouts: dict[str, Any] = field(default_factory=dict)
 
-    def each(self, do: Callable[[str], float]) -> dict[str, float]:
-        """What `do` gives for each, one after the other."""
-        found = {}
-        for name in list(self.models):
-            time.sleep(SETTLING)
-            try:
-                found[name] = do(name)
-            except ContenderFailed as error:
-                if name == OURS:
-                    raise
-                self.tell(f"{name} is left out: {error}")
-                self._end(name)
-                del self.models[name]
-        return found
+    def rounds(self, what: str, do: Callable[[str], float]) -> tuple[dict[str, list[float]], list[Rates]]:
+        """What `do` gives for each program in every round, after one that does not count; and the ceilings then."""
+        found: dict[str, list[float]] = {name: [] for name in self.models}
+        rates = []
+        for count in range(self.sizes.repeats + 1):
+            self.doing(f"{what}: " + (f"round {count} of {self.sizes.repeats}" if count else "warming up"))
+            for name in list(found):
+                time.sleep(SETTLING)
+                try:
+                    found[name].append(do(name))
+                except ContenderFailed as error:
+                    if name == OURS:
+                        raise
+                    self.tell(f"{name} is left out ({what}): {error}")
+                    del found[name]
+            rates.append(self.ceilings.sample())
+        return {name: each[1:] for name, each in found.items()}, rates[1:]
 
-    def rounds(self, do: Callable[[str], float]) -> dict[str, list[float]]:
-        """What `do` gives for each in every round, after one that does not count."""
-        self.each(do)
-        rounds = [self.each(do) for _ in range(self.sizes.repeats)]
-        return {name: [one[name] for one in rounds] for name in self.models}
+    def answers(self, work: Work) -> tuple[dict[str, list[float]], list[Rates]]:
+        """The `rounds` of a work."""
+        return self.rounds(work.name, lambda name: self.running[name].ask(**work.question))
 
-    def ask(self, question: Mapping[str, Any]) -> Callable[[str], float]:
-        return lambda name: self.running[name].ask(**question)
+    def start(self, name: str) -> tuple[float, float]:
+        """Seconds of a new process of the program to its first token, after a short prompt, and of loading therein."""
+        self.end(name)
+        begun, sizes = time.perf_counter(), self.sizes
+        self.running[name] = program = Contender(name)
+        asked = {"threads": self.threads, "context": sizes.context, "batch": max(sizes.batch_sizes)}
+        loading = program.ask("load", model=self.models[name], **asked)
+        program.ask("prefill", tokens=PROMPT)
+        return time.perf_counter() - begun, loading
 
-    def load(self, name: str) -> float:
-        """Seconds of loading, in a new process that takes the place of the one before."""
-        self._end(name)
-        self.running[name] = Contender(name)
-        sizes = self.sizes
-        batch = max(sizes.batch_sizes)
-        asked = {"model": self.models[name], "threads": self.threads, "context": sizes.context, "batch": batch}
-        return self.running[name].ask("load", **asked)
-
-    def end(self) -> None:
-        for name in list(self.running):
-            self._end(name)
-
-    def _end(self, name: str) -> None:
-        if name in self.running:
-            self.running.pop(name).end()
+    def end(self, *names: str) -> None:
+        """End the processes of these programs, or of all."""
+        for name in names or tuple(self.running):
+            if name in self.running:
+                self.running.pop(name).end()
 
 
-class Measured(NamedTuple):
-    """A model that is measured: what its work needs, and the rates that bound it."""
+@dataclass(frozen=True)
+class Measured:
+    """A model that is measured in one encoding, which computes in `dtype`."""
 
     encoding: str
     counts: Counts
-    ceilings: Ceilings
     dtype: str
 
-    def seconds(self, need: Need) -> float:
-        return need.seconds(self.ceilings.read, self.ceilings.operations(self.dtype))
+    def rows(self, programs: Programs, abouts: dict[str, Any]) -> Iterator[Row]:
+        """Each row as soon as it is measured; what programs say of themselves goes into `abouts`."""
+        yield from self._starts(programs)
+        abouts |= {name: program.ask("about") for name, program in programs.running.items()}
+        for work in works(programs.sizes, self.counts):
+            seconds, rates = programs.answers(work)
+            tokens = work.tokens * work.batch
+            parts = [
+                work.need.seconds(each.read, each.operations(self.dtype)) / took
+                for each, took in zip(rates, seconds[OURS], strict=True)
+            ]
+            part = statistics.median(parts)
+            speeds = {name: [tokens / each for each in found] for name, found in seconds.items()}
+            yield from self._beside(work.name, speeds, "tok/s", work.tokens, work.batch, part)
+            if work.name == "prefill":
+                yield from self._beside("first token", seconds, "s", work.tokens, work.batch, part)
+        peaks = {name: [program.ask("peak_memory") / GB] for name, program in programs.running.items()}
+        part = self.counts.weight_bytes / GB / peaks[OURS][0]
+        yield from self._beside("peak memory", peaks, "GB", part=part)
+
+    def _starts(self, programs: Programs) -> Iterator[Row]:
+        """Loading; and whole processes, from their start to the first token."""
+        loads: dict[str, list[float]] = {}
+
+        def start(name: str) -> float:
+            whole, loading = programs.start(name)
+            loads.setdefault(name, []).append(loading)
+            return whole
+
+        starts, _ = programs.rounds("start", start)
+        for name in programs.models.keys() - starts.keys():
+            programs.end(name)
+            del programs.models[name]
+        yield from self._beside("load", {name: loads[name][1:] for name in starts}, "s")
+        yield from self._beside("start", starts, "s", PROMPT, 1)
+        if len(starts) > 1:
+            torch = statistics.median(_import_torch() for _ in range(programs.sizes.repeats))
+            beyond = {name: [each - torch * (name in WITH_TORCH) for each in found] for name, found in starts.items()}
+            yield from self._beside("start, without importing torch", beyond, "s", PROMPT, 1)
+
+    def _beside(
+        self,
+        work: str,
+        found: Mapping[str, Sequence[float]],
+        unit: str,
+        tokens: int = 0,
+        batch: int = 0,
+        part: float | None = None,
+    ) -> Iterator[Row]:
+        """A row for each peer; one without, where there is none. `part` is of the ceiling."""
+        ours, spread = statistics.median(found[OURS]), _spread(found[OURS])
+        peers: list[str | None] = [name for name in found if name != OURS]
+        for name in peers or [None]:
+            peer = None if name is None else statistics.median(found[name])
+            ratio = None if peer is None else ours / peer
+            others = None if name is None else _spread(found[name])
+            yield Row(work, self.encoding, tokens, batch, ours, peer, name, ratio, unit, part, spread, others)
 
 
-def rows(programs: Programs, model: Measured) -> Iterator[Row]:
-    """Each row as soon as it is measured."""
-    yield from _starts(programs, model.encoding)
-    for work in works(programs.sizes, model.counts):
-        seconds = programs.rounds(programs.ask(work.question))
-        least, tokens = model.seconds(work.need), work.tokens * work.batch
-        rates = {name: [tokens / each for each in found] for name, found in seconds.items()}
-        yield from _beside(work.name, model.encoding, work.tokens, work.batch, rates, "tok/s", tokens / least)
-        if work.name == "prefill":
-            yield from _beside("first token", model.encoding, work.tokens, work.batch, seconds, "s", least)
-    peaks = programs.each(lambda name: programs.running[name].ask("peak_memory") / GB)
-    alone = model.counts.weight_bytes / GB
-    yield from _beside("peak memory", model.encoding, 0, 0, {k: [v] for k, v in peaks.items()}, "GB", alone)
-
-
-def _starts(programs: Programs, encoding: str) -> Iterator[Row]:
-    """Loading; and whole processes, from their start to the first token after a short prompt."""
-    loads: dict[str, list[float]] = {}
-
-    def start(name: str) -> float:
-        begun = time.perf_counter()
-        loads.setdefault(name, []).append(programs.load(name))
-        programs.running[name].ask("prefill", tokens=PROMPT)
-        return time.perf_counter() - begun
-
-    starts = programs.rounds(start)
-    for name in programs.models:
-        programs.abouts[name] = programs.running[name].ask("about")
-    yield from _beside("load", encoding, 0, 0, {name: loads[name][1:] for name in starts}, "s")
-    yield from _beside("start", encoding, PROMPT, 1, starts, "s")
-    if len(starts) > 1:
-        torch = statistics.median(_import_torch() for _ in range(programs.sizes.repeats))
-        beyond = {name: [each - torch * (name in WITH_TORCH) for each in found] for name, found in starts.items()}
-        yield from _beside("start, without importing torch", encoding, PROMPT, 1, beyond, "s")
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
 def _import_torch() -> float:
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"], check=True, stdin=subprocess.DEVNULL)
     return time.perf_counter() - begun
-
-
-def _beside(
-    work: str,
-    encoding: str,
-    tokens: int,
-    batch: int,
-    found: Mapping[str, Sequence[float]],
-    unit: str,
-    ceiling: float | None = None,
-) -> Iterator[Row]:
-    """A row for each peer; one without, where there is none. The ceiling is in the same unit."""
-    values = found[OURS]
-    ours = statistics.median(values)
-    fraction = None if ceiling is None else ours / ceiling if unit == "tok/s" else ceiling / ours
-    spread = min(values), max(values)
-    peers: list[str | None] = [name for name in found if name != OURS]
-    for name in peers or [None]:
-        peer = None if name is None else statistics.median(found[name])
-        ratio = None if peer is None else ours / peer
-        others = None if name is None else (min(found[name]), max(found[name]))
-        yield Row(work, encoding, tokens, batch, ours, peer, name, ratio, unit, fraction, spread, others)

@@ -133,7 +133,7 @@ def bench(arguments: BenchArguments) -> None:
         raise UsageError("--shape is a model of random weights: leave --model-path out.", "See: pixtral bench --help")
     console = Console()
     with console.doing("starting") as doing:
-        from pixtral_cli.bench.bench import Bench, device_of
+        from pixtral_cli.bench.bench import Bench
         from pixtral_cli.bench.runs import Sizes
 
         width, _, height = (arguments.image or "").lower().partition("x")
@@ -144,7 +144,7 @@ def bench(arguments: BenchArguments) -> None:
             (int(width), int(height)) if arguments.image else None,
             arguments.repeats,
         )
-        run = Bench(sizes, device_of(arguments.devices), arguments.compare, console.notice, doing)
+        run = Bench(sizes, arguments.devices, arguments.compare, console.notice, doing)
         try:
             _measure(run, arguments)
         finally:
@@ -169,12 +169,13 @@ def _measure(run: "Bench", arguments: BenchArguments) -> None:
 
 def _show(run: "Bench", file: Path | None, console: Console) -> None:
     """The table, and the object in a file; only the object where that goes to standard output."""
+    if not run.rows:
+        return
     found = run.as_object()
     if file == STANDARD_OUTPUT:
         console.object(found)
         return
-    if run.rows:
-        console.write(run.as_text())
+    console.write(run.as_text())
     if file is not None:
         _write(file, json.dumps(found, indent=1) + "\n")
 

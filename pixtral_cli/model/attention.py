@@ -5,16 +5,19 @@ Letters: N new tokens or patches, L tokens to attend to, H query heads, K key-va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pixtral_cli.model import native_ops
 from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.kv_cache import PAGE, KVCache, Layout, pages_for
+from pixtral_cli.model.native_ops import PagesOf
 
 MakeMask = Callable[[int, int, int | None, torch.device], Tensor]
 
@@ -43,27 +46,74 @@ class Span:
 
 
 class AttendPaged:
-    """Attention for the flattened new tokens of several sequences: one Span each, in order."""
+    """Attention for the flattened new tokens of several sequences: one Span each, in order.
+
+    A span of one token gets the same bits whatever other spans are there.
+    """
 
     def __init__(self, config: TextConfig, kv_cache: KVCache, spans: Sequence[Span], device: torch.device) -> None:
         self._windows = config.sliding_windows
         self._kv_cache = kv_cache
-        self._lengths = [span.tokens for span in spans]
         self._new = torch.tensor([slot for span in spans for slot in span.new_slots], device=device)
-        self._all = [span.all_slots(device) for span in spans]
+        self._runs = list(_runs(spans))
         self._mask = cache(causal_mask)  # the same for all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, D], k and v [N, K, D] -> [N, H, D]. Rows of q beyond the spans' tokens are padding: zeros."""
         tokens = len(self._new)
         self._kv_cache.write(layer, self._new, k[:tokens], v[:tokens])
-        mixed = [
-            causal_attention(queries, *self._kv_cache.read(layer, where), self._windows[layer], self._mask)
-            for queries, where in zip(q[:tokens].split(self._lengths), self._all, strict=True)
-        ]
+        mixed = q.new_empty(q.shape)
         if tokens < len(q):
-            mixed.append(q.new_zeros(q[tokens:].shape))
-        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+            mixed[tokens:] = 0
+        store, window = self._kv_cache.layer(layer), self._windows[layer]
+        natively = store.key_exponents is None and native_ops.take(q, store.keys)
+        for run in self._runs:
+            queries, out = q[run.first : run.end], mixed[run.first : run.end]
+            if natively and run.single:
+                native_ops.attend_one(queries, store.keys, store.values, out, run.pages, window)
+            elif natively and native_ops.takes_blocks(q):
+                native_ops.attend_block(queries, store.keys, store.values, out, run.pages, run.spans[0].before, window)
+            else:
+                self._attend_each(layer, run, queries, out)
+        return mixed
+
+    def _attend_each(self, layer: int, run: _Run, q: Tensor, out: Tensor) -> None:
+        """Span by span, by torch; the keys and values of pages that lie apart are copied."""
+        lengths = [span.tokens for span in run.spans]
+        for span, queries, mixed in zip(run.spans, q.split(lengths), out.split(lengths), strict=True):
+            keys, values = self._kv_cache.read(layer, span.all_slots(q.device))
+            mixed.copy_(causal_attention(queries, keys, values, self._windows[layer], self._mask))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Spans beside each other that are computed in one call: those of one token together, any other by itself."""
+
+    spans: Sequence[Span]
+    first: int
+    """The row of their first token."""
+
+    @property
+    def single(self) -> bool:
+        return self.spans[0].tokens == 1
+
+    @cached_property
+    def end(self) -> int:
+        return self.first + sum(span.tokens for span in self.spans)
+
+    @cached_property
+    def pages(self) -> PagesOf:
+        return PagesOf([(span.pages, span.before + span.tokens) for span in self.spans])
+
+
+def _runs(spans: Sequence[Span]) -> Iterator[_Run]:
+    row = 0
+    for single, group in groupby(spans, lambda span: span.tokens == 1):
+        together = list(group)
+        for each in [together] if single else [[span] for span in together]:
+            run = _Run(each, row)
+            yield run
+            row = run.end
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, mask_of: MakeMask) -> Tensor:
@@ -104,9 +154,15 @@ def causal_mask(n: int, length: int, window: int | None, device: torch.device) -
 
 def attend_within(lengths: list[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without order inside each segment: an image's patches see their own image only. q, k, v [N, H, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([scaled_dot_product_attention(*segment)[0].transpose(0, 1) for segment in segments])
+    mixed = q.new_empty(q.shape)
+    natively = native_ops.take(q, k, v) and native_ops.takes_blocks(q)
+    for queries, keys, values, out in zip(*(x.split(lengths) for x in (q, k, v, mixed)), strict=True):
+        if natively:
+            native_ops.attend_block(queries, keys, values, out, causal=False)
+        else:
+            batched = (x.transpose(0, 1)[None] for x in (queries, keys, values))  # [1, H, N, D]
+            out.copy_(scaled_dot_product_attention(*batched)[0].transpose(0, 1))
+    return mixed
 
 
 class AttendOnCard:

@@ -1,8 +1,8 @@
-"""Element-wise operations of decoder and tower, each in one pass over memory on a card. Knows no layers.
+"""Element-wise operations of decoder and tower, each in one pass over memory. Knows no layers.
 
-Plain torch is the CPU's path, and the definition. Where Triton works, a CUDA tensor takes the form in `fused_triton`,
-unless it is being trained: those have no gradient. Letters: N tokens or patches, C hidden_size, H query heads, K
-key-value heads, D head_dim, F intermediate_size.
+Plain torch is the definition. A CUDA tensor takes the form in `fused_triton` where Triton works, one on a CPU that in
+`native_ops` where the library is there, unless it is being trained: those have no gradient. Letters: N tokens or
+patches, C hidden_size, H query heads, K key-value heads, D head_dim, F intermediate_size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from pixtral_cli.model import triton_support
+from pixtral_cli.model import native_ops, triton_support
 
 
 def add_norm(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
     """The residual x [N, C] and what a layer adds to it -> (x + delta, norm(x + delta)); `delta` None adds nothing."""
     if _on_card(x):
         return _triton().add_norm(x, delta, norm.weight, norm.eps)
+    if norm.eps is not None and native_ops.take(x, norm.weight, x if delta is None else delta):
+        return native_ops.add_norm(x, delta, norm.weight, norm.eps)
     total = x if delta is None else x + delta
     return total, norm(total)
 
@@ -29,6 +31,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     """q [N, H, D] and k [N, K, D], which may be overwritten, rotated by (cos, sin) [N, 1, D]."""
     if _on_card(q):
         return _triton().rotate(q, k, cos, sin)
+    if native_ops.take(q, k, cos, sin):
+        return native_ops.rotate(q, k, cos, sin)
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
@@ -41,8 +45,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """[N, 2 F], gate then up -> SiLU(gate) * up [N, F]."""
     if _on_card(gate_up):
         return _triton().silu_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=1)
-    return silu(gate) * up
+    return gated(*gate_up.chunk(2, dim=1))
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, each [N, F]."""
+    return native_ops.silu_mul(gate, up) if native_ops.take(gate, up) else silu(gate) * up
 
 
 def _on_card(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pixtral_cli.model import native_ops
 from pixtral_cli.model.config import TextConfig
 
 PAGE = 16  # tokens: what two prompts share is found in steps of this
@@ -91,6 +92,9 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [N, K, D] into `slots` [N]."""
+        if self._exponents is None and native_ops.take(k, v, self._store):
+            native_ops.write(self._layers[layer].keys, self._layers[layer].values, slots, k, v)
+            return
         for side, x in enumerate((k, v)):
             if self._exponents is None:
                 self._store[side, layer].index_copy_(0, slots, x)

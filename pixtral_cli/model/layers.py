@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding
 
-from pixtral_cli.model.fused import rotate, silu_mul
+from pixtral_cli.model.fused import gated, rotate, silu_mul
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
@@ -79,7 +79,7 @@ class GatedFeedForward(nn.Module):
         """x [N, C] -> what the feed-forward layer adds to it [N, C]."""
         if self.gate_up_proj is not None:
             return self.down_proj(silu_mul(self.gate_up_proj(x)))
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Embedding(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pixtral_cli.model import families, joining, kernels
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
-from pixtral_cli.model.kernels.reference import PackedEmbedding, ReferenceKernel
+from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.pass_threads import PassThreads
 from pixtral_cli.model.placement import FLOATS, Placement
@@ -153,9 +153,7 @@ def _put(model: LanguageModel, name: str, weight: Weight, dtype: torch.dtype, de
 def _tie(model: LanguageModel) -> None:
     """Let the head multiply with the table of embeddings, in the order that rows are looked up in: no copy is made."""
     table = model.language_model.embed_tokens
-    if isinstance(table, PackedEmbedding):
-        model.lm_head = KernelLinear(table.kernel or ReferenceKernel(table.weight, model.device))
-    elif model.device.type == "cuda":
-        model.set_submodule("lm_head", joining.linear(table.weight, model.dtype))
+    if isinstance(table, PackedEmbedding) and table.kernel is not None:
+        model.lm_head = KernelLinear(table.kernel)
     else:
-        model.lm_head.weight = table.weight
+        model.set_submodule("lm_head", joining.linear(table.weight, model.dtype))

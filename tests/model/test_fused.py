@@ -148,7 +148,7 @@ def test_every_device_computes_the_formulas(device, tokens, dtype):
     close_enough(fused.silu_mul(gate_up.to(device)), gated(gate_up), dtype)
     qkv, _, _, angles = heads_and_angles(tokens, 32, 8, 128, dtype)
     cos, sin = (torch.cat([part(angles)] * 2, dim=1)[:, None].to(device, dtype) for part in (torch.cos, torch.sin))
-    q, k = fused.rotate(*qkv.to(device).split([32, 8, 8], dim=1)[:2], cos, sin)
+    q, k = fused.rotate(*qkv.to(device, copy=True).split([32, 8, 8], dim=1)[:2], cos, sin)
     close_enough(torch.cat([q, k], dim=1), turned(qkv[:, :40], angles), dtype)
 
 

@@ -38,7 +38,7 @@ def exact_angles(positions, head_dim, theta):
 @pytest.mark.parametrize("theta", THETAS)
 def test_tokens_are_rotated_by_their_position(head_dim, theta):
     positions, x = [0, 1, 2, 77, 4095], random(5, 3, head_dim)
-    found, found_k = rotate(x, x[:, :1], *text_rotary(torch.tensor(positions), head_dim, theta))
+    found, found_k = rotate(x.clone(), x[:, :1].clone(), *text_rotary(torch.tensor(positions), head_dim, theta))
     wanted = rotated_as_complex_numbers(x, exact_angles(positions, head_dim, theta))
     torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)  # 4095 in float32 is exact to 2^-12
     torch.testing.assert_close(found[:4].double(), wanted[:4], atol=5e-5, rtol=0)
@@ -83,7 +83,8 @@ def test_scores_depend_on_the_distance_alone(shift):
 
     def score(of_q, of_k):
         at = [text_rotary(torch.tensor([place]), 64, 1e6) for place in (of_q, of_k)]
-        return (rotate(q, k, *at[0])[0] * rotate(q, k, *at[1])[1]).sum()
+        (turned, _), (_, turned_k) = (rotate(q.clone(), k.clone(), *each) for each in at)
+        return (turned * turned_k).sum()
 
     torch.testing.assert_close(score(9 + shift, 4 + shift), score(9, 4), atol=2e-3, rtol=0)
     assert (score(9, 4) - score(9, 5)).abs() > 0.05

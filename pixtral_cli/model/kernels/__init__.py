@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
 from pixtral_cli.model.kernels.gemv import GemvKernel
 from pixtral_cli.model.kernels.nf4 import NF4Kernel
@@ -45,7 +46,7 @@ class Kernel(Protocol):
         ...
 
 
-KERNELS: list[type[Kernel]] = [CudaPackedKernel, NF4Kernel, GemvKernel, ReferenceKernel]
+KERNELS: list[type[Kernel]] = [CudaPackedKernel, CpuRowsKernel, NF4Kernel, GemvKernel, ReferenceKernel]
 """In order of preference. The reference takes every packed weight on every device."""
 
 

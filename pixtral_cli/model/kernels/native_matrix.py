@@ -57,7 +57,7 @@ def matrix_of(weight: Tensor | PackedWeight) -> Matrix | None:
         return None
     if isinstance(weight, Tensor):
         name = str(weight.dtype).removeprefix("torch.")
-        return Matrix(name, weight, weight.shape[1]) if name in NUMBERS and _readable(weight) else None
+        return Matrix(name, weight.detach(), weight.shape[1]) if name in NUMBERS and _readable(weight) else None
     if isinstance(weight, PackedRows) and weight.encoding in NUMBERS and _readable(weight.rows):
         return Matrix(weight.encoding, weight.rows, weight.shape[1])
     if isinstance(weight, NF4) and _readable(weight.codes):

@@ -71,7 +71,8 @@ def test_a_weight_in_the_order_of_a_kernel_is_taken_by_the_reference_as_well(fir
 
 
 def test_plain_tensors_are_left_to_torch_where_no_kernel_takes_them():
-    assert kernels.choose(random(64, 64).bfloat16(), torch.bfloat16, CPU) is None
+    assert kernels.choose(random(64, 64).half(), torch.float16, CPU) is None
+    assert kernels.choose(random(64, 64), torch.bfloat16, CPU) is None
 
 
 @pytest.mark.parametrize(("rows", "used"), [(1, "few"), (7, "few"), (8, "some"), (99, "some"), (100, "many")])
