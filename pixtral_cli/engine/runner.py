@@ -81,8 +81,6 @@ class Runner:
 
     steps_ahead = 0
     """How many steps may be launched before one is read."""
-    speculates = True
-    """Whether it computes what is proposed to follow a chunk."""
 
     def __init__(self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
         self.model = model
