@@ -190,8 +190,10 @@ class AttendOnCard:
             (x[: self._layout.decoding], x[self._layout.decoding :]) for x in (q, k, v, out)
         )
         if len(q):
+            if self._layout.successive:  # each sees those before it, which `decode` may write later
+                self._kernels.write(k, v, *store, first=0)
             self._kernels.decode(q, k, v, decoded, *store, window, self._scratch)
         if len(new_q):
-            self._kernels.write(new_k, new_v, *store)
+            self._kernels.write(new_k, new_v, *store, first=self._layout.decoding)
             self._kernels.prefill(new_q, mixed, *store, window)
         return out
