@@ -88,8 +88,8 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     assert k.stride()[1:] == v.stride()[1:] == keys.stride()[1:]
     size = k.element_size()
     _function("write")(
-        keys.data_ptr(), values.data_ptr(), slots.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[0], keys.stride(0) * size,
-        k.stride(0) * size, v.stride(0) * size, native.threads(),
+        keys.data_ptr(), values.data_ptr(), slots.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[0],
+        keys.stride(0) * size, k.stride(0) * size, v.stride(0) * size, native.threads(),
     )  # fmt: skip
 
 
