@@ -66,10 +66,12 @@ class CardRunner(Runner):
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, proposing: bool) -> None:
         """Capture all graphs."""
         for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
             self._graph(bucket)
+        if proposing:
+            self._graph(MOST_ROWS, proposing=True)
 
     @torch.inference_mode()
     def keep(self, sequences: list[Sequence], token_ids: Tensor | None = None) -> None:
@@ -121,7 +123,9 @@ class CardRunner(Runner):
 
     def _decode_proposed(self, chunks: list[Chunk]) -> Tensor:
         """One known token of each sequence and those that are proposed to follow -> logits [N, V]."""
-        seats, positions, token_ids = [], [], []
+        seats: list[int] = []
+        positions: list[int] = []
+        token_ids: list[int] = []
         for sequence, _, (tokens, _) in chunks:
             seats += [sequence.seat] * (1 + len(tokens))
             positions += range(sequence.computed, sequence.computed + 1 + len(tokens))

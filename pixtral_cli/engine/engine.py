@@ -161,7 +161,7 @@ class Engine:
     def warm_up(self) -> None:
         """Prepare what would be prepared when it is first needed."""
         with current_device(self.model.device):
-            self.runner.warm_up()
+            self.runner.warm_up(self.speculation is not None)
 
     def step(self) -> list[Event]:
         """Launch a step of all running requests, and read one -> its events.

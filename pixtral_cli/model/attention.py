@@ -60,15 +60,17 @@ class AttendPaged:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, D], k and v [N, K, D] -> [N, H, D]. Rows of q beyond the spans' tokens are padding: zeros."""
-        tokens = len(self._new)
-        self._kv_cache.write(layer, self._new, k[:tokens], v[:tokens])
+        tokens = self._new.shape[0]
+        if tokens < q.shape[0]:
+            k, v = k[:tokens], v[:tokens]
+        self._kv_cache.write(layer, self._new, k, v)
         mixed = q.new_empty(q.shape)
-        if tokens < len(q):
+        if tokens < q.shape[0]:
             mixed[tokens:] = 0
         store, window = self._kv_cache.layer(layer), self._windows[layer]
         natively = store.key_exponents is None and native_ops.take(q, store.keys)
         for run in self._runs:
-            queries, out = q[run.first : run.end], mixed[run.first : run.end]
+            queries, out = (x if run.end == run.first + x.shape[0] else x[run.first : run.end] for x in (q, mixed))
             if natively and run.single:
                 native_ops.attend_one(queries, store.keys, store.values, out, run.pages, window)
             elif natively and native_ops.takes_blocks(q):

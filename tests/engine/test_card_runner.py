@@ -2,13 +2,12 @@
 
 import os
 
-import pytest
 import torch
 from support import builders
 from support.devices import loaded
 from support.engines import run, tokens
 from support.interpreter import interpreted
-from support.proposals import Forced, at_random, oracle, wrong
+from support.proposals import Forced, at_random
 from support.random_requests import words
 
 from pixtral_cli.engine.engine import Engine
@@ -54,24 +53,21 @@ def test_requests_get_the_tokens_that_the_cpu_gives_them(tmp_path):
 
 
 @interpreted
-@pytest.mark.parametrize("guess", ["oracle", "wrong", "at_random"])
-def test_whatever_is_proposed_the_tokens_are_those_of_the_cpu(guess, tmp_path):
+def test_whatever_is_proposed_the_tokens_are_those_of_the_cpu(tmp_path):
     """Some go on a step ahead, others wait for what was proposed; pages end in the middle of it."""
     builders.pixtral(tmp_path, sliding_window=24)
     model = loaded(tmp_path)
     requests = [
-        prompt(1, 2 * PAGE - 5, 22),
-        prompt(2, 4 * PAGE, 3, logprobs=1),
+        prompt(1, PAGE - 5, 16),
         prompt(3, 1, 4, sampling=Sampling(temperature=0.8, top_k=0, seed=7)),
-        prompt(4, 9, 14, sampling=Sampling(repetition_penalty=1.3)),
-        prompt(5, 2 * PAGE - 1, 9),
+        prompt(4, 9, 5, sampling=Sampling(repetition_penalty=1.3)),
+        prompt(5, 2 * PAGE - 1, 6, logprobs=1),
     ]
-    expected = [tokens(run(Engine(model, 5 * PAGE, speculative=False), each)[0]) for each in requests]
-    engine = on_card(model, max_length=5 * PAGE, max_batch_size=3)
-    Forced(engine, {"oracle": oracle, "wrong": wrong, "at_random": at_random}[guess](expected))
+    expected = [tokens(run(Engine(model, 3 * PAGE, speculative=False), each)[0]) for each in requests]
+    engine = on_card(model, max_length=3 * PAGE, max_batch_size=2)
+    Forced(engine, at_random(expected))
     assert [tokens(events) for events in run(engine, *requests)] == expected
-    assert engine.counters.proposed_tokens > 10 and engine.table.in_use == 0
-    assert (engine.counters.accepted_tokens > 0) == (guess != "wrong")
+    assert 0 < engine.counters.accepted_tokens < engine.counters.proposed_tokens and engine.table.in_use == 0
 
 
 @interpreted
@@ -79,11 +75,11 @@ def test_after_proposals_a_plain_step_goes_on_with_the_token_that_came(tmp_path)
     """It takes the card's own copy of it."""
     builders.pixtral(tmp_path)
     model = loaded(tmp_path)
-    request = prompt(1, 20, 30)
+    request = prompt(1, 5, 16)
     expected = tokens(run(Engine(model, speculative=False), request)[0])
-    engine = on_card(model, max_length=5 * PAGE)
+    engine = on_card(model, max_length=2 * PAGE)
     propose = at_random([expected])
-    Forced(engine, lambda sequence, most: propose(sequence, most) if sequence.generated % 10 < 4 else [])
+    Forced(engine, lambda sequence, most: propose(sequence, most) if sequence.generated % 8 < 4 else [])
     ahead = []
     launch = engine._launch
 

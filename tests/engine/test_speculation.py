@@ -21,6 +21,7 @@ from pixtral_cli.engine.lookup import Match
 from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.engine.runner import Computed
 from pixtral_cli.engine.speculation import MOST_ROWS, PassTimes, Shares, worth_computing
+from pixtral_cli.model.kernels import native
 from pixtral_cli.model.kv_cache import PAGE
 
 
@@ -96,6 +97,19 @@ def test_what_repeats_is_found_and_told_as_without(circling):
         assert [tokens(events) for events in found] == [tokens(events) for events in expected]
         assert engine.counters.accepted_tokens > 20
         assert [sum(map(len, found))] == [engine.counters.generated_tokens]
+
+
+@pytest.mark.skipif(not native.available(), reason="a row's bits depend on its neighbours in torch's own products")
+@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"])
+def test_with_the_library_log_probabilities_are_those_without_to_the_bit(encoding, tmp_path):
+    builders.mistral(tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=16, head_dim=16)
+    model = loaded(tmp_path, encoding=encoding)
+    requests = [asked(words(seed, 30), tokens=40, logprobs=2) for seed in range(3)]
+    expected = [plain(model, each)[0] for each in requests]
+    for batch in (1, 3):
+        engine = Engine(model, max_batch_size=batch)
+        Forced(engine, at_random([tokens(events) for events in expected]))
+        assert sharp(run(engine, *requests)) == sharp(expected)
 
 
 class Ticking:
