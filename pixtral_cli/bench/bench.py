@@ -71,6 +71,8 @@ class Bench:
     def _for_peers(self, subject: Subject, folder: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
         """Each peer that is installed and can have the model, and the model as it reads it."""
         for name, peer in model_files.PEERS.items() if self.compare else ():
+            if peer.encoding not in (None, subject.placement.label):
+                continue
             if not peer.installed:
                 self.tell(f"{name} is left out: it is not installed (pip install {peer.packages}).")
                 continue

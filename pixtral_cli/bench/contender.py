@@ -20,7 +20,12 @@ from pixtral_cli import process_environment
 from pixtral_cli.errors import PixtralError
 
 OURS = "pixtral"
-MODULES = {OURS: "ours", "llama.cpp": "llama_cpp_peer", "transformers": "transformers_peer"}
+MODULES = {
+    OURS: "ours",
+    "llama.cpp": "llama_cpp_peer",
+    "transformers": "transformers_peer",
+    "bitsandbytes": "transformers_peer",
+}
 PROMPT = 16
 """Tokens before those that are decoded."""
 ENDING = 5.0  # seconds for a process that is told to end

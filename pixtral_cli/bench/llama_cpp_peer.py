@@ -27,7 +27,8 @@ class LlamaCppFailed(Exception):
 
 
 class Program:
-    """See `contender.Program`; a model is {"gguf": path}, and of one that sees "mmproj" and "vocabulary"."""
+    """See `contender.Program`; a model is {"gguf": path, "device": torch's name}, with "mmproj" and "vocabulary" if it
+    sees."""
 
     def __init__(self) -> None:
         self._context: Any = None
@@ -39,6 +40,7 @@ class Program:
         c.llama_backend_init()
         self._files, self._threads, self._length = model, threads, context
         wanted = c.llama_model_default_params()
+        wanted.n_gpu_layers = 0 if model["device"] == "cpu" else -1  # below 0: all of them
         wanted.load_mode = getattr(c, "LLAMA_LOAD_MODE_MMAP", None)  # older versions map files by default
         self._model = c.llama_model_load_from_file(model["gguf"].encode(), wanted)
         if not self._model:

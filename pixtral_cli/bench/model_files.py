@@ -34,6 +34,8 @@ class Peer(NamedTuple):
     modules: tuple[str, ...]
     packages: str
     prepare: Callable[[Subject, Path], dict[str, str]]
+    encoding: str | None = None
+    """The only one that it is for."""
 
     @property
     def installed(self) -> bool:
@@ -105,9 +107,19 @@ def for_transformers(subject: Subject, folder: Path) -> dict[str, str]:
     return {"folder": str(path), "dtype": dtype}
 
 
+def for_bitsandbytes(subject: Subject, folder: Path) -> dict[str, str]:
+    """Matrices in nf4 as they are, for transformers, which multiplies them with bitsandbytes' kernels."""
+    path, dtype = folder / "bitsandbytes", subject.placement.dtype
+    hf_writer.write(subject.source.checkpoint, dtype, path, packed=True)
+    return {"folder": str(path), "dtype": dtype}
+
+
 PEERS: Mapping[str, Peer] = {
     "llama.cpp": Peer(("llama_cpp", "gguf"), "llama-cpp-python gguf", for_llama_cpp),
     "transformers": Peer(("transformers",), "transformers", for_transformers),
+    "bitsandbytes": Peer(
+        ("transformers", "bitsandbytes", "accelerate"), "transformers accelerate", for_bitsandbytes, "nf4"
+    ),
 }
 """By name, in the order in which they take turns."""
 

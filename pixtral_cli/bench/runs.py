@@ -20,7 +20,7 @@ from pixtral_cli.bench.ceilings import Ceilings, Rates
 from pixtral_cli.bench.contender import OURS, PROMPT, Contender, ContenderFailed
 from pixtral_cli.bench.counts import Counts, Need
 
-WITH_TORCH = (OURS, "transformers")
+WITH_TORCH = (OURS, "transformers", "bitsandbytes")
 SETTLING = 0.05
 """Seconds before a program's turn, in which the threads of the one before it fall asleep."""
 GB = 1e9

@@ -110,6 +110,19 @@ def test_transformers_gets_a_folder_like_its_own(tmp_path):
     assert all(torch.equal(found[name], expected[name].bfloat16()) for name in expected)
 
 
+def test_bitsandbytes_gets_the_very_codes_and_scales(small, tmp_path):
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    opened = small("nf4").checkpoint
+    hf_writer.write(opened, "bfloat16", tmp_path / "folder", packed=True)
+    found = {k: v for file in (tmp_path / "folder").glob("*.safetensors") for k, v in load_file(file).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    state = {each.removeprefix(f"{name}."): tensor for each, tensor in found.items() if each.startswith(f"{name}.")}
+    decoded = dequantize_4bit(found[name], QuantState.from_dict(state, device=torch.device("cpu")))
+    ours = opened.weight(name.replace("model.", "language_model.", 1))
+    assert torch.equal(decoded, ours.decoded(torch.bfloat16))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_transformers_reads_that_folder_whole(small, tmp_path, name):
