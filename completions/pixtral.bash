@@ -266,6 +266,9 @@ _pixtral_value() {
     'pixtral bench --shape')
         _pixtral_offer 1b 3b 8b nemo-12b
         ;;
+    'pixtral bench --quantization-encoding')
+        _pixtral_offer float32 bfloat16 q8_0 q6_k q5_k q4_k q4_0 nf4
+        ;;
     'pixtral completions 0')
         _pixtral_offer bash zsh fish
         ;;

@@ -178,7 +178,7 @@ complete -c pixtral -n '__pixtral_in verify' -a '(__pixtral_ask serialized) (__p
 
 complete -c pixtral -n '__pixtral_in bench' -l model-path -x -a '(__pixtral_ask models) (__pixtral_files gguf)' -d 'A Hugging Face name, a local folder, a .gguf or an exported file, or tiny'
 complete -c pixtral -n '__pixtral_in bench' -l shape -x -a '1b\t 3b\t 8b\t nemo-12b\t' -d 'Measure random weights of this size instead: no download'
-complete -c pixtral -n '__pixtral_in bench' -l quantization-encoding -x -d 'How the weights are stored'
+complete -c pixtral -n '__pixtral_in bench' -l quantization-encoding -x -a 'float32\t bfloat16\t q8_0\t q6_k\t q5_k\t q4_k\t q4_0\t nf4\t' -d 'How the weights are stored'
 complete -c pixtral -n '__pixtral_in bench' -l prompt-tokens -x -d 'Length of the prompt'
 complete -c pixtral -n '__pixtral_in bench' -l new-tokens -x -d 'How many tokens are decoded'
 complete -c pixtral -n '__pixtral_in bench' -l batch-sizes -x -d 'How many requests are decoded together'

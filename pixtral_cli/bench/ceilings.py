@@ -36,8 +36,8 @@ class Rates(NamedTuple):
 class Ceilings:
     """Measures the rates of a CPU or a GPU; `samples` are those so far.
 
-    Reading is on a CPU a sum of float32 numbers, the fastest reader that torch has; on a GPU a copy, whose bytes read
-    and bytes written count.
+    Reading is on a CPU a sum of integers, the fastest reader that torch has; on a GPU a copy, whose bytes read and
+    written count. The bytes are random: a host may keep the equal pages of its guests once, and so in a cache.
     """
 
     @torch.inference_mode()
@@ -45,7 +45,7 @@ class Ceilings:
         self.device = device
         self.samples: list[Rates] = []
         nbytes = min(READ, (free_bytes(device) or READ) // 8)
-        self._numbers = torch.ones(nbytes // 4, device=device)
+        self._numbers = torch.empty(nbytes // 8, dtype=torch.int64, device=device).random_()
         self._target = torch.empty_like(self._numbers) if device.type == "cuda" else None
         self._matrix = torch.randn(SIDE[device.type], SIDE[device.type], device=device)
 

@@ -36,5 +36,7 @@ def write(checkpoint: Checkpoint, dtype: str, folder: Path) -> None:
             checkpoint.release(name)
         save_file(shard, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": nbytes}, "weight_map": index})
+    )
     (folder / "config.json").write_text(json.dumps(checkpoint.config))

@@ -6,6 +6,7 @@ order where it has one (repacking), mapped files, 512 tokens and more a pass; lo
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections.abc import Sequence
@@ -13,8 +14,12 @@ from typing import Any
 
 import llama_cpp
 from llama_cpp import llama_cpp as c
+from llama_cpp import mtmd_cpp as mtmd
 
 from pixtral_cli.bench.contender import PROMPT
+
+MOST_TOKENS = 2**16
+"""Of a picture: llama.cpp would make larger ones smaller, to 1024 tokens."""
 
 
 class LlamaCppFailed(Exception):
@@ -22,16 +27,17 @@ class LlamaCppFailed(Exception):
 
 
 class Program:
-    """See `contender.Program`; a model is {"gguf": path}."""
+    """See `contender.Program`; a model is {"gguf": path}, and of one that sees "mmproj" and "vocabulary"."""
 
     def __init__(self) -> None:
         self._context: Any = None
         self._sequences = 0
+        self._tower: Tower | None = None
 
     def load(self, model: dict[str, Any], threads: int, context: int, batch: int) -> float:
         begun = time.perf_counter()
         c.llama_backend_init()
-        self._threads, self._length = threads, context
+        self._files, self._threads, self._length = model, threads, context
         wanted = c.llama_model_default_params()
         wanted.load_mode = getattr(c, "LLAMA_LOAD_MODE_MMAP", None)  # older versions map files by default
         self._model = c.llama_model_load_from_file(model["gguf"].encode(), wanted)
@@ -69,6 +75,11 @@ class Program:
         c.llama_batch_free(step)
         return found
 
+    def picture(self, width: int, height: int) -> float:
+        if self._tower is None:
+            self._tower = Tower(self._files["mmproj"], self._files["vocabulary"], self._threads)
+        return self._tower.picture(width, height)[1]
+
     def _for(self, sequences: int) -> None:
         """A context for so many sequences, with nothing in it."""
         if self._sequences != sequences:
@@ -99,3 +110,44 @@ class Program:
             raise LlamaCppFailed(f"llama_decode gave {code}")
         c.llama_synchronize(self._context)
         c.llama_get_logits_ith(self._context, -1)
+
+
+class Tower:
+    """mtmd, llama.cpp's reader of pictures, with an mmproj file; `vocabulary` is a GGUF without weights."""
+
+    def __init__(self, mmproj: str, vocabulary: str, threads: int) -> None:
+        wanted = c.llama_model_default_params()
+        wanted.vocab_only = True
+        self._text = c.llama_model_load_from_file(vocabulary.encode(), wanted)
+        settings = mtmd.mtmd_context_params_default()
+        settings.use_gpu, settings.print_timings, settings.warmup = False, False, False
+        settings.n_threads = threads
+        settings.image_max_tokens = MOST_TOKENS
+        self._context = self._text and mtmd.mtmd_init_from_file(mmproj.encode(), self._text, settings)
+        if not self._context:
+            raise LlamaCppFailed(f"{mmproj} cannot be loaded")
+
+    def picture(self, width: int, height: int) -> tuple[int, float]:
+        """Features of a picture of random pixels: how many, and the seconds that encoding took."""
+        pixels = (ctypes.c_uint8 * (3 * width * height)).from_buffer_copy(random.randbytes(3 * width * height))
+        bitmap = mtmd.mtmd_bitmap_init(width, height, pixels)
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            marker = mtmd.mtmd_default_marker()
+            text = mtmd.mtmd_input_text(marker, len(marker), False, True)
+            bitmaps = (ctypes.c_void_p * 1)(bitmap)
+            if code := mtmd.mtmd_tokenize(self._context, chunks, ctypes.byref(text), bitmaps, 1):
+                raise LlamaCppFailed(f"mtmd_tokenize gave {code}")
+            return self._encode(chunks)
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+
+    def _encode(self, chunks: Any) -> tuple[int, float]:
+        places = range(mtmd.mtmd_input_chunks_size(chunks))
+        found = [mtmd.mtmd_input_chunks_get(chunks, place) for place in places]
+        [chunk] = [each for each in found if mtmd.mtmd_input_chunk_get_type(each) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE]
+        begun = time.perf_counter()
+        if code := mtmd.mtmd_encode_chunk(self._context, chunk):
+            raise LlamaCppFailed(f"mtmd_encode_chunk gave {code}")
+        return mtmd.mtmd_input_chunk_get_n_tokens(chunk), time.perf_counter() - begun

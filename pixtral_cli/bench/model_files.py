@@ -69,7 +69,8 @@ def of_model(name: str, encoding: str | None, folder: Path, progress: Progress |
         return Subject(name, opened, {"serialized_model_path": name})
     source = Source.open(name, progress=progress)
     placement = source.placement(asked_for(encoding))
-    if all(source.checkpoint.tensors[each].encoding == kept for each, kept in placement.encodings.items()):
+    matrices = [info for info in source.checkpoint.tensors.values() if len(info.shape) == 2]
+    if encoding is None or all(placement.encodings[info.name] == info.encoding for info in matrices):
         return Subject(name, source, {"model_path": name})
     path = folder / f"{path.name}.{placement.label}"
     source.save(path, placement, progress=progress)
@@ -78,12 +79,16 @@ def of_model(name: str, encoding: str | None, folder: Path, progress: Progress |
 
 def for_llama_cpp(subject: Subject, folder: Path) -> dict[str, str]:
     """The same weights as GGUF, the file itself if it is one. Raises ModelError for what llama.cpp does not have."""
-    opened = subject.source.checkpoint
+    opened, config = subject.source.checkpoint, subject.source.config
+    files = {kind: folder / f"{kind}.gguf" for kind in ("gguf", "mmproj", "vocabulary")[: 3 if config.vision else 1]}
     if opened.form == "gguf" and opened.folder.is_file() and "model_path" in subject.arguments:
-        return {"gguf": str(opened.folder)}
-    path = folder / "model.gguf"
-    gguf_writer.write(opened, subject.source.config, path)
-    return {"gguf": str(path)}
+        files["gguf"] = opened.folder
+    else:
+        gguf_writer.write(opened, config, files["gguf"])
+    if config.vision:
+        gguf_writer.write_pictures(opened, config, files["mmproj"])
+        gguf_writer.write_vocabulary(config, files["vocabulary"])
+    return {kind: str(path) for kind, path in files.items()}
 
 
 def for_transformers(subject: Subject, folder: Path) -> dict[str, str]:

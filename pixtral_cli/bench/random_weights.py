@@ -16,7 +16,6 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from pixtral_cli.errors import ModelError
 from pixtral_cli.model import load
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import Weight
@@ -39,7 +38,6 @@ SCALES: Mapping[str, Mapping[int, float]] = {
     "q6_k": {208: STD / (74 * 18)},
 }
 """Where a block's float16 scales are, and what they are on average: STD over the spread of what they multiply."""
-KNOWN = ("float32", "bfloat16", *SCALES, "nf4")
 BITS = {"bfloat16": (torch.int16, -0x7F01, 0x3C00), "float32": (torch.int32, -0x7F000001, 0x3C000000)}
 """Of a random integer, what becomes a float's sign and fraction and the last bit of its exponent (a mask), and the
 other bits of the exponent: magnitudes from 2^-7 to 2^-5."""
@@ -52,9 +50,6 @@ class RandomCheckpoint(Checkpoint):
         from pixtral_cli.tiny import FOLDER
 
         super().__init__(FOLDER, dict(config))
-        if encoding not in KNOWN:
-            known = ", ".join(KNOWN)
-            raise ModelError(f"Random weights cannot be made in {encoding!r}.", hint=f"They can in: {known}.")
         shapes = {name: tuple(parameter.shape) for name, parameter in load.empty(sizes).named_parameters()}
         if sizes.text.tied_embeddings:
             del shapes[HEAD]
@@ -120,7 +115,7 @@ def _units(chance: torch.Generator, count: int, middle: float) -> Tensor:
 def write(config: Mapping[str, Any], encoding: str, path: Path, progress: Progress | None = None) -> None:
     """Write a serialized model of that config, its text part in `encoding`.
 
-    Raises ModelError (an encoding of which no random weights are made), weights_cache.errors.DiskFull and WriteFailed.
+    `encoding` is one of shapes.ENCODINGS. Raises weights_cache.errors.DiskFull and WriteFailed.
     """
     from pixtral_cli.model.families import read_config
 

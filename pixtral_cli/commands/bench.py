@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pixtral_cli.bench.shapes import SHAPES
+from pixtral_cli.bench.shapes import ENCODINGS, SHAPES
 from pixtral_cli.cli import completions
 from pixtral_cli.cli.console import Console
 from pixtral_cli.cli.flags import UsageError, device_text, one_of, within
@@ -45,6 +45,14 @@ def _pixels(value: str | None) -> str | None:
     return value
 
 
+def _encodings(values: list[str] | None) -> list[str] | None:
+    """A check that weights can be had in each."""
+    for value in values or ():
+        if value not in ENCODINGS:
+            raise typer.BadParameter(f"{value!r} is not known; known are {', '.join(ENCODINGS)}.")
+    return values
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchArguments:
     """What is measured."""
@@ -72,6 +80,8 @@ class BenchArguments:
         typer.Option(
             "--quantization-encoding",
             metavar="NAME",
+            callback=_encodings,
+            autocompletion=completions.Values(ENCODINGS).offered,
             help="How the weights are stored. Repeatable. Default: as in the checkpoint; "
             f"of a shape {DEFAULT_ENCODING}.",
         ),

@@ -17,6 +17,7 @@ from torch import Tensor
 from pixtral_cli.engine.runner import Computed, ImageFeatures, Runner, ends_of
 from pixtral_cli.engine.scheduler import Chunk
 from pixtral_cli.engine.sequence import Sequence
+from pixtral_cli.engine.speculation import MOST_ROWS
 from pixtral_cli.engine.transfers import to_device
 from pixtral_cli.model.attention import AttendOnCard
 from pixtral_cli.model.kernels import KernelLinear
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeGraph(NamedTuple):
-    """A captured pass. `inputs`, int32 [2, N], are the seat and the position of the token of each row."""
+    """A captured pass. `inputs`, int32, are the seat and the position of the token of each row [2, N]; with proposals
+    also the token [3, N]."""
 
     inputs: Tensor
     graph: torch.cuda.CUDAGraph
@@ -44,7 +46,6 @@ class CardRunner(Runner):
     """
 
     steps_ahead = 1
-    speculates = False
 
     def __init__(
         self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, max_batch_size: int, max_length: int
@@ -57,15 +58,20 @@ class CardRunner(Runner):
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_batch_size
         """Of each seat, the list of pages that was written last, and how many of it."""
         self._buckets = [*(each for each in GRAPH_ROWS if each < max_batch_size), max_batch_size]
-        self._logits = torch.empty(max_batch_size, model.config.text.vocab_size, device=self.device)
+        most = max(max_batch_size, MOST_ROWS)
+        self._logits = torch.empty(most, model.config.text.vocab_size, device=self.device)
         self._graphs: dict[int, DecodeGraph | None] = dict.fromkeys(() if _is_short(model) else self._buckets)
+        self._proposing: dict[int, DecodeGraph | None] = {} if _is_short(model) else {MOST_ROWS: None}
+        """The same for rows that may follow one another: of one size, as all up to MOST_ROWS cost about the same."""
         self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, proposing: bool) -> None:
         """Capture all graphs."""
         for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
             self._graph(bucket)
+        if proposing:
+            self._graph(MOST_ROWS, proposing=True)
 
     @torch.inference_mode()
     def keep(self, sequences: list[Sequence], token_ids: Tensor | None = None) -> None:
@@ -77,12 +83,14 @@ class CardRunner(Runner):
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Computed:
-        """Compute the chunks -> float32 logits [chunks that complete their sequence, V], in order; scores.
+        """Compute the chunks -> float32 logits [choices of all chunks, V], in order; scores.
 
         The logits are overwritten by the next call.
         """
         self._write_pages(chunks)
         decoding = [chunk for chunk in chunks if not chunk.sequence.prefilling]  # the scheduler has them first
+        if any(chunk.proposed.tokens for chunk in chunks):
+            return Computed(self._decode_proposed(chunks), {})
         if len(decoding) == len(chunks):
             return Computed(self._decode(chunks), {})
         return self._mixed(decoding, chunks[len(decoding) :])
@@ -110,45 +118,67 @@ class CardRunner(Runner):
         padding = bucket - len(chunks)
         seats = [chunk.sequence.seat for chunk in chunks] + [len(self._page_table) - 1] * padding
         positions = [chunk.sequence.computed for chunk in chunks] + [0] * padding
-        inputs = to_device([seats, positions], torch.int32, self.device)
-        captured = self._graph(bucket)
+        self._decode_rows(to_device([seats, positions], torch.int32, self.device), self._graph(bucket))
+        return self._logits[: len(chunks)]
+
+    def _decode_proposed(self, chunks: list[Chunk]) -> Tensor:
+        """One known token of each sequence and those that are proposed to follow -> logits [N, V]."""
+        seats: list[int] = []
+        positions: list[int] = []
+        token_ids: list[int] = []
+        for sequence, _, (tokens, _) in chunks:
+            seats += [sequence.seat] * (1 + len(tokens))
+            positions += range(sequence.computed, sequence.computed + 1 + len(tokens))
+            token_ids += [sequence.token_ids[sequence.computed], *tokens]
+        rows = len(seats)
+        padding = [0] * (MOST_ROWS - rows)
+        seats += [len(self._page_table) - 1] * len(padding)
+        inputs = to_device([seats, positions + padding, token_ids + padding], torch.int32, self.device)
+        self._decode_rows(inputs, self._graph(MOST_ROWS, proposing=True))
+        return self._logits[:rows]
+
+    def _decode_rows(self, inputs: Tensor, captured: DecodeGraph | None) -> None:
         if captured is None:
             self._decode_pass(inputs)
         else:
             captured.inputs.copy_(inputs)
             captured.graph.replay()
-        return self._logits[: len(chunks)]
 
     def _decode_pass(self, inputs: Tensor) -> None:
-        """From seats and positions, int32 [2, N], to the first N rows of the logits."""
-        seats, positions = inputs
-        layout = Layout(self._page_table, seats, positions, decoding=len(seats))
-        hidden = self.model(self.model.embed(self._last_tokens[seats]), positions, self._attend(layout))
+        """From seats, positions and, with proposals, tokens, int32 [2 or 3, N], to the first N rows of the logits."""
+        seats, positions, *known = inputs
+        layout = Layout(self._page_table, seats, positions, decoding=len(seats), successive=bool(known))
+        token_ids = known[0].long() if known else self._last_tokens[seats]
+        hidden = self.model(self.model.embed(token_ids), positions, self._attend(layout))
         self._logits[: len(seats)] = self.model.logits(hidden)
 
     def _attend(self, layout: Layout) -> AttendOnCard:
         return AttendOnCard(self.model.config.text, self.kv_cache, layout)
 
-    def _graph(self, bucket: int) -> DecodeGraph | None:
+    def _graph(self, bucket: int, proposing: bool = False) -> DecodeGraph | None:
         """The pass for so many rows, captured; None where that fails, and then for all others as well."""
-        if bucket not in self._graphs:
+        graphs = self._proposing if proposing else self._graphs
+        if bucket not in graphs:
             stream = torch.cuda.current_stream()
             try:
-                self._graphs[bucket] = self._capture(bucket)
+                graphs[bucket] = self._capture(bucket, proposing)
             except Exception as error:  # noqa: BLE001  a driver, memory: passes run without it
                 torch.cuda.set_stream(stream)  # a capture that fails leaves its own
                 self._graphs = {**dict.fromkeys(self._buckets), **self._graphs}
+                self._proposing.setdefault(MOST_ROWS, None)
                 logger.warning("No CUDA graph for %d rows, so decoding is slower: %s", bucket, error)
-        return self._graphs[bucket]
+                return None
+        return graphs[bucket]
 
     @cached_property
     def _capturing(self) -> torch.cuda.Stream:
         """One for all graphs: cuBLAS keeps a workspace, of 32 MiB on a Hopper card, for each stream that it has met."""
         return torch.cuda.Stream(self.device)
 
-    def _capture(self, bucket: int) -> DecodeGraph:
+    def _capture(self, bucket: int, proposing: bool) -> DecodeGraph:
         padding = len(self._page_table) - 1
-        inputs = to_device([[padding] * bucket, [0] * bucket], torch.int32, self.device)
+        zeros = [[0] * bucket] * (2 if proposing else 1)
+        inputs = to_device([[padding] * bucket, *zeros], torch.int32, self.device)
         graph = torch.cuda.CUDAGraph()
         self._capturing.wait_stream(torch.cuda.current_stream())  # which fills what the passes read
         with torch.cuda.stream(self._capturing):

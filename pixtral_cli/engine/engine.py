@@ -100,7 +100,7 @@ class Engine:
         else:
             self.runner = Runner(model, kv_cache, self.features, exact)
         self.speculation: Speculation | None = None
-        if speculative and self.runner.speculates:
+        if speculative:
             self.speculation = Speculation(model.config.image_token_id)
         self._clock = clock
         self._last_read = 0.0
@@ -161,7 +161,7 @@ class Engine:
     def warm_up(self) -> None:
         """Prepare what would be prepared when it is first needed."""
         with current_device(self.model.device):
-            self.runner.warm_up()
+            self.runner.warm_up(self.speculation is not None)
 
     def step(self) -> list[Event]:
         """Launch a step of all running requests, and read one -> its events.
@@ -278,7 +278,8 @@ class Engine:
                 for chunk in chunks:
                     events += self._events(chunk, [next(each) for _ in range(1 + len(chunk.proposed.tokens))])
                 if any(chunk.proposed.tokens for chunk in chunks):
-                    self.runner.keep([chunk.sequence for chunk in chunks if not chunk.sequence.removed])
+                    left = [chunk.sequence for chunk in chunks if not chunk.sequence.removed]
+                    self.runner.keep(left)
         return events
 
     def _took(self, rows: int, begun: float) -> None:

@@ -81,8 +81,6 @@ class Runner:
 
     steps_ahead = 0
     """How many steps may be launched before one is read."""
-    speculates = True
-    """Whether it computes what is proposed to follow a chunk."""
 
     def __init__(self, model: LanguageModel, kv_cache: KVCache, features: ImageFeatures, exact: bool) -> None:
         self.model = model
@@ -92,8 +90,8 @@ class Runner:
         self.exact = exact
         self.threads = PassThreads(exact)
 
-    def warm_up(self) -> None:
-        """Nothing is prepared: each pass runs as it is."""
+    def warm_up(self, proposing: bool) -> None:
+        """Prepare passes, also with proposals. Nothing is prepared here: each runs as it is."""
 
     def keep(self, sequences: list[Sequence], token_ids: Tensor | None = None) -> None:
         """The next tokens of the sequences, int64 [N] on the device; None if they are known. Here all are, when they

@@ -19,6 +19,9 @@ MOST_ROWS = 8
 """Of a pass with proposals: as many as kernels for few rows take."""
 WORTH = 1.03
 """A gain below this is within what measuring errs by."""
+FIRST_LENGTH = 8
+"""Shorter matches are not tried before a pass with proposals was measured: the first ones prepare what they run, on a
+GPU for a part of a second."""
 ROW_COST = 0.1
 """Of a pass, for each row more, until it is measured."""
 NEWEST = 0.25  # the weight of the newest measurement in a mean
@@ -50,6 +53,10 @@ class PassTimes:
         self._measured[rows] = self._passes
         for old in [each for each, when in self._measured.items() if self._passes - when > FORGOTTEN]:
             del self._seconds[old], self._measured[old]
+
+    def knows_above(self, rows: int) -> bool:
+        """Whether a pass of more was measured, not too long ago."""
+        return any(each > rows for each in self._seconds)
 
     def of(self, rows: int) -> float | None:
         """What `rows` are expected to take; None before anything is known."""
@@ -114,8 +121,11 @@ def worth_computing(matches: list[Match], shares: list[Shares], rows: int, times
     alone = times.of(rows)
     if alone is None or rows >= MOST_ROWS:
         return [0] * len(matches)
+    shortest = 0 if times.knows_above(rows) else FIRST_LENGTH
     chances: list[tuple[float, int]] = []
     for place, match in enumerate(matches):
+        if match.length < shortest:
+            continue
         chance = 1.0
         for n in range(len(match.tokens)):
             chance *= shares[place].of(match.length + n)

@@ -60,15 +60,17 @@ class AttendPaged:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, D], k and v [N, K, D] -> [N, H, D]. Rows of q beyond the spans' tokens are padding: zeros."""
-        tokens = len(self._new)
-        self._kv_cache.write(layer, self._new, k[:tokens], v[:tokens])
+        tokens = self._new.shape[0]
+        if tokens < q.shape[0]:
+            k, v = k[:tokens], v[:tokens]
+        self._kv_cache.write(layer, self._new, k, v)
         mixed = q.new_empty(q.shape)
-        if tokens < len(q):
+        if tokens < q.shape[0]:
             mixed[tokens:] = 0
         store, window = self._kv_cache.layer(layer), self._windows[layer]
         natively = store.key_exponents is None and native_ops.take(q, store.keys)
         for run in self._runs:
-            queries, out = q[run.first : run.end], mixed[run.first : run.end]
+            queries, out = (x if run.end == run.first + x.shape[0] else x[run.first : run.end] for x in (q, mixed))
             if natively and run.single:
                 native_ops.attend_one(queries, store.keys, store.values, out, run.pages, window)
             elif natively and native_ops.takes_blocks(q):
@@ -190,8 +192,10 @@ class AttendOnCard:
             (x[: self._layout.decoding], x[self._layout.decoding :]) for x in (q, k, v, out)
         )
         if len(q):
+            if self._layout.successive:  # each sees those before it, which `decode` may write later
+                self._kernels.write(k, v, *store, first=0)
             self._kernels.decode(q, k, v, decoded, *store, window, self._scratch)
         if len(new_q):
-            self._kernels.write(new_k, new_v, *store)
+            self._kernels.write(new_k, new_v, *store, first=self._layout.decoding)
             self._kernels.prefill(new_q, mixed, *store, window)
         return out

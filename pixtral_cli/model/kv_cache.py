@@ -123,10 +123,10 @@ def _at(x: Tensor, where: slice | Tensor) -> Tensor:
 class Layout:
     """Where the N new tokens of a step on a card lie; tensors are int32 on the card.
 
-    The first `decoding` tokens are the only new ones of their sequences; those after them belong to S sequences, in
-    order. Token n goes to slot `page_table[rows[n], positions[n] // PAGE] * PAGE + positions[n] % PAGE`. What stands
-    for nobody has its place as well: a decoding row position 0 in the scratch page, tokens after the last prompt a
-    sequence of their own whose pages are all the scratch page.
+    The first `decoding` tokens are the only new ones of their sequences, unless they are `successive`; those after them
+    belong to S sequences, in order. Token n goes to slot `page_table[rows[n], positions[n] // PAGE] * PAGE +
+    positions[n] % PAGE`. What stands for nobody has its place as well: a decoding row position 0 in the scratch page,
+    tokens after the last prompt a sequence of their own whose pages are all the scratch page.
     """
 
     page_table: Tensor
@@ -142,3 +142,5 @@ class Layout:
     """[S]: tokens in the cache before the new ones"""
     starts: Tensor | None = None
     """[S + 1]: where each sequence's new tokens begin, counted from the first that is not decoding; their number"""
+    successive: bool = False
+    """whether tokens that decode may follow one another in a sequence"""

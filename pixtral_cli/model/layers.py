@@ -9,6 +9,7 @@ head_dim.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -19,6 +20,11 @@ from pixtral_cli.model.fused import gated, rotate, silu_mul
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
+
+
+ROWS_AT_ONCE = 1024
+"""Of a feed-forward layer on a CPU: what is between its matrices then stays in the cache, and in memory that is used
+again. Large fresh memory costs an eighth of such a layer."""
 
 
 class Attend(Protocol):
@@ -77,6 +83,11 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C] -> what the feed-forward layer adds to it [N, C]."""
+        if x.is_cpu and x.shape[0] > ROWS_AT_ONCE:
+            return torch.cat([self._added(rows) for rows in x.split(ROWS_AT_ONCE)])
+        return self._added(x)
+
+    def _added(self, x: Tensor) -> Tensor:
         if self.gate_up_proj is not None:
             return self.down_proj(silu_mul(self.gate_up_proj(x)))
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
@@ -96,6 +107,18 @@ class Embedding(nn.Module):
 
 def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     """float32 [D/2]: theta^(-2i/D), the angles of position 1 (Su et al. 2021, RoFormer, section 3.2.2)."""
+    if device.type == "cpu":
+        return _kept_frequencies(head_dim, theta)
+    return _frequencies(head_dim, theta, device)
+
+
+@cache
+def _kept_frequencies(head_dim: int, theta: float) -> Tensor:
+    with torch.inference_mode(False):  # so that passes that are being trained may use them too
+        return _frequencies(head_dim, theta, torch.device("cpu"))
+
+
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / theta**exponents
 

@@ -257,12 +257,12 @@ def _write(
     _stored(values, value_exponents, slot, new_v, heads, dims, there, K, D, CODES)
 
 
-def write(k: Tensor, v: Tensor, kv_cache: KVCache, layer: int, layout: Layout) -> None:
-    """Put k and v [M, K, D], the new tokens that are not decoding, into the store. Their rows may lie apart."""
+def write(k: Tensor, v: Tensor, kv_cache: KVCache, layer: int, layout: Layout, first: int) -> None:
+    """Put k and v [M, K, D], the new tokens from number `first` on, into the store. Their rows may lie apart."""
     tokens, heads, dim = k.shape
     store, chained = kv_cache.layer(layer), chains(k.device)
     _write[(tokens,)](
-        k, v, *store, layout.page_table, layout.rows, layout.positions, layout.decoding,
+        k, v, *store, layout.page_table, layout.rows, layout.positions, first,
         k.stride(0), v.stride(0), layout.page_table.stride(0),
         K=heads, KP=_power(heads), D=dim, DP=_power(dim), CODES=store.key_exponents is not None, CHAINED=chained,
         num_warps=4, launch_pdl=chained,

@@ -3,7 +3,7 @@
     python tests/benchmarks/serving.py [--model-path FOLDER] [--quantization-encoding ENCODING] [--tokens 64]
 
 The two sides alternate, each in its own process. Use a model of realistic size: with a checkpoint of 1.5 billion
-parameters (memory.py writes one), HTTP should cost at most 5 %. On a shared machine, times say little; compare the
+parameters, HTTP should cost at most 5 %. On a shared machine, times say little; compare the
 processor times, which are printed too.
 """
 

@@ -23,12 +23,13 @@ def told(call, *arguments):
 def test_the_facts_are_those_of_the_loaded_model(call):
     import torch
 
-    from pixtral_cli.model.load import load
+    from pixtral_cli.model import save
+    from pixtral_cli.model.load import check_names, empty, load
     from pixtral_cli.source import Source
 
     found, source = told(call, "tiny"), Source.open("tiny")
     model = load(source.checkpoint, source.config, source.placement(None), torch.device("cpu"))
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {name: save.loaded(model, name).numel() for name in check_names(empty(source.config), source.checkpoint)}
     vision = sum(size for name, size in sizes.items() if name.startswith(("vision_tower", "multi_modal_projector")))
     assert found["parameters"] == sum(sizes.values()) and found["vision"]["parameters"] == vision
     assert found["format"] == "hf" and found["architecture"] == "LlavaForConditionalGeneration"

@@ -15,6 +15,7 @@ import torch
 from support import builders
 from support.devices import CPU, DEVICES, loaded
 from support.engines import run, tokens
+from support.proposals import Forced, at_random, oracle, wrong
 from support.random_requests import asked, picture, words
 
 from pixtral_cli.engine import grammar
@@ -162,6 +163,18 @@ def test_pictures_of_many_sizes_in_one_step_are_each_their_own(model, alone):
     ]
     found = run(Engine(model, max_batch_size=4), *requests)
     assert [tokens(events) for events in found] == [tokens(alone(request)) for request in requests]
+
+
+@pytest.mark.parametrize("guess", [oracle, wrong, at_random])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_that_are_proposed_change_nothing(model, alone, batch, guess):
+    requests = MANY[5:11]
+    expected = [tokens(alone(request)) for request in requests]
+    engine = Engine(model, max_batch_size=batch)
+    Forced(engine, guess(expected))
+    assert [tokens(events) for events in run(engine, *requests)] == expected
+    assert engine.counters.proposed_tokens > 10 and engine.table.in_use == 0
+    assert (engine.counters.accepted_tokens > 0) == (guess is not wrong)
 
 
 @pytest.mark.parametrize("pages", [20, 24])

@@ -12,6 +12,7 @@ import torch
 from support import builders
 from support.devices import loaded
 from support.engines import run, tokens
+from support.proposals import Forced, at_random, oracle, wrong
 from support.random_requests import asked, picture, words
 
 from pixtral_cli.engine import speculation
@@ -20,6 +21,7 @@ from pixtral_cli.engine.lookup import Match
 from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.engine.runner import Computed
 from pixtral_cli.engine.speculation import MOST_ROWS, PassTimes, Shares, worth_computing
+from pixtral_cli.model.kernels import native
 from pixtral_cli.model.kv_cache import PAGE
 
 
@@ -56,45 +58,6 @@ MIXED = [
 
 def plain(model, *requests, **settings):
     return run(Engine(model, speculative=False, **settings), *requests)
-
-
-class Forced:
-    """Proposes what `guess` gives for a sequence, and computes all of it: nothing is weighed."""
-
-    def __init__(self, engine, guess, rows=MOST_ROWS):
-        self.engine, self.guess = engine, guess
-        engine.speculation.look_up = lambda sequence, most: Match(tuple(self.guess(sequence, most)), 2)
-        engine.speculation.worth = self.worth
-
-    def worth(self, matches, shares, rows):
-        counts, left = [], MOST_ROWS - rows
-        for match in matches:
-            counts.append(min(len(match.tokens), left))
-            left -= counts[-1]
-        return counts
-
-
-def oracle(answers):
-    """Always right: `answers` are those of each sequence, by id, as they come without speculation."""
-
-    def guess(sequence, most):
-        return answers[sequence.id][sequence.generated :][:most]
-
-    return guess
-
-
-def wrong(answers):
-    return lambda sequence, most: [(token + 1) % 300 for token in oracle(answers)(sequence, most)]
-
-
-def at_random(answers, seed=1):
-    chance = random.Random(seed)
-
-    def guess(sequence, most):
-        right = oracle(answers)(sequence, most)
-        return [token if chance.random() < 0.7 else 20 for token in right[: chance.randint(0, most)]]
-
-    return guess
 
 
 def sharp(events):
@@ -134,6 +97,19 @@ def test_what_repeats_is_found_and_told_as_without(circling):
         assert [tokens(events) for events in found] == [tokens(events) for events in expected]
         assert engine.counters.accepted_tokens > 20
         assert [sum(map(len, found))] == [engine.counters.generated_tokens]
+
+
+@pytest.mark.skipif(not native.available(), reason="a row's bits depend on its neighbours in torch's own products")
+@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"])
+def test_with_the_library_log_probabilities_are_those_without_to_the_bit(encoding, tmp_path):
+    builders.mistral(tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=16, head_dim=16)
+    model = loaded(tmp_path, encoding=encoding)
+    requests = [asked(words(seed, 30), tokens=40, logprobs=2) for seed in range(3)]
+    expected = [plain(model, each)[0] for each in requests]
+    for batch in (1, 3):
+        engine = Engine(model, max_batch_size=batch)
+        Forced(engine, at_random([tokens(events) for events in expected]))
+        assert sharp(run(engine, *requests)) == sharp(expected)
 
 
 class Ticking:
@@ -279,6 +255,13 @@ def test_nothing_is_computed_in_advance_before_a_pass_was_measured():
     assert worth_computing([LONG], [sure(True)], 1, PassTimes()) == [0]
 
 
+def test_short_matches_are_not_tried_first():
+    short = Match(LONG.tokens, 7)
+    assert worth_computing([short], [sure(True)], 1, times(n1=1.0)) == [0]
+    assert worth_computing([LONG], [sure(True)], 1, times(n1=1.0)) == [7]
+    assert worth_computing([short], [sure(True)], 1, times(n1=1.0, n8=1.2)) == [7]
+
+
 def test_where_rows_cost_little_and_proposals_are_right_all_are_computed():
     assert worth_computing([LONG], [sure(True)], 1, times(n1=1.0, n8=2.0)) == [7]
 
@@ -345,7 +328,8 @@ class Machine:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 0.9, 1.0])
 @pytest.mark.parametrize("cost", [0.02, 0.15, 0.4, 1.0], ids=lambda cost: f"{cost} a row")
 def test_it_never_costs_much_and_gains_what_there_is_to_gain(model, share, cost):
-    """Whatever share of proposals is right and whatever a row costs, time is what it is without, or less."""
+    """Whatever share of proposals is right and whatever a row costs, time is what it is without, or less; but for the
+    first tries, which a match as long as these deserves."""
     request = asked(words(5, 20), tokens=600)
     answer = tokens(plain(model, request)[0])
     chance = random.Random(3)
@@ -353,11 +337,11 @@ def test_it_never_costs_much_and_gains_what_there_is_to_gain(model, share, cost)
 
     def guess(sequence, most):
         right = answer[sequence.generated :][:most]
-        return Match(tuple(token if chance.random() < share else (token + 1) % 300 for token in right), 4)
+        return Match(tuple(token if chance.random() < share else (token + 1) % 300 for token in right), 16)
 
     machine.engine.speculation.look_up = guess
     assert tokens(run(machine.engine, request)[0]) == answer
-    assert machine.now < 1.02 * 600 + 8 * cost
+    assert machine.now < 1.02 * 600 + 3 * MOST_ROWS * cost
     best = max(sum(share**n for n in range(rows)) / (1 + cost * (rows - 1)) for rows in range(1, MOST_ROWS + 1))
     if best > 1.3:
         assert 600 / machine.now > 0.8 * best

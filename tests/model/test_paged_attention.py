@@ -130,6 +130,19 @@ def decoding(form, window, **kwargs) -> Step:
     return Step(form, [1] * len(LENGTHS), LENGTHS, len(LENGTHS), window, **kwargs)
 
 
+@interpreted
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
+def test_tokens_that_decode_may_follow_one_another_in_any_order_of_rows(window, kept):
+    """Who comes later sees who comes before, though its row be computed first."""
+    new = [1, 3, 8, 2]
+    step = Step(FORMS["fours"], new, [100, PAGE - 1, 33, 0], sum(new), window, kept=kept)
+    layout = step.layout()
+    layout = replace(layout, rows=layout.rows.flip(0), positions=layout.positions.flip(0), successive=True)
+    attend = AttendOnCard(step.config, step.cache(), layout)
+    step.close(attend(LAYER, *(x.flip(0) for x in step.qkv())).flip(0), step.exact())
+
+
 def prefilling(form, window, **kwargs) -> Step:
     return Step(form, [20, 1, 33, 7, 70], [0, PAGE, 65, 31, 0], 0, window, **kwargs)
 

@@ -8,7 +8,7 @@ from support import builders
 from support.dense_attention import dense, same_image
 from support.devices import GPU, loaded
 
-from pixtral_cli.model import fused, vision
+from pixtral_cli.model import fused, layers, vision
 from pixtral_cli.model.vision import AttendWithinImages
 
 GRIDS = [(2, 3), (1, 1), (3, 2), (2, 3), (4, 4), (1, 6)]  # in no order, and two of equal length but unequal sides
@@ -52,6 +52,17 @@ def assert_close(found, wanted, tolerance):
 def test_on_a_cpu_nobody_beside_it_changes_a_bit_of_an_image(model):
     for found, wanted in zip(together(model, pictures()), alone(model, pictures()), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_an_image_of_many_patches_goes_through_its_feed_forward_layers_in_pieces(model, monkeypatch):
+    image, sizes = picture(3, 4, 0), []
+    whole, added = alone(model, [image]), layers.GatedFeedForward._added
+    monkeypatch.setattr(layers, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(
+        layers.GatedFeedForward, "_added", lambda self, rows: sizes.append(len(rows)) or added(self, rows)
+    )
+    assert_close(alone(model, [image]), whole, 1e-5)
+    assert sizes[:3] == [5, 5, 2]
 
 
 def test_no_images_have_no_features(model):

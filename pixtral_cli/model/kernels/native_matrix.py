@@ -48,7 +48,7 @@ class Matrix(ctypes.Structure):
             encoding=NUMBERS[encoding],
             block=block,
         )
-        self._kept = rows, magnitudes
+        self.kept = rows, magnitudes
 
 
 def matrix_of(weight: Tensor | PackedWeight) -> Matrix | None:

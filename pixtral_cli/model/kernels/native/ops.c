@@ -1,7 +1,6 @@
 /* The small operations of decoder and tower, which are not products with weights: add_norm, rotate, silu_mul, attention
  * of single tokens over the pages of keys and values. Their arguments are in ops.h; here they are given to the form for
  * this processor, in chunks. Other processors than x86-64 take the portable one. */
-#include <stdlib.h>
 #include <string.h>
 
 #define OPERATIONS operations_portable
@@ -79,8 +78,8 @@ EXPORT void pixtral_write(void *keys, void *values, const int64_t *slots, const 
     shared_out(copy_rows, &of, rows, bytes, threads);
 }
 
-/* See struct attend_one; `row` and `head` are strides of the store -> 0, or -1 where there is no memory. */
-EXPORT int pixtral_attend_one(int type, const void *q, const void *keys, const void *values, void *out,
+/* See struct attend_one; `slot` and `head` are strides of the store. */
+EXPORT void pixtral_attend_one(int type, const void *q, const void *keys, const void *values, void *out,
                               const int32_t *pages, const int64_t *starts, const int64_t *lengths, long rows,
                               long kv_heads, long group, long dim, long q_row, long slot, long head, long window,
                               int threads) {
@@ -92,12 +91,8 @@ EXPORT int pixtral_attend_one(int type, const void *q, const void *keys, const v
         of.splits = parts > of.splits ? parts : of.splits;
     }
     long parts = rows * of.splits, heads = kv_heads * group;
-    of.scratch = malloc((size_t)(parts * heads * (dim + 2)) * sizeof(float));
-    if (!of.scratch)
-        return -1;
+    of.scratch = pixtral_scratch((size_t)(parts * heads * (dim + 2)) * sizeof(float));
     long tokens = lengths[0] < PART ? lengths[0] : PART;
     shared_out(operations()->attend_parts, &of, parts, tokens * kv_heads * dim * 2, threads);
     shared_out(operations()->join_parts, &of, rows, of.splits * heads * dim, threads);
-    free(of.scratch);
-    return 0;
 }
