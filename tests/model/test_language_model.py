@@ -6,6 +6,8 @@ from support import builders
 from support.devices import CPU, DEVICES, GPU, loaded
 from torch import nn
 
+from pixtral_cli.model.joining import JOINED
+
 IMG = 10
 
 

@@ -32,6 +32,7 @@ class CpuRowsKernel:
         assert matrix is not None, native.why_not()
         self.weight = weight
         self.matrix = matrix
+        self._transposed = weight.detach().T if isinstance(weight, Tensor) else None  # for torch's product
 
     @property
     def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -46,8 +47,8 @@ class CpuRowsKernel:
 
     def many(self, x: Tensor, out: Tensor) -> None:
         """x [N, C] -> x W^T, into `out` [N, R], which may be some columns of a wider matrix."""
-        if isinstance(self.weight, Tensor):
-            torch.mm(x, self.weight.T, out=out)
+        if self._transposed is not None:
+            torch.mm(x, self._transposed, out=out)
         else:
             cpu_tiles.multiply(self.matrix, x, out)
 
