@@ -1,7 +1,8 @@
-"""Matrices of a layer that multiply the same activations, made one matrix with the rows of all. Knows no checkpoint.
+"""Matrices of a layer that multiply the same activations, multiplied together. Knows no checkpoint.
 
-On a card one product of many rows is quicker than several of few. What each part was stays known under its name, so
-that a loaded model can be saved as it would be without.
+On a card they are made one matrix with the rows of all, for one product of many rows is quicker than several of few.
+What each part was stays known under its name, so that a loaded model can be saved as it would be without. On a CPU
+they stay in their mapped file, and one call of the library multiplies with all.
 """
 
 from __future__ import annotations
@@ -14,12 +15,35 @@ from torch import Tensor, nn
 
 from pixtral_cli.model import kernels
 from pixtral_cli.model.kernels import KernelLinear, Weight
+from pixtral_cli.model.kernels.cpu_rows import MANY, CpuRowsKernel, Together
 from weights_cache import packed
 from weights_cache.codecs.nf4 import NF4
 
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What `layers` calls the one matrix -> its parts, their rows in this order."""
 _JOINED_IN = {part: joined for joined, parts in JOINED.items() for part in parts}
+
+
+class SideBySide(nn.Module):
+    """x W^T of several layers, one beside the other; the layers stay in their block, with their weights."""
+
+    def __init__(self, kernels: Sequence[CpuRowsKernel]) -> None:
+        super().__init__()
+        self._together = Together(kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C] -> [N, R], with R the rows of all."""
+        return self._together.few(x) if 0 < len(x) < MANY else self._together.many(x)
+
+
+def multiply_together(model: nn.Module) -> None:
+    """Let the layers of a block that multiply the same x do it together, where the library multiplies all of them."""
+    for block in model.modules():
+        for joined, parts in JOINED.items():
+            layers = [layer for part in parts if isinstance(layer := getattr(block, part, None), KernelLinear)]
+            kernels = [layer.kernel for layer in layers if isinstance(layer.kernel, CpuRowsKernel)]
+            if len(kernels) == len(parts) and all(layer.bias is None for layer in layers):
+                setattr(block, joined, SideBySide(kernels))
 
 
 class PartOf(nn.Module):

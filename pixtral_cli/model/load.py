@@ -2,7 +2,8 @@
 
 The model is built without memory, then each tensor is put in its place: as it lies in the file (memory-mapped) where
 device and encoding agree, converted one at a time where they do not, so that peak memory stays near the final size.
-On a card the matrices that multiply the same activations are joined as soon as all of them are there.
+On a card the matrices that multiply the same activations are joined as soon as all of them are there; on a CPU they
+stay where they are, and are multiplied in one call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.pass_threads import PassThreads
+from pixtral_cli.model.pass_threads import WatchedThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from pixtral_cli.model.to_card import ToCard
 from weights_cache import codecs
@@ -27,7 +28,7 @@ from weights_cache.names import HEAD
 from weights_cache.packed import PackedRows
 from weights_cache.progress import Progress
 
-ENCODING_THREADS, STEPS_A_WEIGHT = PassThreads(), 64
+ENCODING_THREADS, STEPS_A_WEIGHT = WatchedThreads(), 64
 """Encoding is done in many short steps, so that its threads meet often, as those of a decode pass do."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,6 +54,7 @@ def load(
             progress("Loading", done, total)
     if HEAD not in names:
         _tie(model)
+    joining.multiply_together(model.language_model)
     return model.requires_grad_(False).eval()
 
 
@@ -123,7 +125,7 @@ def encoded(checkpoint: Checkpoint, name: str, placement: Placement) -> Weight:
     if target == stored and target not in DTYPES:
         return checkpoint.weight(name)
     weight = checkpoint.tensor(name)
-    with ENCODING_THREADS.chosen(1, weight.numel() * STEPS_A_WEIGHT):
+    with ENCODING_THREADS.chosen(weight.numel() * STEPS_A_WEIGHT):
         converted = _converted(weight, target, placement.double_quantization)
     if converted is not weight:
         checkpoint.release(name)  # so that peak memory stays near the final size

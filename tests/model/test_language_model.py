@@ -6,6 +6,8 @@ from support import builders
 from support.devices import CPU, DEVICES, GPU, loaded
 from torch import nn
 
+from pixtral_cli.model.joining import JOINED
+
 IMG = 10
 
 
@@ -99,8 +101,11 @@ def test_a_pass_over_plain_ids_is_captured_and_replayed_with_others(folder, devi
         assert torch.equal(captured, logits())
 
 
-@torch.inference_mode()
 def test_on_a_cpu_no_matrix_is_there_a_second_time(model):
+    """What multiplies several together reads them where they are."""
     assert model.device == CPU
-    assert all(block.qkv_proj is None for block in model.modules() if hasattr(block, "qkv_proj"))
-    assert all(block.gate_up_proj is None for block in model.modules() if hasattr(block, "gate_up_proj"))
+    for block in model.language_model.modules():
+        for joined, parts in JOINED.items() if hasattr(block, "q_proj") or hasattr(block, "up_proj") else ():
+            together = getattr(block, joined, None)
+            read = [] if together is None else [matrix.bytes for matrix in together._together._matrices]
+            assert read in ([], [getattr(block, part).weight.data_ptr() for part in parts])

@@ -7,7 +7,8 @@ import torch
 
 from pixtral_cli import Pixtral
 from pixtral_cli.model import load
-from pixtral_cli.model.pass_threads import FEW_ROWS, SMALL_PASS, TIMES_ALONE, USERS_OWN, PassThreads
+from pixtral_cli.model.kernels import native
+from pixtral_cli.model.pass_threads import FEW_ROWS, SMALL_PASS, TIMES_ALONE, USERS_OWN, PassThreads, WatchedThreads
 
 
 @pytest.fixture
@@ -18,6 +19,12 @@ def two_threads(monkeypatch):
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """As on a machine where the library in C does not compute."""
+    monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.fixture
@@ -45,11 +52,13 @@ def run(clock, own):
     return work
 
 
-def test_a_small_pass_has_one_thread_and_a_large_one_has_all(two_threads):
+def test_a_small_pass_has_one_thread_and_a_large_one_has_all(two_threads, by_torch):
     assert [threads_of(PassThreads(), 2, each) for each in (SMALL_PASS // 2 - 1, SMALL_PASS // 2)] == [1, 2]
 
 
-def test_a_pass_that_others_kept_waiting_is_followed_by_passes_with_one_thread_for_a_while(two_threads, clock):
+def test_a_pass_that_others_kept_waiting_is_followed_by_passes_with_one_thread_for_a_while(
+    two_threads, by_torch, clock
+):
     passes = PassThreads()
     assert threads_of(passes, 1, work=run(clock, 0.95)) == threads_of(passes, 1, work=run(clock, 0.5)) == 2
     assert threads_of(passes, 1, work=run(clock, 0.5)) == 1
@@ -63,7 +72,15 @@ def test_a_prompt_has_all_threads_on_a_busy_machine_too(two_threads, clock):
     assert threads_of(passes, FEW_ROWS + 1) == 2
 
 
-def test_where_bits_are_promised_the_clock_decides_nothing(two_threads, clock):
+@pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+@pytest.mark.parametrize("exact", [False, True])
+def test_where_the_library_multiplies_a_few_rows_its_threads_do_and_one_of_torchs(two_threads, exact):
+    passes, seen = PassThreads(exact), []
+    assert threads_of(passes, FEW_ROWS, work=lambda: seen.append(native.threads())) == 1 and seen == [2]
+    assert threads_of(passes, FEW_ROWS + 1) == 2
+
+
+def test_where_bits_are_promised_the_clock_decides_nothing(two_threads, by_torch, clock):
     passes = PassThreads(exact=True)
     threads_of(passes, 1, work=run(clock, 0.1))
     assert threads_of(passes, 1) == 2
@@ -94,7 +111,7 @@ def test_encoding_has_one_thread_while_other_programs_use_the_cores(two_threads,
     seen = []
     convert = load._converted
     monkeypatch.setattr(load, "_converted", lambda *args: seen.append(torch.get_num_threads()) or convert(*args))
-    monkeypatch.setattr(load, "ENCODING_THREADS", PassThreads(alone_until=float("inf")))
+    monkeypatch.setattr(load, "ENCODING_THREADS", WatchedThreads(alone_until=float("inf")))
     Pixtral.load("tiny", quantization_encoding="q4_0")
     assert set(seen) == {1}
     assert torch.get_num_threads() == 2

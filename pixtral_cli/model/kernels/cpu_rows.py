@@ -13,7 +13,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from pixtral_cli.model.kernels import cpu_tiles, native
 from pixtral_cli.model.kernels.native_matrix import NUMBERS, Matrix, matrix_of
@@ -33,11 +32,12 @@ class CpuRowsKernel:
         assert matrix is not None, native.why_not()
         self.weight = weight
         self.matrix = matrix
+        self._transposed = weight.detach().T if isinstance(weight, Tensor) else None  # for torch's product
 
     @property
     def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
-        many = partial(_by_torch, self.weight) if isinstance(self.weight, Tensor) else partial(_tiles, self.matrix)
-        return {1: Product([self.matrix]), MANY: many}
+        together = Together([self])
+        return {1: together.few, MANY: together.many}
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
@@ -45,36 +45,45 @@ class CpuRowsKernel:
             return False
         return matrix_of(weight) is not None
 
+    def many(self, x: Tensor, out: Tensor) -> None:
+        """x [N, C] -> x W^T, into `out` [N, R], which may be some columns of a wider matrix."""
+        if self._transposed is not None:
+            torch.mm(x, self._transposed, out=out)
+        else:
+            cpu_tiles.multiply(self.matrix, x, out)
 
-class Product:
-    """x [N, C] -> x W^T [N, R] of up to MOST matrices, one beside the other, in one call of the library.
 
-    The matrices may be in different encodings; they have the same columns.
+class Together:
+    """x [N, C] -> x W^T [N, R] of up to MOST matrices of C columns, one beside the other, R the rows of all.
+
+    They may be in different encodings, and stay where they are.
     """
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, kernels: Sequence[CpuRowsKernel]) -> None:
+        matrices = [kernel.matrix for kernel in kernels]
         assert 0 < len(matrices) <= MOST and len({matrix.columns for matrix in matrices}) == 1
-        self.rows = sum(matrix.rows for matrix in matrices)
+        self._kernels = kernels  # which keep what the pointers point to
+        self._rows = [matrix.rows for matrix in matrices]
         self._columns = matrices[0].columns
-        self._kept = matrices  # with what they point to
         self._matrices = (Matrix * len(matrices))(*matrices)
         self._multiply = partial(_function(), ctypes.addressof(self._matrices), len(matrices))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self._columns, f"rows of {x.shape[1]} numbers, times matrices of {self._columns} columns"
-        x = x.contiguous()
-        y = x.new_empty(len(x), self.rows)
+    def few(self, x: Tensor) -> Tensor:
+        """In one call of the library."""
+        x, y = x.contiguous(), self._room(x)
         failed = self._multiply(x.data_ptr(), NARROW[x.dtype], len(x), y.data_ptr(), native.threads())
-        assert not failed, f"the library does not multiply with encoding {[each.encoding for each in self._matrices]}"
+        assert not failed, f"the library reads none of {[each.encoding for each in self._matrices]}"
         return y
 
+    def many(self, x: Tensor) -> Tensor:
+        y = self._room(x)
+        for kernel, part in zip(self._kernels, y.split(self._rows, 1), strict=True):
+            kernel.many(x, part)
+        return y
 
-def _tiles(matrix: Matrix, x: Tensor) -> Tensor:
-    return cpu_tiles.multiply(matrix, x)
-
-
-def _by_torch(weight: Tensor, x: Tensor) -> Tensor:
-    return linear(x, weight)
+    def _room(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self._columns, f"rows of {x.shape[1]} numbers, times matrices of {self._columns} columns"
+        return x.new_empty(len(x), sum(self._rows))
 
 
 @cache

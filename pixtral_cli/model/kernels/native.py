@@ -16,8 +16,13 @@ __all__ = ["INSTRUCTIONS", "OFF", "SETTING", "available", "function", "instructi
 
 
 def threads() -> int:
-    """How many threads the library may use: as many as torch had when it was loaded, which OMP_NUM_THREADS says."""
+    """The most threads that the library uses: as many as torch has, or had before a pass that leaves torch one."""
     return _threads
+
+
+def set_threads(count: int) -> None:
+    global _threads  # noqa: PLW0603  # as torch's own number: of the whole process
+    _threads = count
 
 
 _threads = torch.get_num_threads()

@@ -9,9 +9,16 @@
 #include "matvec.h"
 
 #define MOST_MATRICES 4
-#define CHUNK 65536 /* bytes of a matrix that a thread takes at a time */
+#define LEAST 16384 /* bytes of a matrix that a thread takes at a time */
+#define AHEAD 4096 /* bytes at the beginning of a part that are asked for at once; the kernels ask for those that follow */
 #define BLOCK_ROWS 16 /* that stay in a core's cache while more than AT_ONCE vectors are multiplied with them */
 #define ALONE 65536 /* bytes for which a second thread costs more than it saves */
+
+/* Rows of a matrix that one thread multiplies with. */
+struct part {
+    int which;
+    int64_t first, end;
+};
 
 struct call {
     const struct matrix *matrices;
@@ -23,7 +30,8 @@ struct call {
     int64_t y_stride;
     struct vectors prepared[MOST_MATRICES];
     multiply_rows *kernels[MOST_MATRICES];
-    int64_t chunk_rows[MOST_MATRICES];
+    int64_t first_of_y[MOST_MATRICES];
+    struct part *parts;
 };
 
 static multiply_rows *float_kernel(int encoding) {
@@ -89,7 +97,7 @@ static float exactly(const struct call *call, const struct matrix *matrix, int64
     return sums[0];
 }
 
-static void multiply_block(const struct call *call, int which, int64_t first_of_y, int64_t first, int64_t end) {
+static void multiply_block(const struct call *call, int which, int64_t first, int64_t end) {
     const struct matrix *matrix = &call->matrices[which];
     float sums[BLOCK_ROWS * AT_ONCE];
     for (int64_t from = 0; from < call->n; from += AT_ONCE) {
@@ -103,7 +111,7 @@ static void multiply_block(const struct call *call, int which, int64_t first_of_
                 float sum = sums[(row - first) * AT_ONCE + v];
                 if (!isfinite(sum))
                     sum = exactly(call, matrix, row, from + v, sum);
-                int64_t place = (from + v) * call->y_stride + first_of_y + row;
+                int64_t place = (from + v) * call->y_stride + call->first_of_y[which] + row;
                 if (call->narrow)
                     ((uint16_t *)call->y)[place] = rounded(sum);
                 else
@@ -112,26 +120,36 @@ static void multiply_block(const struct call *call, int which, int64_t first_of_
     }
 }
 
-static int64_t chunks_of(const struct call *call, int which) {
-    return (call->matrices[which].rows + call->chunk_rows[which] - 1) / call->chunk_rows[which];
-}
-
-static void multiply_chunk(void *argument, long chunk) {
+static void multiply_part(void *argument, long number) {
     const struct call *call = argument;
-    int which = 0;
-    int64_t first_of_y = 0;
-    for (; chunk >= chunks_of(call, which); which++) {
-        chunk -= chunks_of(call, which);
-        first_of_y += call->matrices[which].rows;
-    }
-    const struct matrix *matrix = &call->matrices[which];
-    int64_t end = (chunk + 1) * call->chunk_rows[which];
-    end = end < matrix->rows ? end : matrix->rows;
-    for (int64_t row = chunk * call->chunk_rows[which]; row < end; row += BLOCK_ROWS)
-        multiply_block(call, which, first_of_y, row, row + BLOCK_ROWS < end ? row + BLOCK_ROWS : end);
+    const struct part *part = &call->parts[number];
+    const struct matrix *matrix = &call->matrices[part->which];
+    for (int64_t at = 0; at < AHEAD; at += 64)
+        __builtin_prefetch(matrix->bytes + part->first * matrix->row_bytes + at);
+    for (int64_t row = part->first; row < part->end; row += BLOCK_ROWS)
+        multiply_block(call, part->which, row, row + BLOCK_ROWS < part->end ? row + BLOCK_ROWS : part->end);
 }
 
-/* Puts x into the order that matrix `which` wants, in memory from *free_memory on, unless one before wants the same. */
+/* Parts in the order in which they are taken: large at first, for memory is read fastest in long runs, and ever smaller,
+ * so that all threads end together. Their number; where there is room for them they are written. */
+static int64_t divide(struct call *call, int64_t bytes, int threads) {
+    int64_t parts = 0;
+    for (int which = 0; which < call->count; which++) {
+        const struct matrix *matrix = &call->matrices[which];
+        for (int64_t row = 0; row < matrix->rows; parts++) {
+            int64_t size = bytes / (2 * threads) > LEAST ? bytes / (2 * threads) : LEAST;
+            int64_t rows = size / matrix->row_bytes > 1 ? size / matrix->row_bytes : 1;
+            rows = rows < matrix->rows - row ? rows : matrix->rows - row;
+            if (call->parts)
+                call->parts[parts] = (struct part){which, row, row + rows};
+            row += rows;
+            bytes -= rows * matrix->row_bytes;
+        }
+    }
+    return parts;
+}
+
+/* Puts x into the order that matrix `which` wants, in memory that begins at *free_memory, unless one before wants the same. */
 static void prepare(struct call *call, int which, uint8_t **free_memory) {
     const struct matrix *matrix = &call->matrices[which];
     struct vectors *x = &call->prepared[which];
@@ -172,19 +190,21 @@ EXPORT int pixtral_multiply(const struct matrix *matrices, int count, const void
     if (count < 1 || count > MOST_MATRICES)
         return 1;
     struct call call = {.matrices = matrices, .count = count, .narrow = x_encoding == BFLOAT16, .x = x, .n = n, .y = y};
-    int64_t columns = matrices[0].columns, chunks = 0, bytes = 0;
-    uint8_t *free_memory = pixtral_scratch((size_t)(count * n * (columns + 128) * 4));
+    int64_t bytes = 0;
     for (int which = 0; which < count; which++) {
-        const struct matrix *matrix = &matrices[which];
-        if (float_kernel(matrix->encoding) == NULL)
+        if (float_kernel(matrices[which].encoding) == NULL)
             return 1;
-        prepare(&call, which, &free_memory);
-        int64_t rows = CHUNK / matrix->row_bytes;
-        call.chunk_rows[which] = rows > 1 ? rows : 1;
-        call.y_stride += matrix->rows;
-        chunks += chunks_of(&call, which);
-        bytes += matrix->rows * matrix->row_bytes;
+        call.first_of_y[which] = call.y_stride;
+        call.y_stride += matrices[which].rows;
+        bytes += matrices[which].rows * matrices[which].row_bytes;
     }
-    pixtral_parallel_for(multiply_chunk, &call, chunks, bytes * n <= ALONE ? 1 : most_threads);
+    int threads = bytes * n <= ALONE || most_threads < 1 ? 1 : most_threads;
+    int64_t parts = divide(&call, bytes, threads), for_x = count * n * (matrices[0].columns + 128) * 4;
+    uint8_t *memory = pixtral_scratch((size_t)(for_x + parts * (int64_t)sizeof(struct part)));
+    call.parts = (struct part *)(memory + for_x);
+    divide(&call, bytes, threads);
+    for (int which = 0; which < count; which++)
+        prepare(&call, which, &memory);
+    pixtral_parallel_for(multiply_part, &call, parts, threads);
     return 0;
 }
