@@ -1,7 +1,7 @@
 /* Rows -> float32 exactly as weights_cache/codecs decodes them, and rounded once to bfloat16: plain C, which a compiler
  * turns into the instructions of the file that includes this. That defines NAME, which makes names of functions.
  *
- * block_quants.py, k_quants.py and nf4.py of the codecs tell how blocks lie. A scale times a code never needs more
+ * block_quants.py, k_quants.py, nf4.py and fp8.py of the codecs tell how blocks lie. A scale times a code never needs more
  * than the 24 bits of a float, so nothing is rounded but the difference to an offset, fused or not. */
 #include <math.h>
 #include <string.h>
@@ -97,6 +97,15 @@ static inline void nf4(const uint8_t *codes, float magnitude, float *out) {
     }
 }
 
+/* An e4m3 code that is a number. */
+static inline float e4m3(uint8_t code) {
+    uint32_t magnitude = code & 127, bits = (magnitude << 20) + (120u << 23);
+    float value, whole = (float)magnitude * 0x1p-9f; /* where the exponent is 0 */
+    memcpy(&value, &bits, 4);
+    value = magnitude < 8 ? whole : value;
+    return code & 128 ? -value : value;
+}
+
 static inline uint16_t rounded(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -122,6 +131,15 @@ void NAME(pixtral_floats)(const struct matrix *matrix, long row, long first, lon
             nf4(data + at / 2, matrix->magnitudes[(row * matrix->columns + at) / matrix->block],
                 out + at - first);
         break;
+    case FP8: {
+        const float *scales = scales_of(matrix, row);
+        for (long at = 0; at < count; at += 32) {
+            float scale = scales[(first + at) / matrix->block];
+            for (long i = at; i < at + 32; i++)
+                out[i] = e4m3(data[first + i]) * scale;
+        }
+        break;
+    }
     case BFLOAT16:
         for (long at = 0; at < count; at++) {
             uint16_t half;

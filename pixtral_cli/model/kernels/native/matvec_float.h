@@ -240,6 +240,26 @@ static ALWAYS_INLINE void nf4(PIECE) {
     }
 }
 
+/* e4m3 codes, 0 to 255, none of which is no number: where the exponent is 0, a whole number of 2^-9. */
+static ALWAYS_INLINE floats from_e4m3(integers code) {
+    integers magnitude = code & 127, small = magnitude < 8;
+    integers whole = (integers)(AS_FLOATS(magnitude) * 0x1p-9f), others = (magnitude << 20) + (120 << 23);
+    return (floats)((whole & small) | (others & ~small) | (code & 128) << 24);
+}
+
+/* s q */
+static ALWAYS_INLINE void fp8(PIECE) {
+    const uint8_t *codes = matrix->bytes + row * matrix->row_bytes;
+    const float *scales = scales_of(matrix, row);
+    for (int64_t first = 0; first < matrix->columns; first += matrix->block, scales++) {
+        floats scale = all(*scales);
+        int64_t end = first + matrix->block < matrix->columns ? first + matrix->block : matrix->columns;
+        for (int64_t column = first; column < end; column += 32)
+            UNROLLED for (int part = 0; part < 32; part += L)
+                STEP(part / L & 3, column + part, from_e4m3(unsigned_codes(codes + column + part)) * scale);
+    }
+}
+
 #define KERNEL(PIECE_NAME)                                                                                      \
     static ALWAYS_INLINE void PIECE_NAME##_rows(const struct matrix *matrix, int64_t first, int64_t end,        \
                                                 struct vectors vectors, int from, float *sums, const int n) {   \
@@ -271,6 +291,7 @@ KERNEL(q4_k)
 KERNEL(q5_k)
 KERNEL(q6_k)
 KERNEL(nf4)
+KERNEL(fp8)
 
 multiply_rows *TABLE(int encoding) {
     switch (encoding) {
@@ -282,6 +303,7 @@ multiply_rows *TABLE(int encoding) {
     case Q5_K: return q5_k_kernel;
     case Q6_K: return q6_k_kernel;
     case NF4: return nf4_kernel;
+    case FP8: return fp8_kernel;
     default: return NULL;
     }
 }
