@@ -53,6 +53,13 @@ def _encodings(values: list[str] | None) -> list[str] | None:
     return values
 
 
+def _writable(value: Path | None) -> Path | None:
+    """A check that the figures can be put there when they are all known, perhaps after an hour."""
+    if value not in (None, STANDARD_OUTPUT) and (value.is_dir() or not value.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{str(value)!r} cannot be a file: its folder is not there, or it is a folder.")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchArguments:
     """What is measured."""
@@ -131,6 +138,7 @@ class BenchArguments:
         typer.Option(
             "--json",
             metavar="FILE",
+            callback=_writable,
             autocompletion=completions.FILES.offered,
             help="Write the figures as one JSON object; - is standard output, without the table.",
         ),
@@ -150,7 +158,7 @@ def bench(arguments: BenchArguments) -> None:
         sizes = Sizes(
             arguments.prompt_tokens,
             arguments.new_tokens,
-            tuple(int(part) for part in arguments.batch_sizes.split(",")),
+            tuple(dict.fromkeys(int(part) for part in arguments.batch_sizes.split(","))),
             (int(width), int(height)) if arguments.image else None,
             arguments.repeats,
         )
@@ -173,8 +181,8 @@ def _measure(run: "Bench", arguments: BenchArguments) -> None:
     def of_shape(encoding: str | None, folder: Path) -> Subject:
         return model_files.of_shape(shape, encoding or DEFAULT_ENCODING, run.sizes.image is not None, folder)
 
-    encodings = arguments.quantization_encoding
-    run.run(name or shape, of_model if name else of_shape, encodings or (None,))
+    encodings = tuple(dict.fromkeys(arguments.quantization_encoding or (None,)))
+    run.run(name or shape, of_model if name else of_shape, encodings)
 
 
 def _show(run: "Bench", file: Path | None, console: Console) -> None:

@@ -86,10 +86,28 @@ def test_an_interrupt_shows_what_has_been_measured(call, monkeypatch):
         (["--batch-sizes", "1,0"], "'1,0' are no batch sizes"),
         (["--image", "large"], "'large' is no size of a picture"),
         (["--shape", "1b", "--model-path", "tiny"], "leave --model-path out"),
+        (["--json", "/no/such/folder/rates.json"], "its folder is not there"),
+        (["--json", "/"], "it is a folder"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--image", "50x48"], "sides are multiples of 16 pixels"),
+        (["--image", "16x16000"], "sides are multiples of 16 pixels, up to"),
+        (["--prompt-tokens", "16384"], "has a context of 16384 tokens, and this takes 16385"),
+        (["--new-tokens", "99999"], "Lower --prompt-tokens or --new-tokens"),
+    ],
+)
+def test_what_the_model_cannot_compute_is_refused_before_it_is_loaded(refused, monkeypatch, arguments, said):
+    from pixtral_cli.bench import runs
+
+    monkeypatch.setattr(runs, "Contender", None)
+    assert said in refused("bench", "--model-path", "tiny", "--devices", "cpu", *arguments)
 
 
 def test_a_text_model_looks_at_no_picture(refused, tmp_path):
