@@ -1,6 +1,9 @@
 """`pixtral bench`: measures a model on this machine, beside what the machine allows and what others reach."""
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -163,10 +166,29 @@ def bench(arguments: BenchArguments) -> None:
             arguments.repeats,
         )
         run = Bench(sizes, arguments.devices, arguments.compare, console.notice, doing)
-        try:
-            _measure(run, arguments)
-        finally:
-            _show(run, arguments.json, console)
+        with _told_to_end_as_interrupted():
+            try:
+                _measure(run, arguments)
+            finally:
+                _show(run, arguments.json, console)
+
+
+@contextmanager
+def _told_to_end_as_interrupted() -> Iterator[None]:
+    """A signal to end unwinds as Ctrl-C does: models of gigabytes are not left behind. Ignored ones stay so (nohup)."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    ends = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+    taken = [number for number in ends if number and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _measure(run: "Bench", arguments: BenchArguments) -> None:

@@ -1,6 +1,8 @@
 """`pixtral bench`: a figure for every work, beside its ceiling; what is wrong is a sentence."""
 
 import json
+import signal
+import tempfile
 
 import pytest
 from support.processes import PROGRAM, run_process
@@ -76,6 +78,23 @@ def test_an_interrupt_shows_what_has_been_measured(call, monkeypatch):
     monkeypatch.setattr(runs.Measured, "rows", rows)
     code, out, _ = call("bench", "--model-path", "tiny", "--devices", "cpu")
     assert code == 130 and "1.50 s" in out and "1.00 to 2.00" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_told_to_end_shows_what_there_is_and_leaves_no_model_behind(call, capfd, monkeypatch, tmp_path, number):
+    from pixtral_cli.bench import runs
+
+    def rows(self, programs, abouts):
+        assert [file.stat().st_size > 0 for file in tmp_path.glob("pixtral-bench-*/tiny.q4_k")] == [True]
+        yield runs.Row("load", "q4_k", 0, 0, 1.5, None, None, None, "s", None, (1.0, 2.0), None)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runs.Measured, "rows", rows)
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        call("bench", "--model-path", "tiny", "--quantization-encoding", "q4_k", "--devices", "cpu")
+    assert "1.50 s" in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
