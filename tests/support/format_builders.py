@@ -42,6 +42,11 @@ TO_NATIVE = {
     "model": None,
 }
 """Each word of a Hugging Face tensor name in the words of mistral-inference; None: no such level there."""
+TO_NATIVE_MERGER = {
+    "multi_modal_projector.norm": "pre_mm_projector_norm",
+    "multi_modal_projector.patch_merger": "patch_merger",
+}
+"""What stands before the projector has names of its own."""
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -92,6 +97,8 @@ def native(source: Path, folder: Path, shards: int = 1, **changes: Any) -> None:
 
 
 def _native_name(name: str) -> str:
+    for theirs, native in TO_NATIVE_MERGER.items():
+        name = name.replace(theirs, native)
     words = [TO_NATIVE.get(word, word) for word in name.split(".")]
     return ".".join(word for word in words if word is not None)
 
@@ -117,6 +124,15 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope_theta": vision["rope_parameters"]["rope_theta"],
             "image_token_id": config["image_token_index"],
         }
+    if "spatial_merge_size" in config:
+        params["vision_encoder"] |= {
+            "spatial_merge_size": config["spatial_merge_size"],
+            "add_pre_mm_projector_layer_norm": True,
+            "mm_projector_id": "patch_merge",
+            "adapter_bias": config["multimodal_projector_bias"],
+            "image_break_token_id": 12,
+            "image_end_token_id": 13,
+        }
     return params
 
 
@@ -124,12 +140,17 @@ Choose = Callable[[str], QUANTS]
 
 
 def gguf_text(
-    source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32, edit=lambda writer: None, without: str = ""
+    source: Path,
+    path: Path,
+    choose: Choose = lambda name: QUANTS.F32,
+    edit=lambda writer: None,
+    without: str = "",
+    architecture: str = "llama",
 ) -> None:
-    """Write the text part of `source` as a GGUF of architecture `llama`; `choose(name)` gives a matrix's type."""
+    """Write the text part of `source` as a GGUF; `choose(name)` gives a matrix's type."""
     settings = config(source)
     text = settings.get("text_config", settings)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
     writer.add_block_count(text["num_hidden_layers"])
@@ -171,6 +192,8 @@ def gguf_pictures(source: Path, path: Path, choose: Choose = lambda name: QUANTS
     writer.add_vision_head_count(vision["num_attention_heads"])
     writer.add_vision_attention_layernorm_eps(1e-5)
     writer.add_vision_use_silu(True)
+    if "spatial_merge_size" in settings:
+        writer.add_vision_spatial_merge_size(settings["spatial_merge_size"])
     writer.add_vision_image_mean([0.48145466, 0.4578275, 0.40821073])
     writer.add_vision_image_std([0.26862954, 0.26130258, 0.27577711])
     edit(writer)
