@@ -84,7 +84,7 @@ def test_triton_adds_and_norms_as_the_formulas_do(shape, dtype, adds):
 @pytest.mark.parametrize("sizes", [(3, 4, 4, 16), (2, 9, 3, 24), (1, 1, 1, 2)], ids=str)
 def test_triton_rotates_views_of_one_matrix_and_nothing_else_of_it(sizes, dtype):
     from pixtral_cli.model import fused_triton
-    from pixtral_cli.model.layers import cos_sin
+    from pixtral_cli.model.rotary import cos_sin
 
     qkv, q, k, angles = heads_and_angles(*sizes, dtype)
     before = qkv.clone()
