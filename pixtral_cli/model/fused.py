@@ -31,12 +31,12 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scales: Tensor | None
     """q [N, H, D] and k [N, K, D], which may be overwritten, rotated by (cos, sin) [N, 1, D]; then q times `scales`
     [N, 1, 1]."""
     if _on_card(q):
-        q, k = _triton().rotate(q, k, cos, sin)
-    elif native_ops.take(q, k, cos, sin):
+        return _triton().rotate(q, k, cos, sin, scales)
+    if native_ops.take(q, k, cos, sin):
         q, k = native_ops.rotate(q, k, cos, sin)
-    else:
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-    return q if scales is None else q * scales, k
+        return q if scales is None else q.mul_(scales), k
+    turned = _rotated(q, cos, sin)
+    return turned if scales is None else turned * scales, _rotated(k, cos, sin)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 QUANTS = gguf.GGMLQuantizationType
 ROTARY = ("q_proj.weight", "k_proj.weight")
+ROTARY_SCALES = ("q_proj.weight_scale_inv", "k_proj.weight_scale_inv")
+BLOCKS_OF_ROWS = 8  # more are scales of rows: those of blocks of whole heads stay where they are
 TO_NATIVE = {
     "embed_tokens": "tok_embeddings",
     "lm_head": "output",
@@ -38,6 +40,8 @@ TO_NATIVE = {
     "up_proj": "w3",
     "linear_1": "w_in",
     "linear_2": "w_out",
+    "weight_scale_inv": "qscale_weight",
+    "activation_scale": "qscale_act",
     "language_model": None,
     "model": None,
 }
@@ -77,6 +81,8 @@ def _heads(name: str, config: Mapping[str, Any]) -> int:
 
 
 def _reordered(name: str, weight: Tensor, config: Mapping[str, Any]) -> Tensor:
+    if name.endswith(ROTARY_SCALES) and weight.ndim == 2 and len(weight) > BLOCKS_OF_ROWS:  # a scale for each row
+        return interleaved(weight, _heads(name, config))
     return interleaved(weight, _heads(name, config)) if name.endswith(ROTARY) else weight
 
 
