@@ -8,6 +8,7 @@ Parameter names are ours (weights_cache.names maps every checkpoint's to them). 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from pixtral_cli.model.config import ModelConfig, TextConfig
 from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, Rotary, SelfAttention, cos_sin, frequencies
+
+if TYPE_CHECKING:
+    from pixtral_cli.model.native_decoder import NativeDecoder
 
 
 class LanguageModel(nn.Module):
@@ -75,15 +79,20 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.native: NativeDecoder | None = None
+        """Its layers for passes of a few rows on a CPU; see `native_decoder`."""
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
         angles = positions.float()[:, None] * frequencies(self.config.head_dim, self.config.rope_theta, x.device)
         rotary = cos_sin(angles, x.dtype)
-        delta = None
-        for index, layer in enumerate(self.layers):
-            x, delta = layer(x, delta, rotary, attend, index)
-        return add_norm(x, delta, self.norm)[1]
+        added = self.native and self.native(x, rotary, attend)
+        if not added:
+            delta = None
+            for index, layer in enumerate(self.layers):
+                x, delta = layer(x, delta, rotary, attend, index)
+            added = x, delta
+        return add_norm(*added, self.norm)[1]
 
 
 class DecoderLayer(nn.Module):
