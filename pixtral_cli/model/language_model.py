@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pixtral_cli.model.config import ModelConfig, TextConfig
 from pixtral_cli.model.fused import add_norm
-from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, Rotary, SelfAttention, cos_sin, frequencies
+from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, SelfAttention
+from pixtral_cli.model.rotary import Rotary, text_rotary
 
 if TYPE_CHECKING:
     from pixtral_cli.model.native_decoder import NativeDecoder
@@ -84,8 +85,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
-        angles = positions.float()[:, None] * frequencies(self.config.head_dim, self.config.rope_theta, x.device)
-        rotary = cos_sin(angles, x.dtype)
+        rotary = text_rotary(positions, self.config, x.dtype)
         added = self.native and self.native(x, rotary, attend)
         if not added:
             delta = None

@@ -18,8 +18,8 @@ from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.pass_threads import WatchedThreads
 from pixtral_cli.model.native_decoder import NativeDecoder
+from pixtral_cli.model.pass_threads import WatchedThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from pixtral_cli.model.to_card import ToCard
 from weights_cache import codecs

@@ -17,7 +17,8 @@ from pixtral_cli.model.attention import AttendPaged
 from pixtral_cli.model.kernels import KernelLinear, native
 from pixtral_cli.model.kernels.cpu_rows import MANY, NARROW, CpuRowsKernel
 from pixtral_cli.model.kernels.native_matrix import Matrix
-from pixtral_cli.model.layers import Attend, Rotary
+from pixtral_cli.model.layers import Attend
+from pixtral_cli.model.rotary import Rotary
 
 if TYPE_CHECKING:
     from pixtral_cli.model.language_model import Decoder, DecoderLayer
@@ -94,9 +95,10 @@ class NativeDecoder:
         if len(x) >= MANY or x.dtype != self._dtype or torch.is_grad_enabled() or not isinstance(attend, AttendPaged):
             return None
         tokens = attend.ends
-        if tokens is None:
+        if tokens is None or len(rotary) > 2:  # queries far into a text are scaled by torch
             return None
-        x, (cosines, sines) = x.clone(memory_format=torch.contiguous_format), rotary
+        cosines, sines = rotary
+        x = x.clone(memory_format=torch.contiguous_format)  # a caller's own
         delta, memory = torch.empty_like(x), x.new_empty(len(x) * self._numbers)
         keys, values, layer_bytes = tokens.store
         rows = Pass(

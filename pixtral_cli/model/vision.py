@@ -19,8 +19,9 @@ from pixtral_cli.model.attention import attend_within
 from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.layers import Attend, GatedFeedForward, Rotary, SelfAttention, cos_sin, grid_angles
+from pixtral_cli.model.layers import Attend, GatedFeedForward, SelfAttention
 from pixtral_cli.model.pass_sizes import PATCHES
+from pixtral_cli.model.rotary import Rotary, cos_sin, grid_angles
 
 Grid = tuple[int, int]  # rows, columns of one image's patches
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

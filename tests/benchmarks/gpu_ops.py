@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pixtral_cli.model import fused, fused_triton, vision
 from pixtral_cli.model.kernels import gemv_triton
 from pixtral_cli.model.kernels.gemv_triton import Tile
-from pixtral_cli.model.layers import cos_sin
+from pixtral_cli.model.rotary import cos_sin
 
 SHAPES = {
     "qkv": (6144, 5120),

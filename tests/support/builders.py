@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -66,11 +68,33 @@ def ministral(folder: Path, **changes) -> MinistralForCausalLM:
     return _save(MinistralForCausalLM, config, folder)
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,  # so that a short text goes far beyond
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+
+
+def ministral3(folder: Path, rope=YARN, **changes) -> Ministral3ForCausalLM:
+    """Positions that YaRN scales, and queries that grow with them."""
+    return _save(Ministral3ForCausalLM, Ministral3Config(**{**TEXT, "rope_parameters": dict(rope), **changes}), folder)
+
+
+DEVSTRAL2 = {**YARN, "factor": 64.0, "mscale_all_dim": 0, "llama_4_scaling_beta": 0}
+"""The attention factor is applied, and queries do not grow."""
 TEXT_FAMILIES = {
     "nemo": mistral,
     "tied": lambda folder: mistral(folder, tie_word_embeddings=True),
     "sliding": lambda folder: mistral(folder, sliding_window=9),
     "ministral": ministral,
+    "ministral 3": ministral3,
+    "devstral 2": lambda folder: ministral3(folder, DEVSTRAL2),
     "ungrouped": lambda folder: mistral(folder, num_key_value_heads=8, head_dim=8),
 }
 """Each saves a model of text into a folder, and gives transformers' own."""

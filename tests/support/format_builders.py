@@ -107,7 +107,7 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_kv_heads": text["num_key_value_heads"],
         "norm_eps": text["rms_norm_eps"],
         "vocab_size": text["vocab_size"],
-        "rope_theta": text["rope_parameters"]["rope_theta"],
+        **_rope(text["rope_parameters"]),
         "sliding_window": text.get("sliding_window"),
         "max_position_embeddings": text["max_position_embeddings"],
     }
@@ -120,16 +120,35 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
+def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM's `configs/mistral.py` reads."""
+    found = {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] == "yarn":
+        length = rope["original_max_position_embeddings"]
+        found["yarn"] = {
+            "original_max_position_embeddings": length,
+            "factor": rope["factor"],
+            "beta": rope["beta_fast"],
+            "alpha": rope["beta_slow"],
+            "apply_scale": not rope["mscale_all_dim"],
+        }
+        if beta := rope["llama_4_scaling_beta"]:
+            found["llama_4_scaling"] = {"original_max_position_embeddings": length, "beta": beta}
+    return found
+
+
 Choose = Callable[[str], QUANTS]
 
 
 def gguf_text(
     source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32, edit=lambda writer: None, without: str = ""
 ) -> None:
-    """Write the text part of `source` as a GGUF of architecture `llama`; `choose(name)` gives a matrix's type."""
+    """Write the text part of `source` as a GGUF of architecture `llama`, or of `mistral3` where queries grow;
+    `choose(name)` gives a matrix's type."""
     settings = config(source)
     text = settings.get("text_config", settings)
-    writer = GGUFWriter(path, "llama")
+    rope = text["rope_parameters"]
+    writer = GGUFWriter(path, "mistral3" if rope.get("llama_4_scaling_beta") else "llama")
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
     writer.add_block_count(text["num_hidden_layers"])
@@ -139,7 +158,16 @@ def gguf_text(
     writer.add_key_length(text["head_dim"])
     writer.add_value_length(text["head_dim"])
     writer.add_rope_dimension_count(text["head_dim"])
-    writer.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        if beta := rope["llama_4_scaling_beta"]:
+            writer.add_attn_temperature_scale(beta)
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
     writer.add_vocab_size(text["vocab_size"])
     if (source / "tokenizer.json").exists():

@@ -66,6 +66,16 @@ def pictures(tmp_path: Path):
     return pictures
 
 
+def yarn(writer: GGUFWriter) -> None:
+    """As llama.cpp's `conversion/mistral3.py` writes it for Ministral 3, but for the scale of queries."""
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(16.0)
+    writer.add_rope_scaling_orig_ctx_len(16384)
+    writer.add_rope_scaling_yarn_beta_fast(32.0)
+    writer.add_rope_scaling_yarn_beta_slow(1.0)
+    writer.add_rope_scaling_yarn_log_mul(1.0)
+
+
 def write(path: Path, arch: str, edit, tensors=("output.weight",)) -> Path:
     writer = GGUFWriter(path, arch)
     edit(writer)
@@ -97,6 +107,29 @@ def test_a_text_models_metadata_becomes_the_config_of_hugging_face(text, arch):
         "sliding_window": None,
         "tie_word_embeddings": False,
     }
+
+
+@pytest.mark.parametrize(("arch", "beta"), [("mistral3", 0.1), ("llama", None)])
+def test_scaled_positions_and_queries_make_a_ministral_3(text, arch, beta):
+    found = config(text(arch, edit=lambda w: yarn(w) or (beta and w.add_attn_temperature_scale(beta))))
+    assert (found["architectures"], found["model_type"]) == (["Ministral3ForCausalLM"], "ministral3")
+    assert "rope_theta" not in found and found["rope_parameters"] == {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": beta or 0.0,
+    }
+
+
+def test_what_scaled_positions_leave_out_has_llama_cpps_default(text):
+    rope = config(text(edit=lambda w: w.add_rope_scaling_type(RopeScalingType.YARN)))["rope_parameters"]
+    assert (rope["factor"], rope["beta_fast"], rope["beta_slow"], rope["mscale_all_dim"]) == (1.0, 32.0, 1.0, 0.0)
+    assert rope["original_max_position_embeddings"] == NEMO["context_length"]
 
 
 def test_what_a_file_may_leave_out_has_the_formats_default(text):
@@ -182,10 +215,12 @@ def test_a_size_of_another_kind_is_named(text, edit):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda w: w.add_rope_scaling_type(RopeScalingType.YARN), "yarn"),
+        (lambda w: w.add_rope_scaling_type(RopeScalingType.LONGROPE), "longrope"),
+        (lambda w: yarn(w) or w.add_rope_scaling_attn_factors(2.0), r"attn_factor = 2\.0"),
+        (lambda w: yarn(w) or w.add_rope_scaling_yarn_attn_factor(2.0), r"yarn_attn_factor = 2\.0"),
+        (lambda w: yarn(w) or w.add_rope_scaling_yarn_ext_factor(0.5), r"yarn_ext_factor = 0\.5"),
         (lambda w: w.add_rope_scaling_factor(4.0), "4"),
         (lambda w: w.add_expert_count(8), "expert_count"),
-        (lambda w: w.add_attn_temperature_scale(0.1), "temperature_scale"),
         (lambda w: w.add_logit_scale(0.5), "logit_scale"),
         (lambda w: w.add_sliding_window_pattern([True, False]), "sliding_window_pattern"),
     ],

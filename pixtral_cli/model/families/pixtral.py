@@ -35,7 +35,7 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     fields = ConfigFields({"image_token_index": raw.get("image_token_id", 10), **raw})
     vision, text = fields.object("vision_config"), fields.object("text_config")
     ConfigFields(vision, "vision_config.").only("model_type", "pixtral")
-    ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral")
+    ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral", "ministral3")
     fields.only("projector_hidden_act", "gelu")
     fields.only("vision_feature_select_strategy", "full")
     tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
@@ -73,7 +73,7 @@ def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> Visio
         head_dim=hidden // heads,
         num_channels=fields.size("num_channels"),
         patch_size=fields.size("patch_size"),
-        rope_theta=fields.rope_theta(),
+        rope_theta=float(fields.rope("default", "axial").number("rope_theta")),
         feature_layer=_feature_layer(feature_layer, layers),
     )
 
