@@ -86,13 +86,15 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
         rotary = text_rotary(positions, self.config, x.dtype)
-        added = self.native and self.native(x, rotary, attend)
-        if not added:
-            delta = None
-            for index, layer in enumerate(self.layers):
-                x, delta = layer(x, delta, rotary, attend, index)
-            added = x, delta
-        return add_norm(*added, self.norm)[1]
+        done = None if self.native is None else self.native(x, rotary, attend)
+        x, delta = self._layer_by_layer(x, rotary, attend) if done is None else done
+        return add_norm(x, delta, self.norm)[1]
+
+    def _layer_by_layer(self, x: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, Tensor | None]:
+        delta = None
+        for index, layer in enumerate(self.layers):
+            x, delta = layer(x, delta, rotary, attend, index)
+        return x, delta
 
 
 class DecoderLayer(nn.Module):

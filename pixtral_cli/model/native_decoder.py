@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from ctypes import Structure, addressof, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixtral_cli.model.attention import AttendPaged
 from pixtral_cli.model.kernels import KernelLinear, native
@@ -84,8 +84,8 @@ class NativeDecoder:
         """None where the library is not there, or does not read the weights of each layer."""
         if not native.available() or decoder.norm.weight.dtype not in NARROW:
             return None
-        windows = decoder.config.sliding_windows
-        layers = [_layer(*each) for each in zip(decoder.layers, windows, strict=True)]
+        blocks = cast("list[DecoderLayer]", list(decoder.layers))
+        layers = [_layer(*each) for each in zip(blocks, decoder.config.sliding_windows, strict=True)]
         known = [layer for layer in layers if layer is not None]
         return cls(decoder, known) if len(known) == len(layers) else None
 
@@ -124,7 +124,7 @@ def _layer(layer: DecoderLayer, window: int | None) -> Layer | None:
     )
 
 
-def _matrix(layer: torch.nn.Module) -> Matrix | None:
+def _matrix(layer: nn.Module) -> Matrix | None:
     if isinstance(layer, KernelLinear) and isinstance(layer.kernel, CpuRowsKernel) and layer.bias is None:
         return layer.kernel.matrix
     return None
