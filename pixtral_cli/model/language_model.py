@@ -7,8 +7,7 @@ Parameter names are ours (weights_cache.names maps every checkpoint's to them). 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, SelfAttention
 from pixtral_cli.model.rotary import Rotary, text_rotary
 
-if TYPE_CHECKING:
-    from pixtral_cli.model.native_decoder import NativeDecoder
+Layers = Callable[[Tensor, Rotary, Attend], tuple[Tensor, Tensor] | None]
+"""Rows x [N, C] -> the residual and what is to be added to it after all layers; None for what it does not take."""
 
 
 class LanguageModel(nn.Module):
@@ -90,8 +89,8 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.native: NativeDecoder | None = None
-        """Its layers for passes of a few rows on a CPU; see `native_decoder`."""
+        self.native: Layers | None = None
+        """The layers in one call, for passes of a few rows on a CPU (`native_decoder`)."""
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
