@@ -20,8 +20,9 @@ VISION_ROPE_THETA = 10_000.0
 NATIVE_ROPE_THETA = 1_000_000.0  # `self.args.rope_theta or 1000000.0`
 NATIVE_CONTEXT = 128_000  # positions that the reference prepares; older files do not say it
 NATIVE_UNKNOWN = ("moe", "q_lora_rank", "kv_lora_rank", "lora", "use_biases")
-NATIVE_UNKNOWN_VISION = ("add_pre_mm_projector_layer_norm", "mm_projector_id")
 """Fields whose presence, unless they are empty or false, changes what the model computes."""
+NATIVE_MERGER = "patch_merge"
+"""The one `mm_projector_id`, of models that norm patches and merge them before the projector."""
 
 GGUF_ARCHITECTURES = ("llama", "mistral3")
 """Of text models; what runs as either has the same tensors."""
@@ -35,8 +36,15 @@ GGUF_UNKNOWN = (
 GGUF_UNKNOWN_YARN = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor")
 """Numbers that, unless they are 1, change how positions are scaled."""
 GGUF_ROPE_THETA = 10_000.0
-GGUF_VISION, GGUF_PROJECTOR = "clip", "pixtral"
-"""The architecture of an mmproj file, and the one kind of projector that is read."""
+GGUF_VISION, GGUF_PROJECTOR, GGUF_MERGER = "clip", "pixtral", "mm.patch_merger.weight"
+"""The architecture of an mmproj file, the one kind of projector that is read, and the tensor of those that merge."""
+PLAIN: Mapping[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "vision_feature_select_strategy": "full",
+}
+MERGING: Mapping[str, Any] = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+"""What Hugging Face calls models that see, one with a token a patch, and one that merges patches."""
 TOKENIZER = "tokenizer."
 TOKENS = "tokenizer.ggml.tokens"
 IMAGE_TOKEN = "[IMG]"
@@ -46,10 +54,12 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the head may be the embedding: either section may say it, as in transformers' `LlavaConfig`."""
+    """Whether the head may be the embedding: either section may say it, as in transformers' `LlavaConfig`. What
+    `Mistral3Config` says where neither does is true."""
     text = config.get("text_config")
     sections = (config, text if isinstance(text, Mapping) else {})
-    return any(section.get("tie_word_embeddings") is True for section in sections)
+    said = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section]
+    return any(each is True for each in said) if said else config.get("model_type") == MERGING["model_type"]
 
 
 def head_dims(config: Mapping[str, Any]) -> dict[str, int]:
@@ -67,22 +77,24 @@ def _text_model(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vision_model(
-    text: Mapping[str, Any], vision: Mapping[str, Any], image_token_id: int, projector_bias: bool
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    image_token_id: int,
+    projector_bias: bool,
+    merge: int | None = None,
 ) -> dict[str, Any]:
-    """The config of a Pixtral, from MistralConfig's and PixtralVisionConfig's fields."""
-    ends = {key: text[key] for key in ("bos_token_id", "eos_token_id") if key in text}
+    """The config of a Pixtral, from MistralConfig's and PixtralVisionConfig's fields; or of a Mistral 3, which norms
+    patches and merges `merge` of them along each side."""
+    shared = {key: text[key] for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings") if key in text}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        **(PLAIN if merge is None else {**MERGING, "spatial_merge_size": merge}),
         "image_token_index": image_token_id,
         "multimodal_projector_bias": projector_bias,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "tie_word_embeddings": text.get("tie_word_embeddings", False),
         "text_config": {"model_type": "mistral", **text},
         "vision_config": {"model_type": "pixtral", "hidden_act": "silu", **vision},
-        **ends,
+        **shared,
     }
 
 
@@ -119,7 +131,8 @@ def from_native(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
 def _native_text(params: CheckpointFields) -> dict[str, Any]:
     heads = params.size("n_heads")
     hidden = params.size("dim")
-    return {
+    tied = {"tie_word_embeddings": params.flag("tied_embeddings")} if "tied_embeddings" in params else {}
+    return tied | {
         "vocab_size": params.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": params.size("hidden_dim"),
@@ -130,7 +143,6 @@ def _native_text(params: CheckpointFields) -> dict[str, Any]:
         "rms_norm_eps": params.number("norm_eps"),
         "max_position_embeddings": params.size("max_seq_len", params.size("max_position_embeddings", NATIVE_CONTEXT)),
         "sliding_window": _native_window(params),
-        "tie_word_embeddings": params.flag("tied_embeddings", False),
         **_native_rope(params),
     }
 
@@ -175,22 +187,34 @@ def _native_window(params: CheckpointFields) -> int | list[int | None] | None:
 
 
 def _with_native_vision(path: Path, text: Mapping[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    _refuse(path, params, NATIVE_UNKNOWN_VISION)
-    if params.get("spatial_merge_size", 1) != 1:
-        raise ModelUnsupported(path, f"spatial_merge_size {str(params['spatial_merge_size'])[:60]}")
     fields = CheckpointFields(params, path)
+    merge = _native_merge(fields)
     vision = {
         "hidden_size": fields.size("hidden_size"),
         "intermediate_size": fields.size("intermediate_size"),
         "num_hidden_layers": fields.size("num_hidden_layers"),
         "num_attention_heads": fields.size("num_attention_heads"),
         "num_channels": fields.size("num_channels", 3),
-        "image_size": fields.size("image_size"),
+        "image_size": fields.size("image_size" if "image_size" in fields else "max_image_size"),
         "patch_size": fields.size("patch_size"),
         "rope_theta": fields.number("rope_theta", VISION_ROPE_THETA),
     }
-    image_token = fields.size("image_token_id", IMAGE_TOKEN_ID)
-    return _vision_model(text, vision, image_token, fields.flag("adapter_bias", True))
+    asks_tokenizer = params.get("image_token_id") == -1
+    image_token = IMAGE_TOKEN_ID if asks_tokenizer else fields.size("image_token_id", IMAGE_TOKEN_ID)
+    return _vision_model(text, vision, image_token, fields.flag("adapter_bias", merge is None), merge)
+
+
+def _native_merge(vision: CheckpointFields) -> int | None:
+    """Patches that are merged along each side, after a norm; None where none are. One comes with the other."""
+    kind, norms = vision.get("mm_projector_id") or None, vision.flag("add_pre_mm_projector_layer_norm", False)
+    merge = vision.size("spatial_merge_size", 1)
+    if kind not in (None, NATIVE_MERGER):
+        raise ModelUnsupported(vision.path, f"mm_projector_id = {str(kind)[:60]}")
+    if norms != (kind is not None):
+        raise ModelUnsupported(vision.path, f"mm_projector_id {kind} with add_pre_mm_projector_layer_norm = {norms}")
+    if kind is None and merge != 1:
+        raise ModelUnsupported(vision.path, f"spatial_merge_size {merge} without mm_projector_id = {NATIVE_MERGER}")
+    return None if kind is None else merge
 
 
 def _refuse(path: Path, params: Mapping[str, Any], features: tuple[str, ...], prefix: str = "") -> None:
@@ -215,7 +239,7 @@ def from_gguf(text: GgufFile, vision: GgufFile | None = None) -> dict[str, Any]:
     image_token_id = _gguf_image_token_id(text)
     if image_token_id is None:
         raise ModelUnsupported(text.path, f"no token for pictures ({IMAGE_TOKEN})")
-    return _vision_model(sizes, seen, image_token_id, "mm.1.bias" in vision.tensors)
+    return _vision_model(sizes, seen, image_token_id, "mm.1.bias" in vision.tensors, _gguf_merge(vision))
 
 
 def is_vision_gguf(file: GgufFile) -> bool:
@@ -370,8 +394,6 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
     if kind != GGUF_PROJECTOR:
         raise ModelUnsupported(file.path, f"a picture part of the kind {str(kind)[:60]!r} (known: {GGUF_PROJECTOR!r})")
     fields = _under(file, "clip.vision.")
-    if fields.size("spatial_merge_size", 1) != 1 or "mm.patch_merger.weight" in file.tensors:
-        raise ModelUnsupported(file.path, "patches that are merged before the projector")
     eps = fields.number("attention.layer_norm_epsilon", VISION_EPS)
     if abs(eps - VISION_EPS) > 1e-9:
         raise ModelUnsupported(file.path, f"a vision tower whose norms add {eps}")
@@ -388,6 +410,16 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
         "patch_size": fields.size("patch_size"),
         "rope_theta": _under(file, "clip.rope.").number("freq_base", VISION_ROPE_THETA),
     }
+
+
+def _gguf_merge(file: GgufFile) -> int | None:
+    """As `_native_merge`: a file that merges patches has a matrix for it."""
+    merge = _under(file, "clip.vision.").size("spatial_merge_size", 1)
+    if GGUF_MERGER in file.tensors:
+        return merge
+    if merge != 1:
+        raise ModelUnsupported(file.path, f"spatial_merge_size {merge} without a tensor {GGUF_MERGER}")
+    return None
 
 
 def _gguf_projector(file: GgufFile) -> Any:

@@ -80,6 +80,10 @@ class ImageLayout:
     token_size: int
     longest_side: int
 
+    def tokens(self, width: int, height: int) -> int:
+        """Of an image whose sides are multiples of `token_size`."""
+        return (width // self.token_size) * (height // self.token_size)
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -64,7 +64,7 @@ def test_every_shape_has_the_sizes_of_its_name():
     assert sizes == pytest.approx({"1b": 1.54, "3b": 3.43, "8b": 8.02, "nemo-12b": 12.25}, abs=0.01)
 
 
-@pytest.mark.parametrize("encoding", [name for name in shapes.ENCODINGS if name != "nf4"])
+@pytest.mark.parametrize("encoding", [name for name in shapes.ENCODINGS if name not in ("nf4", "fp8")])
 def test_llama_cpp_gets_the_very_bytes(small, tmp_path, encoding):
     source = small(encoding)
     path = tmp_path / "model.gguf"

@@ -372,7 +372,7 @@ def tower(bench: Bench) -> None:
     text = replace(config.text, num_layers=1, vocab_size=1024, sliding_windows=(None,))
     config = replace(config, text=text)
     model = random_model(RandomCheckpoint(config, "bfloat16", bench.device), config)
-    assert isinstance(model, vision.PixtralModel)
+    assert isinstance(model, vision.VisionLanguageModel)
     small = torch.randn(3, 128, 96)
     with plainly():
         plain = model.encode_image(small)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 QUANTS = gguf.GGMLQuantizationType
 ROTARY = ("q_proj.weight", "k_proj.weight")
+ROTARY_SCALES = ("q_proj.weight_scale_inv", "k_proj.weight_scale_inv")
+BLOCKS_OF_ROWS = 8  # more are scales of rows: those of blocks of whole heads stay where they are
 TO_NATIVE = {
     "embed_tokens": "tok_embeddings",
     "lm_head": "output",
@@ -38,10 +40,17 @@ TO_NATIVE = {
     "up_proj": "w3",
     "linear_1": "w_in",
     "linear_2": "w_out",
+    "weight_scale_inv": "qscale_weight",
+    "activation_scale": "qscale_act",
     "language_model": None,
     "model": None,
 }
 """Each word of a Hugging Face tensor name in the words of mistral-inference; None: no such level there."""
+TO_NATIVE_MERGER = {
+    "multi_modal_projector.norm": "pre_mm_projector_norm",
+    "multi_modal_projector.patch_merger": "patch_merger",
+}
+"""What stands before the projector has names of its own."""
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -72,6 +81,8 @@ def _heads(name: str, config: Mapping[str, Any]) -> int:
 
 
 def _reordered(name: str, weight: Tensor, config: Mapping[str, Any]) -> Tensor:
+    if name.endswith(ROTARY_SCALES) and weight.ndim == 2 and len(weight) > BLOCKS_OF_ROWS:  # a scale for each row
+        return interleaved(weight, _heads(name, config))
     return interleaved(weight, _heads(name, config)) if name.endswith(ROTARY) else weight
 
 
@@ -92,6 +103,8 @@ def native(source: Path, folder: Path, shards: int = 1, **changes: Any) -> None:
 
 
 def _native_name(name: str) -> str:
+    for theirs, native in TO_NATIVE_MERGER.items():
+        name = name.replace(theirs, native)
     words = [TO_NATIVE.get(word, word) for word in name.split(".")]
     return ".".join(word for word in words if word is not None)
 
@@ -116,6 +129,15 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
         params["vision_encoder"] = {key: vision[key] for key in keys.split()} | {
             "rope_theta": vision["rope_parameters"]["rope_theta"],
             "image_token_id": config["image_token_index"],
+        }
+    if "spatial_merge_size" in config:
+        params["vision_encoder"] |= {
+            "spatial_merge_size": config["spatial_merge_size"],
+            "add_pre_mm_projector_layer_norm": True,
+            "mm_projector_id": "patch_merge",
+            "adapter_bias": config["multimodal_projector_bias"],
+            "image_break_token_id": 12,
+            "image_end_token_id": 13,
         }
     return params
 
@@ -199,6 +221,8 @@ def gguf_pictures(source: Path, path: Path, choose: Choose = lambda name: QUANTS
     writer.add_vision_head_count(vision["num_attention_heads"])
     writer.add_vision_attention_layernorm_eps(1e-5)
     writer.add_vision_use_silu(True)
+    if "spatial_merge_size" in settings:
+        writer.add_vision_spatial_merge_size(settings["spatial_merge_size"])
     writer.add_vision_image_mean([0.48145466, 0.4578275, 0.40821073])
     writer.add_vision_image_std([0.26862954, 0.26130258, 0.27577711])
     edit(writer)

@@ -240,8 +240,7 @@ def test_heads_that_turn_in_part_are_refused(text, key):
     ("changes", "said"),
     [
         ({"kind": "gemma3"}, "gemma3"),
-        ({"spatial_merge_size": 2}, "merged"),
-        ({"tensors": ("mm.patch_merger.weight",)}, "merged"),
+        ({"spatial_merge_size": 2}, "spatial_merge_size 2 without a tensor mm.patch_merger.weight"),
         ({"attention_layernorm_eps": 1e-6}, "1e-06"),
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
         ({"image_std": [0.5, 0.5, 0.5]}, "image_std"),
@@ -251,6 +250,13 @@ def test_another_kind_of_picture_part_that_is_given_is_refused(text, pictures, c
     model, part = text(), pictures(**changes)
     with pytest.raises(ModelUnsupported, match=said):
         checkpoint.open(model, [part])
+
+
+def test_a_picture_part_that_merges_patches_makes_a_mistral_3(text, pictures):
+    part = pictures(spatial_merge_size=2, tensors=("mm.patch_merger.weight",))
+    found = checkpoint.open(text(), [part]).config
+    assert found["architectures"] == ["Mistral3ForConditionalGeneration"] and found["model_type"] == "mistral3"
+    assert (found["spatial_merge_size"], found["multimodal_projector_bias"]) == (2, False)
 
 
 def test_pictures_need_a_token(text, pictures):
@@ -319,7 +325,9 @@ def test_a_folder_without_a_model_and_a_file_of_another_kind_are_refused(tmp_pat
         ("rope_freqs.weight", None),
         ("v.token_embd.img_break", None),
         ("blk.0.attn_q.bias", "blk.0.attn_q.bias"),
-        ("mm.patch_merger.weight", "mm.patch_merger.weight"),
+        ("mm.input_norm.weight", "multi_modal_projector.norm.weight"),
+        ("mm.patch_merger.weight", "multi_modal_projector.patch_merger.merging_layer.weight"),
+        ("mm.3.weight", "mm.3.weight"),
     ],
 )
 def test_names_are_ours_or_kept_for_the_error_that_reports_them(theirs, ours):

@@ -71,7 +71,6 @@ def test_pixtrals_params_become_the_config_of_hugging_face(read):
         "rope_theta": 1e9,
         "max_position_embeddings": 128000,
         "sliding_window": None,
-        "tie_word_embeddings": False,
     }
     assert config["vision_config"] == {
         "model_type": "pixtral",
@@ -145,13 +144,29 @@ def test_a_feature_that_would_change_the_answers_is_refused_by_name(read, key):
         read(**{key: {"factor": 8}})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("mm_projector_id", "patch_merge"), ("add_pre_mm_projector_layer_norm", True), ("spatial_merge_size", 2)],
-)
-def test_a_picture_part_of_mistral_3_is_refused_by_name(read, key, value):
+MERGES = {"mm_projector_id": "patch_merge", "add_pre_mm_projector_layer_norm": True, "spatial_merge_size": 2}
+
+
+@pytest.mark.parametrize(("key", "value"), [*MERGES.items(), ("mm_projector_id", "resample")])
+def test_a_projector_with_only_a_part_of_mistral_3s_is_refused_by_name(read, key, value):
     with pytest.raises(ModelUnsupported, match=key):
         read(vision={key: value})
+
+
+def test_the_params_of_mistral_small_3_1_become_the_config_of_hugging_face(read):
+    """Its ids of -1 (as in Medium 3.5) leave the question to the tokenizer, and `max_image_size` is an older name."""
+    sizes = {"patch_size": 14, "image_size": None, "max_image_size": 1540, "image_token_id": -1}
+    config = read(vision={**MERGES, **sizes, "image_break_token_id": -1, "image_end_token_id": -1})
+    assert config["architectures"] == ["Mistral3ForConditionalGeneration"] and config["model_type"] == "mistral3"
+    assert (config["image_token_index"], config["spatial_merge_size"]) == (10, 2)
+    assert (config["vision_config"]["patch_size"], config["vision_config"]["image_size"]) == (14, 1540)
+    assert config["multimodal_projector_bias"] is False
+
+
+@pytest.mark.parametrize("tied", [True, False, None])
+def test_the_embedding_is_the_head_as_params_say_and_of_mistral_3_where_they_say_nothing(read, tied):
+    assert configs.ties_embeddings(read(vision=MERGES, tied_embeddings=tied)) is (tied is not False)
+    assert configs.ties_embeddings(read(tied_embeddings=tied)) is (tied is True)
 
 
 YARN = {"original_max_position_embeddings": 16384, "factor": 16, "beta": 32.0, "alpha": 1.0, "apply_scale": False}

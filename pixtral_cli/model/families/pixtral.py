@@ -13,7 +13,7 @@ from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig, Vis
 from pixtral_cli.model.families.mistral import read_text_config
 
 if TYPE_CHECKING:
-    from pixtral_cli.model.vision import PixtralModel
+    from pixtral_cli.model.vision import VisionLanguageModel
 
 ARCHITECTURES: tuple[str, ...] = ("LlavaForConditionalGeneration",)
 MODEL_TYPE = "llava"
@@ -50,10 +50,12 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def build(config: ModelConfig) -> PixtralModel:
-    from pixtral_cli.model.vision import PixtralModel
+def build(config: ModelConfig) -> VisionLanguageModel:
+    from pixtral_cli.model.vision import Projector, VisionLanguageModel, VisionTower
 
-    return PixtralModel(config)
+    assert config.vision is not None, config.architecture
+    projector = Projector(config.vision.hidden_size, config.text.hidden_size, config.projector_bias)
+    return VisionLanguageModel(config, VisionTower(config.vision), projector)
 
 
 def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
