@@ -235,6 +235,65 @@ static ALWAYS_INLINE void bfloat16(PIECE) {
     }
 }
 
+/* 32 e4m3 codes, each in the low half of a word, times 2^-8. Those with the exponent 0 are looked up by the lowest 5
+ * bits. `signs` has their signs in the highest bits of its words. */
+static ALWAYS_INLINE __m512i from_e4m3(__m512i words, __m512i signs) {
+    const __m512i whole = _mm512_broadcast_i32x4( /* 0 to 7 times 2^-17 */
+        _mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
+    __m512i others = _mm512_ternarylogic_epi32(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x07f0),
+                                               _mm512_set1_epi16(112 << 7), 0xea);
+    __mmask32 small = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x78));
+    __m512i found = _mm512_mask_permutexvar_epi16(others, small, words, whole);
+    return _mm512_ternarylogic_epi32(signs, _mm512_set1_epi16((short)0x8000), found, 0xea);
+}
+
+/* fp8: bytes that are codes, of 64 columns first the even ones; scales multiply the sums of their columns. */
+static ALWAYS_INLINE void fp8_columns(__m512i words, const uint16_t *const *x, int64_t column, __m512 (*sum)[SUMS],
+                                      const int n) {
+    __m512i upper = _mm512_srli_epi16(words, 8);
+    __m512i even = from_e4m3(words, _mm512_slli_epi16(words, 8)), odd = from_e4m3(upper, words);
+    EACH_VECTOR sum[v][0] = times(sum[v][0], even, x[v] + column);
+    EACH_VECTOR sum[v][1] = times(sum[v][1], odd, x[v] + column + 32);
+}
+
+static ALWAYS_INLINE void fp8(const struct matrix *matrix, int64_t row, const uint16_t *const *x, float *totals,
+                              const int n) {
+    const uint8_t *codes = matrix->bytes + row * matrix->row_bytes;
+    const float *scales = scales_of(matrix, row);
+    __m512 total[AT_ONCE];
+    EACH_VECTOR total[v] = _mm512_setzero_ps();
+    for (int64_t column = 0; column < matrix->columns; scales++) {
+        __m512 sum[AT_ONCE][SUMS];
+        EACH_VECTOR UNROLLED for (int i = 0; i < SUMS; i++) sum[v][i] = _mm512_setzero_ps();
+        int64_t end = column + matrix->block < matrix->columns ? column + matrix->block : matrix->columns;
+        for (; column + 64 <= end; column += 64) {
+            read_ahead(codes + column, 64);
+            fp8_columns(_mm512_loadu_si512(codes + column), x, column, sum, n);
+        }
+        if (column < end) { /* 32 columns at the end of the row */
+            fp8_columns(_mm512_maskz_loadu_epi8(0xffffffff, codes + column), x, column, sum, n);
+            column = end;
+        }
+        __m512 scale = _mm512_set1_ps(*scales * 256);
+        EACH_VECTOR total[v] = _mm512_fmadd_ps(_mm512_add_ps(sum[v][0], sum[v][1]), scale, total[v]);
+    }
+    EACH_VECTOR totals[v] = _mm512_reduce_add_ps(total[v]);
+}
+
+static void fp8_kernel(const struct matrix *matrix, int64_t first, int64_t end, struct vectors vectors, int n,
+                       float *sums) {
+    const uint16_t *x[AT_ONCE];
+    for (int v = 0; v < AT_ONCE; v++)
+        x[v] = (const uint16_t *)vectors.data + (v < n ? v : 0) * vectors.stride;
+    for (int64_t row = first; row < end; row++, sums += AT_ONCE)
+        switch (n) {
+        case 1: fp8(matrix, row, x, sums, 1); break;
+        case 2: fp8(matrix, row, x, sums, 2); break;
+        case 3: fp8(matrix, row, x, sums, 3); break;
+        default: fp8(matrix, row, x, sums, 4);
+        }
+}
+
 #define KERNEL(PIECE_NAME)                                                                                              \
     static ALWAYS_INLINE void PIECE_NAME##_rows(const struct matrix *matrix, int64_t first, int64_t end,                \
                                                 struct vectors vectors, float *sums, const int n) {                     \
@@ -276,6 +335,7 @@ multiply_rows *pixtral_avx512bf16_kernel(int encoding) {
     case Q4_K: return q4_k_kernel;
     case Q5_K: return q5_k_kernel;
     case Q6_K: return q6_k_kernel;
+    case FP8: return fp8_kernel;
     default: return NULL;
     }
 }
@@ -287,6 +347,7 @@ static int column_of(int encoding, int place) {
     case Q4_0: return word / 8 * 32 + word % 8 * 2 + odd + 16 * high;
     case Q4_K: case Q5_K: return word / 16 * 64 + word % 16 * 2 + odd + 32 * high;
     case Q6_K: return word / 16 * 32 + word % 16 * 2 + odd + 64 * high;
+    case FP8: return 64 * high + 2 * word + odd;
     default: return place;
     }
 }
