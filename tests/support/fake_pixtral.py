@@ -102,11 +102,13 @@ class FakePixtral:
         said = []
         for word in words:
             said.append(word)
-            yield SimpleNamespace(text=word, reply=None)
+            yield SimpleNamespace(text=word, reply=None, reasoning_content="")
         if prompt == "options":
             said = [json.dumps(options | self.arguments, default=str)]
-            yield SimpleNamespace(text=said[0], reply=None)
-        yield SimpleNamespace(text="", reply=self._reply("".join(said), options, prompt == "infinite"))
+            yield SimpleNamespace(text=said[0], reply=None, reasoning_content="")
+        yield SimpleNamespace(
+            text="", reasoning_content="", reply=self._reply("".join(said), options, prompt == "infinite")
+        )
 
     def _reply(self, text, options, infinite):
         logprob = SimpleNamespace(token_id=7, token="x", logprob=-0.5, top=())
@@ -117,7 +119,12 @@ class FakePixtral:
             prompt_token_ids=[1, 3, 4],
             finish_reason="stop",
             usage=SimpleNamespace(
-                prompt_tokens=3, completion_tokens=2, image_tokens=0, proposed_tokens=3, accepted_tokens=1
+                prompt_tokens=3,
+                completion_tokens=2,
+                image_tokens=0,
+                proposed_tokens=3,
+                accepted_tokens=1,
+                reasoning_tokens=0,
             ),
             timings=SimpleNamespace(
                 load_s=0.1,
@@ -127,6 +134,7 @@ class FakePixtral:
                 total_s=0.3,
             ),
             logprobs=[logprob] if options["logprobs"] else None,
+            reasoning_content="",
         )
 
 
