@@ -23,7 +23,7 @@ from pixtral_cli.cli.flags import (
     within_option,
 )
 from pixtral_cli.encoding_choices import CHOICES, KV_CACHE_DTYPES
-from pixtral_cli.generation_options import EFFORTS, SPECULATIVE
+from pixtral_cli.generation_options import SPECULATIVE
 from pixtral_cli.known_models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class ThinkingFlags:
             "--reasoning-effort",
             metavar="none|high",
             help="How hard to think before answering, for models that can be told. Default: the model's own.",
-            **one_of(EFFORTS),
+            **one_of(("none", "high")),
         ),
     ] = None
 

@@ -70,6 +70,9 @@ ORDERS = {
 }
 
 
+THOUGHT = ["Well", "\x1b[31m, then.\n"]
+
+
 class FakePixtral:
     """The Pixtral of the Python API, as far as the commands use it."""
 
@@ -99,7 +102,9 @@ class FakePixtral:
 
     def _events(self, prompt, seen, options):
         words = ORDERS.get(prompt, lambda text: iter([text]))(seen)
-        said = []
+        said, thought = [], THOUGHT if prompt == "thinking" else []
+        for part in thought:
+            yield SimpleNamespace(text="", reply=None, reasoning_content=part)
         for word in words:
             said.append(word)
             yield SimpleNamespace(text=word, reply=None, reasoning_content="")
@@ -107,14 +112,14 @@ class FakePixtral:
             said = [json.dumps(options | self.arguments, default=str)]
             yield SimpleNamespace(text=said[0], reply=None, reasoning_content="")
         yield SimpleNamespace(
-            text="", reasoning_content="", reply=self._reply("".join(said), options, prompt == "infinite")
+            text="", reasoning_content="", reply=self._reply(said, thought, options, prompt == "infinite")
         )
 
-    def _reply(self, text, options, infinite):
+    def _reply(self, said, thought, options, infinite):
         logprob = SimpleNamespace(token_id=7, token="x", logprob=-0.5, top=())
         return SimpleNamespace(
             model=self.name,
-            text=text,
+            text="".join(said),
             token_ids=[7, 2],
             prompt_token_ids=[1, 3, 4],
             finish_reason="stop",
@@ -134,7 +139,7 @@ class FakePixtral:
                 total_s=0.3,
             ),
             logprobs=[logprob] if options["logprobs"] else None,
-            reasoning_content="",
+            reasoning_content="".join(thought),
         )
 
 
