@@ -259,7 +259,7 @@ _pixtral_value() {
     'pixtral run --quantization-encoding' |\
         'pixtral serve --quantization-encoding' |\
         'pixtral export --quantization-encoding')
-        _pixtral_offer float32 bfloat16 q6_k q4_0 q4_k nf4
+        _pixtral_offer float32 bfloat16 fp8 q6_k q4_0 q4_k nf4
         ;;
     'pixtral serve --media-path')
         _pixtral_files /
@@ -272,7 +272,7 @@ _pixtral_value() {
         _pixtral_offer 1b 3b 8b nemo-12b
         ;;
     'pixtral bench --quantization-encoding')
-        _pixtral_offer float32 bfloat16 q8_0 q6_k q5_k q4_k q4_0 nf4
+        _pixtral_offer float32 bfloat16 fp8 q8_0 q6_k q5_k q4_k q4_0 nf4
         ;;
     'pixtral completions 0')
         _pixtral_offer bash zsh fish

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pixtral_cli.errors import ModelError
 from weights_cache.encodings import ENCODINGS, Encoding
 
-CHOICES = ("float32", "bfloat16", "q6_k", "q4_0", "q4_k", "nf4")
+CHOICES = ("float32", "bfloat16", "fp8", "q6_k", "q4_0", "q4_k", "nf4")
 KV_CACHE_DTYPES = ("auto", "fp8")
 """How keys and values are kept: as the model computes, or as e4m3 codes and a scale for each token and head."""
 

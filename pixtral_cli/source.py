@@ -219,7 +219,7 @@ class Source:
         processor = Processor.from_checkpoint(
             self.checkpoint,
             image_preprocessing=recipe,
-            patch_size=layout.token_size,
+            token_size=layout.token_size,
             image_size=layout.longest_side,
         )
         tokens = processor.image_tokens

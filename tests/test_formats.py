@@ -9,10 +9,11 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from support import builders
 from support import format_builders as forms
+from support.oracles import assert_answers_as
+from support.pictures import conversation, noise
 
 from pixtral_cli import Pixtral
 from pixtral_cli.source import Source
@@ -37,7 +38,6 @@ def models(tmp_path_factory):
     """A folder with one model as hf/, native/ and gguf/, and transformers' own model and processor."""
     folder = tmp_path_factory.mktemp("forms")
     oracle = builders.pixtral(folder / "hf")
-    oracle.generation_config.eos_token_id = None
     processor = builders.add_processor(folder / "hf")
     forms.native(folder / "hf", folder / "native")
     forms.write_tekken(folder / "hf", folder / "native")
@@ -51,16 +51,6 @@ def load(path, **options):
     return Pixtral.load(path, devices="cpu", image_preprocessing="hf", quantization_encoding="float32", **options)
 
 
-def noise(width, height, seed=0):
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
-
-
-def conversation(*pictures, text="what is in the picture? où ça 🙂 12"):
-    images = [{"type": "image", "image": picture} for picture in pictures]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
-
-
 CONVERSATIONS = {
     "text": conversation(),
     "picture": conversation(noise(70, 40)),
@@ -72,21 +62,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_tokens_and_logits_of_transformers(models, form, name):
     folder, oracle, processor = models
-    messages = CONVERSATIONS[name]
-    pictures = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
-    inputs = processor(processor.tokenizer.apply_chat_template(messages, tokenize=False), pictures)
-    ids = inputs["input_ids"][0].tolist()
-    with torch.no_grad():
-        expected = oracle.generate(
-            **inputs, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-    reply = load(folder / form).chat(messages, logprobs=builders.TEXT["vocab_size"], **OPTIONS)
-    assert reply.prompt_token_ids == ids
-    assert reply.token_ids == expected.sequences[0, len(ids) :].tolist()
-    for entry, logits in zip(reply.logprobs, expected.logits, strict=True):
-        found = {top.token_id: top.logprob for top in entry.top}
-        ours = torch.tensor([found[token] for token in range(builders.TEXT["vocab_size"])])
-        torch.testing.assert_close(ours, logits[0].log_softmax(-1), atol=1e-4, rtol=0)
+    assert_answers_as(load(folder / form), oracle, processor, CONVERSATIONS[name])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import CheckpointCorrupt, FilesMismatch, ModelUnsupported, UnknownArchitecture
 from .formats.gguf import GgufFile
-from .json_fields import CheckpointFields
+from .json_fields import CheckpointFields, is_number
 
 IMAGE_TOKEN_ID = 10
 """Of `[IMG]` in all of Mistral's vocabularies."""
@@ -19,23 +19,32 @@ VISION_ROPE_THETA = 10_000.0
 
 NATIVE_ROPE_THETA = 1_000_000.0  # `self.args.rope_theta or 1000000.0`
 NATIVE_CONTEXT = 128_000  # positions that the reference prepares; older files do not say it
-NATIVE_UNKNOWN = ("moe", "yarn", "llama_4_scaling", "lora", "use_biases")
-NATIVE_UNKNOWN_VISION = ("add_pre_mm_projector_layer_norm", "mm_projector_id")
+NATIVE_UNKNOWN = ("moe", "q_lora_rank", "kv_lora_rank", "lora", "use_biases")
 """Fields whose presence, unless they are empty or false, changes what the model computes."""
+NATIVE_MERGER = "patch_merge"
+"""The one `mm_projector_id`, of models that norm patches and merge them before the projector."""
 
 GGUF_ARCHITECTURES = ("llama", "mistral3")
-"""Of text models; what runs as either has the same tensors, and mistral3's additions are refused by name."""
+"""Of text models; what runs as either has the same tensors."""
 GGUF_UNKNOWN = (
     "expert_count",
-    "attention.temperature_scale",
     "attention.sliding_window_pattern",
     "attention.layer_norm_epsilon",
     "logit_scale",
 )
 """As NATIVE_UNKNOWN, after the architecture's name."""
+GGUF_UNKNOWN_YARN = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor")
+"""Numbers that, unless they are 1, change how positions are scaled."""
 GGUF_ROPE_THETA = 10_000.0
-GGUF_VISION, GGUF_PROJECTOR = "clip", "pixtral"
-"""The architecture of an mmproj file, and the one kind of projector that is read."""
+GGUF_VISION, GGUF_PROJECTOR, GGUF_MERGER = "clip", "pixtral", "mm.patch_merger.weight"
+"""The architecture of an mmproj file, the one kind of projector that is read, and the tensor of those that merge."""
+PLAIN: Mapping[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "vision_feature_select_strategy": "full",
+}
+MERGING: Mapping[str, Any] = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+"""What Hugging Face calls models that see, one with a token a patch, and one that merges patches."""
 TOKENIZER = "tokenizer."
 TOKENS = "tokenizer.ggml.tokens"
 IMAGE_TOKEN = "[IMG]"
@@ -45,10 +54,12 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the head may be the embedding: either section may say it, as in transformers' `LlavaConfig`."""
+    """Whether the head may be the embedding: either section may say it, as in transformers' `LlavaConfig`. What
+    `Mistral3Config` says where neither does is true."""
     text = config.get("text_config")
     sections = (config, text if isinstance(text, Mapping) else {})
-    return any(section.get("tie_word_embeddings") is True for section in sections)
+    said = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section]
+    return any(each is True for each in said) if said else config.get("model_type") == MERGING["model_type"]
 
 
 def head_dims(config: Mapping[str, Any]) -> dict[str, int]:
@@ -60,27 +71,43 @@ def head_dims(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _text_model(text: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a text model, from MistralConfig's fields."""
-    return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **text}
+    """The config of a text model, from MistralConfig's or Ministral3Config's fields."""
+    architecture = "Ministral3ForCausalLM" if text.get("model_type") == "ministral3" else "MistralForCausalLM"
+    return {"architectures": [architecture], "model_type": "mistral", **text}
 
 
 def _vision_model(
-    text: Mapping[str, Any], vision: Mapping[str, Any], image_token_id: int, projector_bias: bool
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    image_token_id: int,
+    projector_bias: bool,
+    merge: int | None = None,
 ) -> dict[str, Any]:
-    """The config of a Pixtral, from MistralConfig's and PixtralVisionConfig's fields."""
-    ends = {key: text[key] for key in ("bos_token_id", "eos_token_id") if key in text}
+    """The config of a Pixtral, from MistralConfig's and PixtralVisionConfig's fields; or of a Mistral 3, which norms
+    patches and merges `merge` of them along each side."""
+    shared = {key: text[key] for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings") if key in text}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        **(PLAIN if merge is None else {**MERGING, "spatial_merge_size": merge}),
         "image_token_index": image_token_id,
         "multimodal_projector_bias": projector_bias,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "tie_word_embeddings": text.get("tie_word_embeddings", False),
         "text_config": {"model_type": "mistral", **text},
         "vision_config": {"model_type": "pixtral", "hidden_act": "silu", **vision},
-        **ends,
+        **shared,
+    }
+
+
+def _rope(theta: float, yarn: Mapping[str, Any], beta: float, length: int) -> dict[str, Any]:
+    """MistralConfig's field for plain rotary positions; Ministral3Config's for those that YaRN scales, or with queries
+    that grow by `beta` for each multiple of `length`."""
+    if not yarn and not beta:
+        return {"rope_theta": theta}
+    scaling = {"original_max_position_embeddings": length, "llama_4_scaling_beta": beta}
+    kind = "yarn" if yarn else "default"
+    return {
+        "model_type": "ministral3",
+        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **yarn, **scaling},
     }
 
 
@@ -104,7 +131,8 @@ def from_native(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
 def _native_text(params: CheckpointFields) -> dict[str, Any]:
     heads = params.size("n_heads")
     hidden = params.size("dim")
-    return {
+    tied = {"tie_word_embeddings": params.flag("tied_embeddings")} if "tied_embeddings" in params else {}
+    return tied | {
         "vocab_size": params.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": params.size("hidden_dim"),
@@ -113,41 +141,80 @@ def _native_text(params: CheckpointFields) -> dict[str, Any]:
         "num_key_value_heads": params.size("n_kv_heads", heads),
         "head_dim": params.size("head_dim", hidden // heads),
         "rms_norm_eps": params.number("norm_eps"),
-        "rope_theta": params.number("rope_theta", NATIVE_ROPE_THETA),
         "max_position_embeddings": params.size("max_seq_len", params.size("max_position_embeddings", NATIVE_CONTEXT)),
         "sliding_window": _native_window(params),
-        "tie_word_embeddings": params.flag("tied_embeddings", False),
+        **_native_rope(params),
     }
+
+
+def _native_rope(params: CheckpointFields) -> dict[str, Any]:
+    """`alpha` and `beta` are how often the frequencies turn between which YaRN passes over; `apply_scale` false leaves
+    attention as it is (the names are vLLM's, `transformers_utils/configs/mistral.py`)."""
+    theta = params.number("rope_theta", NATIVE_ROPE_THETA)
+    yarn, queries = (_native_section(params, key) for key in ("yarn", "llama_4_scaling"))
+    scaled: dict[str, Any] = {}
+    if yarn:
+        scaled = {
+            "factor": yarn.number("factor"),
+            "beta_fast": yarn.number("beta"),
+            "beta_slow": yarn.number("alpha"),
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0 if yarn.flag("apply_scale", True) else 1.0,
+        }
+    lengths = {section.size("original_max_position_embeddings") for section in (yarn, queries) if section}
+    if len(lengths) > 1:
+        raise ModelUnsupported(params.path, "queries that are scaled from another length than its positions")
+    beta = queries.checked("beta", None, is_number, "a number") if queries else 0.0
+    return _rope(theta, scaled, beta, *lengths or [NATIVE_CONTEXT])
+
+
+def _native_section(params: CheckpointFields, key: str) -> CheckpointFields | None:
+    """The object that `key` has; None for none, an empty one or false."""
+    return CheckpointFields(params.object(key), params.path, f"{key}.") if params.get(key) else None
 
 
 def _native_window(params: CheckpointFields) -> int | list[int | None] | None:
     """One window for all layers, or a list of them, null for none, that the layers repeat."""
     key = "sliding_window" if "sliding_window" in params else "_sliding_window"
     value = params.get(key)
+    if isinstance(value, str) and len(value) < 11 and value.isascii() and value.isdecimal():  # some files write so
+        value = int(value)
     if not isinstance(value, list):
-        return params.size(key) if key in params else None
+        return CheckpointFields({key: value}, params.path).size(key) if value is not None else None
     if not value or any(window is not None and (type(window) is not int or window < 1) for window in value):
         raise CheckpointCorrupt(params.path, f"its {key!r} is {str(value)[:60]}, not a list of positive numbers")
     return value
 
 
 def _with_native_vision(path: Path, text: Mapping[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    _refuse(path, params, NATIVE_UNKNOWN_VISION)
-    if params.get("spatial_merge_size", 1) != 1:
-        raise ModelUnsupported(path, f"spatial_merge_size {str(params['spatial_merge_size'])[:60]}")
     fields = CheckpointFields(params, path)
+    merge = _native_merge(fields)
     vision = {
         "hidden_size": fields.size("hidden_size"),
         "intermediate_size": fields.size("intermediate_size"),
         "num_hidden_layers": fields.size("num_hidden_layers"),
         "num_attention_heads": fields.size("num_attention_heads"),
         "num_channels": fields.size("num_channels", 3),
-        "image_size": fields.size("image_size"),
+        "image_size": fields.size("image_size" if "image_size" in fields else "max_image_size"),
         "patch_size": fields.size("patch_size"),
         "rope_theta": fields.number("rope_theta", VISION_ROPE_THETA),
     }
-    image_token = fields.size("image_token_id", IMAGE_TOKEN_ID)
-    return _vision_model(text, vision, image_token, fields.flag("adapter_bias", True))
+    asks_tokenizer = params.get("image_token_id") == -1
+    image_token = IMAGE_TOKEN_ID if asks_tokenizer else fields.size("image_token_id", IMAGE_TOKEN_ID)
+    return _vision_model(text, vision, image_token, fields.flag("adapter_bias", merge is None), merge)
+
+
+def _native_merge(vision: CheckpointFields) -> int | None:
+    """Patches that are merged along each side, after a norm; None where none are. One comes with the other."""
+    kind, norms = vision.get("mm_projector_id") or None, vision.flag("add_pre_mm_projector_layer_norm", False)
+    merge = vision.size("spatial_merge_size", 1)
+    if kind not in (None, NATIVE_MERGER):
+        raise ModelUnsupported(vision.path, f"mm_projector_id = {str(kind)[:60]}")
+    if norms != (kind is not None):
+        raise ModelUnsupported(vision.path, f"mm_projector_id {kind} with add_pre_mm_projector_layer_norm = {norms}")
+    if kind is None and merge != 1:
+        raise ModelUnsupported(vision.path, f"spatial_merge_size {merge} without mm_projector_id = {NATIVE_MERGER}")
+    return None if kind is None else merge
 
 
 def _refuse(path: Path, params: Mapping[str, Any], features: tuple[str, ...], prefix: str = "") -> None:
@@ -172,7 +239,7 @@ def from_gguf(text: GgufFile, vision: GgufFile | None = None) -> dict[str, Any]:
     image_token_id = _gguf_image_token_id(text)
     if image_token_id is None:
         raise ModelUnsupported(text.path, f"no token for pictures ({IMAGE_TOKEN})")
-    return _vision_model(sizes, seen, image_token_id, "mm.1.bias" in vision.tensors)
+    return _vision_model(sizes, seen, image_token_id, "mm.1.bias" in vision.tensors, _gguf_merge(vision))
 
 
 def is_vision_gguf(file: GgufFile) -> bool:
@@ -230,7 +297,6 @@ def _gguf_text(file: GgufFile, fields: CheckpointFields) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.size(key, head_dim) != head_dim:
             raise ModelUnsupported(file.path, f"{fields.prefix}{key} = {fields.get(key)} for heads of {head_dim}")
-    _refuse_scaled_positions(file, fields)
     return {
         "vocab_size": fields.size("vocab_size", _gguf_vocabulary(file)),
         "hidden_size": fields.size("embedding_length"),
@@ -240,10 +306,10 @@ def _gguf_text(file: GgufFile, fields: CheckpointFields) -> dict[str, Any]:
         "num_key_value_heads": fields.size("attention.head_count_kv", fields.size("attention.head_count")),
         "head_dim": head_dim,
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fields.number("rope.freq_base", GGUF_ROPE_THETA),
         "max_position_embeddings": fields.size("context_length"),
         "sliding_window": fields.size("attention.sliding_window") if "attention.sliding_window" in fields else None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_gguf_rope(file, fields),
     }
 
 
@@ -258,20 +324,45 @@ def _gguf_vocabulary(file: GgufFile) -> int:
     return embedding.shape[0] if embedding else len(_gguf_tokens(file) or ())
 
 
-def _refuse_scaled_positions(file: GgufFile, fields: CheckpointFields) -> None:
-    """Rotary positions scaled by a rule, by a factor, or by a table, which old files have with nothing but ones."""
+def _gguf_rope(file: GgufFile, fields: CheckpointFields) -> dict[str, Any]:
+    """Rotary positions that are plain, or scaled by YaRN; and by how much queries grow.
+
+    Other rules are refused, and a table of factors, which old files have with nothing but ones.
+    """
     kind = fields.text("rope.scaling.type", "none")
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
-    if kind != "none" and (kind, factor) != ("linear", 1.0):
+    if kind not in ("none", "yarn") and (kind, factor) != ("linear", 1.0):
         raise ModelUnsupported(file.path, f"rotary positions that are scaled ({kind[:60]})")
-    if factor != 1.0:
+    if kind != "yarn" and factor != 1.0:
         raise ModelUnsupported(file.path, f"rotary positions that are scaled by {factor}")
+    _refuse_table(file)
+    theta = fields.number("rope.freq_base", GGUF_ROPE_THETA)
+    beta = fields.checked("attention.temperature_scale", 0.0, is_number, "a number")
+    length = fields.size("rope.scaling.original_context_length", fields.size("context_length"))
+    return _rope(theta, _gguf_yarn(fields, factor) if kind == "yarn" else {}, beta, length)
+
+
+def _gguf_yarn(fields: CheckpointFields, factor: float) -> dict[str, Any]:
+    """As llama.cpp reads it (`llama-context.cpp`): the logarithm's multiplier undoes what YaRN does to attention."""
+    for key in GGUF_UNKNOWN_YARN:
+        if fields.number(key, 1.0) != 1.0:
+            raise ModelUnsupported(fields.path, f"{fields.prefix}{key} = {fields.get(key)}")
+    return {
+        "factor": factor,
+        "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        "mscale": 1.0,
+        "mscale_all_dim": fields.checked("rope.scaling.yarn_log_multiplier", 0.0, is_number, "a number"),
+    }
+
+
+def _refuse_table(file: GgufFile) -> None:
+    """Refuse a factor for each frequency, unless all are 1."""
     if "rope_freqs.weight" in file.tensors:
         from .packed import plain
 
-        if plain(file.weight("rope_freqs.weight")).eq(1).all():
-            return
-        raise ModelUnsupported(file.path, "rotary positions that are scaled by a table (rope_freqs)")
+        if not plain(file.weight("rope_freqs.weight")).eq(1).all():
+            raise ModelUnsupported(file.path, "rotary positions that are scaled by a table (rope_freqs)")
 
 
 def _gguf_ends(file: GgufFile) -> dict[str, Any]:
@@ -303,8 +394,6 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
     if kind != GGUF_PROJECTOR:
         raise ModelUnsupported(file.path, f"a picture part of the kind {str(kind)[:60]!r} (known: {GGUF_PROJECTOR!r})")
     fields = _under(file, "clip.vision.")
-    if fields.size("spatial_merge_size", 1) != 1 or "mm.patch_merger.weight" in file.tensors:
-        raise ModelUnsupported(file.path, "patches that are merged before the projector")
     eps = fields.number("attention.layer_norm_epsilon", VISION_EPS)
     if abs(eps - VISION_EPS) > 1e-9:
         raise ModelUnsupported(file.path, f"a vision tower whose norms add {eps}")
@@ -321,6 +410,16 @@ def _gguf_vision(file: GgufFile) -> dict[str, Any]:
         "patch_size": fields.size("patch_size"),
         "rope_theta": _under(file, "clip.rope.").number("freq_base", VISION_ROPE_THETA),
     }
+
+
+def _gguf_merge(file: GgufFile) -> int | None:
+    """As `_native_merge`: a file that merges patches has a matrix for it."""
+    merge = _under(file, "clip.vision.").size("spatial_merge_size", 1)
+    if GGUF_MERGER in file.tensors:
+        return merge
+    if merge != 1:
+        raise ModelUnsupported(file.path, f"spatial_merge_size {merge} without a tensor {GGUF_MERGER}")
+    return None
 
 
 def _gguf_projector(file: GgufFile) -> Any:

@@ -1,13 +1,14 @@
 """How weights are stored: a name in, the sizes of its blocks out. Knows no torch and no bytes; codecs/ decodes them.
 
 ONE table, for files, codecs, plans and help alike. Names are lower-case words of GGUF (q4_k is ggml's Q4_K), torch's
-names of its dtypes, and nf4, bitsandbytes' own.
+names of its dtypes, nf4, bitsandbytes' own, and fp8, which is e4m3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from .errors import WidthNotDivisible
 
@@ -19,7 +20,8 @@ class Encoding:
     A row of 5120 weights in q4_k is 20 blocks of 256 weights in 144 bytes: `row_bytes(5120)` is 2880.
 
     `ggml` is the number of the tensor type in GGUF; `fallback` names what rows take instead that are no whole number
-    of blocks. With `double_quantization` nf4's scales are quantised as well: 4.13 bits.
+    of blocks. With `double_quantization` nf4's scales are quantised as well: 4.13 bits. `beside_row` are bytes of each
+    row of a matrix that do not lie in its blocks.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Encoding:
     ggml: int | None = None
     fallback: str | None = None
     double_quantization: bool = False
+    beside_row: int = 0
 
     @property
     def word(self) -> str:
@@ -36,8 +39,12 @@ class Encoding:
 
     @property
     def bits(self) -> float:
-        """Bits a weight, scales included."""
+        """Bits a weight, scales in its blocks included."""
         return self.block_bytes * 8 / self.block
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor of that shape, the last dimension that of its rows."""
+        return int(prod(shape) * self.bits / 8) + (prod(shape[:-1]) * self.beside_row if len(shape) > 1 else 0)
 
     @property
     def packed(self) -> bool:
@@ -50,7 +57,7 @@ class Encoding:
 
     def stored_shape(self, rows: int, columns: int) -> tuple[int, int] | None:
         """The shape of a matrix's bytes in a file, None if its rows are no whole number of them: [rows, row_bytes].
-        Of nf4 they are the codes alone, two in a byte."""
+        Of nf4 they are the codes alone, two in a byte, and of fp8 too."""
         if self.name == "nf4":
             return None if columns % 2 else (rows, columns // 2)
         return (rows, self.row_bytes(columns)) if self.fits(columns) else None
@@ -93,6 +100,7 @@ ENCODINGS: Mapping[str, Encoding] = {
         Encoding("iq4_nl", 32, 18, ggml=20),
         Encoding("iq4_xs", 256, 136, ggml=23),
         Encoding("nf4", 64, 36, fallback="bfloat16"),  # with double quantisation 33.02 bytes
+        Encoding("fp8", 1, 1, beside_row=4),  # a scale; in some files for each 128 weights
     )
 }
 

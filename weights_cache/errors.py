@@ -345,7 +345,7 @@ class QuantizedElsewhere(ModelUnsupported):
             return f"Take the other form of it that is there: --weights-format {self.other}."
         return (
             "Take the model in bfloat16, which --quantization-encoding q4_k packs while it loads, a GGUF of it, "
-            "or one in bitsandbytes' nf4."
+            "or one in FP8 or bitsandbytes' nf4."
         )
 
 

@@ -18,7 +18,7 @@ from .errors import Unreadable, WeightsError
 from .formats import serialized
 from .formats.gguf import GgufFile
 from .formats.reader import Reader
-from .formats.safetensors import SafetensorsFile
+from .formats.safetensors import E4M3, SafetensorsFile
 from .json_fields import read_json_object
 from .layout import Form, Selection
 from .progress import Progress
@@ -156,7 +156,8 @@ def main_encoding(path: Path, folder: Path) -> str | None:
         reader: Reader = GgufFile(path) if path.suffix == layout.GGUF else SafetensorsFile(path)
         sizes: dict[str, int] = {}
         for tensor in reader.tensors.values():
-            sizes[tensor.encoding] = sizes.get(tensor.encoding, 0) + tensor.nbytes
+            encoding = "fp8" if tensor.dtype == E4M3 else tensor.encoding
+            sizes[encoding] = sizes.get(encoding, 0) + tensor.nbytes
         return max(sizes, key=lambda name: sizes[name], default=None)
     except WeightsError:
         return None

@@ -44,6 +44,8 @@ NATIVE: Mapping[str, str] = {
     "output.weight": "lm_head.weight",
     "vision_encoder.patch_conv.weight": "vision_tower.patch_conv.weight",
     "vision_encoder.ln_pre.weight": "vision_tower.ln_pre.weight",
+    "pre_mm_projector_norm.weight": "multi_modal_projector.norm.weight",
+    "patch_merger.merging_layer.weight": "multi_modal_projector.patch_merger.merging_layer.weight",
     "vision_language_adapter.w_in.weight": "multi_modal_projector.linear_1.weight",
     "vision_language_adapter.w_in.bias": "multi_modal_projector.linear_1.bias",
     "vision_language_adapter.w_out.weight": "multi_modal_projector.linear_2.weight",
@@ -88,6 +90,8 @@ GGUF: Mapping[str, str | None] = {
     "rope_freqs.weight": None,  # a factor for each frequency; configs.py refuses any but 1
     "v.patch_embd.weight": "vision_tower.patch_conv.weight",
     "v.pre_ln.weight": "vision_tower.ln_pre.weight",
+    "mm.input_norm.weight": "multi_modal_projector.norm.weight",
+    "mm.patch_merger.weight": "multi_modal_projector.patch_merger.merging_layer.weight",
     "mm.1.weight": "multi_modal_projector.linear_1.weight",
     "mm.1.bias": "multi_modal_projector.linear_1.bias",
     "mm.2.weight": "multi_modal_projector.linear_2.weight",

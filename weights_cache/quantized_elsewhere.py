@@ -1,8 +1,9 @@
 """Tells by a config, and by the names of the files beside it, whether another program quantised the weights.
 
 Such weights have other names, shapes and types than the model's own, so that nothing but the config says what they
-are. bitsandbytes' nf4 is read here. Sources: transformers' `quantization_config`, MLX's `quantization`, the files that
-AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside a config, and `quantization` in vLLM's reading of params.json.
+are. bitsandbytes' nf4, and e4m3 codes with scales, are read here. Sources: transformers' `quantization_config`, MLX's
+`quantization`, the files that AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside a config, and `quantization` in
+vLLM's reading of params.json.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,6 +23,9 @@ FILES: Mapping[str, str] = {
 
 DETAILS = ("format", "quant_algo", "qformat_weight", "w_bit", "bits")
 """Keys that say which of a method's encodings it is, the most telling first."""
+
+FP8 = ("fp8", "fp8_e4m3")
+"""What transformers and Mistral's own form call it."""
 
 UNNAMED = "a method that its config does not name"
 
@@ -56,6 +60,8 @@ def _described(key: str, found: Any) -> str | None:
     method = found.get("quant_method") or _implied(key, found)
     if method == "bitsandbytes":
         return _of_bitsandbytes(found)
+    if method in FP8 or (method, found.get("format")) == ("compressed-tensors", "float-quantized"):
+        return None
     detail = next((found[each] for each in DETAILS if found.get(each)), None)
     if detail is None or detail == method:
         return str(method)[:60]

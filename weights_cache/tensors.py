@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import configs, file_kind, layout, names, quantized_elsewhere, weight_files
 from .errors import CheckpointCorrupt, FilesMismatch, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import Reader, TensorInfo
-from .formats.safetensors import SafetensorsFile
+from .formats.safetensors import E4M3, SafetensorsFile
 from .json_fields import read_json_object
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ class Stored(NamedTuple):
         weight = self.reader.weight(self.name)
         if self.head_dim is None:
             return weight
-        from .codecs.packed_rows import PackedRows
+        from . import packed
 
-        rows: Any = weight.rows if isinstance(weight, PackedRows) else weight
-        if self.head_dim < 2 or self.head_dim % 2 or rows.shape[0] % self.head_dim:
-            reason = f"tensor {self.name!r} has {rows.shape[0]} rows, and its heads have {self.head_dim}"
+        rows, head_dim = weight.shape[0], self.head_dim
+        if head_dim < 2 or head_dim % 2 or rows % head_dim:
+            reason = f"tensor {self.name!r} has {rows} rows, and its heads have {head_dim}"
             raise CheckpointCorrupt(self.info.file, reason)
-        ordered = names.halves(rows, self.head_dim)
+        ordered = packed.with_rows(weight, lambda part: names.halves(part, head_dim))
         self.reader.release(self.name)  # nobody needs the original beside the copy
-        return PackedRows(weight.encoding, ordered) if isinstance(weight, PackedRows) else ordered
+        return ordered
 
 
 class Naming(NamedTuple):
@@ -94,12 +94,23 @@ def _native_naming(path: Path) -> Naming:
 
 
 def _merged(opened: list[tuple[Reader, Naming]]) -> list[tuple[Reader, Naming]]:
-    """`opened`; where bitsandbytes encoded layers, one over all, since what belongs together may lie apart."""
-    if not names.looks_bitsandbytes(name for reader, _ in opened for name in reader.tensors):
-        return opened
-    from .formats.bitsandbytes import BitsandbytesFiles
+    """`opened`; where layers are in bitsandbytes' encoding or in FP8, one over all files of a kind, since what belongs
+    together may lie apart."""
+    if names.looks_bitsandbytes(name for reader, _ in opened for name in reader.tensors):
+        from .formats.bitsandbytes import BitsandbytesFiles
 
-    return [(BitsandbytesFiles([reader for reader, _ in opened]), Naming(names.from_hf, {}))]
+        return [(BitsandbytesFiles([reader for reader, _ in opened]), Naming(names.from_hf, {}))]
+    kinds = {naming.ours: naming for reader, naming in opened if _holds_fp8(reader)}
+    if not kinds:
+        return opened
+    from .formats.fp8 import Fp8Files
+
+    others = [(reader, naming) for reader, naming in opened if naming.ours not in kinds]
+    return others + [(Fp8Files([reader for reader, of in opened if of.ours is ours]), kinds[ours]) for ours in kinds]
+
+
+def _holds_fp8(reader: Reader) -> bool:
+    return any(info.dtype == E4M3 for info in reader.tensors.values())
 
 
 def _put(found: dict[str, Stored], ours: str, stored: Stored) -> None:

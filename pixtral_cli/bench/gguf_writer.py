@@ -28,7 +28,7 @@ END_OF_ROW, IMAGE_BREAK = "v.token_embd.img_break", 12
 
 
 def write(checkpoint: Checkpoint, config: ModelConfig, path: Path) -> None:
-    """The text model as a GGUF file of the architecture `llama`.
+    """The text model as a GGUF file of the architecture `llama`, or `mistral3` where queries grow.
 
     Raises ModelError when an encoding is none of ggml's, ImportError without the package.
     """
@@ -38,7 +38,7 @@ def write(checkpoint: Checkpoint, config: ModelConfig, path: Path) -> None:
     windows = set(text.sliding_windows)
     if windows != {None} and min(window or 0 for window in windows) < text.max_length:
         raise ModelError("Its layers see windows of the text, and llama.cpp's model `llama` has none.")
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "mistral3" if text.query_scaling else "llama")
     _add_sizes(writer, config)
     writer.add_vocab_size(text.vocab_size)
     writer.add_tokenizer_model("no_vocab")
@@ -47,6 +47,8 @@ def write(checkpoint: Checkpoint, config: ModelConfig, path: Path) -> None:
 
 
 def _add_sizes(writer: Any, config: ModelConfig) -> None:
+    from gguf import RopeScalingType
+
     text = config.text
     writer.add_context_length(text.max_length)
     writer.add_embedding_length(text.hidden_size)
@@ -59,6 +61,15 @@ def _add_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_dimension_count(text.head_dim)
     writer.add_layer_norm_rms_eps(text.norm_eps)
     writer.add_rope_freq_base(text.rope_theta)
+    if text.yarn:
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(text.yarn.factor)
+        writer.add_rope_scaling_orig_ctx_len(text.yarn.original_length)
+        writer.add_rope_scaling_yarn_beta_fast(text.yarn.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(text.yarn.beta_slow)
+        writer.add_rope_scaling_yarn_log_mul(float(text.yarn.attention_factor == 1))  # all that published models have
+    if text.query_scaling:
+        writer.add_attn_temperature_scale(text.query_scaling.beta)
 
 
 def write_pictures(checkpoint: Checkpoint, config: ModelConfig, path: Path) -> None:

@@ -22,6 +22,7 @@ from pixtral_cli.model.kernels import Weight
 from pixtral_cli.model.placement import place
 from pixtral_cli.source import Source
 from weights_cache.checkpoint import Checkpoint
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
@@ -38,6 +39,8 @@ SCALES: Mapping[str, Mapping[int, float]] = {
     "q6_k": {208: STD / (74 * 18)},
 }
 """Where a block's float16 scales are, and what they are on average: STD over the spread of what they multiply."""
+FP8_SPREAD = 107.0
+"""Of e4m3 codes."""
 BITS = {"bfloat16": (torch.int16, -0x7F01, 0x3C00), "float32": (torch.int32, -0x7F000001, 0x3C000000)}
 """Of a random integer, what becomes a float's sign and fraction and the last bit of its exponent (a mask), and the
 other bits of the exponent: magnitudes from 2^-7 to 2^-5."""
@@ -71,8 +74,8 @@ class RandomCheckpoint(Checkpoint):
 
 
 def _info(name: str, shape: tuple[int, ...], encoding: str) -> TensorInfo:
-    nbytes = prod(shape[:-1]) * ENCODINGS[encoding].row_bytes(shape[-1])
-    return TensorInfo(name, ENCODINGS[encoding].word, shape, nbytes, Path("random"), encoding)
+    kind = ENCODINGS[encoding]
+    return TensorInfo(name, kind.word, shape, kind.nbytes(shape), Path("random"), encoding)
 
 
 def random_weight(info: TensorInfo) -> Weight:
@@ -86,6 +89,10 @@ def random_weight(info: TensorInfo) -> Weight:
     if info.encoding == "nf4":
         codes = _integers(chance, torch.uint8, rows, columns // 2)
         return NF4(codes, _units(chance, rows * columns // 64, 2 * STD))
+    if info.encoding == "fp8":
+        codes = _integers(chance, torch.uint8, rows, columns)
+        codes -= (codes & 127).eq(127).byte()  # those are no numbers
+        return FP8(codes, _units(chance, rows, STD / FP8_SPREAD)[:, None])
     encoding = ENCODINGS[info.encoding]
     blocks = _integers(chance, torch.uint8, rows, columns // encoding.block, encoding.block_bytes)
     for at, middle in SCALES[info.encoding].items():

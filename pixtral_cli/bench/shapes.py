@@ -34,7 +34,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "nemo-12b": _sizes(5120, 40, 32, 14336),
 }
 """1.5 billion parameters, and the sizes of Ministral 3 3B, Ministral 8B and Mistral NeMo 12B (their config.json)."""
-ENCODINGS = ("float32", "bfloat16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "nf4")
+ENCODINGS = ("float32", "bfloat16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "nf4")
 """Those that random weights are made in."""
 TOWER = {
     "model_type": "pixtral",

@@ -12,6 +12,31 @@ from weights_cache.wording import FETCH_AGAIN
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """How rotary positions reach beyond `original_length`, at every length (Peng et al. 2023, YaRN): the angles of slow
+    frequencies are divided by `factor`, and cosines and sines multiplied by `attention_factor`.
+
+    Kept are frequencies that turn more than `beta_fast` times in the original length, divided those that turn less than
+    `beta_slow` times. `truncate`: the bounds are whole frequencies.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries grow with their position: by 1 + beta ln(1 + floor(position / length)), after they are rotated."""
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Sizes of the decoder. `sliding_windows` holds one entry a layer: a span in tokens, or None for all."""
 
@@ -27,6 +52,8 @@ class TextConfig:
     max_length: int
     sliding_windows: tuple[int | None, ...]
     tied_embeddings: bool
+    yarn: Yarn | None = None
+    query_scaling: QueryScaling | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +79,10 @@ class ImageLayout:
 
     token_size: int
     longest_side: int
+
+    def tokens(self, width: int, height: int) -> int:
+        """Of an image whose sides are multiples of `token_size`."""
+        return (width // self.token_size) * (height // self.token_size)
 
 
 @dataclass(frozen=True)
@@ -99,15 +130,16 @@ class ConfigFields(Fields):
         if key in self.values and self.values[key] not in values:
             raise self.refused(key, f"is not known here; {' or '.join(values)} is")
 
-    def rope_theta(self) -> float:
-        """Older configs say `rope_theta` (and `rope_scaling`), newer ones `rope_parameters`."""
-        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
+    def rope(self, *kinds: str) -> ConfigFields:
+        """What it says of rotary positions, which are of one of the `kinds`: `rope_parameters`, and in older configs
+        `rope_scaling` and `rope_theta` beside it."""
+        rope = self.get("rope_scaling") or self.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
             raise self.wrong("rope_parameters", "an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "axial"):
+        if kind not in kinds:
             raise ModelError(
                 f"The checkpoint scales its rotary positions by {kind!r}, which is not known here.",
                 hint="Choose a model without rotary scaling.",
             )
-        return float(ConfigFields({**self.values, **rope}, self.prefix).number("rope_theta"))
+        return ConfigFields({**self.values, **rope, "rope_type": kind}, self.prefix)

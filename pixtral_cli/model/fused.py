@@ -27,13 +27,16 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor,
     return total, norm(total)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [N, H, D] and k [N, K, D], which may be overwritten, rotated by (cos, sin) [N, 1, D]."""
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q [N, H, D] and k [N, K, D], which may be overwritten, rotated by (cos, sin) [N, 1, D]; then q times `scales`
+    [N, 1, 1]."""
     if _on_card(q):
-        return _triton().rotate(q, k, cos, sin)
+        return _triton().rotate(q, k, cos, sin, scales)
     if native_ops.take(q, k, cos, sin):
-        return native_ops.rotate(q, k, cos, sin)
-    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+        q, k = native_ops.rotate(q, k, cos, sin)
+        return q if scales is None else q.mul_(scales), k
+    turned = _rotated(q, cos, sin)
+    return turned if scales is None else turned * scales, _rotated(k, cos, sin)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

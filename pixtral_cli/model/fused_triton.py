@@ -53,8 +53,8 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) ->
 
 @triton.jit
 def _rotate(
-    q, k, cos, sin, q_token, q_head, k_token, k_head, q_heads, k_heads, half,
-    heads: tl.constexpr, columns: tl.constexpr, chained: tl.constexpr,
+    q, k, cos, sin, scales, q_token, q_head, k_token, k_head, q_heads, k_heads, half,
+    scaled: tl.constexpr, heads: tl.constexpr, columns: tl.constexpr, chained: tl.constexpr,
 ):  # fmt: skip
     begin(chained)
     token, part, q_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.cdiv(q_heads, heads)
@@ -68,19 +68,26 @@ def _rotate(
     angle = token * 2 * half + column
     c = tl.load(cos + angle, mask=column < half).to(tl.float32)[None]
     s = tl.load(sin + angle, mask=column < half).to(tl.float32)[None]
-    tl.store(place, left * c - right * s, mask=inside)
-    tl.store(place + half, right * c + left * s, mask=inside)
+    left, right = left * c - right * s, right * c + left * s
+    if scaled:
+        scale = tl.where(of_q, tl.load(scales + token).to(tl.float32), 1.0)
+        left, right = left * scale, right * scale
+    tl.store(place, left, mask=inside)
+    tl.store(place + half, right, mask=inside)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [N, H, D] and k [N, K, D], in place, by (cos, sin) [N, 1, D], whose halves are alike; heads may be strided."""
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q [N, H, D] and k [N, K, D], in place, by (cos, sin) [N, 1, D], whose halves are alike, and q times `scales`
+    [N, 1, 1]; heads may be strided."""
     assert q.stride(2) == k.stride(2) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    assert scales is None or scales.is_contiguous()
     (rows, q_heads, dim), k_heads = q.shape, k.shape[1]
     if rows:
         parts, chained = triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS), chains(q.device)
         _rotate[rows, parts](
-            q, k, cos, sin, *q.stride()[:2], *k.stride()[:2], q_heads, k_heads, dim // 2,
-            HEADS, triton.next_power_of_2(dim // 2), chained, num_warps=2, launch_pdl=chained,
+            q, k, cos, sin, cos if scales is None else scales, *q.stride()[:2], *k.stride()[:2], q_heads, k_heads,
+            dim // 2, scales is not None, HEADS, triton.next_power_of_2(dim // 2), chained,
+            num_warps=2, launch_pdl=chained,
         )  # fmt: skip
     return q, k
 

@@ -1,15 +1,12 @@
 """The layers that decoder and vision tower are made of. Flattened tokens in and out; how they see each other is an
 `Attend`, which the caller brings.
 
-Rotations pair halves (x[i] with x[i + D/2]), the order of Hugging Face weights: one position for a token of text, two
-for a patch of an image. Letters: N new tokens or patches, C hidden_size, H query heads, K key-value heads, D
-head_dim.
+Letters: N new tokens or patches, C hidden_size, H query heads, K key-value heads, D head_dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -17,10 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from pixtral_cli.model.fused import gated, rotate, silu_mul
-
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions."""
-
+from pixtral_cli.model.rotary import Rotary
 
 ROWS_AT_ONCE = 1024
 """Of a feed-forward layer on a CPU: what is between its matrices then stays in the cache, and in memory that is used
@@ -103,40 +97,3 @@ class Embedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [N] -> [N, C]."""
         return embedding(token_ids, self.weight)
-
-
-def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """float32 [D/2]: theta^(-2i/D), the angles of position 1 (Su et al. 2021, RoFormer, section 3.2.2)."""
-    if device.type == "cpu":
-        return _kept_frequencies(head_dim, theta)
-    return _frequencies(head_dim, theta, device)
-
-
-@cache
-def _kept_frequencies(head_dim: int, theta: float) -> Tensor:
-    with torch.inference_mode(False):  # so that passes that are being trained may use them too
-        return _frequencies(head_dim, theta, torch.device("cpu"))
-
-
-def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    return 1.0 / theta**exponents
-
-
-def grid_angles(rows: int, columns: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles of one image's patches in raster order, float32 [rows * columns, D/2].
-
-    Even frequencies are the row's and odd ones the column's, laid out [rows, columns]
-    (transformers `modeling_pixtral.py`, mistral-inference `rope.py`). A patch at row 2, column 3 with D = 4 and
-    theta = 1e4 has the angles [2 * 1, 3 * 0.01].
-    """
-    by_row, by_column = frequencies(head_dim, theta, device).view(-1, 2).unbind(1)
-    row = torch.arange(rows, dtype=torch.float32, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, dtype=torch.float32, device=device).repeat(rows)
-    return torch.cat([row[:, None] * by_row, column[:, None] * by_column], dim=1)
-
-
-def cos_sin(angles: Tensor, dtype: torch.dtype) -> Rotary:
-    """Angles [N, D/2] -> (cos, sin), each [N, 1, D] in `dtype`, to share among the heads."""
-    both = torch.cat([angles, angles], dim=-1)[:, None]
-    return both.cos().to(dtype), both.sin().to(dtype)

@@ -23,6 +23,8 @@ from pixtral_cli.model.placement import FLOATS, Placement
 from pixtral_cli.model.to_card import ToCard
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
+from weights_cache.codecs import fp8
+from weights_cache.encodings import ENCODINGS
 from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.names import HEAD
 from weights_cache.packed import PackedRows
@@ -80,7 +82,7 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)
-        if tensors[name].encoding not in (*FLOATS, *codecs.NAMES, "nf4"):
+        if tensors[name].encoding not in (*FLOATS, *ENCODINGS):
             raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")
     return list(shapes)
 
@@ -137,6 +139,8 @@ def _converted(weight: Tensor, target: str, double_quantization: bool) -> Weight
         return weight.to(DTYPES[target])
     if target == "nf4":
         return nf4.encode(weight, double_quantization)
+    if target == "fp8":
+        return fp8.encode(weight)
     return PackedRows(target, codecs.get(target).encode(weight))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, get_args
 
 from pixtral_cli.encoding_choices import CHOICES, kv_encoding
@@ -140,7 +139,7 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int
 
 
 def _bytes_in(encoding: str, tensor: TensorInfo) -> int:
-    return tensor.nbytes if encoding == tensor.encoding else int(prod(tensor.shape) * ENCODINGS[encoding].bits / 8)
+    return tensor.nbytes if encoding == tensor.encoding else ENCODINGS[encoding].nbytes(tensor.shape)
 
 
 def card_kernel_bytes(tensors: Mapping[str, TensorInfo], placement: Placement) -> int:

@@ -14,6 +14,7 @@ from pixtral_cli.model.load import DTYPES
 from pixtral_cli.model.placement import Placement
 from weights_cache import packed
 from weights_cache.checkpoint import Checkpoint
+from weights_cache.codecs import fp8
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.formats import serialized_writer
 
@@ -31,13 +32,16 @@ def _weight(
     encoding, shape = placement.encodings[name], checkpoint.tensors[name].shape
     if encoding in DTYPES:
         return serialized_writer.Weight(name, encoding, shape, {"": (DTYPES[encoding], shape)}, make)
-    block, nested = BLOCK, placement.double_quantization
-    if checkpoint.tensors[name].encoding == encoding == "nf4":  # it stays as it is encoded
-        stored = checkpoint.weight(name)
-        assert isinstance(stored, NF4), f"{name} is {type(stored).__name__}"
-        block, nested = stored.block, stored.nested
     rows, columns = shape
-    parts = packed.parts(encoding, (rows, columns), block=block, nested=nested)
+    stored = checkpoint.tensors[name]
+    block, nested, scales = BLOCK, placement.double_quantization, 1
+    if stored.encoding == encoding == "nf4":  # it stays as it is encoded
+        weight = checkpoint.weight(name)
+        assert isinstance(weight, NF4), f"{name} is {type(weight).__name__}"
+        block, nested = weight.block, weight.nested
+    if stored.encoding == encoding == "fp8":
+        scales = fp8.scales_in(stored.nbytes, rows, columns)
+    parts = packed.parts(encoding, (rows, columns), block=block, nested=nested, scales=scales)
     return serialized_writer.Weight(name, encoding, shape, parts, make)
 
 

@@ -1,7 +1,7 @@
-"""Pixels in, one feature a patch out: the Pixtral tower and its projector. Knows no text and no files.
+"""Pixels in, one feature an image token out: the Pixtral tower and projectors behind it. Knows no text and no files.
 
-Patches of all images come flattened; `attend` keeps each image to itself. Letters: N patches, C hidden_size,
-H heads, D head_dim, P patch_size in pixels, B images of L patches each.
+Patches of all images come flattened; `attend` keeps each image to itself. Letters: N patches, M image tokens, C
+hidden_size, T that of the decoder, H heads, D head_dim, P patch_size in pixels, B images of L patches each.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pixtral_cli.model.attention import attend_within
 from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.language_model import LanguageModel
-from pixtral_cli.model.layers import Attend, GatedFeedForward, Rotary, SelfAttention, cos_sin, grid_angles
+from pixtral_cli.model.layers import Attend, GatedFeedForward, SelfAttention
 from pixtral_cli.model.pass_sizes import PATCHES
+from pixtral_cli.model.rotary import Rotary, cos_sin, grid_angles
 
 Grid = tuple[int, int]  # rows, columns of one image's patches
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -28,30 +29,31 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 for each size of image, for 60 ms: as long as it saves on thirty images."""
 
 
-class PixtralModel(LanguageModel):
-    """The decoder, and what gives it an image's features."""
+class VisionLanguageModel(LanguageModel):
+    """The decoder, and the tower and projector that give it an image's features."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tower: VisionTower, projector: Projector) -> None:
         super().__init__(config)
-        assert config.vision is not None, config.architecture
-        self.vision_tower = VisionTower(config.vision)
-        self.multi_modal_projector = Projector(
-            config.vision.hidden_size, config.text.hidden_size, config.projector_bias
-        )
+        self.vision_tower = tower
+        self.multi_modal_projector = projector
 
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Pixels [channels, height, width] each, sides multiples of P -> a feature a patch [rows * columns, C] each.
+        """Pixels [channels, height, width] each, sides multiples of a token's -> a feature a token [M, T] each.
 
         A card computes several in one pass; a CPU one after the other, so that nobody's last bits depend on others.
         """
         grids = [self._grid(pixels) for pixels in images]
-        lengths = [rows * columns for rows, columns in grids]
         found: dict[int, Tensor] = {}
-        for chosen in self._passes(lengths):
+        for chosen in self._passes([rows * columns for rows, columns in grids]):
             patches = torch.cat([self._patches(images[index], grids[index]) for index in chosen])
-            features = self.multi_modal_projector(self.vision_tower(patches, [grids[index] for index in chosen]))
-            found |= zip(chosen, features.split([lengths[index] for index in chosen]), strict=True)
+            there = [grids[index] for index in chosen]
+            features = self.multi_modal_projector(self.vision_tower(patches, there), there)
+            found |= zip(chosen, features.split([self._tokens(images[index]) for index in chosen]), strict=True)
         return [found[index] for index in range(len(images))]
+
+    def _tokens(self, pixels: Tensor) -> int:
+        assert self.config.image_layout is not None, self.config.architecture
+        return self.config.image_layout.tokens(*pixels.shape[:0:-1])
 
     def _passes(self, lengths: list[int]) -> Iterator[list[int]]:
         """Which images go through the tower together, by their patches: equal ones beside each other, for attention."""
@@ -163,12 +165,48 @@ class VisionLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """From the tower's width to the decoder's: Linear, exact GELU, Linear."""
+    """From the tower's width to the decoder's, a patch a token: Linear, exact GELU, Linear."""
 
     def __init__(self, vision_size: int, text_size: int, bias: bool) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(vision_size, text_size, bias=bias)
         self.linear_2 = nn.Linear(text_size, text_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Features of patches [N, C], and the grids in which they lie -> of tokens [M, T]."""
         return self.linear_2(gelu(self.linear_1(x)))
+
+
+class MergingProjector(Projector):
+    """As Projector, a square of patches a token: each patch is normed, and those of a square become one before."""
+
+    def __init__(self, vision_size: int, text_size: int, bias: bool, merge: int, eps: float) -> None:
+        super().__init__(vision_size, text_size, bias)
+        self.norm = nn.RMSNorm(vision_size, eps=eps)
+        self.patch_merger = PatchMerger(vision_size, merge)
+
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        return super().forward(self.patch_merger(add_norm(x, None, self.norm)[1], grids), grids)
+
+
+class PatchMerger(nn.Module):
+    """merge x merge patches -> one of the same width, by a matrix [C, C * merge * merge]."""
+
+    def __init__(self, hidden_size: int, merge: int) -> None:
+        super().__init__()
+        self.merge = merge
+        self.merging_layer = nn.Linear(hidden_size * merge**2, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        images = x.split([rows * columns for rows, columns in grids])
+        return self.merging_layer(torch.cat([self._squares(*each) for each in zip(images, grids, strict=True)]))
+
+    def _squares(self, x: Tensor, grid: Grid) -> Tensor:
+        """One image's patches [rows * columns, C] -> its squares in raster order [M, C * merge * merge].
+
+        A feature of all patches of the square stands together, row by row: as torch's `unfold` has them, of which the
+        matrix was trained (transformers `modeling_mistral3.py`).
+        """
+        rows, columns = (side // self.merge for side in grid)
+        tiles = x.view(rows, self.merge, columns, self.merge, -1)
+        return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1)

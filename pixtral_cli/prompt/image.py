@@ -1,9 +1,9 @@
-"""A decoded PIL image in, its 8-bit RGB, its grid of patches and (on demand) its pixels out.
+"""A decoded PIL image in, its 8-bit RGB, its grid of tokens and (on demand) its pixels out.
 
 Knows no files, tokens or templates. Two recipes exist in the world and give different pixels: `hf` (transformers,
 `image_processing_pixtral.py`) and `native` (mistral-common, `tokens/tokenizers/image.py`). Both divide the image by
-the longest side allowed, then round its sides up to whole patches.
-H, W: height and width in pixels after resizing, multiples of the patch. h, w: those of the image as it came.
+the longest side allowed, then round its sides up to whole tokens: a patch each, or a square of patches.
+H, W: height and width in pixels after resizing, multiples of a token's. h, w: those of the image as it came.
 """
 
 from __future__ import annotations
@@ -55,20 +55,13 @@ TIFF_HIGHEST_VALUE = (281, 341)
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How a model wants its images; the defaults are Pixtral's. Lengths are in pixels."""
+    """How a model wants its images; the defaults are Pixtral's. Lengths are in pixels, that of a token is its side."""
 
-    patch_size: int = 16
+    token_size: int = 16
     longest_side: int = 1024
-    spatial_merge: int = 1
-    """Patches that become one token, along each side."""
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     rescale_factor: float = 1 / 255
-
-    @property
-    def cell(self) -> int:
-        """Pixels that one token covers, along each side."""
-        return self.patch_size * self.spatial_merge
 
     def at(self, detail: Detail) -> ImageSpec:
         """This spec for an image that is to be seen in that detail."""
@@ -77,7 +70,7 @@ class ImageSpec:
     def with_preprocessor(self, config: SideFile) -> ImageSpec:
         """This, changed by a preprocessor_config.json.
 
-        `do_resize: false` is not followed: without it an image would not be a whole number of patches.
+        `do_resize: false` is not followed: without it an image would not be a whole number of tokens.
 
         Raises:
             SideFileUnreadable: a value is not what it should be.
@@ -116,11 +109,11 @@ class PreparedImage:
 
     @property
     def rows(self) -> int:
-        return self.height // self.spec.cell
+        return self.height // self.spec.token_size
 
     @property
     def columns(self) -> int:
-        return self.width // self.spec.cell
+        return self.width // self.spec.token_size
 
     @property
     def tokens(self) -> int:
@@ -173,10 +166,10 @@ def prepare(image: Image.Image, recipe: Recipe, spec: ImageSpec) -> PreparedImag
 
 
 def plan_size(width: int, height: int, recipe: Recipe, spec: ImageSpec) -> tuple[int, int]:
-    """The (width, height) that an image is resized to: multiples of `spec.cell`.
+    """The (width, height) that an image is resized to: multiples of `spec.token_size`.
 
     A side longer than `spec.longest_side` shrinks to it, the other in proportion: `hf` rounds down and `native` to
-    the nearest even. A side that would vanish keeps one pixel, and so one patch, where transformers fails.
+    the nearest even. A side that would vanish keeps one pixel, and so one token, where transformers fails.
 
     >>> plan_size(3015, 332, "hf", ImageSpec()), plan_size(3015, 332, "native", ImageSpec())
     ((1024, 112), (1024, 128))
@@ -185,7 +178,7 @@ def plan_size(width: int, height: int, recipe: Recipe, spec: ImageSpec) -> tuple
     if ratio > 1:
         shorten = math.floor if recipe == "hf" else round
         width, height = max(1, shorten(width / ratio)), max(1, shorten(height / ratio))
-    return math.ceil(width / spec.cell) * spec.cell, math.ceil(height / spec.cell) * spec.cell
+    return math.ceil(width / spec.token_size) * spec.token_size, math.ceil(height / spec.token_size) * spec.token_size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

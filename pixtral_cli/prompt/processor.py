@@ -116,17 +116,16 @@ class Processor:
         checkpoint: Checkpoint,
         *,
         image_preprocessing: Recipe | None = None,
-        patch_size: int = 16,
+        token_size: int = 16,
         image_size: int = 1024,
-        spatial_merge: int = 1,
         open_image: OpenImage = media.opened,
     ) -> Processor:
         """Read the tokenizer, template and image settings of a checkpoint.
 
         Args:
             image_preprocessing: "hf" or "native"; by default the checkpoint's form, and "hf" for a GGUF.
-            patch_size, image_size: of the vision tower, in pixels; the preprocessor's own longest side wins.
-            spatial_merge: patches that become one token, along each side.
+            token_size, image_size: sides of an image token and of the largest image, in pixels; the preprocessor's
+                own longest side wins.
             open_image: makes an image's source an RGB PIL.Image, for as long as it is needed.
 
         Raises:
@@ -140,7 +139,7 @@ class Processor:
         written = checkpoint.written_tokenizer
         tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
         processor_config = SideFile.read(checkpoint.file("processor_config.json"))
-        spec = ImageSpec(patch_size, tokenizer.longest_side or image_size, spatial_merge)
+        spec = ImageSpec(token_size, tokenizer.longest_side or image_size)
         if checkpoint.form == "hf":
             spec = spec.with_preprocessor(processor_config.section("image_processor"))
             spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))

@@ -64,7 +64,7 @@ def test_every_shape_has_the_sizes_of_its_name():
     assert sizes == pytest.approx({"1b": 1.54, "3b": 3.43, "8b": 8.02, "nemo-12b": 12.25}, abs=0.01)
 
 
-@pytest.mark.parametrize("encoding", [name for name in shapes.ENCODINGS if name != "nf4"])
+@pytest.mark.parametrize("encoding", [name for name in shapes.ENCODINGS if name not in ("nf4", "fp8")])
 def test_llama_cpp_gets_the_very_bytes(small, tmp_path, encoding):
     source = small(encoding)
     path = tmp_path / "model.gguf"
@@ -94,6 +94,18 @@ def test_both_parts_of_a_model_that_sees_read_back_as_the_same_weights(tmp_path)
     assert back.tensors.keys() == source.checkpoint.tensors.keys()
     for name in back.tensors:
         assert torch.equal(back.tensor(name).float(), source.checkpoint.tensor(name).float()), name
+
+
+@pytest.mark.parametrize("attention", [{"mscale_all_dim": 1.0}, {"mscale_all_dim": 0}])
+@pytest.mark.parametrize("beta", [0, 0.1])
+def test_llama_cpp_is_told_how_positions_and_queries_are_scaled(tmp_path, attention, beta):
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16, "original_max_position_embeddings": 16384}
+    rope |= {"mscale": 1.0, "llama_4_scaling_beta": beta, **attention}
+    raw = {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "rope_parameters": rope, **SMALL}
+    random_weights.write(raw, "q4_k", tmp_path / "small")
+    source = Source.open_serialized(tmp_path / "small")
+    gguf_writer.write(source.checkpoint, source.config, tmp_path / "model.gguf")
+    assert read_config(checkpoint.open(tmp_path / "model.gguf").config).text == source.config.text
 
 
 def test_what_ggml_does_not_have_is_refused(small, tmp_path):

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pixtral_cli.model import fused, fused_triton, vision
 from pixtral_cli.model.kernels import gemv_triton
 from pixtral_cli.model.kernels.gemv_triton import Tile
-from pixtral_cli.model.layers import cos_sin
+from pixtral_cli.model.rotary import cos_sin
 
 SHAPES = {
     "qkv": (6144, 5120),
@@ -372,7 +372,7 @@ def tower(bench: Bench) -> None:
     text = replace(config.text, num_layers=1, vocab_size=1024, sliding_windows=(None,))
     config = replace(config, text=text)
     model = random_model(RandomCheckpoint(config, "bfloat16", bench.device), config)
-    assert isinstance(model, vision.PixtralModel)
+    assert isinstance(model, vision.VisionLanguageModel)
     small = torch.randn(3, 128, 96)
     with plainly():
         plain = model.encode_image(small)

@@ -44,7 +44,7 @@ def test_sliding_windows_come_as_a_number_a_pattern_or_layer_types():
         ({"architectures": ["LlavaForConditionalGeneration"]}, "vision_config"),
         ({**MISTRAL, "hidden_size": "wide"}, "hidden_size"),
         ({**MISTRAL, "num_key_value_heads": 5}, "num_key_value_heads"),
-        ({**MISTRAL, "rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({**MISTRAL, "rope_parameters": {"rope_type": "llama3"}}, "llama3"),
         ({**MISTRAL, "sliding_window": "wide"}, "sliding_window"),
         ({**MISTRAL, "layer_types": ["full_attention"]}, "layer_types"),
         ({**MISTRAL, "hidden_act": "relu"}, "hidden_act"),

@@ -82,16 +82,21 @@ def test_triton_adds_and_norms_as_the_formulas_do(shape, dtype, adds):
 @interpreted
 @DTYPES
 @pytest.mark.parametrize("sizes", [(3, 4, 4, 16), (2, 9, 3, 24), (1, 1, 1, 2)], ids=str)
-def test_triton_rotates_views_of_one_matrix_and_nothing_else_of_it(sizes, dtype):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_triton_rotates_views_of_one_matrix_and_nothing_else_of_it(sizes, dtype, scaled):
     from pixtral_cli.model import fused_triton
-    from pixtral_cli.model.layers import cos_sin
+    from pixtral_cli.model.rotary import cos_sin
 
     qkv, q, k, angles = heads_and_angles(*sizes, dtype)
     before = qkv.clone()
     exact = cos_sin(angles, torch.float32)
-    fused_triton.rotate(q, k, *exact)
+    scales = [random(sizes[0], 1, 1, seed=2).abs()] if scaled else []
+    fused_triton.rotate(q, k, *exact, *scales)
     heads = sizes[1] + sizes[2]
-    close(qkv[:, :heads], turned(before[:, :heads], angles), dtype)
+    wanted = turned(before[:, :heads], angles)
+    for each in scales:
+        wanted[:, : sizes[1]] *= each
+    close(qkv[:, :heads], wanted, dtype)
     assert torch.equal(qkv[:, heads:], before[:, heads:])
 
 
@@ -117,10 +122,10 @@ SIGNATURES = {
     ),
     "_rotate": (
         {
-            **dict.fromkeys(("q", "k", "cos", "sin"), "*bf16"),
+            **dict.fromkeys(("q", "k", "cos", "sin", "scales"), "*bf16"),
             **dict.fromkeys(("q_token", "q_head", "k_token", "k_head", "q_heads", "k_heads", "half"), "i32"),
         },
-        {"heads": 8, "columns": 64},
+        {"scaled": True, "heads": 8, "columns": 64},
     ),
 }
 
@@ -149,7 +154,12 @@ def test_every_device_computes_the_formulas(device, tokens, dtype):
     qkv, _, _, angles = heads_and_angles(tokens, 32, 8, 128, dtype)
     cos, sin = (torch.cat([part(angles)] * 2, dim=1)[:, None].to(device, dtype) for part in (torch.cos, torch.sin))
     q, k = fused.rotate(*qkv.to(device, copy=True).split([32, 8, 8], dim=1)[:2], cos, sin)
-    close_enough(torch.cat([q, k], dim=1), turned(qkv[:, :40], angles), dtype)
+    exact = turned(qkv[:, :40], angles)
+    close_enough(torch.cat([q, k], dim=1), exact, dtype)
+    scales = 1 + random(tokens, 1, 1, seed=3).abs().to(dtype)
+    q, k = fused.rotate(*qkv.to(device, copy=True).split([32, 8, 8], dim=1)[:2], cos, sin, scales.to(device))
+    exact[:, :32] *= scales.double()
+    close_enough(torch.cat([q, k], dim=1), exact, dtype)
 
 
 def close_enough(found, exact, dtype):
@@ -166,7 +176,8 @@ def test_a_card_that_torch_came_with_triton_for_uses_it():
 def test_a_gradient_flows_through_every_operation():
     norm = nn.RMSNorm(8)
     x, delta = random(3, 8).requires_grad_(), random(3, 8, seed=1).requires_grad_()
-    q, k = fused.rotate(random(3, 2, 8).requires_grad_(), x[:, None], random(3, 1, 8), random(3, 1, 8))
+    rotary = random(3, 1, 8), random(3, 1, 8), random(3, 1, 1)
+    q, k = fused.rotate(random(3, 2, 8).requires_grad_(), x[:, None], *rotary)
     (fused.add_norm(x, delta, norm)[1].sum() + fused.silu_mul(x).sum() + q.sum() + k.sum()).backward()
     assert all(float(each.grad.abs().sum()) > 0 for each in (x, delta, norm.weight))
 

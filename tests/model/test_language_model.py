@@ -105,7 +105,7 @@ def test_on_a_cpu_no_matrix_is_there_a_second_time(model):
     """What multiplies several together reads them where they are."""
     assert model.device == CPU
     for block in model.language_model.modules():
-        for joined, parts in JOINED.items() if hasattr(block, "q_proj") or hasattr(block, "up_proj") else ():
-            together = getattr(block, joined, None)
-            read = [] if together is None else [matrix.bytes for matrix in together._together._matrices]
-            assert read in ([], [getattr(block, part).weight.data_ptr() for part in parts])
+        for joined, parts in JOINED.items():
+            if (together := getattr(block, joined, None)) is not None:
+                read = [matrix.bytes for matrix in together._together._matrices]
+                assert read == [getattr(block, part).weight.data_ptr() for part in parts]

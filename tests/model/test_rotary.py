@@ -7,7 +7,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
 from pixtral_cli.model.fused import rotate
-from pixtral_cli.model.layers import cos_sin, frequencies, grid_angles
+from pixtral_cli.model.rotary import cos_sin, frequencies, grid_angles
 
 CPU = torch.device("cpu")
 HEAD_DIMS, THETAS = (16, 128), (1e4, 1e9)

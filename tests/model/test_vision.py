@@ -72,7 +72,7 @@ def test_no_images_have_no_features(model):
 @pytest.fixture
 def as_on_a_card(monkeypatch):
     """The way of a card, on the CPU."""
-    monkeypatch.setattr(vision.PixtralModel, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(vision.VisionLanguageModel, "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(vision, "_attend_within", lambda lengths, device: AttendWithinImages(lengths))
 
 

@@ -24,9 +24,18 @@ from pixtral_cli.prompt.processor import ImageTokens
 from pixtral_cli.prompt.side_file import SideFile
 
 SIZES = [(1, 1), (1, 2), (16, 16), (17, 15), (300, 200), (90, 700), (3000, 400), (1025, 1023), (1024, 1024), (2000, 9)]
+SIZES += [(4000, 10), (29, 28)]
 THIN = [(1, 3000), (3000, 1)]
+MODELS = {"pixtral": (16, 1, 1024), "mistral3": (14, 2, 1540)}
+"""The side of a patch, how many are merged along each side, and the longest side."""
+models = pytest.mark.parametrize("model", MODELS)
 LEVEL = 1 / 255
 sides = st.integers(1, 6000)
+
+
+def spec_of(model: str) -> ImageSpec:
+    patch, merge, longest = MODELS[model]
+    return ImageSpec(patch * merge, longest)
 
 
 def noise_or_ramp(width: int, height: int, kind: str = "noise") -> Image.Image:
@@ -45,13 +54,19 @@ def difference(ours: torch.Tensor, theirs: np.ndarray) -> torch.Tensor:
     return (ours - torch.tensor(theirs)).abs() * torch.tensor(STD).view(3, 1, 1)
 
 
-def transformers_pixels(image: Image.Image, **options) -> np.ndarray:
+def transformers_pixels(image: Image.Image, model: str = "pixtral", **options) -> np.ndarray:
+    """As `processing_pixtral.py` asks for them: the size of a patch is that of what becomes a token."""
+    patch, merge, longest = MODELS[model]
+    options = {
+        "size": {"longest_edge": longest},
+        "patch_size": {"height": patch * merge, "width": patch * merge},
+    } | options
     return PixtralImageProcessorPil(**options)(image, return_tensors="np")["pixel_values"][0]
 
 
-def mistral_pixels(image: Image.Image, **config) -> np.ndarray:
-    encoder = ImageEncoder(ImageConfig(16, 1024, **config), SpecialImageIDs(10, 12, 13))
-    return np.ascontiguousarray(encoder(ImageChunk(image=image)).image)
+def mistral_encoder(model: str) -> ImageEncoder:
+    patch, merge, longest = MODELS[model]
+    return ImageEncoder(ImageConfig(patch, longest, merge), SpecialImageIDs(10, 12, 13))
 
 
 @pytest.mark.parametrize("size", [(300, 200), (513, 40), (2000, 900), (1024, 1024)])
@@ -65,27 +80,24 @@ def test_in_low_detail_the_longest_side_is_at_most_512_pixels(size):
     assert ImageSpec(longest_side=256).at("low").longest_side == 256
 
 
+@models
 @pytest.mark.parametrize("kind", ["noise", "ramp"])
 @pytest.mark.parametrize("size", SIZES)
-def test_hf_pixels_are_those_of_transformers(size, kind):
+def test_hf_pixels_are_those_of_transformers(size, kind, model):
     image = noise_or_ramp(*size, kind)
-    off = difference(prepare(image, "hf", ImageSpec()).pixels(), transformers_pixels(image))
+    off = difference(prepare(image, "hf", spec_of(model)).pixels(), transformers_pixels(image, model))
     assert off.max() <= 2 * LEVEL
     assert off.mean() <= 0.5 * LEVEL
 
 
+@models
 @pytest.mark.parametrize("kind", ["noise", "ramp"])
 @pytest.mark.parametrize("size", SIZES + THIN)
-def test_native_pixels_are_those_of_mistral_common(size, kind):
+def test_native_pixels_and_ids_are_those_of_mistral_common(size, kind, model):
     image = noise_or_ramp(*size, kind)
-    off = difference(prepare(image, "native", ImageSpec()).pixels(), mistral_pixels(image))
-    assert off.max() <= 0.5 * LEVEL
-
-
-def test_native_pixels_with_merged_patches_are_those_of_mistral_common():
-    image = noise_or_ramp(100, 70)
-    prepared = prepare(image, "native", ImageSpec(spatial_merge=2))
-    assert difference(prepared.pixels(), mistral_pixels(image, spatial_merge_size=2)).max() <= 0.5 * LEVEL
+    theirs, ours = mistral_encoder(model)(ImageChunk(image=image)), prepare(image, "native", spec_of(model))
+    assert difference(ours.pixels(), np.ascontiguousarray(theirs.image)).max() <= 0.5 * LEVEL
+    assert ImageTokens(10, 12, 13).grid(ours.rows, ours.columns) == theirs.tokens
 
 
 @pytest.mark.parametrize("recipe", ["hf", "native"])
@@ -116,42 +128,45 @@ def test_compact_images_have_one_key_if_their_pixels_are_the_same(size, recipe):
     assert len({key(kind, recipe) for kind in ("noise", "ramp") for recipe in ("hf", "native")}) == 4
 
 
+@pytest.mark.parametrize(("model", "most"), [("pixtral", 64), ("mistral3", 55)])
 @pytest.mark.parametrize("size", THIN)
-def test_a_side_that_would_vanish_keeps_one_patch(size):
-    prepared = prepare(noise_or_ramp(*size), "hf", ImageSpec())
-    assert sorted((prepared.rows, prepared.columns)) == [1, 64]
+def test_a_side_that_would_vanish_keeps_one_token(size, model, most):
+    prepared = prepare(noise_or_ramp(*size), "hf", spec_of(model))
+    assert sorted((prepared.rows, prepared.columns)) == [1, most]
     assert prepared.pixels().isfinite().all()
 
 
-@given(sides, sides)
-def test_hf_sizes_are_those_of_transformers(width, height):
-    shape = SimpleNamespace(shape=(3, height, width))
-    if min(width, height) * 1024 < max(width, height):
+@given(sides, sides, st.sampled_from(list(MODELS)))
+def test_hf_sizes_are_those_of_transformers(width, height, model):
+    shape, spec = SimpleNamespace(shape=(3, height, width)), spec_of(model)
+    if min(width, height) * spec.longest_side < max(width, height):
         return  # transformers rounds a side to nothing
     array = np.broadcast_to(np.zeros((), np.uint8), shape.shape)
-    theirs = get_resize_output_image_size(array, 1024, 16, input_data_format="channels_first")
-    assert plan_size(width, height, "hf", ImageSpec()) == theirs[::-1]
+    theirs = get_resize_output_image_size(array, spec.longest_side, spec.token_size, input_data_format="channels_first")
+    assert plan_size(width, height, "hf", spec) == theirs[::-1]
 
 
-@given(sides, sides)
-def test_native_sizes_are_those_of_mistral_common(width, height):
-    encoder = ImageEncoder(ImageConfig(16, 1024), SpecialImageIDs(10, 12, 13))
-    columns, rows = encoder._image_to_num_tokens(SimpleNamespace(size=(width, height)))
-    assert plan_size(width, height, "native", ImageSpec()) == (columns * 16, rows * 16)
+@given(sides, sides, st.sampled_from(list(MODELS)))
+def test_native_sizes_are_those_of_mistral_common(width, height, model):
+    spec = spec_of(model)
+    columns, rows = mistral_encoder(model)._image_to_num_tokens(SimpleNamespace(size=(width, height)))
+    assert plan_size(width, height, "native", spec) == (columns * spec.token_size, rows * spec.token_size)
 
 
+@pytest.mark.parametrize(("model", "longest", "most"), [("pixtral", 64, 4160), ("mistral3", 55, 3080)])
 @given(sides, sides, st.sampled_from(["hf", "native"]))
-def test_no_image_takes_more_than_4160_tokens(width, height, recipe):
-    columns, rows = (side // 16 for side in plan_size(width, height, recipe, ImageSpec()))
-    assert 1 <= rows <= 64
-    assert 1 <= columns <= 64
-    assert len(ImageTokens(10, 12, 13).grid(rows, columns)) == rows * (columns + 1) <= 4160
+def test_no_image_takes_more_tokens_than_a_square_of_its_longest_side(model, longest, most, width, height, recipe):
+    spec = spec_of(model)
+    columns, rows = (side // spec.token_size for side in plan_size(width, height, recipe, spec))
+    assert 1 <= rows <= longest
+    assert 1 <= columns <= longest
+    assert len(ImageTokens(10, 12, 13).grid(rows, columns)) == rows * (columns + 1) <= most
 
 
 def test_a_preprocessor_config_changes_the_recipe():
     config = {"size": {"longest_edge": 64}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
     image = noise_or_ramp(100, 90)
-    prepared = prepare(image, "hf", ImageSpec(patch_size=8).with_preprocessor(SideFile(config)))
+    prepared = prepare(image, "hf", ImageSpec(token_size=8).with_preprocessor(SideFile(config)))
     theirs = transformers_pixels(image, patch_size={"height": 8, "width": 8}, **config)
     assert (prepared.pixels() - torch.tensor(theirs)).abs().max() <= 2 * LEVEL / 0.5
 

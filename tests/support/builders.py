@@ -10,8 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     PixtralVisionConfig,
@@ -55,6 +59,26 @@ def pixtral(folder: Path, **text) -> LlavaForConditionalGeneration:
     return _save(LlavaForConditionalGeneration, config, folder)
 
 
+def mistral3(folder: Path, merge: int = 2, tied: bool = False, text=None, **vision) -> Mistral3ForConditionalGeneration:
+    """A Mistral 3 of three layers each side, with the text model that the config `text` says. As published, a config
+    says nothing of ties, whatever the file holds."""
+    config = Mistral3Config(
+        vision_config=PixtralVisionConfig(**{**VISION, "patch_size": 14, "image_size": 1540, **vision}),
+        text_config=text or MistralConfig(**TEXT),
+        image_token_index=10,
+        spatial_merge_size=merge,
+        tie_word_embeddings=tied,
+    )
+    model = _save(Mistral3ForConditionalGeneration, config, folder)
+
+    def as_published(config):
+        del config["tie_word_embeddings"]
+        del config["text_config"]["tie_word_embeddings"]
+
+    edit_config(folder, as_published)
+    return model
+
+
 def mistral(folder: Path, **changes) -> MistralForCausalLM:
     return _save(MistralForCausalLM, MistralConfig(**{**TEXT, **changes}), folder)
 
@@ -66,14 +90,48 @@ def ministral(folder: Path, **changes) -> MinistralForCausalLM:
     return _save(MinistralForCausalLM, config, folder)
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,  # so that a short text goes far beyond
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+
+
+def ministral3(folder: Path, rope=YARN, **changes) -> Ministral3ForCausalLM:
+    """Positions that YaRN scales, and queries that grow with them."""
+    return _save(Ministral3ForCausalLM, ministral3_config(rope, **changes), folder)
+
+
+def ministral3_config(rope=YARN, **changes) -> Ministral3Config:
+    return Ministral3Config(**{**TEXT, "rope_parameters": dict(rope), **changes})
+
+
+DEVSTRAL2 = {**YARN, "factor": 64.0, "mscale_all_dim": 0, "llama_4_scaling_beta": 0}
+"""The attention factor is applied, and queries do not grow."""
 TEXT_FAMILIES = {
     "nemo": mistral,
     "tied": lambda folder: mistral(folder, tie_word_embeddings=True),
     "sliding": lambda folder: mistral(folder, sliding_window=9),
     "ministral": ministral,
+    "ministral 3": ministral3,
+    "devstral 2": lambda folder: ministral3(folder, DEVSTRAL2),
     "ungrouped": lambda folder: mistral(folder, num_key_value_heads=8, head_dim=8),
 }
 """Each saves a model of text into a folder, and gives transformers' own."""
+
+
+SEEING_FAMILIES = {
+    "pixtral": pixtral,
+    "mistral 3": mistral3,
+    "ministral 3": lambda folder: mistral3(folder, text=ministral3_config()),
+}
+"""The same of models that see."""
 
 
 def _save(kind: type, config, folder: Path):
@@ -115,21 +173,22 @@ class HfProcessor:
     transformers' own PixtralProcessor cannot be imported without torchvision, which has no build for the CPU.
     """
 
-    def __init__(self, tokenizer, image_processor):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+    def __init__(self, tokenizer, image_processor, token_size=16):
+        self.tokenizer, self.image_processor, self.token_size = tokenizer, image_processor, token_size
 
     def __call__(self, text, pictures):
         """Inputs for `generate`: each [IMG] of `text` takes the next picture."""
-        inputs = self.image_processor(pictures, return_tensors="pt") if pictures else {}
+        square = {"height": self.token_size, "width": self.token_size}
+        inputs = self.image_processor(pictures, return_tensors="pt", patch_size=square) if pictures else {}
         for height, width in inputs["image_sizes"] if pictures else ():
-            rows, columns = int(height) // 16, int(width) // 16
+            rows, columns = int(height) // self.token_size, int(width) // self.token_size
             marks = ("<patches>" * columns + "[IMG_BREAK]") * rows
             text = text.replace("[IMG]", marks.removesuffix("[IMG_BREAK]") + "[IMG_END]", 1)
         ids = self.tokenizer(text.replace("<patches>", "[IMG]"), add_special_tokens=False)["input_ids"]
         return {"input_ids": torch.tensor([ids]), **inputs}
 
 
-def add_processor(folder: Path) -> HfProcessor:
+def add_processor(folder: Path, patch: int = 16, merge: int = 1, longest: int = 1024) -> HfProcessor:
     """Give the checkpoint a byte-level tokenizer of TEXT's vocabulary, a chat template and a picture recipe."""
     whole = Tokenizer(models.BPE())
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -146,6 +205,6 @@ def add_processor(folder: Path) -> HfProcessor:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    pictures = PixtralImageProcessorPil(size={"longest_edge": 1024}, patch_size={"height": 16, "width": 16})
+    pictures = PixtralImageProcessorPil(size={"longest_edge": longest}, patch_size={"height": patch, "width": patch})
     pictures.save_pretrained(folder)
-    return HfProcessor(tokenizer, pictures)
+    return HfProcessor(tokenizer, pictures, patch * merge)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 QUANTS = gguf.GGMLQuantizationType
 ROTARY = ("q_proj.weight", "k_proj.weight")
+ROTARY_SCALES = ("q_proj.weight_scale_inv", "k_proj.weight_scale_inv")
+BLOCKS_OF_ROWS = 8  # more are scales of rows: those of blocks of whole heads stay where they are
 TO_NATIVE = {
     "embed_tokens": "tok_embeddings",
     "lm_head": "output",
@@ -38,10 +40,17 @@ TO_NATIVE = {
     "up_proj": "w3",
     "linear_1": "w_in",
     "linear_2": "w_out",
+    "weight_scale_inv": "qscale_weight",
+    "activation_scale": "qscale_act",
     "language_model": None,
     "model": None,
 }
 """Each word of a Hugging Face tensor name in the words of mistral-inference; None: no such level there."""
+TO_NATIVE_MERGER = {
+    "multi_modal_projector.norm": "pre_mm_projector_norm",
+    "multi_modal_projector.patch_merger": "patch_merger",
+}
+"""What stands before the projector has names of its own."""
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -72,6 +81,8 @@ def _heads(name: str, config: Mapping[str, Any]) -> int:
 
 
 def _reordered(name: str, weight: Tensor, config: Mapping[str, Any]) -> Tensor:
+    if name.endswith(ROTARY_SCALES) and weight.ndim == 2 and len(weight) > BLOCKS_OF_ROWS:  # a scale for each row
+        return interleaved(weight, _heads(name, config))
     return interleaved(weight, _heads(name, config)) if name.endswith(ROTARY) else weight
 
 
@@ -92,6 +103,8 @@ def native(source: Path, folder: Path, shards: int = 1, **changes: Any) -> None:
 
 
 def _native_name(name: str) -> str:
+    for theirs, native in TO_NATIVE_MERGER.items():
+        name = name.replace(theirs, native)
     words = [TO_NATIVE.get(word, word) for word in name.split(".")]
     return ".".join(word for word in words if word is not None)
 
@@ -107,7 +120,7 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_kv_heads": text["num_key_value_heads"],
         "norm_eps": text["rms_norm_eps"],
         "vocab_size": text["vocab_size"],
-        "rope_theta": text["rope_parameters"]["rope_theta"],
+        **_rope(text["rope_parameters"]),
         "sliding_window": text.get("sliding_window"),
         "max_position_embeddings": text["max_position_embeddings"],
     }
@@ -117,7 +130,33 @@ def _params(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope_theta": vision["rope_parameters"]["rope_theta"],
             "image_token_id": config["image_token_index"],
         }
+    if "spatial_merge_size" in config:
+        params["vision_encoder"] |= {
+            "spatial_merge_size": config["spatial_merge_size"],
+            "add_pre_mm_projector_layer_norm": True,
+            "mm_projector_id": "patch_merge",
+            "adapter_bias": config["multimodal_projector_bias"],
+            "image_break_token_id": 12,
+            "image_end_token_id": 13,
+        }
     return params
+
+
+def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM's `configs/mistral.py` reads."""
+    found = {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] == "yarn":
+        length = rope["original_max_position_embeddings"]
+        found["yarn"] = {
+            "original_max_position_embeddings": length,
+            "factor": rope["factor"],
+            "beta": rope["beta_fast"],
+            "alpha": rope["beta_slow"],
+            "apply_scale": not rope["mscale_all_dim"],
+        }
+        if beta := rope["llama_4_scaling_beta"]:
+            found["llama_4_scaling"] = {"original_max_position_embeddings": length, "beta": beta}
+    return found
 
 
 Choose = Callable[[str], QUANTS]
@@ -126,10 +165,12 @@ Choose = Callable[[str], QUANTS]
 def gguf_text(
     source: Path, path: Path, choose: Choose = lambda name: QUANTS.F32, edit=lambda writer: None, without: str = ""
 ) -> None:
-    """Write the text part of `source` as a GGUF of architecture `llama`; `choose(name)` gives a matrix's type."""
+    """Write the text part of `source` as a GGUF of architecture `llama`, or of `mistral3` where queries grow;
+    `choose(name)` gives a matrix's type."""
     settings = config(source)
     text = settings.get("text_config", settings)
-    writer = GGUFWriter(path, "llama")
+    rope = text["rope_parameters"]
+    writer = GGUFWriter(path, "mistral3" if rope.get("llama_4_scaling_beta") else "llama")
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
     writer.add_block_count(text["num_hidden_layers"])
@@ -139,7 +180,16 @@ def gguf_text(
     writer.add_key_length(text["head_dim"])
     writer.add_value_length(text["head_dim"])
     writer.add_rope_dimension_count(text["head_dim"])
-    writer.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        if beta := rope["llama_4_scaling_beta"]:
+            writer.add_attn_temperature_scale(beta)
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
     writer.add_vocab_size(text["vocab_size"])
     if (source / "tokenizer.json").exists():
@@ -171,6 +221,8 @@ def gguf_pictures(source: Path, path: Path, choose: Choose = lambda name: QUANTS
     writer.add_vision_head_count(vision["num_attention_heads"])
     writer.add_vision_attention_layernorm_eps(1e-5)
     writer.add_vision_use_silu(True)
+    if "spatial_merge_size" in settings:
+        writer.add_vision_spatial_merge_size(settings["spatial_merge_size"])
     writer.add_vision_image_mean([0.48145466, 0.4578275, 0.40821073])
     writer.add_vision_image_std([0.26862954, 0.26130258, 0.27577711])
     edit(writer)

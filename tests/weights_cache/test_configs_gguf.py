@@ -66,6 +66,16 @@ def pictures(tmp_path: Path):
     return pictures
 
 
+def yarn(writer: GGUFWriter) -> None:
+    """As llama.cpp's `conversion/mistral3.py` writes it for Ministral 3, but for the scale of queries."""
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(16.0)
+    writer.add_rope_scaling_orig_ctx_len(16384)
+    writer.add_rope_scaling_yarn_beta_fast(32.0)
+    writer.add_rope_scaling_yarn_beta_slow(1.0)
+    writer.add_rope_scaling_yarn_log_mul(1.0)
+
+
 def write(path: Path, arch: str, edit, tensors=("output.weight",)) -> Path:
     writer = GGUFWriter(path, arch)
     edit(writer)
@@ -97,6 +107,29 @@ def test_a_text_models_metadata_becomes_the_config_of_hugging_face(text, arch):
         "sliding_window": None,
         "tie_word_embeddings": False,
     }
+
+
+@pytest.mark.parametrize(("arch", "beta"), [("mistral3", 0.1), ("llama", None)])
+def test_scaled_positions_and_queries_make_a_ministral_3(text, arch, beta):
+    found = config(text(arch, edit=lambda w: yarn(w) or (beta and w.add_attn_temperature_scale(beta))))
+    assert (found["architectures"], found["model_type"]) == (["Ministral3ForCausalLM"], "ministral3")
+    assert "rope_theta" not in found and found["rope_parameters"] == {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": beta or 0.0,
+    }
+
+
+def test_what_scaled_positions_leave_out_has_llama_cpps_default(text):
+    rope = config(text(edit=lambda w: w.add_rope_scaling_type(RopeScalingType.YARN)))["rope_parameters"]
+    assert (rope["factor"], rope["beta_fast"], rope["beta_slow"], rope["mscale_all_dim"]) == (1.0, 32.0, 1.0, 0.0)
+    assert rope["original_max_position_embeddings"] == NEMO["context_length"]
 
 
 def test_what_a_file_may_leave_out_has_the_formats_default(text):
@@ -182,10 +215,12 @@ def test_a_size_of_another_kind_is_named(text, edit):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda w: w.add_rope_scaling_type(RopeScalingType.YARN), "yarn"),
+        (lambda w: w.add_rope_scaling_type(RopeScalingType.LONGROPE), "longrope"),
+        (lambda w: yarn(w) or w.add_rope_scaling_attn_factors(2.0), r"attn_factor = 2\.0"),
+        (lambda w: yarn(w) or w.add_rope_scaling_yarn_attn_factor(2.0), r"yarn_attn_factor = 2\.0"),
+        (lambda w: yarn(w) or w.add_rope_scaling_yarn_ext_factor(0.5), r"yarn_ext_factor = 0\.5"),
         (lambda w: w.add_rope_scaling_factor(4.0), "4"),
         (lambda w: w.add_expert_count(8), "expert_count"),
-        (lambda w: w.add_attn_temperature_scale(0.1), "temperature_scale"),
         (lambda w: w.add_logit_scale(0.5), "logit_scale"),
         (lambda w: w.add_sliding_window_pattern([True, False]), "sliding_window_pattern"),
     ],
@@ -205,8 +240,7 @@ def test_heads_that_turn_in_part_are_refused(text, key):
     ("changes", "said"),
     [
         ({"kind": "gemma3"}, "gemma3"),
-        ({"spatial_merge_size": 2}, "merged"),
-        ({"tensors": ("mm.patch_merger.weight",)}, "merged"),
+        ({"spatial_merge_size": 2}, "spatial_merge_size 2 without a tensor mm.patch_merger.weight"),
         ({"attention_layernorm_eps": 1e-6}, "1e-06"),
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
         ({"image_std": [0.5, 0.5, 0.5]}, "image_std"),
@@ -216,6 +250,13 @@ def test_another_kind_of_picture_part_that_is_given_is_refused(text, pictures, c
     model, part = text(), pictures(**changes)
     with pytest.raises(ModelUnsupported, match=said):
         checkpoint.open(model, [part])
+
+
+def test_a_picture_part_that_merges_patches_makes_a_mistral_3(text, pictures):
+    part = pictures(spatial_merge_size=2, tensors=("mm.patch_merger.weight",))
+    found = checkpoint.open(text(), [part]).config
+    assert found["architectures"] == ["Mistral3ForConditionalGeneration"] and found["model_type"] == "mistral3"
+    assert (found["spatial_merge_size"], found["multimodal_projector_bias"]) == (2, False)
 
 
 def test_pictures_need_a_token(text, pictures):
@@ -284,7 +325,9 @@ def test_a_folder_without_a_model_and_a_file_of_another_kind_are_refused(tmp_pat
         ("rope_freqs.weight", None),
         ("v.token_embd.img_break", None),
         ("blk.0.attn_q.bias", "blk.0.attn_q.bias"),
-        ("mm.patch_merger.weight", "mm.patch_merger.weight"),
+        ("mm.input_norm.weight", "multi_modal_projector.norm.weight"),
+        ("mm.patch_merger.weight", "multi_modal_projector.patch_merger.merging_layer.weight"),
+        ("mm.3.weight", "mm.3.weight"),
     ],
 )
 def test_names_are_ours_or_kept_for_the_error_that_reports_them(theirs, ours):

@@ -71,7 +71,6 @@ def test_pixtrals_params_become_the_config_of_hugging_face(read):
         "rope_theta": 1e9,
         "max_position_embeddings": 128000,
         "sliding_window": None,
-        "tie_word_embeddings": False,
     }
     assert config["vision_config"] == {
         "model_type": "pixtral",
@@ -94,9 +93,10 @@ def test_a_text_model_has_a_text_models_config(read):
 
 
 @pytest.mark.parametrize("key", ["sliding_window", "_sliding_window"])
-@pytest.mark.parametrize("window", [4096, [None, 32768, 32768, 32768]])
+@pytest.mark.parametrize("window", [4096, "4096", [None, 32768, 32768, 32768]])
 def test_sliding_windows_are_a_number_or_a_list(read, key, window):
-    assert read(**{key: window})["text_config"]["sliding_window"] == window
+    expected = 4096 if window == "4096" else window
+    assert read(**{key: window})["text_config"]["sliding_window"] == expected
 
 
 def test_what_is_absent_has_the_references_default(read):
@@ -137,20 +137,82 @@ def test_a_vision_field_that_is_not_what_it_should_be_is_named(read, key, value)
         read(vision={key: value})
 
 
-@pytest.mark.parametrize("key", ["moe", "yarn", "llama_4_scaling", "lora", "use_biases"])
+@pytest.mark.parametrize("key", ["moe", "q_lora_rank", "kv_lora_rank", "lora", "use_biases"])
 def test_a_feature_that_would_change_the_answers_is_refused_by_name(read, key):
     assert read(**{key: False}) == read()
     with pytest.raises(ModelUnsupported, match=key):
         read(**{key: {"factor": 8}})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("mm_projector_id", "patch_merge"), ("add_pre_mm_projector_layer_norm", True), ("spatial_merge_size", 2)],
-)
-def test_a_picture_part_of_mistral_3_is_refused_by_name(read, key, value):
+MERGES = {"mm_projector_id": "patch_merge", "add_pre_mm_projector_layer_norm": True, "spatial_merge_size": 2}
+
+
+@pytest.mark.parametrize(("key", "value"), [*MERGES.items(), ("mm_projector_id", "resample")])
+def test_a_projector_with_only_a_part_of_mistral_3s_is_refused_by_name(read, key, value):
     with pytest.raises(ModelUnsupported, match=key):
         read(vision={key: value})
+
+
+def test_the_params_of_mistral_small_3_1_become_the_config_of_hugging_face(read):
+    """Its ids of -1 (as in Medium 3.5) leave the question to the tokenizer, and `max_image_size` is an older name."""
+    sizes = {"patch_size": 14, "image_size": None, "max_image_size": 1540, "image_token_id": -1}
+    config = read(vision={**MERGES, **sizes, "image_break_token_id": -1, "image_end_token_id": -1})
+    assert config["architectures"] == ["Mistral3ForConditionalGeneration"] and config["model_type"] == "mistral3"
+    assert (config["image_token_index"], config["spatial_merge_size"]) == (10, 2)
+    assert (config["vision_config"]["patch_size"], config["vision_config"]["image_size"]) == (14, 1540)
+    assert config["multimodal_projector_bias"] is False
+
+
+@pytest.mark.parametrize("tied", [True, False, None])
+def test_the_embedding_is_the_head_as_params_say_and_of_mistral_3_where_they_say_nothing(read, tied):
+    assert configs.ties_embeddings(read(vision=MERGES, tied_embeddings=tied)) is (tied is not False)
+    assert configs.ties_embeddings(read(tied_embeddings=tied)) is (tied is True)
+
+
+YARN = {"original_max_position_embeddings": 16384, "factor": 16, "beta": 32.0, "alpha": 1.0, "apply_scale": False}
+QUERIES = {"original_max_position_embeddings": 16384, "beta": 0.1}
+
+
+@pytest.mark.parametrize(("vision", "named"), [(None, "Ministral3ForCausalLM"), ({}, "LlavaForConditionalGeneration")])
+def test_scaled_positions_and_queries_make_a_ministral_3(read, vision, named):
+    blind = {"vision_encoder": None} if vision is None else {}
+    config = read(vision, yarn=YARN, llama_4_scaling=QUERIES, **blind)
+    text = config.get("text_config", config)
+    assert (config["architectures"], text["model_type"]) == ([named], "ministral3") and "rope_theta" not in text
+    assert text["rope_parameters"] == {
+        "rope_type": "yarn",
+        "rope_theta": 1e9,
+        "factor": 16,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+
+
+@pytest.mark.parametrize(("applied", "undone"), [(True, 0.0), (None, 0.0), (False, 1.0)])
+def test_apply_scale_says_whether_attention_is_scaled_and_absent_it_is(read, applied, undone):
+    text = read(yarn={**YARN, "apply_scale": applied})["text_config"]
+    assert text["rope_parameters"]["mscale_all_dim"] == undone and text["rope_parameters"]["llama_4_scaling_beta"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"yarn": {**YARN, "factor": None}}, r"yarn\.factor"),
+        ({"yarn": {**YARN, "alpha": "1"}}, r"yarn\.alpha"),
+        ({"yarn": 16}, "yarn"),
+        ({"llama_4_scaling": {"beta": 0.1}}, r"llama_4_scaling\.original"),
+        ({"llama_4_scaling": {**QUERIES, "beta": "0.1"}}, r"llama_4_scaling\.beta"),
+        ({"yarn": YARN, "llama_4_scaling": {**QUERIES, "original_max_position_embeddings": 8192}}, "another length"),
+    ],
+    ids=str,
+)
+def test_of_scaled_positions_what_is_missing_or_wrong_is_named(read, changes, said):
+    with pytest.raises(WeightsError, match=said):
+        read(**changes)
 
 
 def test_another_kind_of_model_is_refused(read):

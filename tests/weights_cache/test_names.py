@@ -27,6 +27,7 @@ VISION_LAYER = [
     "feed_forward.down_proj.weight",
 ]
 PROJECTOR = ["linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"]
+PROJECTOR += ["norm.weight", "patch_merger.merging_layer.weight"]
 
 OURS = {
     "text": "language_model.layers.39.",

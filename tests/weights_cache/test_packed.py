@@ -6,13 +6,14 @@ import torch
 
 from pixtral_cli.model.kernels.nf4 import bitsandbytes, encode
 from weights_cache import codecs, packed
+from weights_cache.codecs import fp8
 from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedWeight
 
 SHAPE = (128, 512)
 PACKED = [name for name in codecs.ENCODERS if ENCODINGS[name].packed]
-KINDS = [*PACKED, "nf4", "nf4 twice"]
+KINDS = [*PACKED, "nf4", "nf4 twice", "fp8"]
 
 
 def weight_of(kind: str) -> tuple[PackedWeight, torch.Tensor]:
@@ -22,6 +23,9 @@ def weight_of(kind: str) -> tuple[PackedWeight, torch.Tensor]:
         rows = codecs.get(kind).encode(weights)
         decoded = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[kind.upper()])
         return PackedRows(kind, rows), torch.from_numpy(decoded)
+    if kind == "fp8":
+        weight = fp8.encode(weights)
+        return weight, weight.codes.view(torch.float8_e4m3fn).float() * weight.scales
     functional = bitsandbytes().functional
     twice = kind == "nf4 twice"
     codes, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4", compress_statistics=twice)

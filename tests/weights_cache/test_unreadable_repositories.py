@@ -19,7 +19,7 @@ SMALL = {"tokenizer.json": b'{"model": {}}', "generation_config.json": b"{}"}
 WEIGHTS = save({"model.norm.weight": torch.ones(4)})
 
 BY_CONFIG = {
-    "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
+    "another fp8": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "fbgemm_fp8"),
     "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq (4 bits)"),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq (4 bits)"),
@@ -35,6 +35,7 @@ BY_CONFIG = {
     "fp4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes' fp4"),
 }
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "load_in_8bit": False}
+FLOAT_QUANTIZED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}}
 
 
 def hf(config: dict, **more: bytes) -> dict[str, bytes]:
@@ -47,14 +48,14 @@ def native(**params) -> dict[str, bytes]:
 
 REPOSITORIES = {
     **{name: (hf({"quantization_config": section}), said) for name, (section, said) in BY_CONFIG.items()},
-    "in text_config": (hf({"text_config": {"quantization_config": {"quant_method": "fp8"}}}), "fp8"),
+    "in text_config": (hf({"text_config": {"quantization_config": {"quant_method": "gptq"}}}), "gptq"),
     "MLX": (hf({"quantization": {"group_size": 64, "bits": 4}}), "MLX (4 bits)"),
     "MLX's older key": (hf({"quantization_config": {"group_size": 64, "bits": 8}}), "MLX (8 bits)"),
     "an older compressed-tensors": (hf({"compression_config": {"quant_method": "compressed-tensors"}}), "compressed-"),
     "quantize_config.json": (hf({}, **{"quantize_config.json": b'{"bits": 4}'}), "gptq"),
     "quant_config.json": (hf({}, **{"quant_config.json": b'{"w_bit": 4}'}), "awq"),
     "hf_quant_config.json": (hf({}, **{"hf_quant_config.json": b"{}"}), "modelopt"),
-    "native": (native(quantization={"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}), "fp8_e4m3"),
+    "native": (native(quantization={"qformat_weight": "nvfp4", "qscheme_act": "TENSOR"}), "nvfp4"),
     "native as in transformers": (native(quantization_config={"quant_method": "compressed-tensors"}), "compressed-"),
 }
 
@@ -97,17 +98,23 @@ def test_such_a_folder_is_refused_as_weights_for_another_config_too(tmp_path: Pa
         _ = checkpoint.open(model, [other]).tensors
 
 
-@pytest.mark.parametrize(
-    "config", [{}, {"quantization_config": None}, {"quantization_config": {}}, {"quantization_config": NF4}]
-)
+READ = (NF4, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, FLOAT_QUANTIZED)
+
+
+@pytest.mark.parametrize("config", [{}, *({"quantization_config": section} for section in (None, {}, *READ))])
 def test_what_is_read_here_is_let_pass(hub, config: dict):
     quantized_elsewhere.refuse("x", config, ["config.json", "model.safetensors"])
     hub.repos[REPO] = hf(config)
     assert checkpoint.open(fetch(REPO)).config == config
 
 
+def test_fp8_in_mistrals_own_form_is_read_too():
+    for act in ("TENSOR", "NO_SCALES", None):
+        quantized_elsewhere.refuse("x", {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": act}})
+
+
 def test_another_form_that_is_there_is_the_way_out(hub, tmp_path: Path):
-    files = hf({"quantization_config": {"quant_method": "fp8"}}, **{"model-Q8_0.gguf": b"GGUF"})
+    files = hf({"quantization_config": {"quant_method": "gptq"}}, **{"model-Q8_0.gguf": b"GGUF"})
     hub.repos[REPO] = files
     for ask in (lambda: fetch(REPO), lambda: checkpoint.open(put(tmp_path / "model", files))):
         with pytest.raises(QuantizedElsewhere) as refused:
@@ -117,7 +124,7 @@ def test_another_form_that_is_there_is_the_way_out(hub, tmp_path: Path):
 
 
 def test_the_small_files_of_such_a_repository_can_be_had(hub):
-    hub.repos[REPO] = hf({"quantization_config": {"quant_method": "fp8"}})
+    hub.repos[REPO] = hf({"quantization_config": {"quant_method": "gptq"}})
     assert (fetch(REPO, weights=False) / "tokenizer.json").is_file()
 
 

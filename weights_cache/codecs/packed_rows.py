@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,10 @@ class PackedRows:
 
     def decoded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return codecs.get(self.encoding).decode(self.rows, dtype)
+
+    def with_rows(self, change: Callable[[Tensor], Tensor]) -> PackedRows:
+        """The same with other rows, which `change` makes of these."""
+        return PackedRows(self.encoding, change(self.rows))
 
     def to(self, device: torch.device) -> PackedRows:
         return PackedRows(self.encoding, self.rows.to(device))

@@ -24,7 +24,7 @@ from weights_cache.json_fields import is_size, parse_json_object
 from weights_cache.names import BITSANDBYTES_INT8, BITSANDBYTES_STATE
 from weights_cache.packed import plain
 
-from .reader import Reader, TensorInfo
+from .reader import Reader, TensorInfo, merged
 from .safetensors import WORDS
 
 NF4_STATE = BITSANDBYTES_STATE + "nf4"
@@ -37,12 +37,7 @@ class BitsandbytesFiles:
     that contradicts itself or its tensors is CheckpointCorrupt when `tensors` is first asked for."""
 
     def __init__(self, files: Sequence[Reader]) -> None:
-        self._of: dict[str, Reader] = {}
-        for file in files:
-            for name, info in file.tensors.items():
-                if self._of.setdefault(name, file) is not file:
-                    first = self._of[name].tensors[name].file
-                    raise CheckpointCorrupt(info.file, f"its {name!r} is in {first} too")
+        self._of = merged(files)
         self._matrices = [name.removesuffix(NF4_STATE) for name in self._of if name.endswith(NF4_STATE)]
         for name, file in self._of.items():
             _, _, kind = name.partition(BITSANDBYTES_STATE)

@@ -7,7 +7,7 @@ here too: a file mapped into memory, and a part of it as a tensor.
 import math
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -64,6 +64,17 @@ class Reader(Protocol):
 
     def release(self, name: str) -> None:
         """Give back the memory that reading the tensor has taken; it is read again if it is touched again."""
+
+
+def merged(files: Sequence[Reader]) -> dict[str, Reader]:
+    """The name of every tensor -> the file that has it. Raises CheckpointCorrupt when two of them do."""
+    found: dict[str, Reader] = {}
+    for file in files:
+        for name, info in file.tensors.items():
+            if found.setdefault(name, file) is not file:
+                first = found[name].tensors[name].file
+                raise CheckpointCorrupt(info.file, f"its {name!r} is in {first} too")
+    return found
 
 
 def map_file(path: Path, least: int, kind: str) -> mmap.mmap:

@@ -32,6 +32,8 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }  # fmt: skip
 """Each dtype that a header may name -> its name in torch, and the bytes of a number. Reading headers needs no torch."""
 
+E4M3 = "F8_E4M3"
+
 WORDS: Mapping[str, str] = {torch_name: word for word, (torch_name, _) in DTYPES.items()}
 
 

@@ -8,7 +8,8 @@ SHA-256 of the header, which holds the SHA-256 of every other tensor: so no chan
 say that the writer meant well, so every field is checked here. serialized_writer.py writes such files.
 
 Files of version 2, and those of version 1 in nf4, may have matrices in another order; older_orders.py puts them into
-rows. What is written today is what a program for version 1 reads, and so is of that version.
+rows. What is written today is what a program for version 1 reads, and so is of that version; but a file with matrices
+in fp8 is of version 3.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
 
     from weights_cache.packed import PackedWeight
 
-VERSION, NEWEST = 1, 2
-"""The version that is written, and the newest that can be read."""
+VERSION, FP8_VERSION, NEWEST = 1, 3, 3
+"""The version that is written, that of a file with matrices in fp8, and the newest that can be read."""
 KEY = "pixtral"
 FILE_PREFIX = "file/"
 SEAL = "seal"
-IN_PARTS = frozenset(older_orders.ROWS_TOGETHER)
+IN_PARTS = frozenset({*older_orders.ROWS_TOGETHER, "fp8"})
 """Encodings of matrices that may have other tensors beside them in the file, named after them."""
 
 

@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,7 +25,7 @@ from weights_cache.layout import Form
 from weights_cache.progress import Progress
 
 from .safetensors import LENGTH_BYTES, WORDS
-from .serialized import FILE_PREFIX, KEY, SEAL, Manifest
+from .serialized import FILE_PREFIX, FP8_VERSION, KEY, SEAL, Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,8 @@ def write(
     anything behind.
     """
     manifest = Manifest(model, form, encoding, {k: v for w in weights for k, v in w.described().items()})
+    if any(weight.encoding == "fp8" for weight in weights):
+        manifest = replace(manifest, version=FP8_VERSION)
     header = _Header(manifest, weights, files)
     if os.path.isdir(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise WriteFailed(path, "it is a folder or a device")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.config import ModelConfig
-from pixtral_cli.model.families import mistral, pixtral
+from pixtral_cli.model.families import ministral3, mistral, mistral3, pixtral
 
 if TYPE_CHECKING:
     from pixtral_cli.model.language_model import LanguageModel
@@ -33,7 +33,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: list[Family] = [pixtral, mistral]
+FAMILIES: list[Family] = [pixtral, mistral3, mistral, ministral3]
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:

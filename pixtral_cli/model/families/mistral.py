@@ -1,11 +1,14 @@
-"""Mistral and Ministral: decoders for text. A config.json in, the decoder's sizes and the model out."""
+"""Mistral and Ministral: decoders for text, of models that see as well. A config.json in, the decoder's sizes and the
+model out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.model.config import ConfigFields, ModelConfig, TextConfig
+from pixtral_cli.model.config import ConfigFields, ModelConfig, QueryScaling, TextConfig, Yarn
+from weights_cache.json_fields import is_number
 
 if TYPE_CHECKING:
     from pixtral_cli.model.language_model import LanguageModel
@@ -13,8 +16,9 @@ if TYPE_CHECKING:
 ARCHITECTURES: tuple[str, ...] = ("MistralForCausalLM", "MinistralForCausalLM")
 MODEL_TYPE = "mistral"
 
-# Fields that Hugging Face configs may leave out. A nested `text_config` is written as its difference from
-# MistralConfig, so an absent field means that class's default (transformers `configuration_mistral.py`).
+# Fields that Hugging Face configs may leave out. A nested `text_config` is written as its difference from the class of
+# its model_type, so an absent field means that class's default (transformers `configuration_mistral.py` and
+# `configuration_ministral3.py`).
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -27,6 +31,31 @@ DEFAULTS: Mapping[str, Any] = {
     "rope_theta": 10000.0,
     "sliding_window": 4096,
 }
+MINISTRAL3_DEFAULTS: Mapping[str, Any] = {
+    **DEFAULTS,
+    "vocab_size": 131072,
+    "num_hidden_layers": 34,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
+MINISTRAL3_ROPE: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+"""Where a config of that type has neither `rope_parameters` nor `rope_scaling`."""
+
+
+BETAS: Mapping[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""What YaRN's bounds are where a config leaves them out, or has 0 or null."""
 
 
 def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
@@ -40,11 +69,15 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 def read_text_config(raw: Mapping[str, Any]) -> TextConfig:
-    """The decoder's sizes; also of a config's `text_config`. Raises ModelError."""
-    fields = ConfigFields({**DEFAULTS, **raw})
+    """The decoder's sizes; also of a config's `text_config`. A `model_type` of "ministral3" has its own defaults, and
+    scales queries. Raises ModelError."""
+    third = raw.get("model_type") == "ministral3"
+    fields = ConfigFields({**(MINISTRAL3_DEFAULTS if third else DEFAULTS), **raw})
+    if third and not (fields.get("rope_scaling") or fields.get("rope_parameters")):
+        fields = ConfigFields({**fields.values, "rope_parameters": MINISTRAL3_ROPE})
     fields.only("hidden_act", "silu")
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
-    layers = fields.size("num_hidden_layers")
+    layers, rope = fields.size("num_hidden_layers"), fields.rope("default", "yarn")
     return TextConfig(
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden,
@@ -54,11 +87,51 @@ def read_text_config(raw: Mapping[str, Any]) -> TextConfig:
         num_kv_heads=fields.divisor("num_key_value_heads", heads, default=heads),
         head_dim=fields.even("head_dim", default=hidden // heads or None),
         norm_eps=float(fields.number("rms_norm_eps")),
-        rope_theta=fields.rope_theta(),
+        rope_theta=float(rope.number("rope_theta")),
         max_length=fields.size("max_position_embeddings"),
         sliding_windows=_sliding_windows(fields, layers),
         tied_embeddings=fields.flag("tie_word_embeddings", False),
+        yarn=_yarn(rope),
+        query_scaling=_query_scaling(rope) if third else None,
     )
+
+
+def _yarn(rope: ConfigFields) -> Yarn | None:
+    """What transformers' `_compute_yarn_parameters` reads (`modeling_rope_utils.py`)."""
+    if rope.get("rope_type") != "yarn":
+        return None
+    if rope.number("rope_theta") <= 1:
+        raise rope.refused("rope_theta", "should be above 1")
+    if rope.number("partial_rotary_factor", 1.0) != 1:
+        raise rope.refused("partial_rotary_factor", "is not known here")
+    factor = float(rope.number("factor"))
+    fast, slow = (float(rope.number(key) if rope.get(key) else usual) for key, usual in BETAS.items())
+    return Yarn(
+        factor, _original_length(rope), fast, slow, _attention_factor(rope, factor), rope.flag("truncate", True)
+    )
+
+
+def _attention_factor(rope: ConfigFields, factor: float) -> float:
+    """As it is given, or by the paper's rule, or where `mscale_all_dim` undoes it, without."""
+    if "attention_factor" in rope:
+        return float(rope.number("attention_factor"))
+    scale, undone = (rope.checked(key, 0.0, _is_factor, "a number from 0 up") for key in ("mscale", "mscale_all_dim"))
+    log = 0.1 * math.log(factor) if factor > 1 else 0.0
+    return (scale * log + 1) / (undone * log + 1) if scale and undone else log + 1
+
+
+def _is_factor(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
+def _query_scaling(rope: ConfigFields) -> QueryScaling | None:
+    """None where queries stay as they are."""
+    beta = rope.checked("llama_4_scaling_beta", 0.0, _is_factor, "a number from 0 up")
+    return QueryScaling(float(beta), _original_length(rope)) if beta else None
+
+
+def _original_length(rope: ConfigFields) -> int:
+    return rope.size("original_max_position_embeddings", rope.size("max_position_embeddings"))
 
 
 def _sliding_windows(fields: ConfigFields, layers: int) -> tuple[int | None, ...]:

@@ -13,7 +13,7 @@ from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig, Vis
 from pixtral_cli.model.families.mistral import read_text_config
 
 if TYPE_CHECKING:
-    from pixtral_cli.model.vision import PixtralModel
+    from pixtral_cli.model.vision import VisionLanguageModel
 
 ARCHITECTURES: tuple[str, ...] = ("LlavaForConditionalGeneration",)
 MODEL_TYPE = "llava"
@@ -35,7 +35,7 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     fields = ConfigFields({"image_token_index": raw.get("image_token_id", 10), **raw})
     vision, text = fields.object("vision_config"), fields.object("text_config")
     ConfigFields(vision, "vision_config.").only("model_type", "pixtral")
-    ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral")
+    ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral", "ministral3")
     fields.only("projector_hidden_act", "gelu")
     fields.only("vision_feature_select_strategy", "full")
     tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
@@ -50,10 +50,12 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def build(config: ModelConfig) -> PixtralModel:
-    from pixtral_cli.model.vision import PixtralModel
+def build(config: ModelConfig) -> VisionLanguageModel:
+    from pixtral_cli.model.vision import Projector, VisionLanguageModel, VisionTower
 
-    return PixtralModel(config)
+    assert config.vision is not None, config.architecture
+    projector = Projector(config.vision.hidden_size, config.text.hidden_size, config.projector_bias)
+    return VisionLanguageModel(config, VisionTower(config.vision), projector)
 
 
 def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
@@ -73,7 +75,7 @@ def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> Visio
         head_dim=hidden // heads,
         num_channels=fields.size("num_channels"),
         patch_size=fields.size("patch_size"),
-        rope_theta=fields.rope_theta(),
+        rope_theta=float(fields.rope("default", "axial").number("rope_theta")),
         feature_layer=_feature_layer(feature_layer, layers),
     )
 

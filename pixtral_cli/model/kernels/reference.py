@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from pixtral_cli.model.kernels import cpu_tiles, native_matrix
 from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel
 from weights_cache import codecs
-from weights_cache.packed import PackedRows, PackedWeight
+from weights_cache.codecs.fp8 import FP8
+from weights_cache.packed import PackedRows, PackedWeight, with_rows
 
 TILE = 2**22  # weights decoded at a time, into the same memory: fresh memory is dear
 
 
 class ReferenceKernel:
-    """Rows are decoded tile by tile; what is no `PackedRows` is decoded whole."""
+    """Rows are decoded tile by tile; of nf4, which has no rows, all at once."""
 
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
         assert not isinstance(weight, Tensor)
@@ -35,7 +36,9 @@ class ReferenceKernel:
         weight = self.weight
         if self._matrix is not None:
             return {1: partial(cpu_tiles.multiply, self._matrix)}
-        return {1: partial(_tiled, weight) if isinstance(weight, PackedRows) else partial(_whole, weight)}
+        if isinstance(weight, PackedRows):
+            return {1: partial(_tiled, weight)}
+        return {1: partial(_in_parts, weight) if isinstance(weight, FP8) else partial(_whole, weight)}
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
@@ -49,6 +52,15 @@ def _tiled(weight: PackedRows, x: Tensor) -> Tensor:
     tile = x.new_empty(max(1, min(rows, TILE // columns)), columns)
     for part, packed in zip(y.split(len(tile), 1), weight.rows.split(len(tile)), strict=True):
         part[:] = x @ codec.decode(packed, out=tile[: len(packed)]).T
+    return y
+
+
+def _in_parts(weight: FP8, x: Tensor) -> Tensor:
+    """The same for scales that stand beside the rows."""
+    rows, columns = weight.shape
+    y, step = x.new_empty(len(x), rows), max(1, TILE // columns)
+    for part, codes, scales in zip(y.split(step, 1), weight.codes.split(step), weight.scales.split(step), strict=True):
+        part[:] = _whole(FP8(codes, scales), x)
     return y
 
 
@@ -80,12 +92,15 @@ class PackedEmbedding(nn.Module):
             return self.kernel.look_up(token_ids.long())
         if self._matrix is not None:
             return native_matrix.look_up(self._matrix, token_ids, self.dtype)
-        assert isinstance(self._rows, PackedRows), f"nothing looks rows up in {self.weight.encoding}"
-        codec, rows = codecs.get(self._rows.encoding), self._rows.rows
-        if rows.is_cuda:
-            return codec.decode(rows[token_ids], self.dtype)
+        assert self._rows is not None
+        if token_ids.is_cuda:
+            return self._decoded(self._rows, token_ids)
         unique, places = token_ids.unique(return_inverse=True)
-        return codec.decode(rows[unique], self.dtype)[places]
+        return self._decoded(self._rows, unique)[places]
+
+    def _decoded(self, table: PackedWeight, ids: Tensor) -> Tensor:
+        rows = with_rows(table, lambda part: part[ids])
+        return rows if isinstance(rows, Tensor) else rows.decoded(self.dtype)
 
     def extra_repr(self) -> str:
         weight = self.kernel or self._rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pixtral_cli.model.vision import PixtralModel
+from pixtral_cli.model.vision import VisionLanguageModel
 from pixtral_cli.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES
 from pixtral_cli.tiny.training.batches import ALL_KINDS, CHARACTERS, IGNORE, PATCH, Batch
 from pixtral_cli.tiny.training.model import AttendInBatch, AttendPictures
@@ -98,13 +98,13 @@ def _reading_loss(heads: Iterable[nn.Module], features: Tensor, facts: Tensor, s
     return torch.stack(losses)
 
 
-def losses(model: PixtralModel, heads: TrainingHeads, batch: Batch, device: torch.device) -> Losses:
+def losses(model: VisionLanguageModel, heads: TrainingHeads, batch: Batch, device: torch.device) -> Losses:
     """One forward pass over `batch`."""
     none = torch.zeros(1, device=device)
     looked = _look(model, batch, device) if batch.pixels else None
     seen = heads.see(looked.features, looked.facts) if looked else none
     ids, positions, groups = (torch.from_numpy(x).to(device) for x in (batch.ids, batch.positions, batch.groups))
-    features = model.multi_modal_projector(looked.features) if looked else None
+    features = model.multi_modal_projector(looked.features, ()) if looked else None
     layers = model.language_model.layers
     with _watched(layers[1]) as halfway, _watched(layers[-2]) as late:
         x = model.embed(ids.flatten(), features)
@@ -114,7 +114,7 @@ def losses(model: PixtralModel, heads: TrainingHeads, batch: Batch, device: torc
     return Losses(answer, seen, told, right, torch.from_numpy(batch.kinds))
 
 
-def looking_losses(model: PixtralModel, heads: TrainingHeads, batch: Batch, device: torch.device) -> Losses:
+def looking_losses(model: VisionLanguageModel, heads: TrainingHeads, batch: Batch, device: torch.device) -> Losses:
     """The vision tower's part of `losses` alone."""
     looked, nothing = _look(model, batch, device), torch.zeros(0, device=device)
     seen = heads.see(looked.features, looked.facts)
@@ -131,7 +131,7 @@ def _tell(heads: TrainingHeads, batch: Batch, looked: VisionReading, halfway: Te
     return torch.cat([told, ends, 2 * pointed])
 
 
-def _answer(model: PixtralModel, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def _answer(model: VisionLanguageModel, hidden: Tensor, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Loss over the tokens of answers, and which answers [S] are right to the last token."""
     labels, answers, kinds = (torch.from_numpy(x).to(device) for x in (batch.labels, batch.answers, batch.kinds))
     learned = (labels[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
@@ -156,7 +156,7 @@ def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
         watch.remove()
 
 
-def _look(model: PixtralModel, batch: Batch, device: torch.device) -> VisionReading:
+def _look(model: VisionLanguageModel, batch: Batch, device: torch.device) -> VisionReading:
     features, facts, places = [], [], []
     for pixels, fact in zip(batch.pixels, batch.facts, strict=True):
         count, height, width, _ = pixels.shape

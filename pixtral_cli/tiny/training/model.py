@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pixtral_cli.model.families import read_config
-from pixtral_cli.model.vision import PixtralModel
+from pixtral_cli.model.families import pixtral, read_config
+from pixtral_cli.model.vision import VisionLanguageModel
 from pixtral_cli.tiny.training.batches import PATCH
 from pixtral_cli.tiny.training.tokenizer import IMG, VOCABULARY
 
@@ -62,10 +62,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def new_model(seed: int) -> PixtralModel:
+def new_model(seed: int) -> VisionLanguageModel:
     """The built-in model before training: normal(0.02..), residual outputs scaled down by depth."""
     torch.manual_seed(seed)
-    model = PixtralModel(read_config(CONFIG))
+    model = pixtral.build(read_config(CONFIG))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(parameter)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pixtral_cli.model.vision import PixtralModel
+from pixtral_cli.model.vision import VisionLanguageModel
 from pixtral_cli.tiny import TRAINING_SEEDS
 from pixtral_cli.tiny.scenes import Style
 from pixtral_cli.tiny.training.batches import ALL_KINDS, Batch, Batches, Mix
@@ -103,7 +103,7 @@ class Trainer:
 
     def __init__(self, out: Path, device: torch.device, peak: float) -> None:
         self.out, self.device, self.peak = out, device, peak
-        self.model: PixtralModel = new_model(SEED).to(device, torch.bfloat16)
+        self.model: VisionLanguageModel = new_model(SEED).to(device, torch.bfloat16)
         if device.type == "cpu":
             quicken_norms(self.model)
         text, vision = CONFIG["text_config"], CONFIG["vision_config"]

@@ -13,7 +13,10 @@ from pixtral_cli.model import native_library
 
 HERE = Path(__file__).parent
 SOURCES = native_library.FOLDER / "native"
-TESTS = [*HERE.glob("test_native_[!s]*.py"), *HERE.glob("test_cpu_*.py")]
+TESTS = sorted(
+    {*HERE.glob("test_native*.py"), *HERE.glob("test_cpu_*.py"), HERE.with_name("test_native_ops.py")}
+    - {Path(__file__)}
+)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 RUNTIME = ("libasan.so", "libubsan.so")
 USE_IT = """

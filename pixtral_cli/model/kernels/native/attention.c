@@ -8,10 +8,16 @@
 #include "ops.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
@@ -274,4 +280,8 @@ EXPORT void pixtral_attend_block(const void *q, const void *keys, const void *va
     long queries = BLOCK / group, blocks = (tokens + queries - 1) / queries;
     pixtral_parallel_for(attend_block, &of, kv_heads * blocks, threads);
 }
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -4,6 +4,10 @@
 
 #include "native.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "Loaded by ctypes: see native.py beside it.", 0, NULL, NULL, NULL, NULL, NULL};
 
@@ -11,10 +15,18 @@ PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }
 
 enum instructions instructions = PORTABLE;
 
+#if defined(__x86_64__)
+/* Compilers of some years ago cannot be asked for it as for the others, which also ask the system. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
+
 int pixtral_best_instructions(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
         return PORTABLE;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
