@@ -63,11 +63,12 @@ static ALWAYS_INLINE __m512 each_four_times(__m512 values, int a, int b, int c, 
 /* q4_0: four blocks of 18 bytes at a time. Words 0, 9, 18 and 27 of their 72 bytes are scales, the others codes. */
 static ALWAYS_INLINE void q4_0_blocks(PIECE, int64_t column, int which) {
     const __m512i table = table_from(-8, 1);
-    const __m512i words = _mm512_set_epi16(63, 62, 61, 60, 59, 58, 57, 56, 26, 25, 24, 23, 22, 21, 20, 19, 17, 16, 15, 14, 13,
-                                           12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1); /* 56: word 28, of the second register */
+    const __m512i words = _mm512_set_epi16(39, 38, 37, 36, 35, 34, 33, 32, 26, 25, 24, 23, 22, 21, 20, 19, 17, 16, 15, 14, 13,
+                                           12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1); /* 32: word 28, of the second register */
     const __m256i scales = _mm256_setr_epi16(0, 0, 0, 0, 9, 9, 9, 9, 18, 18, 18, 18, 27, 27, 27, 27);
     (void)columns, (void)offset;
-    __m512i first = _mm512_loadu_si512(block), second = _mm512_loadu_si512(block + 8);
+    __m512i first = _mm512_loadu_si512(block);
+    __m512i second = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(block + 56))); /* few lines read twice */
     __m512i codes = _mm512_permutex2var_epi16(first, words, second);
     __m512 scale = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(scales), first)));
     __m512i w0 = from_table(table, codes), w1 = from_table(table, _mm512_srli_epi16(codes, 8));
