@@ -34,5 +34,6 @@ def run(
         console.notice(NO_REMOTE_CODE)
     pending = PendingInput(request)
     model = load(source, weights, console)
+    model.processor.tell = console.notice
     events = pending.finish(console).stream(model, **sampling.options(), logprobs=report.logprobs)
     replies.tell(console.stream(events), model.kernels, console, report)
