@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,12 +58,14 @@ class Bench:
                     self.rows.append(row)
 
     def _rows(self, subject: Subject, folder: Path) -> Iterator[Row]:
-        placement, config = subject.placement, subject.source.config
-        if self.sizes.image and config.vision is None:
+        placement, config, sizes = subject.placement, subject.source.config, self.sizes
+        if sizes.image and config.image_layout is None:
             raise RequestError(f"{subject.name} is a text model and cannot look at pictures.", "Leave --image out.")
+        if sizes.image and config.image_layout:
+            sizes = replace(sizes, image=config.image_layout.whole(*sizes.image))
         counts = Counts(config, subject.source.checkpoint.tensors, 4 if placement.dtype == "float32" else 2)
         models = {OURS: {**subject.arguments, "devices": self._device_name}, **dict(self._for_peers(subject, folder))}
-        programs = Programs(models, self.threads, self.sizes, self.ceilings, self.tell, self.doing)
+        programs = Programs(models, self.threads, sizes, self.ceilings, self.tell, self.doing)
         try:
             yield from Measured(placement.label, counts, placement.dtype).rows(programs, self.programs)
         finally:

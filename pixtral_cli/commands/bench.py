@@ -104,7 +104,7 @@ class BenchArguments:
             "--image",
             metavar="WIDTHxHEIGHT",
             callback=_pixels,
-            help="Measure a picture of this size too, in pixels; a shape gets Pixtral's vision tower for it.",
+            help="Measure a picture of this size too, in pixels, rounded up to whole tokens.",
         ),
     ] = None
     repeats: Annotated[
