@@ -182,7 +182,7 @@ complete -c pixtral -n '__pixtral_in bench' -l quantization-encoding -x -a 'floa
 complete -c pixtral -n '__pixtral_in bench' -l prompt-tokens -x -d 'Length of the prompt'
 complete -c pixtral -n '__pixtral_in bench' -l new-tokens -x -d 'How many tokens are decoded'
 complete -c pixtral -n '__pixtral_in bench' -l batch-sizes -x -d 'How many requests are decoded together'
-complete -c pixtral -n '__pixtral_in bench' -l image -x -d 'Measure a picture of this size too, in pixels, rounded up to whole tokens'
+complete -c pixtral -n '__pixtral_in bench' -l image -x -d 'Measure a picture of this size too, in pixels; a shape gets the vision tower of its family for it'
 complete -c pixtral -n '__pixtral_in bench' -l repeats -x -d 'Rounds, whose median counts'
 complete -c pixtral -n '__pixtral_in bench' -l devices -x -a '(__pixtral_ask devices)' -d 'cpu, gpu or gpu-N'
 complete -c pixtral -n '__pixtral_in bench' -l compare -d 'Measure transformers and llama.cpp (llama-cpp-python) beside it, where installed'

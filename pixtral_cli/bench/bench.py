@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +18,7 @@ from pixtral_cli.bench.runs import Measured, Programs, Row, Sizes
 from pixtral_cli.devices import default, parse
 from pixtral_cli.errors import PixtralError, RequestError
 from pixtral_cli.model import slower_paths
+from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import native
 
 
@@ -58,18 +58,34 @@ class Bench:
                     self.rows.append(row)
 
     def _rows(self, subject: Subject, folder: Path) -> Iterator[Row]:
-        placement, config, sizes = subject.placement, subject.source.config, self.sizes
-        if sizes.image and config.image_layout is None:
-            raise RequestError(f"{subject.name} is a text model and cannot look at pictures.", "Leave --image out.")
-        if sizes.image and config.image_layout:
-            sizes = replace(sizes, image=config.image_layout.whole(*sizes.image))
+        placement, config = subject.placement, subject.source.config
+        self._check(subject.name, config)
         counts = Counts(config, subject.source.checkpoint.tensors, 4 if placement.dtype == "float32" else 2)
         models = {OURS: {**subject.arguments, "devices": self._device_name}, **dict(self._for_peers(subject, folder))}
-        programs = Programs(models, self.threads, sizes, self.ceilings, self.tell, self.doing)
+        programs = Programs(models, self.threads, self.sizes, self.ceilings, self.tell, self.doing)
         try:
             yield from Measured(placement.label, counts, placement.dtype).rows(programs, self.programs)
         finally:
             programs.end()
+
+    def _check(self, name: str, config: ModelConfig) -> None:
+        """Raise RequestError for what the model cannot be measured with, before it is loaded."""
+        if self.sizes.context > config.text.max_length:
+            raise RequestError(
+                f"{name} has a context of {config.text.max_length} tokens, and this takes {self.sizes.context}.",
+                "Lower --prompt-tokens or --new-tokens.",
+            )
+        if self.sizes.image is None:
+            return
+        if config.vision is None or config.image_layout is None:
+            raise RequestError(f"{name} is a text model and cannot look at pictures.", "Leave --image out.")
+        side, most = config.image_layout.token_size, config.image_layout.longest_side
+        if any(pixels % side or pixels > most for pixels in self.sizes.image):
+            raise RequestError(
+                f"{name} computes pictures whose sides are multiples of {side} pixels, up to {most}; others are "
+                "resized to that before.",
+                f"Write such sides, as in --image {most}x{most}.",
+            )
 
     def _for_peers(self, subject: Subject, folder: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
         """Each peer that is installed and can have the model, and the model as it reads it."""

@@ -1,6 +1,9 @@
 """`pixtral bench`: measures a model on this machine, beside what the machine allows and what others reach."""
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +54,13 @@ def _encodings(values: list[str] | None) -> list[str] | None:
         if value not in ENCODINGS:
             raise typer.BadParameter(f"{value!r} is not known; known are {', '.join(ENCODINGS)}.")
     return values
+
+
+def _writable(value: Path | None) -> Path | None:
+    """A check that the figures can be put there when they are all known, perhaps after an hour."""
+    if value not in (None, STANDARD_OUTPUT) and (value.is_dir() or not value.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{str(value)!r} cannot be a file: its folder is not there, or it is a folder.")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +114,7 @@ class BenchArguments:
             "--image",
             metavar="WIDTHxHEIGHT",
             callback=_pixels,
-            help="Measure a picture of this size too, in pixels, rounded up to whole tokens.",
+            help="Measure a picture of this size too, in pixels; a shape gets the vision tower of its family for it.",
         ),
     ] = None
     repeats: Annotated[
@@ -131,6 +141,7 @@ class BenchArguments:
         typer.Option(
             "--json",
             metavar="FILE",
+            callback=_writable,
             autocompletion=completions.FILES.offered,
             help="Write the figures as one JSON object; - is standard output, without the table.",
         ),
@@ -150,15 +161,34 @@ def bench(arguments: BenchArguments) -> None:
         sizes = Sizes(
             arguments.prompt_tokens,
             arguments.new_tokens,
-            tuple(int(part) for part in arguments.batch_sizes.split(",")),
+            tuple(dict.fromkeys(int(part) for part in arguments.batch_sizes.split(","))),
             (int(width), int(height)) if arguments.image else None,
             arguments.repeats,
         )
         run = Bench(sizes, arguments.devices, arguments.compare, console.notice, doing)
-        try:
-            _measure(run, arguments)
-        finally:
-            _show(run, arguments.json, console)
+        with _told_to_end_as_interrupted():
+            try:
+                _measure(run, arguments)
+            finally:
+                _show(run, arguments.json, console)
+
+
+@contextmanager
+def _told_to_end_as_interrupted() -> Iterator[None]:
+    """A signal to end unwinds as Ctrl-C does: models of gigabytes are not left behind. Ignored ones stay so (nohup)."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    ends = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+    taken = [number for number in ends if number and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _measure(run: "Bench", arguments: BenchArguments) -> None:
@@ -173,8 +203,8 @@ def _measure(run: "Bench", arguments: BenchArguments) -> None:
     def of_shape(encoding: str | None, folder: Path) -> Subject:
         return model_files.of_shape(shape, encoding or DEFAULT_ENCODING, run.sizes.image is not None, folder)
 
-    encodings = arguments.quantization_encoding
-    run.run(name or shape, of_model if name else of_shape, encodings or (None,))
+    encodings = tuple(dict.fromkeys(arguments.quantization_encoding or (None,)))
+    run.run(name or shape, of_model if name else of_shape, encodings)
 
 
 def _show(run: "Bench", file: Path | None, console: Console) -> None:

@@ -62,8 +62,8 @@ class Engine:
     for `kv_tokens` tokens of all requests together, by default as many as the batch can need; those of requests that
     have ended stay known, up to the share `kv_kept` of that room. `image_cache` is how many bytes of images' features
     are kept. `kv_cache_dtype` is how keys and values are: "auto" or "fp8". With `speculative` several tokens of an
-    answer are computed in one step where that pays. In float32 on a CPU a request gets the very tokens that
-    it gets alone. `clock` tells seconds.
+    answer are computed in one step where that pays; on a CPU where it changes no bit of them, too. In float32 on a CPU
+    a request gets the very tokens that it gets alone. `clock` tells seconds.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Engine:
         else:
             self.runner = Runner(model, kv_cache, self.features, exact)
         self.speculation: Speculation | None = None
-        if speculative:
+        if speculative and (exact or model.device.type != "cpu" or model.rows_stand_alone):
             self.speculation = Speculation(model.config.image_token_id)
         self._clock = clock
         self._last_read = 0.0

@@ -84,10 +84,6 @@ class ImageLayout:
         """Of an image whose sides are multiples of `token_size`."""
         return (width // self.token_size) * (height // self.token_size)
 
-    def whole(self, width: int, height: int) -> tuple[int, int]:
-        """The sides rounded up to whole tokens."""
-        return -(-width // self.token_size) * self.token_size, -(-height // self.token_size) * self.token_size
-
 
 @dataclass(frozen=True)
 class ModelConfig:

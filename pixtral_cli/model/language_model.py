@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pixtral_cli.model.config import ModelConfig, TextConfig
 from pixtral_cli.model.fused import add_norm
+from pixtral_cli.model.kernels import KernelLinear
+from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, SelfAttention
 from pixtral_cli.model.rotary import Rotary, text_rotary
 
@@ -36,6 +38,14 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.language_model.norm.weight.device
+
+    @property
+    def rows_stand_alone(self) -> bool:
+        """Whether the bits of a token's numbers do not depend on the tokens beside it in a pass of few: where the
+        library in C multiplies with every matrix. Of torch's products they may."""
+        parts = (*self.language_model.modules(), self.lm_head)
+        layers = (part for part in parts if isinstance(part, nn.Linear | KernelLinear))
+        return all(isinstance(layer, KernelLinear) and isinstance(layer.kernel, CpuRowsKernel) for layer in layers)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """One image, normalised pixels [channels, height, width] -> features [M, C] for its image tokens."""

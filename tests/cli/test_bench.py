@@ -1,6 +1,8 @@
 """`pixtral bench`: a figure for every work, beside its ceiling; what is wrong is a sentence."""
 
 import json
+import signal
+import tempfile
 
 import pytest
 from support.processes import PROGRAM, run_process
@@ -78,6 +80,23 @@ def test_an_interrupt_shows_what_has_been_measured(call, monkeypatch):
     assert code == 130 and "1.50 s" in out and "1.00 to 2.00" in out
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_told_to_end_shows_what_there_is_and_leaves_no_model_behind(call, capfd, monkeypatch, tmp_path, number):
+    from pixtral_cli.bench import runs
+
+    def rows(self, programs, abouts):
+        assert [file.stat().st_size > 0 for file in tmp_path.glob("pixtral-bench-*/tiny.q4_k")] == [True]
+        yield runs.Row("load", "q4_k", 0, 0, 1.5, None, None, None, "s", None, (1.0, 2.0), None)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runs.Measured, "rows", rows)
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        call("bench", "--model-path", "tiny", "--quantization-encoding", "q4_k", "--devices", "cpu")
+    assert "1.50 s" in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -86,10 +105,28 @@ def test_an_interrupt_shows_what_has_been_measured(call, monkeypatch):
         (["--batch-sizes", "1,0"], "'1,0' are no batch sizes"),
         (["--image", "large"], "'large' is no size of a picture"),
         (["--shape", "1b", "--model-path", "tiny"], "leave --model-path out"),
+        (["--json", "/no/such/folder/rates.json"], "its folder is not there"),
+        (["--json", "/"], "it is a folder"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--image", "50x48"], "sides are multiples of 16 pixels"),
+        (["--image", "16x16000"], "sides are multiples of 16 pixels, up to"),
+        (["--prompt-tokens", "16384"], "has a context of 16384 tokens, and this takes 16385"),
+        (["--new-tokens", "99999"], "Lower --prompt-tokens or --new-tokens"),
+    ],
+)
+def test_what_the_model_cannot_compute_is_refused_before_it_is_loaded(refused, monkeypatch, arguments, said):
+    from pixtral_cli.bench import runs
+
+    monkeypatch.setattr(runs, "Contender", None)
+    assert said in refused("bench", "--model-path", "tiny", "--devices", "cpu", *arguments)
 
 
 def test_a_text_model_looks_at_no_picture(refused, tmp_path):

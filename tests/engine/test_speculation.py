@@ -22,6 +22,7 @@ from pixtral_cli.engine.request import Request, Sampling
 from pixtral_cli.engine.runner import Computed
 from pixtral_cli.engine.speculation import MOST_ROWS, PassTimes, Shares, worth_computing
 from pixtral_cli.model.kernels import native
+from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.kv_cache import PAGE
 
 
@@ -32,7 +33,15 @@ def model(tmp_path_factory):
     return loaded(folder)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "q4_0", "q8_0"])
+compiled = pytest.mark.skipif(
+    not native.available(), reason="a row's bits depend on its neighbours in torch's products"
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["float32", *(pytest.param(name, marks=compiled) for name in ("bfloat16", "q4_0", "q8_0"))],
+)
 def circling(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     model = builders.mistral(folder, hidden_size=256, intermediate_size=512, num_attention_heads=16, head_dim=16)
@@ -99,7 +108,7 @@ def test_what_repeats_is_found_and_told_as_without(circling):
         assert [sum(map(len, found))] == [engine.counters.generated_tokens]
 
 
-@pytest.mark.skipif(not native.available(), reason="a row's bits depend on its neighbours in torch's own products")
+@compiled
 @pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"])
 def test_with_the_library_log_probabilities_are_those_without_to_the_bit(encoding, tmp_path):
     builders.mistral(tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=16, head_dim=16)
@@ -225,6 +234,20 @@ def test_nothing_is_proposed_where_it_is_off(model):
     engine = Engine(model, speculative=False, clock=Ticking())
     run(engine, asked(REPEATING, tokens=60))
     assert engine.counters.proposed_tokens == 0
+
+
+@compiled
+@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q6_k", "nf4"])
+def test_where_a_matrix_is_left_to_torch_only_float32_is_proposed_for(encoding, tmp_path, monkeypatch):
+    """Of torch's products a row's bits may depend on how many there are, so the answer on what was proposed."""
+    builders.mistral(tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=16, head_dim=16)
+    assert Engine(loaded(tmp_path, encoding=encoding)).speculation is not None
+    model = loaded(tmp_path, encoding=encoding)
+    monkeypatch.setattr(CpuRowsKernel, "takes", lambda weight, dtype, device: False)
+    model.lm_head = loaded(tmp_path, encoding=encoding).lm_head
+    assert Engine(model).speculation is None
+    assert Engine(loaded(tmp_path, encoding=encoding)).speculation is None
+    assert Engine(loaded(tmp_path)).speculation is not None
 
 
 # ---- what pays --------------------------------------------------------------------------------------------------

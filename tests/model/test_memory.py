@@ -112,7 +112,7 @@ def test_a_cpu_has_room_for_the_largest_picture_of_a_model(tmp_path):
     pixels = torch.rand(3, 28 * 30, 28 * 30)
     with LiveBytes() as live:
         model.encode_images([pixels])
-    assert live.most == pytest.approx(memory.cpu_image_bytes(config, 4), rel=0.1)
+    assert live.most == pytest.approx(memory.cpu_image_bytes(config, 4), rel=0.15)
 
 
 def test_pictures_that_need_more_than_the_workspace_of_a_cpu_are_planned_for():
