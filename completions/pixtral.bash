@@ -110,18 +110,18 @@ _pixtral_command() {
         ;;
     'pixtral run')
         commands=''
-        flags='-p --prompt -i --image --system --messages --raw --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --ignore-eos --json --quiet --stats --logprobs --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding --quantize-vision --double-quantization -h --help'
-        valued='-p --prompt -i --image --system --messages --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding'
+        flags='-p --prompt -i --image --system --messages --raw --reasoning-effort --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --ignore-eos --json --quiet --no-reasoning --stats --logprobs --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding --quantize-vision --double-quantization -h --help'
+        valued='-p --prompt -i --image --system --messages --reasoning-effort --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --seed --stop --devices --max-length --max-batch-size --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path --weight-path --quantization-encoding'
         ;;
     'pixtral serve')
         commands=''
-        flags='--host --port --served-model-name --drain-timeout --quiet --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --insecure --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --quantize-vision --double-quantization --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path -h --help'
-        valued='--host --port --served-model-name --drain-timeout --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --api-key --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path'
+        flags='--host --port --served-model-name --drain-timeout --quiet --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --reasoning-effort --api-key --insecure --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --quantize-vision --double-quantization --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path -h --help'
+        valued='--host --port --served-model-name --drain-timeout --model-path --image-preprocessing --weights-format --max-new-tokens --top-k --temperature --top-p --min-p --repetition-penalty --reasoning-effort --api-key --allow-media-domain --allow-private-media --media-path --max-queue --max-images --max-body-mib --max-batch-size --kv-cache-memory --image-cache-memory --weight-path --quantization-encoding --devices --max-length --max-ce-batch-size --kv-cache-dtype --speculative --save-to-serialized-model-path --serialized-model-path'
         ;;
     'pixtral tokenize')
         commands=''
-        flags='-p --prompt -i --image --system --messages --raw --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --json --quiet -h --help'
-        valued='-p --prompt -i --image --system --messages --model-path --image-preprocessing --weights-format'
+        flags='-p --prompt -i --image --system --messages --raw --reasoning-effort --model-path --image-preprocessing --trust-remote-code --weights-format --force-download --json --quiet -h --help'
+        valued='-p --prompt -i --image --system --messages --reasoning-effort --model-path --image-preprocessing --weights-format'
         ;;
     'pixtral download')
         commands=''
@@ -197,6 +197,11 @@ _pixtral_value() {
     'pixtral run --messages' |\
         'pixtral tokenize --messages')
         _pixtral_files json
+        ;;
+    'pixtral run --reasoning-effort' |\
+        'pixtral serve --reasoning-effort' |\
+        'pixtral tokenize --reasoning-effort')
+        _pixtral_offer none high
         ;;
     'pixtral run --model-path' |\
         'pixtral serve --model-path' |\

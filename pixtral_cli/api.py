@@ -31,6 +31,7 @@ from pixtral_cli.model.load import load
 from pixtral_cli.model.memory import Plan, Work, check_weights, kv_tokens, plan
 from pixtral_cli.model.pass_sizes import IMAGE_CACHE
 from pixtral_cli.model.placement import Placement
+from pixtral_cli.prompt.model_settings import ModelSettings
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.source import Form, Progress, Source
 
@@ -225,8 +226,9 @@ class Pixtral:
 
     def chat_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> list[Reply]:
         """Answer several conversations, up to `max_batch_size` at once; replies in their order. Raises as `chat`."""
-        prompts = [self._numbered(place, messages) for place, messages in enumerate(conversations)]
-        events = self._run(prompts, GenerationOptions.of(options))
+        asked = GenerationOptions.of(options)
+        prompts = [self._numbered(place, messages, asked) for place, messages in enumerate(conversations)]
+        events = self._run(prompts, asked)
         replies = {place: event.reply for place, event in events if event.reply is not None}
         return [replies[place] for place in range(len(prompts))]
 
@@ -237,11 +239,18 @@ class Pixtral:
 
         Raises at once, as `chat`.
         """
-        return _only(self._run([self.source.chat(messages, tools)], GenerationOptions.of(options)))
+        asked = GenerationOptions.of(options)
+        return _only(self._run([self.chat_prompt(messages, tools, asked)], asked))
 
     def stream_complete(self, prompt: str, images: Sequence[Any] = (), **options: Any) -> Generator[TextEvent]:
         """As `complete`, token by token. Raises at once, as `chat`."""
         return _only(self._run([self.source.complete(prompt, images)], GenerationOptions.of(options)))
+
+    def chat_prompt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: GenerationOptions
+    ) -> Prompt:
+        """The prompt for messages and tools, which may tell the model of the options. Raises PromptError."""
+        return self.source.chat(messages, tools, ModelSettings(options.reasoning_effort, options.response_format))
 
     def jobs(
         self, prompt: Prompt, options: GenerationOptions, answers: int = 1, cache_salt: bytes = b""
@@ -259,9 +268,9 @@ class Pixtral:
         requests = [request, *(generation.nth(request, place) for place in range(1, answers))]
         return [(each, TextStream(name, prompt, options, tokenizer, self.load_seconds)) for each in requests]
 
-    def _numbered(self, place: int, messages: Sequence[dict[str, Any]]) -> Prompt:
+    def _numbered(self, place: int, messages: Sequence[dict[str, Any]], options: GenerationOptions) -> Prompt:
         try:
-            return self.source.chat(messages)
+            return self.chat_prompt(messages, None, options)
         except PixtralError as error:
             error.add_note(f"In conversation {place}, counted from 0.")
             raise

@@ -18,6 +18,7 @@ from pixtral_cli.engine import request
 from pixtral_cli.engine.request import Event, Failure, ImageInput, Request, TokenEvent
 from pixtral_cli.errors import RequestError
 from pixtral_cli.generation_options import GenerationOptions
+from pixtral_cli.prompt.thoughts import AnswerReader
 from pixtral_cli.prompt.tokenizer import ByteStream, StopMatcher
 from pixtral_cli.prompt.tool_calls import ToolCallDelta, ToolCallReader, joined
 from pixtral_cli.prompt.tools import ToolCall
@@ -117,6 +118,8 @@ class Usage:
     cached_tokens: int = 0
     proposed_tokens: int = 0
     accepted_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Those of the answer that were thoughts, the marks around them included."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ class Reply:
 
     The finish reason is "tool_calls" when the model ended its answer with `tool_calls`. When it is "length", the last
     of them may be cut off: its arguments are then the beginning of some JSON. `echo` is the prompt, if it was asked
-    for.
+    for. `reasoning_content` is what the model thought before it answered, no part of `text`; of its tokens and
+    log-probabilities there are all.
     """
 
     model: str
@@ -149,6 +153,7 @@ class Reply:
     logprobs: list[TokenLogprob] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     echo: Echo | None = None
+    reasoning_content: str = ""
 
 
 @dataclass(unsafe_hash=True)  # not frozen, which takes four times as long: there is one for each token
@@ -169,6 +174,8 @@ class TextEvent:
     echo: Echo | None = None
     usage: Usage | None = None
     """Up to this token."""
+    reasoning_content: str = ""
+    """More of a thought; a stop string in it stops nothing."""
 
 
 class TextStream:
@@ -179,14 +186,22 @@ class TextStream:
     ) -> None:
         self.model, self.tokenizer, self.load_s = model, tokenizer, load_s
         self.prompt_token_ids, self.image_tokens = prompt.token_ids, prompt.image_tokens
-        self.reader = ToolCallReader(
+        calls = ToolCallReader(
             tokenizer,
             at_start=prompt.answer_starts_text,
             reads_calls=bool(prompt.tools) and options.tool_choice != "none",
             only_calls=prompt.call_form == "text" and options.must_call,
         )
+        self.reader = AnswerReader(
+            tokenizer,
+            calls,
+            prompt.thought_marks,
+            is_open=prompt.thought_is_open,
+            may_think=prompt.answer_starts_text,
+        )
         self.stops = StopMatcher(options.stops)
         self.text: list[str] = []
+        self.thought: list[str] = []
         self.call_deltas: list[ToolCallDelta] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if options.alternatives is None else []
@@ -202,14 +217,15 @@ class TextStream:
             return TextEvent("", None, None, "length", self._reply("length"), echo=echo, usage=self.usage)
         self.token_ids.append(event.token_id)
         self.looked_up = event.proposed_tokens, event.accepted_tokens
-        text, deltas = self.reader.push(event.token_id)
+        added = self.reader.push(event.token_id)
         if event.finish_reason:
-            rest = self.reader.finish(cut=event.finish_reason == "length")
-            text, deltas = text + rest.text, deltas + rest.calls
+            added = added.then(self.reader.finish(cut=event.finish_reason == "length"))
+        text, deltas, thought = added
         text, stopped = self.stops.push(text)
         if event.finish_reason and not stopped:
             text += self.stops.flush()
         self.text.append(text)
+        self.thought.append(thought)
         self.call_deltas += deltas
         logprob = None if self.logprobs is None else self._logprob(event, self.logprobs)
         finish: FinishReason | None = "stop" if stopped else event.finish_reason
@@ -217,7 +233,7 @@ class TextStream:
             finish = "tool_calls"
         reply = self._reply(finish) if finish else None
         calls = reply.tool_calls if reply else ()
-        return TextEvent(text, event.token_id, logprob, finish, reply, calls, deltas, echo, self.usage)
+        return TextEvent(text, event.token_id, logprob, finish, reply, calls, deltas, echo, self.usage, thought)
 
     def _begin(self, event: TokenEvent) -> Echo | None:
         """Take what the first event tells of the prompt."""
@@ -230,7 +246,7 @@ class TextStream:
     @property
     def usage(self) -> Usage:
         prompt, answer = len(self.prompt_token_ids), len(self.token_ids)
-        return Usage(prompt, answer, self.image_tokens, self.cached_tokens, *self.looked_up)
+        return Usage(prompt, answer, self.image_tokens, self.cached_tokens, *self.looked_up, self.reader.tokens)
 
     def _logprob(self, event: TokenEvent, told: list[TokenLogprob]) -> TokenLogprob:
         assert event.token_id is not None and event.logprob is not None, event
@@ -254,6 +270,7 @@ class TextStream:
             self.logprobs,
             joined(self.call_deltas),
             self.echo,
+            "".join(self.thought),
         )
 
     def _timings(self) -> Timings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pixtral_cli.engine.request import Sampling
 from pixtral_cli.errors import RequestError
@@ -16,6 +16,9 @@ from pixtral_cli.errors import RequestError
 SPECULATIVE = ("auto", "off")
 """Whether several tokens of a greedy answer are computed at once: where it pays, or never."""
 FORMATS = ("text", "json_object", "json_schema")
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS = get_args(Effort)
+"""How hard a model may be asked to think. Mistral's know "none" and "high"."""
 CHOICES = ("auto", "none", "required")
 ANY_OBJECT = {"type": "object"}
 FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}.'
@@ -80,6 +83,7 @@ class GenerationOptions:
         answer keeps to it, `strict` or not.
     tool_choice: OpenAI's, "auto", "none", "required" or {"type": "function", "function": {"name": …}}.
     parallel_tool_calls: whether an answer may hold several calls.
+    reasoning_effort: how hard to think before the answer, for models that can be told; Mistral's know "none", "high".
     """
 
     max_new_tokens: int = -1
@@ -99,6 +103,7 @@ class GenerationOptions:
     response_format: Mapping[str, Any] | None = None
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("echo", "parallel_tool_calls"):
@@ -116,6 +121,8 @@ class GenerationOptions:
             self._check_bias(self.logit_bias)
         if not isinstance(self.logprobs, bool) and self.logprobs not in OPTION_RANGES["logprobs"]:
             raise _wrong("logprobs", self.logprobs, "True, False or a number of alternatives")
+        if self.reasoning_effort not in (None, *EFFORTS):
+            raise _wrong("reasoning_effort", self.reasoning_effort, f"{', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}")
         self._check_stop()
         _ = self.schema  # which raises for what it is not
         if self.tool_choice not in CHOICES and self.chosen_tool is None:

@@ -19,6 +19,7 @@ from pixtral_cli.model.memory import Need
 from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt.image import Recipe
 from pixtral_cli.prompt.messages import Conversation, parse
+from pixtral_cli.prompt.model_settings import ModelSettings
 from pixtral_cli.prompt.processor import Processor, Prompt
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
@@ -244,14 +245,17 @@ class Source:
         return frozenset() if eos is None else frozenset([eos])
 
     def chat(
-        self, messages: Sequence[dict[str, Any]] | Conversation, tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[dict[str, Any]] | Conversation,
+        tools: Sequence[dict[str, Any]] | None = None,
+        settings: ModelSettings | None = None,
     ) -> Prompt:
         """The prompt for OpenAI-style messages (see `parse`) and tools. Raises PromptError or RequestError."""
         offered = () if tools is None else parse_tools(tools)
         conversation = parse(messages)
         self._check_images(len(conversation.images))
         with self._advising():
-            return self.processor.chat(conversation, offered)
+            return self.processor.chat(conversation, offered, settings)
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt for a raw text after images: see `Processor.complete`. Raises PromptError or RequestError."""

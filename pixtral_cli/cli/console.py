@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHECK_OUTPUT = "Check where standard output goes, and the room there."
 DUMB = ("dumb", "unknown")
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 SHOW_CURSOR = "\x1b[?25h"
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 _CONTROL |= {0x0D: "", 0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
@@ -69,17 +70,20 @@ class Console:
         self._on_terminal = is_terminal(sys.stdout)
         self._shows_progress = moves_cursor(sys.stderr) and not quiet
         self._at_line_start = True
+        self._thinking = False  # whether a thought was written last
         if isinstance(sys.stdout, TextIOWrapper):
             encoding = None if self._on_terminal else "utf-8"
             sys.stdout.reconfigure(encoding=encoding, errors="replace")
 
-    def write(self, text: str) -> None:
-        """Put `text` on standard output at once. Raises OutputClosed, or PixtralError (a full disk)."""
+    def write(self, text: str, style: str = "") -> None:
+        """Put `text` on standard output at once, after the escape code `style`. Raises OutputClosed, or PixtralError (a
+        full disk)."""
         if not text or sys.stdout is None:
             return
         self._at_line_start = text.endswith("\n")
         try:
-            sys.stdout.write(printable(text) if self._on_terminal else text)
+            shown = printable(text) if self._on_terminal else text
+            sys.stdout.write(f"{style}{shown}{PLAIN}" if style else shown)
             sys.stdout.flush()
         except BrokenPipeError as error:
             abandon_stdout()
@@ -149,18 +153,26 @@ class Console:
         with changing(label, styled=is_styled(sys.stderr)) as change:
             yield change
 
-    def stream(self, events: Generator[Any, None, None]) -> Any:
+    def stream(self, events: Generator[Any, None, None], *, thoughts: bool = True) -> Any:
         """Print each event's text as it comes (with `json`, nothing) and give back the last event's reply.
+
+        A person at a terminal sees what the model thinks as well, dimmed and before the answer, unless without
+        `thoughts`; a pipe or a file gets the answer alone.
 
         Whatever ends it early, the events' source is closed, so that no work goes on, and what was printed
         stays, its line finished.
         """
         reply = None
+        shows_thoughts = thoughts and self._on_terminal and not self.json
         try:
             with self.waiting("reading the prompt") as stop_waiting:
                 for event in events:
-                    stop_waiting()
-                    if not self.json:
+                    if shows_thoughts or not event.reasoning_content:
+                        stop_waiting()
+                    if shows_thoughts and event.reasoning_content:
+                        self._write_thought(event.reasoning_content)
+                    if event.text and not self.json:
+                        self._end_thought()
                         self.write(event.text)
                     reply = getattr(event, "reply", None) or reply
         finally:
@@ -168,6 +180,20 @@ class Console:
             with suppress(OutputClosed):
                 self.end_line()
         return reply
+
+    def _write_thought(self, text: str) -> None:
+        """More of a thought: dimmed, or between marks where nothing is."""
+        styled = is_styled(sys.stdout)
+        if not (self._thinking or styled):
+            self.write("<think>\n")
+        self._thinking = True
+        self.write(text, DIM if styled else "")
+
+    def _end_thought(self) -> None:
+        if self._thinking:
+            self.end_line()
+            self.write("\n" if is_styled(sys.stdout) else "</think>\n\n")
+        self._thinking = False
 
 
 def table(rows: Sequence[Sequence[Any]], align: str = "<", gap: str = "  ") -> list[str]:

@@ -253,6 +253,30 @@ class RequestFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThinkingFlags:
+    """How hard to think before the answer."""
+
+    reasoning_effort: Annotated[
+        str | None,
+        _request(
+            "--reasoning-effort",
+            metavar="none|high",
+            help="How hard to think before answering, for models that can be told. Default: the model's own.",
+            **one_of(("none", "high")),
+        ),
+    ] = None
+
+    def check(self, request: RequestFlags) -> None:
+        """Raises UsageError where no template would tell the model."""
+        if request.raw and self.reasoning_effort is not None:
+            raise UsageError("--raw and --reasoning-effort exclude each other: an effort needs a chat template.")
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of `Pixtral.chat`."""
+        return {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """How each token is chosen and when the answer ends."""
 
@@ -347,6 +371,9 @@ class OutputFlags:
 class ReportFlags:
     """What is told beside the answer."""
 
+    no_reasoning: Annotated[
+        bool, _output("--no-reasoning", help="Do not show what the model thinks before it answers.")
+    ] = False
     stats: Annotated[bool, _output("--stats", help="Print token counts and speeds on standard error.")] = False
     logprobs: Annotated[
         bool,

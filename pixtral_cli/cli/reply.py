@@ -15,7 +15,10 @@ def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> N
     """Print what comes after the answer's text: the JSON object, or log-probabilities; and statistics, which say what
     `kernels` have multiplied."""
     if console.json:
-        console.object(as_object(reply, kernels))
+        value = as_object(reply, kernels)
+        if report.no_reasoning:
+            value.pop("reasoning_content", None)
+        console.object(value)
     elif report.logprobs:
         lines = (f"{entry.logprob:9.4f} {entry.token_id:7d}  {entry.token!r}" for entry in reply.logprobs or ())
         console.detail("\n".join(lines))
@@ -24,7 +27,8 @@ def tell(reply: Reply, kernels: str, console: Console, report: ReportFlags) -> N
 
 
 def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
-    """The object that `--json` prints; `logprobs` is there only when it was asked for."""
+    """The object that `--json` prints; `logprobs` is there only when it was asked for, and `reasoning_content` when the
+    model thought."""
     usage, timings = reply.usage, reply.timings
     value = {
         "model": reply.model,
@@ -38,6 +42,7 @@ def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
             "image_tokens": usage.image_tokens,
             "proposed_tokens": usage.proposed_tokens,
             "accepted_tokens": usage.accepted_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
         },
         "timings": {
             "load_s": timings.load_s,
@@ -48,6 +53,8 @@ def as_object(reply: Reply, kernels: str) -> dict[str, Any]:
         },
         "kernels": kernels,
     }
+    if reply.reasoning_content:
+        value["reasoning_content"] = reply.reasoning_content
     if reply.logprobs is not None:
         value["logprobs"] = [_logprob(entry) for entry in reply.logprobs]
     return value
@@ -63,9 +70,11 @@ def statistics(reply: Reply, kernels: str) -> str:
     usage, timings = reply.usage, reply.timings
     looked_up = f", looked up {usage.accepted_tokens} of {usage.proposed_tokens}" if usage.proposed_tokens else ""
     images = f", {usage.image_tokens} of them pictures" if usage.image_tokens else ""
+    thoughts = f", {usage.reasoning_tokens} of them thoughts" if usage.reasoning_tokens else ""
+    answer = counted(usage.completion_tokens, "token") + thoughts
     parts = [
         f"prompt {counted(usage.prompt_tokens, 'token')}{images}, {_rate(timings.prefill_tokens_per_s)}",
-        f"answer {counted(usage.completion_tokens, 'token')}{looked_up}, {_rate(timings.decode_tokens_per_s)}",
+        f"answer {answer}{looked_up}, {_rate(timings.decode_tokens_per_s)}",
         f"first token after {timings.first_token_s:.2f} s",
         f"loaded in {timings.load_s:.2f} s",
         f"total {timings.total_s:.2f} s",

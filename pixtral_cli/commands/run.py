@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pixtral_cli.cli import reply as replies
 from pixtral_cli.cli.loading import NO_REMOTE_CODE, load
-from pixtral_cli.cli.options import OutputFlags, ReportFlags, RequestFlags, SamplingFlags, SourceFlags, WeightFlags
+from pixtral_cli.cli.options import (
+    OutputFlags,
+    ReportFlags,
+    RequestFlags,
+    SamplingFlags,
+    SourceFlags,
+    ThinkingFlags,
+    WeightFlags,
+)
 from pixtral_cli.cli.user_input import PendingInput
 
 EXAMPLES = """\
@@ -22,6 +30,7 @@ With -p, pixtral does not wait long for an empty pipe. `pixtral run --serve` mea
 
 def run(
     request: RequestFlags,
+    thinking: ThinkingFlags,
     source: SourceFlags,
     sampling: SamplingFlags,
     output: OutputFlags,
@@ -32,8 +41,10 @@ def run(
     console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
+    thinking.check(request)
     pending = PendingInput(request)
     model = load(source, weights, console)
     model.processor.tell = console.notice
-    events = pending.finish(console).stream(model, **sampling.options(), logprobs=report.logprobs)
-    replies.tell(console.stream(events), model.kernels, console, report)
+    options = {**sampling.options(), **thinking.options(), "logprobs": report.logprobs}
+    events = pending.finish(console).stream(model, **options)
+    replies.tell(console.stream(events, thoughts=not report.no_reasoning), model.kernels, console, report)

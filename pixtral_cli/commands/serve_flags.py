@@ -13,7 +13,7 @@ import typer
 
 from pixtral_cli.cli.completions import FOLDER
 from pixtral_cli.cli.flags import byte_count, networks, within
-from pixtral_cli.cli.options import SamplingFlags, WeightFlags
+from pixtral_cli.cli.options import SamplingFlags, ThinkingFlags, WeightFlags
 
 _server, _guard, _limit, _machine = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Server", "Access", "Limits", "Speed and memory")
@@ -161,6 +161,9 @@ class DefaultFlags:
     top_p: Annotated[float | None, _default("top_p")] = None
     min_p: Annotated[float | None, _default("min_p")] = None
     repetition_penalty: Annotated[float | None, _default("repetition_penalty")] = None
+    reasoning_effort: Annotated[
+        str | None, _option(ThinkingFlags, "reasoning_effort", panel="Answer, if a request does not say")
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """Those that were given, by name."""

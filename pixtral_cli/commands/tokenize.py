@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixtral_cli.cli.console import counted
 from pixtral_cli.cli.loading import NO_REMOTE_CODE
-from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags
+from pixtral_cli.cli.options import OutputFlags, RequestFlags, SourceFlags, ThinkingFlags
 from pixtral_cli.cli.user_input import PendingInput
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ Examples:
 """
 
 
-def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) -> None:
+def tokenize(request: RequestFlags, thinking: ThinkingFlags, source: SourceFlags, output: OutputFlags) -> None:
     """Show the tokens of a request and what each picture costs."""
     console = output.console()
     if source.trust_remote_code:
         console.notice(NO_REMOTE_CODE)
+    thinking.check(request)
     pending = PendingInput(request)
     with console.progress(f"loading {source.name}") as progress:
+        from pixtral_cli.prompt.model_settings import ModelSettings
         from pixtral_cli.source import Source
 
         model = Source.open(
@@ -40,7 +42,10 @@ def tokenize(request: RequestFlags, source: SourceFlags, output: OutputFlags) ->
         )
     model.processor.sizes_only = True
     asked = pending.finish(console)
-    prompt = model.complete(asked.prompt, asked.images) if asked.messages is None else model.chat(asked.messages)
+    if asked.messages is None:
+        prompt = model.complete(asked.prompt, asked.images)
+    else:
+        prompt = model.chat(asked.messages, settings=ModelSettings(thinking.reasoning_effort))
     console.result(as_object(source.name, prompt), as_text(prompt))
 
 

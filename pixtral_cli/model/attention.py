@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,16 @@ class Span:
         return (starts + torch.arange(PAGE, device=device)).flatten()[:length]
 
 
+class Ends(NamedTuple):
+    """What the library needs of a pass of tokens that are each the last of a sequence as it grows."""
+
+    slots: Tensor
+    """int64 [tokens]: where their keys and values go"""
+    pages: PagesOf
+    store: tuple[int, int, int]
+    """As `KVCache.addresses`."""
+
+
 class AttendPaged:
     """Attention for the flattened new tokens of several sequences: one Span each, in order.
 
@@ -78,6 +89,14 @@ class AttendPaged:
             else:
                 self._attend_each(layer, run, queries, out)
         return mixed
+
+    @property
+    def ends(self) -> Ends | None:
+        """Of a pass in which every span is one token, on a CPU with keys and values as they are; else None."""
+        store = self._kv_cache.addresses
+        if store is None or len(self._runs) != 1 or not self._runs[0].single:
+            return None
+        return Ends(self._new, self._runs[0].pages, store)
 
     def _attend_each(self, layer: int, run: _Run, q: Tensor, out: Tensor) -> None:
         """Span by span, by torch; the keys and values of pages that lie apart are copied."""

@@ -7,6 +7,7 @@ to know. Letters: N tokens of one forward pass, S layers, T slots, K key-value h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,14 @@ class KVCache:
 
     def layer(self, layer: int) -> LayerStore:
         return self._layers[layer]
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int] | None:
+        """Of the first layer's keys and values, and the bytes from one layer's to the next one's; None of codes, and
+        on a card."""
+        if self._exponents is not None or self._store.device.type != "cpu":
+            return None
+        return self._store[0].data_ptr(), self._store[1].data_ptr(), self._store.stride(1) * self._store.element_size()
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [N, K, D] into `slots` [N]."""

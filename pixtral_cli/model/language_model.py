@@ -7,7 +7,7 @@ Parameter names are ours (weights_cache.names maps every checkpoint's to them). 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from pixtral_cli.model.kernels import KernelLinear
 from pixtral_cli.model.kernels.cpu_rows import CpuRowsKernel
 from pixtral_cli.model.layers import Attend, Embedding, GatedFeedForward, SelfAttention
 from pixtral_cli.model.rotary import Rotary, text_rotary
+
+Layers = Callable[[Tensor, Rotary, Attend], tuple[Tensor, Tensor] | None]
+"""Rows x [N, C] -> the residual and what is to be added to it after all layers; None for what it does not take."""
 
 
 class LanguageModel(nn.Module):
@@ -86,14 +89,21 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.native: Layers | None = None
+        """The layers in one call, for passes of a few rows on a CPU (`native_decoder`)."""
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [N, C] and integer positions [N], each within its own sequence -> normed hidden states [N, C]."""
         rotary = text_rotary(positions, self.config, x.dtype)
+        done = None if self.native is None else self.native(x, rotary, attend)
+        x, delta = self._layer_by_layer(x, rotary, attend) if done is None else done
+        return add_norm(x, delta, self.norm)[1]
+
+    def _layer_by_layer(self, x: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, Tensor | None]:
         delta = None
         for index, layer in enumerate(self.layers):
             x, delta = layer(x, delta, rotary, attend, index)
-        return add_norm(x, delta, self.norm)[1]
+        return x, delta
 
 
 class DecoderLayer(nn.Module):

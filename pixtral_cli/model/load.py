@@ -18,6 +18,7 @@ from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import KernelLinear, Weight, nf4
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from pixtral_cli.model.language_model import LanguageModel
+from pixtral_cli.model.native_decoder import NativeDecoder
 from pixtral_cli.model.pass_threads import WatchedThreads
 from pixtral_cli.model.placement import FLOATS, Placement
 from pixtral_cli.model.to_card import ToCard
@@ -57,6 +58,7 @@ def load(
     if HEAD not in names:
         _tie(model)
     joining.multiply_together(model.language_model)
+    model.language_model.native = NativeDecoder.of(model.language_model)
     return model.requires_grad_(False).eval()
 
 

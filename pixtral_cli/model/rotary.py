@@ -8,7 +8,6 @@ for a patch of an image. Letters: N tokens or patches, D head_dim.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from pixtral_cli.model.config import QueryScaling, TextConfig, Yarn
 Rotary = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 """cos and sin, each [N, 1, D]: what rotates the heads of N tokens or patches to their positions. Where queries are
 scaled, by what: [N, 1, 1]."""
+_KEPT: dict[tuple[int, float, torch.device, Yarn | None], Tensor] = {}
+"""The frequencies of each kind of head, on each device."""
 
 
 def text_rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> Rotary:
@@ -38,18 +39,17 @@ def query_scales(positions: Tensor, scaling: QueryScaling) -> Tensor:
 def frequencies(head_dim: int, theta: float, device: torch.device, yarn: Yarn | None = None) -> Tensor:
     """float32 [D/2]: theta^(-2i/D), the angles of position 1 (Su et al. 2021, RoFormer, section 3.2.2), or as `yarn`
     stretches them."""
-    if device.type == "cpu":
-        return _kept_frequencies(head_dim, theta, yarn)
-    return _frequencies(head_dim, theta, yarn, device)
-
-
-@cache
-def _kept_frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> Tensor:
+    key = head_dim, theta, device, yarn
+    if key in _KEPT:
+        return _KEPT[key]
     with torch.inference_mode(False):  # so that passes that are being trained may use them too
-        return _frequencies(head_dim, theta, yarn, torch.device("cpu"))
+        made = _frequencies(*key)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # its memory is the graph's
+        return made
+    return _KEPT.setdefault(key, made)
 
 
-def _frequencies(head_dim: int, theta: float, yarn: Yarn | None, device: torch.device) -> Tensor:
+def _frequencies(head_dim: int, theta: float, device: torch.device, yarn: Yarn | None) -> Tensor:
     wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if yarn is None:
         return 1.0 / wavelengths

@@ -166,3 +166,18 @@ class ImagesUnsupported(PromptError):
             "This model reads text only, and a picture was given.",
             hint="Leave the picture out, or choose a model that sees, such as mistral-community/pixtral-12b.",
         )
+
+
+class EffortUnknown(PromptError):
+    """The model can be told how hard to think, and not in this word."""
+
+    def __init__(self, effort: str, known: tuple[str, ...]):
+        super().__init__(
+            f"This model has no reasoning effort {effort!r}.", hint=f"Give {' or '.join(known)}, or leave it out."
+        )
+
+
+class PartRefused(PromptError):
+    """Mistral's rules have no way to write a part of the conversation."""
+
+    default_hint = "Leave it out of the messages."

@@ -31,8 +31,10 @@ PARTS = {
     "refusal": ("refusal",),
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),
+    "thinking": ("thinking",),
 }
-"""The type of a part -> the keys under which its text or picture may stand, as OpenAI and transformers have them."""
+"""The type of a part -> the keys under which its text or picture may stand, as OpenAI, transformers and Mistral have
+them."""
 KINDS: dict[type, str] = {
     type(None): "null",
     bool: "a boolean",
@@ -60,7 +62,16 @@ class ImagePart:
     """The entry of the messages that names it, e.g. ``messages[2].content[1]``."""
 
 
-Part = TextPart | ImagePart
+@dataclass(frozen=True)
+class ThinkPart:
+    """What was thought before an answer, or how to think, in a system message."""
+
+    text: str
+    closed: bool = True
+    """False for a thought that is to go on."""
+
+
+Part = TextPart | ImagePart | ThinkPart
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,10 @@ class Message:
     @property
     def images(self) -> tuple[ImagePart, ...]:
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
+
+    @property
+    def thoughts(self) -> tuple[ThinkPart, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ThinkPart))
 
 
 @dataclass(frozen=True)
@@ -209,6 +224,10 @@ def parse(messages: Sequence[dict[str, Any]] | Conversation) -> Conversation:
     says by `tool_call_id` which call it answers. The older `function_call` of an assistant is a call as well, and the
     role function, by its `name`, gives the result of the latest call of that function.
 
+    What an assistant thought stands in its `reasoning_content` (or `reasoning`), or in parts of the content, as in
+    Mistral's API: ``{"type": "thinking", "thinking": text or list of text parts, "closed": …}``. Messages of the system
+    can have such parts too: they show how to think.
+
     A last message of the assistant's is to be continued, with or without ``"prefix": true``. No message needs to be
     the user's: one of the system alone is a conversation.
 
@@ -248,6 +267,8 @@ def _message(entry: Any, where: str, ids: AbstractSet[str], latest: Mapping[str,
     message = Message(ROLES[role], parts, is_string, calls, *answered)
     if message.images and message.role not in ("user", "tool"):
         raise InvalidMessages(where, f"only messages of users and tools can hold pictures, not {message.role} messages")
+    if message.thoughts and message.role not in ("assistant", "system"):
+        raise InvalidMessages(where, f"only assistants and systems have thoughts, not {message.role} messages")
     return message
 
 
@@ -304,17 +325,33 @@ def _id(entry: dict[str, Any], key: str, where: str) -> str:
 
 
 def _content(entry: dict[str, Any], role: str, has_calls: bool, where: str) -> tuple[tuple[Part, ...], bool]:
-    """The parts, and whether they were a string. A refusal, calls and the result of a function can have no content."""
+    """The parts, thoughts first, and whether the content was a string. A refusal, a thought, calls and the result of a
+    function can have no content."""
     content = entry.get("content")
+    thoughts = _reasoning(entry, where) if role == "assistant" else ()
     if content is None and role == "assistant":
         content = entry.get("refusal")
-    if content is None and (has_calls or role == "function"):
+    if content is None and (has_calls or thoughts or role == "function"):
         content = ""
     if isinstance(content, str):
-        return (TextPart(content),), True
+        return (*thoughts, TextPart(content)), True
     if not isinstance(content, (list, tuple)):
         raise InvalidMessages(where, f"content should be a string or a list, not {_kind(content)}")
-    return tuple(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)), False
+    parts = tuple(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
+    if thoughts and any(isinstance(part, ThinkPart) for part in parts):
+        raise InvalidMessages(where, "its thoughts stand in the content and beside it", "Give them once.")
+    return (*thoughts, *parts), False
+
+
+def _reasoning(entry: dict[str, Any], where: str) -> tuple[ThinkPart, ...]:
+    """What stands under either of the two names that clients have for a thought."""
+    given = {name: entry[name] for name in ("reasoning_content", "reasoning") if entry.get(name) not in (None, "")}
+    for name, text in given.items():
+        if not isinstance(text, str):
+            raise InvalidMessages(f"{where}.{name}", f"should be a string, not {_kind(text)}")
+    if len(set(given.values())) > 1:
+        raise InvalidMessages(where, "reasoning_content and reasoning mean the same, and differ", "Give one of them.")
+    return tuple(ThinkPart(text) for text in set(given.values()))
 
 
 def _part(part: Any, where: str) -> Part:
@@ -324,13 +361,29 @@ def _part(part: Any, where: str) -> Part:
         raise InvalidMessages(where, f"should be an object with a type, not {_kind(part)}")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in PARTS:
-        raise InvalidMessages(where, f"the type should be text, image_url or image, not {_quoted(kind)}")
+        raise InvalidMessages(where, f"the type should be text, thinking, image_url or image, not {_quoted(kind)}")
     key = next((key for key in PARTS[kind] if part.get(key) is not None), PARTS[kind][0])
     if kind.startswith("image"):
         return _image(key, part.get(key), part.get("detail"), where)
+    if kind == "thinking":
+        return _thought(part.get(key), part.get("closed"), where)
     if not isinstance(part.get(key), str):
         raise InvalidMessages(where, f"{key} should be a string, not {_kind(part.get(key))}")
     return TextPart(part[key])
+
+
+def _thought(thinking: Any, closed: Any, where: str) -> ThinkPart:
+    """Mistral's API has a list of text parts where mistral-common has a string."""
+    if isinstance(thinking, list | tuple):
+        inner = [_part(part, f"{where}.thinking[{index}]") for index, part in enumerate(thinking)]
+        if not all(isinstance(part, TextPart) for part in inner):
+            raise InvalidMessages(f"{where}.thinking", "should hold texts alone")
+        thinking = "".join(part.text for part in inner if isinstance(part, TextPart))
+    if not isinstance(thinking, str):
+        raise InvalidMessages(where, f"thinking should be a string or a list of texts, not {_kind(thinking)}")
+    if not isinstance(closed, bool | None):
+        raise InvalidMessages(where, "closed should be true or false")
+    return ThinkPart(thinking, closed is not False)
 
 
 def _image(key: str, source: Any, detail: Any, where: str) -> ImagePart:

@@ -22,8 +22,10 @@ from pixtral_cli.prompt.errors import (
 from pixtral_cli.prompt.image import RECIPES, ImageSpec, PreparedImage, Recipe, prepare
 from pixtral_cli.prompt.messages import Conversation, ImagePart
 from pixtral_cli.prompt.mistral_format import MistralFormat, can_chat, knows_tools
+from pixtral_cli.prompt.model_settings import ModelSettings
 from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.template import ChatTemplate, find_template, template_in
+from pixtral_cli.prompt.thoughts import ThoughtMarks
 from pixtral_cli.prompt.tokenizer import TextOrId, Tokenizer
 from pixtral_cli.prompt.tool_calls import CallForm
 from pixtral_cli.prompt.tools import Tool
@@ -52,6 +54,10 @@ class Prompt:
     call_form: CallForm = "text"
     text: str | None = None
     """A raw prompt as it was written."""
+    thought_marks: ThoughtMarks | None = None
+    """What stands around the thoughts of the answer; None where they are not told from it."""
+    thought_is_open: bool = False
+    """Whether the answer begins within a thought."""
 
     @property
     def image_tokens(self) -> int:
@@ -148,19 +154,30 @@ class Processor:
             open_image,
         )
 
-    def chat(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> Prompt:
+    def chat(
+        self, conversation: Conversation, tools: Sequence[Tool] = (), settings: ModelSettings | None = None
+    ) -> Prompt:
         """The prompt that asks for the next answer, in which `tools` may be called, or for more of the last one.
 
         Raises:
-            NoChatTemplate, TemplateFailed, ImagesUnsupported, ImageError.
+            NoChatTemplate, TemplateFailed, PartRefused, EffortUnknown, ImagesUnsupported, ImageError.
         """
         were_called = any(message.tool_calls or message.role == "tool" for message in conversation.messages)
         chat_format = self._format_for(bool(tools) or were_called)
         conversation = chat_format.arranged(conversation)
         images = self._prepared(conversation.images)
-        ids = self._filled(chat_format.encode(conversation, tools), images)
+        ids = self._filled(chat_format.encode(conversation, tools, settings), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
-        return Prompt(ids, images, not in_text, tuple(tools), chat_format.call_form)
+        marks = chat_format.thought_marks(conversation)
+        return Prompt(
+            ids,
+            images,
+            not in_text,
+            tuple(tools),
+            chat_format.call_form,
+            thought_marks=marks,
+            thought_is_open=marks is not None and marks.are_open(ids, self.tokenizer),
+        )
 
     def complete(self, text: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt that continues `text`, without a template: BOS, unless it begins with it, and what is written.

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, NoReturn
 
 from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import TemplateFailed
-from pixtral_cli.prompt.messages import Conversation, Message, TextPart
+from pixtral_cli.prompt.messages import JOIN, Conversation, ImagePart, Message, Part, TextPart, ThinkPart
+from pixtral_cli.prompt.model_settings import ModelSettings
 from pixtral_cli.prompt.side_file import SideFile
+from pixtral_cli.prompt.thoughts import ThoughtMarks
 from pixtral_cli.prompt.tokenizer import Tokenizer
 from pixtral_cli.prompt.tokenizer_files import Files
 from pixtral_cli.prompt.tool_calls import ARGS, CALL_ID, CALLS, CallForm
@@ -33,6 +36,8 @@ MANY_WORDS = 50
 TYPE = re.compile(r"""['"]type['"]|\.type\b""")
 PART_TYPE = re.compile(r"""\btype\b['"\])]*\s*(==|!=|in\b|,\s*['"]\w+['"]\s*,)\s*[(\[]?\s*['"](text|image)""")
 PART_LOOP = re.compile(r"\bfor\s+\w+\s+in\s[^%]*\bcontent\b")
+THINK_TYPE = re.compile(r"""['"]thinking['"]""")
+REASONING = "reasoning_content"
 STRING_TEST = re.compile(r"\bis\s+(not\s+)?string\b")
 BROKEN = f"{FETCH_AGAIN}, or use --raw (in Python: complete)."
 
@@ -74,6 +79,7 @@ class ChatTemplate:
         has_type, loops = TYPE.search(self.source), PART_LOOP.search(self.source)  # a tool's description has a type too
         self._knows_parts = bool(PART_TYPE.search(self.source) or (has_type and loops))
         self._knows_strings = bool(STRING_TEST.search(self.source))
+        self._knows_thoughts = bool(THINK_TYPE.search(self.source))
 
     @property
     def knows_tools(self) -> bool:
@@ -96,7 +102,13 @@ class ChatTemplate:
         """
         return conversation.images_after_results().merged()
 
-    def encode(self, conversation: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
+    def thought_marks(self, conversation: Conversation) -> ThoughtMarks | None:
+        """How the model marks its thoughts in this conversation; None where it has none."""
+        return ThoughtMarks.of(self.tokenizer, conversation, self.source)
+
+    def encode(
+        self, conversation: Conversation, tools: Sequence[Tool] = (), settings: ModelSettings | None = None
+    ) -> list[int]:
         """Token ids of an `arranged` conversation, up to where the answer begins; every image is one image token.
 
         If the template refuses it, or passes over the question, other arrangements are tried: see `_arrangements`.
@@ -105,32 +117,32 @@ class ChatTemplate:
         Raises:
             TemplateFailed: with what the template itself says.
         """
-        described = [tool.described for tool in tools] or None
+        variables = {"tools": [tool.described for tool in tools] or None} | (settings or ModelSettings()).given
         refusal: TemplateFailed | None = None
         for rearranged in _arrangements(conversation):
             try:
-                return self._encode(rearranged, described)
+                return self._encode(rearranged, variables)
             except TemplateFailed as error:
                 refusal = refusal or error
         assert refusal is not None
         raise refusal
 
-    def _encode(self, conversation: Conversation, tools: list[dict[str, Any]] | None) -> list[int]:
+    def _encode(self, conversation: Conversation, variables: dict[str, Any]) -> list[int]:
         texts = [text for message in conversation.messages for text in _texts(message)]
-        if tools:
-            texts += texts_in(tools)
+        texts += texts_in(variables)
         used = set().union(self.source, *texts)
         unused = (char for code in PRIVATE_USE if (char := chr(code)) not in used)
         mark, end = next(unused), next(unused)
         protect = partial(self._user_text.put, mark=mark)
-        messages = [self._entry(message, protect) for message in conversation.messages]
+        marks = self.thought_marks(conversation)
+        messages = [self._entry(message, protect, marks) for message in conversation.messages]
         if conversation.is_continued:
             _put_end(messages[-1], end)
         rendered = self._render(
             OWN_TEXT + OWN_TIMES * sum(map(len, texts)),
             messages=messages,
-            tools=_protected(tools, protect),
             add_generation_prompt=not conversation.is_continued,
+            **_protected(variables, protect),
         )
         if not _is_asked(conversation, rendered.replace(mark, "")):
             raise TemplateFailed("The model's chat template passes over what is asked.", BROKEN)
@@ -138,21 +150,25 @@ class ChatTemplate:
             rendered = _cut_at(rendered, end)
         return self._ids(rendered, mark)
 
-    def _entry(self, message: Message, protect: Callable[[str], str]) -> dict[str, Any]:
+    def _entry(self, message: Message, protect: Callable[[str], str], marks: ThoughtMarks | None) -> dict[str, Any]:
         """The message as the template knows it: content as a list of parts or as a string.
 
-        A template that knows both gets a string from whoever gave one, and of whoever can have no images. Arguments
-        are the value that their JSON stands for, which templates write as JSON themselves.
+        A template that knows both gets a string from whoever gave one, and of whoever can have no images. Thoughts are
+        parts, or `reasoning_content`; a template that knows neither gets them in the text, between their marks.
+        Arguments are the value that their JSON stands for, which templates write as JSON themselves.
         """
+        entry: dict[str, Any] = {"role": message.role}
+        if message.thoughts and not self._knows_thoughts and REASONING in self.source and message.role == "assistant":
+            entry[REASONING] = protect("".join(part.text for part in message.thoughts))
+            marks = None
         takes_string = self._knows_strings and (message.is_string or message.role != "user")
-        if self._knows_parts and not takes_string:
-            content: Any = [
-                _text_part(protect(part.text)) if isinstance(part, TextPart) else {"type": "image"}
-                for part in message.parts
-            ]
+        if message.thoughts and self._knows_thoughts:
+            entry["content"] = [_shown(part, protect) for part in message.parts if part != TextPart("")]
+        elif message.thoughts or takes_string or not self._knows_parts:
+            text = _text_of(message, protect, marks)
+            entry["content"] = text if takes_string or not self._knows_parts else [_text_part(text)]
         else:
-            content = protect(message.text)
-        entry: dict[str, Any] = {"role": message.role, "content": content}
+            entry["content"] = [_shown(part, protect) for part in message.parts]
         if message.tool_calls:
             entry["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
@@ -225,7 +241,7 @@ class UserTextMarks:
 
 def _texts(message: Message) -> Iterator[str]:
     """What a client wrote in it."""
-    yield from (part.text for part in message.parts if isinstance(part, TextPart))
+    yield from (part.text for part in message.parts if not isinstance(part, ImagePart))
     yield message.name
     for call in message.tool_calls:
         yield call.name
@@ -274,6 +290,26 @@ def _bare_words(text: str) -> list[str]:
     return [word for word in words if word]
 
 
+def _shown(part: Part, protect: Callable[[str], str]) -> dict[str, Any]:
+    """A part as templates read it."""
+    if isinstance(part, TextPart):
+        return _text_part(protect(part.text))
+    if isinstance(part, ThinkPart):
+        return {"type": "thinking", "thinking": protect(part.text), "closed": part.closed}
+    return {"type": "image"}
+
+
+def _text_of(message: Message, protect: Callable[[str], str], marks: ThoughtMarks | None) -> str:
+    """The texts of a message, and its thoughts between their marks, if there are any."""
+    written = []
+    for kind, group in groupby(message.parts, key=type):
+        if kind is TextPart:
+            written.append(protect(JOIN.join(part.text for part in group if isinstance(part, TextPart))))
+        elif marks is not None:
+            written += [marks.around(protect(p.text), p.closed) for p in group if isinstance(p, ThinkPart)]
+    return "".join(written)
+
+
 def _text_part(text: str) -> dict[str, str]:
     """Published templates read a text part's "text" or its "content"."""
     return {"type": "text", "text": text, "content": text}
@@ -284,8 +320,12 @@ def _put_end(entry: dict[str, Any], end: str) -> None:
     if isinstance(entry["content"], str):
         entry["content"] += f"{end} "
     else:
-        parts = entry["content"] or [_text_part("")]
-        entry["content"] = [*parts[:-1], _text_part(f"{parts[-1]['text']}{end} ")]
+        *parts, last = entry["content"] or [_text_part("")]
+        if last["type"] == "thinking" and last["closed"]:
+            parts, last = [*parts, last], _text_part("")
+        kind = last["type"]
+        changed = _text_part(f"{last[kind]}{end} ") if kind == "text" else last | {kind: f"{last[kind]}{end} "}
+        entry["content"] = [*parts, changed]
 
 
 def _cut_at(rendered: str, end: str) -> str:

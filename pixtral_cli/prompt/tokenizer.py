@@ -15,6 +15,7 @@ from functools import cached_property
 import tokenizers
 
 from pixtral_cli.prompt.errors import TextTooLong
+from pixtral_cli.prompt.model_settings import NO_SETTINGS, SettingsRules
 
 SPACE = "\u2581"
 """How a SentencePiece vocabulary spells a space."""
@@ -83,6 +84,8 @@ class Tokenizer:
     """Whether the tokenizer by itself puts `bos` first."""
     version: int | None = None
     """Of Mistral's chat rules, where the file says it (tekken.json): 3 for Pixtral-12B."""
+    settings_rules: SettingsRules = NO_SETTINGS
+    """Which settings prompts tell, where the file says it."""
     longest_side: int | None = None
     """Pixels of the longest side of an image, where the file says it."""
     room: int | None = None
@@ -272,6 +275,8 @@ class StopMatcher:
     def __init__(self, stops: Iterable[str] = ()):
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
+        self.rest = ""
+        """What came with the end of the stop that was met, and after it."""
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -282,8 +287,9 @@ class StopMatcher:
             return text, False
         text = self._held + text
         if found := [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]:
-            self._held, self._stopped = "", True
-            return text[: min(found)[1]], True
+            end, start = min(found)
+            self._held, self._stopped, self.rest = "", True, text[end:]
+            return text[:start], True
         safe = min(_begin(stop, text) for stop in self._stops)
         self._held = text[safe:]
         return text[:safe], False

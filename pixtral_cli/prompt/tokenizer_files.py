@@ -22,6 +22,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from pixtral_cli.errors import reason_of
 from pixtral_cli.prompt.errors import PromptError, TokenizerUnreadable
+from pixtral_cli.prompt.model_settings import SettingsRules
 from pixtral_cli.prompt.side_file import SideFile
 from pixtral_cli.prompt.tokenizer import Control, Tokenizer, byte_level
 from weights_cache.wording import FETCH_AGAIN
@@ -34,6 +35,8 @@ CONTROLS_BEFORE_V8 = (
     "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
 )  # fmt: skip
 """The control tokens in order of id, for a tekken.json that does not list its own."""
+VERSIONS = (1, 2, 3, 7, 11, 13, 15)
+"""Of Mistral's chat rules, all that there are."""
 FIRST, NEVER = b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'
 """Of a Metaspace: whether it puts a space before a text."""
 
@@ -110,13 +113,27 @@ def _from_tekken(path: Path) -> Tokenizer:
     else:
         controls = {entry["token_str"]: entry["rank"] for entry in listed}
     controls |= {f"<SPECIAL_{rank}>": rank for rank in range(len(controls), special)}
-    image = SideFile(data, str(path)).section("image" if data.get("image") else "multimodal")
+    whole = SideFile(data, str(path))
+    image = whole.section("image" if data.get("image") else "multimodal")
     return Tokenizer(
         byte_level_bpe(ids, every_merge(ids), config["pattern"], ignore_merges=True),
         {text: Control(text, id) for text, id in controls.items()},
-        version=int(config["version"].lstrip("v").partition("m")[0]),  # of "v3", "v13" or "v3m1"
+        version=_version(config["version"], path),
+        settings_rules=SettingsRules.of(whole.section("model_settings_builder")),
         longest_side=image.length("max_image_size") if "max_image_size" in image else None,
     )
+
+
+def _version(written: str, path: Path) -> int:
+    """The number in "v3", "v13" or "v3m1"."""
+    number = written.removeprefix("v").partition("m")[0]
+    if not number.isdecimal() or int(number) not in VERSIONS:
+        known = ", ".join(f"v{version}" for version in VERSIONS)
+        raise TokenizerUnreadable(
+            f"{path} is of version {written[:20]!r}, and {known} are known.",
+            "A newer pixtral may know it.",
+        )
+    return int(number)
 
 
 def _from_json(path: Path) -> Tokenizer:

@@ -44,6 +44,11 @@ class AnswerDelta(NamedTuple):
 
     text: str
     calls: tuple[ToolCallDelta, ...] = ()
+    thought: str = ""
+
+    def then(self, other: AnswerDelta) -> AnswerDelta:
+        """Both as one."""
+        return AnswerDelta(self.text + other.text, self.calls + other.calls, self.thought + other.thought)
 
 
 def joined(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
@@ -92,6 +97,10 @@ class ToolCallReader:
         self._parser = _CallParser() if reads_calls or only_calls else None
         if self._parser and only_calls:
             self._parser.begin()
+
+    def begins_call(self, token_id: int) -> bool:
+        """Whether the token is the mark before a call."""
+        return self._marks.get(token_id) == CALLS
 
     def push(self, token_id: int) -> AnswerDelta:
         """What this token adds to the answer; it may be nothing."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from pixtral_cli.generation_options import OPTION_RANGES
+from pixtral_cli.generation_options import OPTION_RANGES, Effort
 from pixtral_cli.prompt.image import Detail
 from pixtral_cli.prompt.tools import NAME
 
@@ -79,6 +79,14 @@ class TextPart(Marked):
     text: str
 
 
+class ThinkingPart(Marked):
+    """A thought, as Mistral's API writes it."""
+
+    type: Literal["thinking"]
+    thinking: str | list[TextPart]
+    closed: bool | None = Field(None, description="False for a thought that is to go on.")
+
+
 class RefusalPart(Strict):
     type: Literal["refusal"]
     refusal: str
@@ -96,7 +104,8 @@ class ImagePart(Marked):
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(max_length=MAX_LIST)]
-SaidPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+SaidPart = Annotated[TextPart | ThinkingPart | RefusalPart, Field(discriminator="type")]
+SystemPart = Annotated[TextPart | ThinkingPart, Field(discriminator="type")]
 
 
 class CalledFunction(Strict):
@@ -117,7 +126,7 @@ class AnyMessage(Marked):
 
 class SystemMessage(AnyMessage):
     role: Literal["system", "developer"]
-    content: str | list[TextPart]
+    content: str | list[SystemPart]
 
 
 class UserMessage(AnyMessage):
@@ -128,6 +137,8 @@ class UserMessage(AnyMessage):
 class AssistantMessage(AnyMessage):
     role: Literal["assistant"]
     content: str | list[SaidPart] | None = None
+    reasoning_content: str | None = Field(None, description="What was thought before the content.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
     tool_calls: list[Call] | None = None
     function_call: CalledFunction | None = Field(None, description="The older form of one tool call.")
     prefix: bool | None = Field(None, description="The last message of an assistant is continued, with it or without.")
@@ -279,7 +290,9 @@ class PredictRequest(GenerationFields):
     )
     modalities: list[Literal["text"]] | None = None
     prediction: Json | None = Field(None, description=NO_CHANGE)
-    reasoning_effort: str | None = Field(None, description=NO_CHANGE)
+    reasoning_effort: Effort | None = Field(
+        None, description="How hard to think, for models that can be told; Mistral's know none and high."
+    )
     verbosity: str | None = Field(None, description=NO_CHANGE)
     safe_prompt: Literal[False] | None = None
 

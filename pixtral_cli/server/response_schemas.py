@@ -20,11 +20,16 @@ class TokenDetails(TypedDict):
     image_tokens: int
 
 
+class CompletionDetails(TypedDict):
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokenDetails
+    completion_tokens_details: CompletionDetails
 
 
 class Logprob(TypedDict):
@@ -70,6 +75,7 @@ class ToolCallDelta(TypedDict):
 class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: NotRequired[str]
     refusal: None
     tool_calls: NotRequired[list[ToolCall]]
     function_call: NotRequired[FunctionCall]
@@ -85,6 +91,7 @@ class ChatChoice(TypedDict):
 class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallDelta]]
     function_call: NotRequired[FunctionCallDelta]
 

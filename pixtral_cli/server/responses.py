@@ -81,6 +81,8 @@ def answer(
 
 def chat_choice(index: int, reply: Reply, token_bytes: TokenBytes, older_calls: bool) -> schemas.ChatChoice:
     message: schemas.ChatMessage = {"role": "assistant", "content": reply.text, "refusal": None}
+    if reply.reasoning_content:
+        message["reasoning_content"] = reply.reasoning_content
     if reply.tool_calls:
         message["content"] = reply.text or None
     if reply.tool_calls and older_calls:
@@ -175,6 +177,7 @@ def usage(answers: Sequence[generation.Usage], n: int) -> schemas.Usage:
             "cached_tokens": sum(each.cached_tokens for each in prompts),
             "image_tokens": sum(each.image_tokens for each in prompts),
         },
+        "completion_tokens_details": {"reasoning_tokens": sum(each.reasoning_tokens for each in answers)},
     }
 
 
@@ -196,8 +199,9 @@ class Chunks:
         name = "chat.completion.chunk" if self.is_chat else "text_completion"
         self.head = f'data: {compact({"object": name, **envelope.head})[:-1]},"choices":['
         self.tail = '],"usage":null}\n\n' if request.include_usage else "]}\n\n"
-        said = '"delta":{"content":' if self.is_chat else '"text":'
+        said, thought = ('"delta":{"content":', '"delta":{"reasoning_content":') if self.is_chat else ('"text":', "")
         self.before_text = [f'{self.head}{{"index":{place},{said}' for place in range(request.answers)]
+        self.before_thought = [f'{self.head}{{"index":{place},{thought}' for place in range(request.answers)]
         self.after_text = f'{"}" * self.is_chat},"logprobs":null,"finish_reason":null}}{self.tail}'
         self.replies: list[Reply | None] = [None] * request.answers
         self.held: list[list[TokenLogprob]] = [[] for _ in self.replies]
@@ -209,7 +213,7 @@ class Chunks:
         if not self.is_chat:
             return b""
         used = first[0][1].usage if self.request.usage_in_each else None
-        used = used and replace(used, completion_tokens=0)
+        used = used and replace(used, completion_tokens=0, reasoning_tokens=0)
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         choices = [f'{{"index":{place},{delta}}}' for place in range(len(self.replies))]
         return "".join(self._chunk(choice, used) for choice in choices).encode()
@@ -230,7 +234,9 @@ class Chunks:
 
     def _event(self, place: int, event: TextEvent) -> str:
         if self._is_plain(event):
-            return f"{self.before_text[place]}{compact(event.text)}{self.after_text}" if event.text else ""
+            thought, text = event.reasoning_content, event.text
+            chunk = f"{self.before_thought[place]}{compact(thought)}{self.after_text}" if thought else ""
+            return f"{chunk}{self.before_text[place]}{compact(text)}{self.after_text}" if text else chunk
         used = event.usage if self.request.usage_in_each else None
         chunks = "".join([self._chunk(choice, used) for choice in self._choices(place, event)])
         if event.finish_reason:
@@ -239,7 +245,7 @@ class Chunks:
         return chunks
 
     def _is_plain(self, event: TextEvent) -> bool:
-        """Whether it has text and nothing else to tell, as nearly all have."""
+        """Whether it has a thought or text and nothing else to tell, as nearly all have."""
         return not (
             event.finish_reason or event.logprob or event.tool_call_deltas or event.echo or self.request.usage_in_each
         )
@@ -251,6 +257,8 @@ class Chunks:
             self.held[place].append(event.logprob)
         if event.echo is not None:
             choices.append(self._echo(place, event.echo))
+        if event.reasoning_content:
+            choices.append(self._choice(place, f'"delta":{{"reasoning_content":{compact(event.reasoning_content)}}}'))
         if event.text:
             choices.append(self._text(place, event.text))
         deltas = event.tool_call_deltas if self.in_pieces else tool_calls.whole_deltas(event.tool_calls)

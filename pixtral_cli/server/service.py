@@ -164,17 +164,21 @@ class Service:
         """What the engine is asked, `request.n` times for each prompt; blocks. Raises PixtralError."""
         options = GenerationOptions.of({**self.options, **request.options})
         if request.kind == "chat":
-            prompts = [self._chat(request.messages, request.tools)]
+            self._check_pictures(request.messages)
+            prompts = [self.model.chat_prompt(request.messages, request.tools, options)]
         else:
             prompts = [self._text(prompt) for prompt in request.prompts]
             _check_logprobs(prompts, options, request.n)
         return [job for prompt in prompts for job in self.model.jobs(prompt, options, request.n, salt)]
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any) -> Prompt:
+        self._check_pictures(messages)
+        return self.model.chat_prompt(messages, tools, GenerationOptions.of(self.options))
+
+    def _check_pictures(self, messages: list[dict[str, Any]]) -> None:
         pictures, most = count_images(messages), self.limits.max_images
         if pictures > most:
             raise RequestError(f"The messages hold {pictures} pictures, and --max-images is {most}.")
-        return self.model.source.chat(messages, tools)
 
     def _text(self, prompt: TextOrTokens) -> Prompt:
         if isinstance(prompt, str):

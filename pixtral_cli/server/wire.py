@@ -25,7 +25,8 @@ COMPLETION_TOKENS = 16
 PREDICTED = {"max_tokens": 512, "temperature": 0.7}
 MAX_TOGETHER = 128
 """Answers to one request."""
-OPTIONS = {*SamplingFields.model_fields, "response_format", "tool_choice", "parallel_tool_calls"} - {"random_seed"}
+OPTIONS = {*SamplingFields.model_fields} - {"random_seed"}
+OPTIONS |= {"response_format", "tool_choice", "parallel_tool_calls", "reasoning_effort"}
 """Fields that are options of the same name."""
 TextOrTokens = str | list[int]
 

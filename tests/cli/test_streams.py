@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from support.processes import run_line
 
-USAGE = ["prompt_tokens", "completion_tokens", "image_tokens", "proposed_tokens", "accepted_tokens"]
+USAGE = ["prompt_tokens", "completion_tokens", "image_tokens", "proposed_tokens", "accepted_tokens", "reasoning_tokens"]
 KEYS = ["model", "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings", "kernels"]
 TIMINGS = ["load_s", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "total_s"]
 
@@ -173,3 +173,22 @@ def test_debugging_shows_the_traceback(fake):
 def test_an_error_leaves_json_output_empty(fake):
     done = fake("run", "-p", "bug", "--json")
     assert (done.returncode, done.stdout) == (1, b"")
+
+
+def test_a_pipe_gets_the_answer_without_the_thought(fake):
+    done = fake("run", "-p", "thinking")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"<user>thinking\n", b"")
+
+
+def test_the_object_has_the_thought_apart_unless_it_is_not_wanted(fake):
+    value = json.loads(fake("run", "-p", "thinking", "--json").stdout)
+    assert (value["text"], value["reasoning_content"]) == ("<user>thinking", "Well\x1b[31m, then.\n")
+    hidden = json.loads(fake("run", "-p", "thinking", "--json", "--no-reasoning").stdout)
+    assert list(hidden) == KEYS and hidden["text"] == value["text"]
+
+
+def test_an_effort_reaches_the_model_and_goes_with_no_raw_prompt(fake):
+    told = fake("run", "-p", "options", "--reasoning-effort", "high").stdout
+    assert b'"reasoning_effort": "high"' in told
+    refused = fake("run", "--raw", "-p", "options", "--reasoning-effort", "high")
+    assert refused.returncode == 2 and b"--raw and --reasoning-effort exclude" in refused.stderr

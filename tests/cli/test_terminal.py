@@ -80,6 +80,28 @@ def test_a_model_cannot_drive_the_terminal(terminal):
     assert shown.shown.decode() == "\u241b]0;owned\u2407red\u241b[31m\ufffd2Jplain\r\n"
 
 
+ASKED = ("run", "-p", "thinking")
+ANSWER = b"<user>thinking"
+
+
+def test_a_thought_is_dimmed_and_stands_before_the_answer(terminal):
+    shown = terminal(*ASKED, streams=(0, 1))
+    assert shown.finish() == 0
+    dimmed = "\x1b[2mWell\x1b[0m\x1b[2m\u241b[31m, then.\r\n\x1b[0m\r\n"
+    assert shown.shown == dimmed.encode() + ANSWER + b"\r\n"
+
+
+def test_where_nothing_is_dimmed_a_thought_stands_between_marks(terminal):
+    shown = terminal(*ASKED, streams=(0, 1), env={"NO_COLOR": "1"})
+    assert shown.finish() == 0
+    assert shown.shown == "<think>\r\nWell\u241b[31m, then.\r\n</think>\r\n\r\n".encode() + ANSWER + b"\r\n"
+
+
+def test_a_thought_is_not_shown_where_it_is_not_wanted(terminal):
+    shown = terminal(*ASKED, "--no-reasoning", streams=(0, 1))
+    assert shown.finish() == 0 and shown.shown == ANSWER + b"\r\n"
+
+
 def test_a_file_name_cannot_drive_the_terminal(terminal):
     shown = terminal("run", "-p", "hi", "-i", "\x1b[2J.png", streams=(0, 1, 2), env={"NO_COLOR": "1"})
     assert shown.finish() == 1 and b"\x1b[2J" not in shown.shown and "\u241b[2J.png" in shown.shown.decode()

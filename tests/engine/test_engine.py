@@ -124,7 +124,7 @@ def test_an_interrupted_step_can_be_taken_again(model, monkeypatch):
     engine.submit(request(1))
     got = [engine.step()[0].token_id]
     with monkeypatch.context() as patch:
-        patch.setattr(model.language_model.layers[2].mlp, "forward", interrupt)
+        patch.setattr(model.lm_head, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     while engine.busy:

@@ -12,7 +12,7 @@ from support.processes import clean_environment
 from pixtral_cli import Pixtral
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "head_dim": 64}
-SAVED = ("q4_0", "q4_k", "q6_k", "nf4", "bfloat16")
+SAVED = ("q4_0", "q4_k", "q6_k", "nf4", "fp8", "bfloat16")
 OLDER = ("q4_0", "q4_k", "nf4")
 GGUF = {"q4_0": Kind.Q4_0, "q8_0": Kind.Q8_0, "bf16": Kind.BF16}
 PROGRAM = """

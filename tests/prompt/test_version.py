@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import mistral_common
 import pytest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from sentencepiece import SentencePieceProcessor
-from support.tool_builders import call, mistral_ids, mistral_request
+from support.tool_builders import DATA, call, mistral_ids, mistral_request, sentencepiece_metadata
 
 from pixtral_cli.prompt import tokenizer_files
 from pixtral_cli.prompt.messages import parse
@@ -20,7 +17,6 @@ from pixtral_cli.prompt.mistral_format import MistralFormat
 from pixtral_cli.prompt.processor import Processor
 from pixtral_cli.prompt.tools import parse_tools
 
-DATA = Path(mistral_common.__file__).parent / "data"
 TOOLS = [{"type": "function", "function": {"name": "now", "description": "é", "parameters": {"type": "object"}}}]
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -58,22 +54,6 @@ def named_json(tekken_file, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("named") / "tokenizer.json"
     path.write_text(json.dumps(data))
     return path
-
-
-@cache
-def sentencepiece_metadata(name: str) -> dict:
-    """A GGUF's metadata of one of mistral-common's SentencePiece vocabularies."""
-    model = SentencePieceProcessor(model_file=str(DATA / name))
-    ids = range(model.vocab_size())
-    kinds = ((model.IsUnknown, 2), (model.IsControl, 3), (model.IsUnused, 5), (model.IsByte, 6))
-    return {
-        "model": "llama",
-        "tokens": [model.id_to_piece(id) for id in ids],
-        "scores": [model.get_score(id) for id in ids],
-        "token_type": [next((number for test, number in kinds if test(id)), 1) for id in ids],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
 
 
 def gguf(metadata: dict, template: str | None = None) -> SimpleNamespace:

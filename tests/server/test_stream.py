@@ -81,6 +81,7 @@ def test_the_usage_is_that_of_all_answers_and_comes_last_with_no_choice():
         "completion_tokens": 6,
         "total_tokens": 20,
         "prompt_tokens_details": {"cached_tokens": 2, "image_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -72,7 +72,7 @@ def test_what_is_not_given_is_left_to_the_server():
         {"store": True},
         {"service_tier": "auto"},
         {"prompt_cache_key": "a", "prompt_cache_retention": "24h", "safety_identifier": "b", "cache_prompt": True},
-        {"modalities": ["text"], "verbosity": "low", "reasoning_effort": "none", "safe_prompt": False},
+        {"modalities": ["text"], "verbosity": "low", "safe_prompt": False},
         {"prediction": {"type": "content", "content": "Hello"}},
         {"top_logprobs": 0},
         {"best_of": 1},
@@ -292,3 +292,8 @@ def test_tokens_are_counted_of_a_prompt_or_of_messages(body):
     refused(tokenize, body)
     assert tokenize({"prompt": ""}).prompt == ""
     assert tokenize({"messages": HELLO, "tools": [TOOL]}).tools
+
+
+def test_an_effort_is_an_option():
+    assert chat(reasoning_effort="high").options == {"reasoning_effort": "high"}
+    assert refused(chat, reasoning_effort="a lot").param == "reasoning_effort"

@@ -70,6 +70,9 @@ ORDERS = {
 }
 
 
+THOUGHT = ["Well", "\x1b[31m, then.\n"]
+
+
 class FakePixtral:
     """The Pixtral of the Python API, as far as the commands use it."""
 
@@ -99,25 +102,34 @@ class FakePixtral:
 
     def _events(self, prompt, seen, options):
         words = ORDERS.get(prompt, lambda text: iter([text]))(seen)
-        said = []
+        said, thought = [], THOUGHT if prompt == "thinking" else []
+        for part in thought:
+            yield SimpleNamespace(text="", reply=None, reasoning_content=part)
         for word in words:
             said.append(word)
-            yield SimpleNamespace(text=word, reply=None)
+            yield SimpleNamespace(text=word, reply=None, reasoning_content="")
         if prompt == "options":
             said = [json.dumps(options | self.arguments, default=str)]
-            yield SimpleNamespace(text=said[0], reply=None)
-        yield SimpleNamespace(text="", reply=self._reply("".join(said), options, prompt == "infinite"))
+            yield SimpleNamespace(text=said[0], reply=None, reasoning_content="")
+        yield SimpleNamespace(
+            text="", reasoning_content="", reply=self._reply(said, thought, options, prompt == "infinite")
+        )
 
-    def _reply(self, text, options, infinite):
+    def _reply(self, said, thought, options, infinite):
         logprob = SimpleNamespace(token_id=7, token="x", logprob=-0.5, top=())
         return SimpleNamespace(
             model=self.name,
-            text=text,
+            text="".join(said),
             token_ids=[7, 2],
             prompt_token_ids=[1, 3, 4],
             finish_reason="stop",
             usage=SimpleNamespace(
-                prompt_tokens=3, completion_tokens=2, image_tokens=0, proposed_tokens=3, accepted_tokens=1
+                prompt_tokens=3,
+                completion_tokens=2,
+                image_tokens=0,
+                proposed_tokens=3,
+                accepted_tokens=1,
+                reasoning_tokens=0,
             ),
             timings=SimpleNamespace(
                 load_s=0.1,
@@ -127,6 +139,7 @@ class FakePixtral:
                 total_s=0.3,
             ),
             logprobs=[logprob] if options["logprobs"] else None,
+            reasoning_content="".join(thought),
         )
 
 

@@ -7,14 +7,15 @@ import math
 
 import torch
 
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows
 
 SCALES = {"q4_0": [0], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208], "q8_0": [0]}
 """Where the float16 numbers of a block are."""
-PACKED = (*SCALES, "nf4")
-BLOCKS = {name: ENCODINGS[name].block for name in SCALES} | {"nf4": 32}
+PACKED = (*SCALES, "nf4", "fp8")
+BLOCKS = {name: ENCODINGS[name].block for name in SCALES} | {"nf4": 32, "fp8": 32}
 """The narrowest rows."""
 
 
@@ -25,6 +26,8 @@ def weight(encoding, rows, columns, *, at=0, scale=None, seed=0):
         return torch.randn(rows, columns, generator=generator).to(getattr(torch, encoding))
     if encoding == "nf4":
         return nf4(rows, columns, generator, scale)
+    if encoding == "fp8":
+        return fp8(rows, columns, generator, scale, at=at)
     kind = ENCODINGS[encoding]
     blocks = torch.randint(
         0, 256, (rows, columns // kind.block, kind.block_bytes), dtype=torch.uint8, generator=generator
@@ -40,6 +43,14 @@ def nf4(rows, columns, generator, scale=None, block=64):
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
     magnitudes = torch.rand(math.ceil(rows * columns / block), generator=generator) + 0.1
     return NF4(codes, magnitudes if scale is None else torch.full_like(magnitudes, scale))
+
+
+def fp8(rows, columns, generator, scale=None, scales=1, at=0):
+    """Every code but those that are no number; scales as `weight` has them."""
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+    codes -= (codes & 127).eq(127).byte()
+    drawn = 2.0 ** -torch.randint(2, 15, (rows, scales), generator=generator) * 1.25
+    return FP8(moved(codes, at), drawn if scale is None else torch.full_like(drawn, scale))
 
 
 def moved(rows, at):

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.model.kernels import native
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows, PackedWeight
 
 NUMBERS = {name: ENCODINGS[name].ggml for name in ("float32", "bfloat16", "q4_0", "q8_0", "q4_k", "q5_k", "q6_k")}
-NUMBERS["nf4"] = 1000
+NUMBERS |= {"nf4": 1000, "fp8": 1001}
 """`enum encoding`: the encodings that the library reads."""
 WHOLE = 32  # columns: rows are multiples of it
+SCALED = 64  # columns: blocks with a scale in fp8 are multiples of it, or whole rows
 
 
 class Matrix(ctypes.Structure):
@@ -62,6 +64,10 @@ def matrix_of(weight: Tensor | PackedWeight) -> Matrix | None:
         return Matrix(weight.encoding, weight.rows, weight.shape[1])
     if isinstance(weight, NF4) and _readable(weight.codes):
         return Matrix("nf4", weight.codes, weight.shape[1], weight.magnitudes().contiguous(), weight.block)
+    if isinstance(weight, FP8) and _readable(weight.codes):
+        block, columns = weight.block, weight.shape[1]
+        if block == columns or block % SCALED == 0:
+            return Matrix("fp8", weight.codes, columns, weight.scales.contiguous(), block)
     return None
 
 

@@ -10,6 +10,7 @@ from support.packed_bytes import BLOCKS, PACKED, SCALES
 
 from pixtral_cli.model.kernels import KernelLinear, native
 from pixtral_cli.model.kernels.cpu_rows import MANY, CpuRowsKernel, Together
+from weights_cache.codecs.fp8 import FP8
 
 CPU = torch.device("cpu")
 ENCODINGS = (*PACKED, "bfloat16", "float32")
@@ -69,7 +70,9 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it_and_whoever_computes(
 
 @DTYPES
 @pytest.mark.parametrize(
-    "encodings", [("q4_k", "q5_k", "q6_k"), ("q4_0", "nf4"), ("q8_0", "q4_0", "nf4", "q8_0")], ids=str
+    "encodings",
+    [("q4_k", "q5_k", "q6_k"), ("q4_0", "nf4"), ("q8_0", "q4_0", "nf4", "q8_0"), ("fp8", "bfloat16", "fp8")],
+    ids=str,
 )
 def test_matrices_of_one_x_give_the_bits_that_each_gives_alone(encodings, dtype):
     weights = [packed_bytes.weight(name, 40 + n, 768, seed=n) for n, name in enumerate(encodings)]
@@ -90,6 +93,29 @@ def test_scales_may_be_subnormal_or_infinite(encoding, scale, dtype):
     assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
     if torch.tensor(scale).isfinite():
         assert_product(found.to(dtype), x, weight)
+
+
+@DTYPES
+@pytest.mark.parametrize(("columns", "scales"), [(576, 5), (256, 2), (1280, 20), (160, 2), (96, 1)])
+def test_fp8_may_have_a_scale_for_each_block_of_columns(columns, scales, dtype):
+    weight = packed_bytes.fp8(19, columns, torch.Generator().manual_seed(0), scales=scales, at=3)
+    for count in range(1, 10):
+        x = random(count, columns, seed=count).to(dtype)
+        assert_product(multiplied(weight, x), x, weight)
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [2.0**-126, 2.0**-3, 2.0**110])
+def test_every_code_of_fp8_means_the_same_everywhere(scale, dtype):
+    """Each code in each of 64 columns, alone; x is such that nothing is too small or too large for bfloat16."""
+    codes = torch.arange(256).to(torch.uint8)
+    codes = codes[(codes & 127) != 127]
+    weight = FP8(
+        (torch.eye(64, dtype=torch.uint8) * codes[:, None, None]).flatten(0, 1), torch.full((254 * 64, 1), scale)
+    )
+    x = torch.full((1, 64), 2.0**100 if scale < 1 else 0.5, dtype=dtype)
+    wanted = codes.view(torch.float8_e4m3fn).float() * scale * x[0, 0].float()
+    assert torch.equal(multiplied(weight, x)[0].float(), wanted.repeat_interleave(64))
 
 
 @DTYPES

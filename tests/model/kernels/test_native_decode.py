@@ -6,6 +6,7 @@ from support import packed_bytes
 from support.packed_bytes import BLOCKS, PACKED
 
 from pixtral_cli.model.kernels import native_matrix
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import BLOCKS as NF4_BLOCKS
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.packed import PackedRows
@@ -99,6 +100,18 @@ def test_magnitudes_of_nf4_may_be_quantised(dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("scale", [1e-45, 3e-39, 2.0**-120, 2.0**-100, 1 / 3, 2.0**120, 3e38])
+@pytest.mark.parametrize(("columns", "scales"), [(256, 1), (576, 5), (160, 2)])
+def test_every_code_of_fp8_with_a_scale_for_a_row_or_a_block(columns, scales, scale, dtype):
+    codes = torch.arange(256).to(torch.uint8)
+    codes = codes[(codes & 127) != 127].repeat(columns).view(-1, columns)
+    each = torch.arange(1.0, 1.0 + len(codes) * scales).view(-1, scales).sqrt().reciprocal() * scale
+    weight = FP8(packed_bytes.moved(codes, 5), each)
+    assert weight.block in (columns, 128)
+    assert_same_bits(decoded(weight, dtype), exact(weight, dtype))
+
+
+@DTYPES
 @pytest.mark.parametrize("encoding", PACKED)
 def test_rows_are_looked_up_by_number(encoding, dtype):
     weight, ids = packed_bytes.weight(encoding, 50, 512), torch.tensor([49, 3, 3, 0, 49, 17])
@@ -125,5 +138,6 @@ def test_rows_from_the_middle_on(dtype):
 def test_weights_that_the_library_does_not_read_are_left_to_others():
     assert native_matrix.matrix_of(PackedRows("q2_k", torch.zeros(2, 84, dtype=torch.uint8))) is None
     assert native_matrix.matrix_of(torch.zeros(2, 33)) is None
+    assert native_matrix.matrix_of(FP8(torch.zeros(2, 96, dtype=torch.uint8), torch.ones(2, 3))) is None
     assert native_matrix.matrix_of(torch.zeros(2, 32, dtype=torch.float16)) is None
     assert native_matrix.matrix_of(torch.zeros(32, 2).T) is None

@@ -7,10 +7,12 @@ import torch
 from pixtral_cli.model.kernels import cpu_tiles, native, reference
 from pixtral_cli.model.kernels.reference import PackedEmbedding, ReferenceKernel
 from weights_cache import codecs
+from weights_cache.codecs import fp8
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
-PACKED = sorted(set(codecs.ENCODERS) - {"float32", "float16", "bfloat16"})
+PACKED = [*sorted(set(codecs.ENCODERS) - {"float32", "float16", "bfloat16"}), "fp8", "fp8 in blocks"]
 SHAPE = (50, 512)
 with_library_and_without = pytest.mark.parametrize("instructions", ["portable", native.OFF], indirect=True)
 
@@ -20,6 +22,12 @@ def random(*shape, seed=0):
 
 
 def packed_and_exact(encoding):
+    if "fp8" in encoding:
+        weight = fp8.encode(random(*SHAPE) * 0.05 + 0.01)
+        if "blocks" in encoding:  # of which the library reads none
+            weight = FP8(weight.codes, weight.scales * torch.arange(1.0, 17))
+        scales = weight.scales.repeat_interleave(SHAPE[1] // weight.scales.shape[1], 1)
+        return weight, weight.codes.view(torch.float8_e4m3fn).float() * scales
     packed = codecs.get(encoding).encode(random(*SHAPE) * 0.05 + 0.01)
     kind = gguf.GGMLQuantizationType[encoding.upper()]
     return PackedRows(encoding, packed), torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind))

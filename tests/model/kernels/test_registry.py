@@ -14,13 +14,14 @@ from pixtral_cli.model.kernels.reference import ReferenceKernel
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint, codecs
+from weights_cache.codecs import fp8
 from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 ROWS = (0, 1, 2, 8, 9, 47, 48, 63, 64, 130)
 SHAPES = {"whole tiles": (128, 512), "rows that few kernels take": (50, 256)}
-ENCODED = (*codecs.ENCODERS, "nf4")
+ENCODED = (*codecs.ENCODERS, "nf4", "fp8")
 
 
 def random(*shape, seed=0, scale=0.05):
@@ -29,7 +30,9 @@ def random(*shape, seed=0, scale=0.05):
 
 def encoded(encoding, shape):
     weights = random(*shape) + 0.01
-    return nf4.encode(weights) if encoding == "nf4" else PackedRows(encoding, codecs.get(encoding).encode(weights))
+    if encoding in ("nf4", "fp8"):
+        return (nf4 if encoding == "nf4" else fp8).encode(weights)
+    return PackedRows(encoding, codecs.get(encoding).encode(weights))
 
 
 def kernels_for(weight, dtype, device=CPU):

@@ -156,6 +156,38 @@ static void nf4(const struct matrix *matrix, long row, long first, long count, u
     }
 }
 
+/* 32 e4m3 codes, each in the low half of a word, as bfloat16 numbers. Those with the exponent 0 are looked up by the
+ * lowest 5 bits. */
+static inline __m512i from_e4m3(__m512i words) {
+    const __m512i whole = _mm512_broadcast_i32x4( /* 0 to 7 times 2^-9 */
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    __m512i others = _mm512_and_si512(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x07f0));
+    others = _mm512_add_epi16(others, _mm512_set1_epi16(120 << 7));
+    __mmask32 small = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x78));
+    __m512i found = _mm512_mask_permutexvar_epi16(others, small, words, whole);
+    return _mm512_or_si512(found, _mm512_and_si512(_mm512_slli_epi16(words, 8), _mm512_set1_epi16((short)0x8000)));
+}
+
+static inline __m512 widened(__m256i bfloat16s) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16s), 16);
+}
+
+static void fp8(const struct matrix *matrix, long row, long first, long count, uint16_t *out) {
+    const uint8_t *codes = matrix->bytes + row * matrix->row_bytes + first;
+    const float *scales = scales_of(matrix, row);
+    for (long at = 0; at < count; at += 32) {
+        float one = scales[(first + at) / matrix->block];
+        if (!(one > 0x1p-110f)) { /* weights may be subnormal, which the instruction takes for zero */
+            pixtral_bfloat16s_avx512(matrix, row, first + at, 32, out + at);
+            continue;
+        }
+        __m512i numbers = from_e4m3(words_at(codes + at));
+        __m512 scale = _mm512_set1_ps(one);
+        __m512 low = widened(_mm512_castsi512_si256(numbers)), high = widened(_mm512_extracti64x4_epi64(numbers, 1));
+        _mm512_storeu_si512(out + at, table_of_32(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale)));
+    }
+}
+
 #define BLOCKS(decode, weights, bytes) \
     for (long at = 0; at < count; at += weights) \
         decode(data + (first + at) / weights * bytes, out + at); \
@@ -170,6 +202,7 @@ void pixtral_bfloat16s_avx512bf16(const struct matrix *matrix, long row, long fi
     case Q5_K: BLOCKS(q5_k, 256, 176);
     case Q6_K: BLOCKS(q6_k, 256, 210);
     case NF4: nf4(matrix, row, first, count, out); break;
+    case FP8: fp8(matrix, row, first, count, out); break;
     default: pixtral_bfloat16s_avx512(matrix, row, first, count, out);
     }
 }

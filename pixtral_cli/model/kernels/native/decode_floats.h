@@ -1,7 +1,7 @@
 /* Rows -> float32 exactly as weights_cache/codecs decodes them, and rounded once to bfloat16: plain C, which a compiler
  * turns into the instructions of the file that includes this. That defines NAME, which makes names of functions.
  *
- * block_quants.py, k_quants.py and nf4.py of the codecs tell how blocks lie. A scale times a code never needs more
+ * block_quants.py, k_quants.py, nf4.py and fp8.py of the codecs tell how blocks lie. A scale times a code never needs more
  * than the 24 bits of a float, so nothing is rounded but the difference to an offset, fused or not. */
 #include <math.h>
 #include <string.h>
@@ -97,6 +97,19 @@ static inline void nf4(const uint8_t *codes, float magnitude, float *out) {
     }
 }
 
+/* 32 e4m3 codes that are numbers: where the exponent is 0, a whole number of 2^-9. Without a branch, for that is guessed
+ * wrongly too often. */
+static inline void fp8(const uint8_t *codes, float scale, float *out) {
+    for (int i = 0; i < 32; i++) {
+        uint32_t magnitude = codes[i] & 127, small = magnitude < 8 ? ~0u : 0, bits;
+        float value = (float)(int32_t)magnitude * 0x1p-9f;
+        memcpy(&bits, &value, 4);
+        bits = (bits & small) | (((magnitude << 20) + (120u << 23)) & ~small) | (uint32_t)(codes[i] & 128) << 24;
+        memcpy(&value, &bits, 4);
+        out[i] = value * scale;
+    }
+}
+
 static inline uint16_t rounded(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -122,6 +135,12 @@ void NAME(pixtral_floats)(const struct matrix *matrix, long row, long first, lon
             nf4(data + at / 2, matrix->magnitudes[(row * matrix->columns + at) / matrix->block],
                 out + at - first);
         break;
+    case FP8: {
+        const float *scales = scales_of(matrix, row);
+        for (long at = 0; at < count; at += 32)
+            fp8(data + first + at, scales[(first + at) / matrix->block], out + at);
+        break;
+    }
     case BFLOAT16:
         for (long at = 0; at < count; at++) {
             uint16_t half;

@@ -63,11 +63,12 @@ static ALWAYS_INLINE __m512 each_four_times(__m512 values, int a, int b, int c, 
 /* q4_0: four blocks of 18 bytes at a time. Words 0, 9, 18 and 27 of their 72 bytes are scales, the others codes. */
 static ALWAYS_INLINE void q4_0_blocks(PIECE, int64_t column, int which) {
     const __m512i table = table_from(-8, 1);
-    const __m512i words = _mm512_set_epi16(63, 62, 61, 60, 59, 58, 57, 56, 26, 25, 24, 23, 22, 21, 20, 19, 17, 16, 15, 14, 13,
-                                           12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1); /* 56: word 28, of the second register */
+    const __m512i words = _mm512_set_epi16(39, 38, 37, 36, 35, 34, 33, 32, 26, 25, 24, 23, 22, 21, 20, 19, 17, 16, 15, 14, 13,
+                                           12, 11, 10, 8, 7, 6, 5, 4, 3, 2, 1); /* 32: word 28, of the second register */
     const __m256i scales = _mm256_setr_epi16(0, 0, 0, 0, 9, 9, 9, 9, 18, 18, 18, 18, 27, 27, 27, 27);
     (void)columns, (void)offset;
-    __m512i first = _mm512_loadu_si512(block), second = _mm512_loadu_si512(block + 8);
+    __m512i first = _mm512_loadu_si512(block);
+    __m512i second = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(block + 56))); /* few lines read twice */
     __m512i codes = _mm512_permutex2var_epi16(first, words, second);
     __m512 scale = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(scales), first)));
     __m512i w0 = from_table(table, codes), w1 = from_table(table, _mm512_srli_epi16(codes, 8));
@@ -234,6 +235,65 @@ static ALWAYS_INLINE void bfloat16(PIECE) {
     }
 }
 
+/* 32 e4m3 codes, each in the low half of a word, times 2^-8. Those with the exponent 0 are looked up by the lowest 5
+ * bits. `signs` has their signs in the highest bits of its words. */
+static ALWAYS_INLINE __m512i from_e4m3(__m512i words, __m512i signs) {
+    const __m512i whole = _mm512_broadcast_i32x4( /* 0 to 7 times 2^-17 */
+        _mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
+    __m512i others = _mm512_ternarylogic_epi32(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x07f0),
+                                               _mm512_set1_epi16(112 << 7), 0xea);
+    __mmask32 small = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x78));
+    __m512i found = _mm512_mask_permutexvar_epi16(others, small, words, whole);
+    return _mm512_ternarylogic_epi32(signs, _mm512_set1_epi16((short)0x8000), found, 0xea);
+}
+
+/* fp8: bytes that are codes, of 64 columns first the even ones; scales multiply the sums of their columns. */
+static ALWAYS_INLINE void fp8_columns(__m512i words, const uint16_t *const *x, int64_t column, __m512 (*sum)[SUMS],
+                                      const int n) {
+    __m512i upper = _mm512_srli_epi16(words, 8);
+    __m512i even = from_e4m3(words, _mm512_slli_epi16(words, 8)), odd = from_e4m3(upper, words);
+    EACH_VECTOR sum[v][0] = times(sum[v][0], even, x[v] + column);
+    EACH_VECTOR sum[v][1] = times(sum[v][1], odd, x[v] + column + 32);
+}
+
+static ALWAYS_INLINE void fp8(const struct matrix *matrix, int64_t row, const uint16_t *const *x, float *totals,
+                              const int n) {
+    const uint8_t *codes = matrix->bytes + row * matrix->row_bytes;
+    const float *scales = scales_of(matrix, row);
+    __m512 total[AT_ONCE];
+    EACH_VECTOR total[v] = _mm512_setzero_ps();
+    for (int64_t column = 0; column < matrix->columns; scales++) {
+        __m512 sum[AT_ONCE][SUMS];
+        EACH_VECTOR UNROLLED for (int i = 0; i < SUMS; i++) sum[v][i] = _mm512_setzero_ps();
+        int64_t end = column + matrix->block < matrix->columns ? column + matrix->block : matrix->columns;
+        for (; column + 64 <= end; column += 64) {
+            read_ahead(codes + column, 64);
+            fp8_columns(_mm512_loadu_si512(codes + column), x, column, sum, n);
+        }
+        if (column < end) { /* 32 columns at the end of the row */
+            fp8_columns(_mm512_maskz_loadu_epi8(0xffffffff, codes + column), x, column, sum, n);
+            column = end;
+        }
+        __m512 scale = _mm512_set1_ps(*scales * 256);
+        EACH_VECTOR total[v] = _mm512_fmadd_ps(_mm512_add_ps(sum[v][0], sum[v][1]), scale, total[v]);
+    }
+    EACH_VECTOR totals[v] = _mm512_reduce_add_ps(total[v]);
+}
+
+static void fp8_kernel(const struct matrix *matrix, int64_t first, int64_t end, struct vectors vectors, int n,
+                       float *sums) {
+    const uint16_t *x[AT_ONCE];
+    for (int v = 0; v < AT_ONCE; v++)
+        x[v] = (const uint16_t *)vectors.data + (v < n ? v : 0) * vectors.stride;
+    for (int64_t row = first; row < end; row++, sums += AT_ONCE)
+        switch (n) {
+        case 1: fp8(matrix, row, x, sums, 1); break;
+        case 2: fp8(matrix, row, x, sums, 2); break;
+        case 3: fp8(matrix, row, x, sums, 3); break;
+        default: fp8(matrix, row, x, sums, 4);
+        }
+}
+
 #define KERNEL(PIECE_NAME)                                                                                              \
     static ALWAYS_INLINE void PIECE_NAME##_rows(const struct matrix *matrix, int64_t first, int64_t end,                \
                                                 struct vectors vectors, float *sums, const int n) {                     \
@@ -275,6 +335,7 @@ multiply_rows *pixtral_avx512bf16_kernel(int encoding) {
     case Q4_K: return q4_k_kernel;
     case Q5_K: return q5_k_kernel;
     case Q6_K: return q6_k_kernel;
+    case FP8: return fp8_kernel;
     default: return NULL;
     }
 }
@@ -286,6 +347,7 @@ static int column_of(int encoding, int place) {
     case Q4_0: return word / 8 * 32 + word % 8 * 2 + odd + 16 * high;
     case Q4_K: case Q5_K: return word / 16 * 64 + word % 16 * 2 + odd + 32 * high;
     case Q6_K: return word / 16 * 32 + word % 16 * 2 + odd + 64 * high;
+    case FP8: return 64 * high + 2 * word + odd;
     default: return place;
     }
 }

@@ -30,6 +30,10 @@ static ALWAYS_INLINE integers signed_codes(const uint8_t *at) {
 static ALWAYS_INLINE integers unsigned_words(const uint8_t *at) {
     return (integers)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
 }
+static ALWAYS_INLINE floats from_e4m3(const uint8_t *at) {
+    __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at)), 7);
+    return (floats)_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16((short)0xbfff)));
+}
 static ALWAYS_INLINE floats look_up(const float *table, integers index) {
     return (floats)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
 }
@@ -48,6 +52,10 @@ static ALWAYS_INLINE integers signed_codes(const uint8_t *at) {
 }
 static ALWAYS_INLINE integers unsigned_words(const uint8_t *at) {
     return (integers)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+}
+static ALWAYS_INLINE floats from_e4m3(const uint8_t *at) {
+    __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)at)), 7);
+    return (floats)_mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16((short)0xbfff)));
 }
 static ALWAYS_INLINE floats look_up(const float *table, integers index) {
     __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
@@ -77,14 +85,19 @@ static ALWAYS_INLINE integers unsigned_words(const uint8_t *at) {
     return unsigned_codes((const uint8_t[4]){at[0], at[2], at[4], at[6]}) |
            unsigned_codes((const uint8_t[4]){at[1], at[3], at[5], at[7]}) << 8;
 }
+static ALWAYS_INLINE floats from_e4m3(const uint8_t *at) { /* where the exponent is 0, a whole number of 2^-17 */
+    integers code = unsigned_codes(at), magnitude = code & 127, small = magnitude < 8;
+    integers whole = (integers)(__builtin_convertvector(magnitude, floats) * 0x1p-17f);
+    return (floats)((whole & small) | (((magnitude << 20) + (112 << 23)) & ~small) | (code & 128) << 24);
+}
 static ALWAYS_INLINE floats look_up(const float *table, integers index) {
     index &= 15;
     return (floats){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
 static ALWAYS_INLINE float total(floats sum) { return (sum[0] + sum[2]) + (sum[1] + sum[3]); }
 #endif
-/* multiply_add(a, b, c) is a * b + c; half, a float16 of two bytes; the next three, L numbers from bytes; look_up,
- * table[the low 4 bits of each index]; total, the sum of a register. */
+/* multiply_add(a, b, c) is a * b + c; half, a float16 of two bytes; the next three, L numbers from bytes; from_e4m3, 2^-8
+ * of L codes that are numbers; look_up, table[the low 4 bits of each index]; total, the sum of a register. */
 
 #define SUMS 4 /* of a vector: one would wait for itself */
 #define UNROLLED _Pragma("GCC unroll 8")
@@ -240,6 +253,19 @@ static ALWAYS_INLINE void nf4(PIECE) {
     }
 }
 
+/* s q. As a float16 a code is 2^-8 of what it is as e4m3; 256 s is finite, for 448 s is. */
+static ALWAYS_INLINE void fp8(PIECE) {
+    const uint8_t *codes = matrix->bytes + row * matrix->row_bytes;
+    const float *scales = scales_of(matrix, row);
+    for (int64_t first = 0; first < matrix->columns; first += matrix->block, scales++) {
+        floats scale = all(*scales * 256);
+        int64_t end = first + matrix->block < matrix->columns ? first + matrix->block : matrix->columns;
+        for (int64_t column = first; column < end; column += 32)
+            UNROLLED for (int part = 0; part < 32; part += L)
+                STEP(part / L & 3, column + part, from_e4m3(codes + column + part) * scale);
+    }
+}
+
 #define KERNEL(PIECE_NAME)                                                                                      \
     static ALWAYS_INLINE void PIECE_NAME##_rows(const struct matrix *matrix, int64_t first, int64_t end,        \
                                                 struct vectors vectors, int from, float *sums, const int n) {   \
@@ -271,6 +297,7 @@ KERNEL(q4_k)
 KERNEL(q5_k)
 KERNEL(q6_k)
 KERNEL(nf4)
+KERNEL(fp8)
 
 multiply_rows *TABLE(int encoding) {
     switch (encoding) {
@@ -282,6 +309,7 @@ multiply_rows *TABLE(int encoding) {
     case Q5_K: return q5_k_kernel;
     case Q6_K: return q6_k_kernel;
     case NF4: return nf4_kernel;
+    case FP8: return fp8_kernel;
     default: return NULL;
     }
 }

@@ -17,17 +17,34 @@ extern enum instructions instructions; /* those in use; the best that this proce
 EXPORT int pixtral_best_instructions(void);
 EXPORT void pixtral_use_instructions(int wanted);
 
-/* ggml's numbers of tensor types (weights_cache/encodings.py), and one of our own. */
-enum encoding { FLOAT32 = 0, FLOAT16 = 1, Q4_0 = 2, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BFLOAT16 = 30, NF4 = 1000 };
+/* ggml's numbers of tensor types (weights_cache/encodings.py), and two of our own. */
+enum encoding {
+    FLOAT32 = 0,
+    FLOAT16 = 1,
+    Q4_0 = 2,
+    Q8_0 = 8,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14,
+    BFLOAT16 = 30,
+    NF4 = 1000,
+    FP8 = 1001
+};
 
 /* R x C weights. The bytes may begin anywhere; rows follow each other. ctypes has the same (native_matrix.py). */
 struct matrix {
     const uint8_t *bytes;
-    const float *magnitudes; /* nf4: of each block of the flattened matrix; else NULL */
+    const float *magnitudes; /* nf4: of each block of the flattened matrix; fp8: the scales, row by row; else NULL */
     int64_t rows, columns, row_bytes;
     int32_t encoding;
-    int32_t block; /* nf4: weights that share a magnitude, a power of two of 32 or more */
+    int32_t block; /* nf4: weights that share a magnitude, a power of two of 32 or more; fp8: columns that share a
+                      scale, a multiple of 64, or all */
 };
+
+/* fp8: the scales of a row. */
+static inline const float *scales_of(const struct matrix *matrix, int64_t row) {
+    return matrix->magnitudes + row * ((matrix->columns + matrix->block - 1) / matrix->block);
+}
 
 /* The calling thread's own memory of `size` bytes, with whatever was last in it: fresh pages are dear. It begins at a
  * line of the cache, and holds until the thread's next call. */
