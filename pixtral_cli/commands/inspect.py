@@ -87,6 +87,7 @@ def as_object(name: str, source: "Source", kv_cache_dtype: str = "auto") -> dict
         "format": source.format,
         "parameters": sum(prod(tensor.shape) for tensor in tensors.values()),
         "context": text.max_length,
+        "original_context": text.yarn and text.yarn.original_length,
         "layers": text.num_layers,
         "hidden_size": text.hidden_size,
         "vocabulary": text.vocab_size,
@@ -129,7 +130,8 @@ def as_text(found: dict[str, Any]) -> str:
         "model": found["model"],
         "architecture": found["architecture"],
         "parameters": f"{found['parameters'] / 1e9:.2f} billion" if found["parameters"] >= 1e7 else found["parameters"],
-        "context": f"{found['context']} tokens",
+        "context": f"{found['context']} tokens"
+        + (f", beyond {found['original_context']} by YaRN" if found["original_context"] else ""),
         "pictures": _pictures(vision) if vision else "none",
         "format": found["format"],
         "on disk": size(found["bytes_on_disk"]),

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from support import builders
 from support.processes import imported_by
 
 from pixtral_cli.encoding_choices import CHOICES
@@ -37,6 +38,16 @@ def test_the_facts_are_those_of_the_loaded_model(call):
     assert found["context"] == config["text_config"]["max_position_embeddings"]
     assert found["vision"]["patch_size"] == config["vision_config"]["patch_size"]
     assert found["bytes_on_disk"] == sum(path.stat().st_size for path in FOLDER.glob("*.safetensors"))
+
+
+def test_a_context_that_positions_are_scaled_for_says_from_where(call, tmp_path):
+    rope = {**builders.YARN, "original_max_position_embeddings": 16384}
+    builders.ministral3(tmp_path, rope, max_position_embeddings=262144)
+    found = told(call, str(tmp_path))
+    assert (found["context"], found["original_context"]) == (262144, 16384)
+    assert [row["tokens"] for row in found["encodings"][0]["lengths"]][-1] == 262144
+    assert "context:      262144 tokens, beyond 16384 by YaRN\n" in call("inspect", str(tmp_path))[1]
+    assert told(call, "tiny")["original_context"] is None
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "float32", "q4_k"])
