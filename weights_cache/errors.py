@@ -116,6 +116,7 @@ class DiskFull(WeightsError):
     folder: Path
     needed: int
     free: int
+    advice: str | None = None
     next_step = "Make room there, or take another disk: HF_HUB_CACHE says where downloads go."
 
     def __str__(self) -> str:
