@@ -45,5 +45,5 @@ def run(
     pending = PendingInput(request)
     model = load(source, weights, console)
     options = {**sampling.options(), **thinking.options(), "logprobs": report.logprobs}
-    events = pending.finish(console).stream(model, **options)
+    events = pending.finish(console, model).stream(model, **options)
     replies.tell(console.stream(events, thoughts=not report.no_reasoning), model.kernels, console, report)
