@@ -269,7 +269,7 @@ _pixtral_value() {
         _pixtral_files
         ;;
     'pixtral bench --shape')
-        _pixtral_offer 1b 3b 8b nemo-12b
+        _pixtral_offer 1b 3b 8b nemo-12b ministral-3b small-24b
         ;;
     'pixtral bench --quantization-encoding')
         _pixtral_offer float32 bfloat16 fp8 q8_0 q6_k q5_k q4_k q4_0 nf4

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -26,6 +27,7 @@ MODULES = {
     "transformers": "transformers_peer",
     "bitsandbytes": "transformers_peer",
 }
+WITH_TORCH = (OURS, "transformers", "bitsandbytes")
 PROMPT = 16
 """Tokens before those that are decoded."""
 ENDING = 5.0  # seconds for a process that is told to end
@@ -122,13 +124,14 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def serve(program: Program, questions: IO[str], answers: IO[str]) -> None:
-    """Answer each line until there are no more."""
+def serve(program: Program, questions: IO[str], answers: IO[str], importing: float = 0.0) -> None:
+    """Answer each line until there are no more; `importing` are the seconds that importing torch took."""
+    known = {"peak_memory": peak_memory, "import_torch": lambda: importing}
     for line in questions:
         question = json.loads(line)
         what = question.pop("what")
         try:
-            value = peak_memory() if what == "peak_memory" else getattr(program, what)(**question)
+            value = known[what]() if what in known else getattr(program, what)(**question)
             answer: dict[str, Any] = {"value": value}
         except Exception as error:  # noqa: BLE001  whoever asks tells of it
             sentence = str(error) if getattr(error, "hint", None) is not None else f"{type(error).__name__}: {error}"
@@ -143,8 +146,12 @@ def main(name: str) -> None:
         process_environment.prepare()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    begun = time.perf_counter()
+    if name in WITH_TORCH:
+        importlib.import_module("torch")
+    importing = time.perf_counter() - begun
     module = importlib.import_module(f"{__package__}.{MODULES[name]}")
-    serve(module.Program(), sys.stdin, answers)
+    serve(module.Program(), sys.stdin, answers, importing)
 
 
 if __name__ == "__main__":

@@ -95,14 +95,16 @@ class Counts:
         return (width // self.config.vision.patch_size) * (height // self.config.vision.patch_size)
 
     def picture(self, width: int, height: int) -> Need:
-        """A picture of that many pixels through the tower and the projector."""
-        tower = self.config.vision
+        """A picture of that many pixels: its patches through the tower, its tokens through the projector."""
+        tower, layout = self.config.vision, self.config.image_layout
         assert tower is not None, self.config.architecture
+        assert layout is not None, self.config.architecture
         patches = self.patches(width, height)
-        tensors = [info for name, info in self.tensors.items() if name.startswith(VISION)]
-        matrices = sum(prod(info.shape) for info in tensors if len(info.shape) > 1)
-        attention = 2 * tower.num_layers * tower.num_heads * tower.head_dim * patches
-        return Need(sum(info.nbytes for info in tensors), patches * (matrices + attention))
+        rows = dict(zip(VISION, (patches, layout.tokens(width, height)), strict=True))
+        tensors = [(info, rows[part]) for part in rows for name, info in self.tensors.items() if name.startswith(part)]
+        matrices = sum(prod(info.shape) * times for info, times in tensors if len(info.shape) > 1)
+        attention = 2 * tower.num_layers * tower.num_heads * tower.head_dim * patches**2
+        return Need(sum(info.nbytes for info, _ in tensors), matrices + attention)
 
 
 def _seen(text: TextConfig, context: int, tokens: int) -> int:

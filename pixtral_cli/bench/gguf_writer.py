@@ -86,6 +86,7 @@ def write_pictures(checkpoint: Checkpoint, config: ModelConfig, path: Path) -> N
     writer.add_vision_projection_dim(config.text.hidden_size)
     writer.add_vision_image_size(layout.longest_side)
     writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_spatial_merge_size(layout.token_size // vision.patch_size)
     writer.add_vision_embedding_length(vision.hidden_size)
     writer.add_vision_feed_forward_length(vision.intermediate_size)
     writer.add_vision_block_count(vision.num_layers)

@@ -9,8 +9,6 @@ the time that it took. Of peak memory it is the part that weights are.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ from pixtral_cli.bench.ceilings import Ceilings, Rates
 from pixtral_cli.bench.contender import OURS, PROMPT, Contender, ContenderFailed
 from pixtral_cli.bench.counts import Counts, Need
 
-WITH_TORCH = (OURS, "transformers", "bitsandbytes")
 SETTLING = 0.05
 """Seconds before a program's turn, in which the threads of the one before it fall asleep."""
 GB = 1e9
@@ -122,15 +119,16 @@ class Programs:
         """The `rounds` of a work."""
         return self.rounds(work.name, lambda name: self.running[name].ask(**work.question))
 
-    def start(self, name: str) -> tuple[float, float]:
-        """Seconds of a new process of the program to its first token, after a short prompt, and of loading therein."""
+    def start(self, name: str) -> tuple[float, float, float]:
+        """Seconds of a new process of the program to its first token, after a short prompt, and of loading and of
+        importing torch therein."""
         self.end(name)
         begun, sizes = time.perf_counter(), self.sizes
         self.running[name] = program = Contender(name)
         asked = {"threads": self.threads, "context": sizes.context, "batch": max(sizes.batch_sizes)}
         loading = program.ask("load", model=self.models[name], **asked)
         program.ask("prefill", tokens=PROMPT)
-        return time.perf_counter() - begun, loading
+        return time.perf_counter() - begun, loading, program.ask("import_torch")
 
     def end(self, *names: str) -> None:
         """End the processes of these programs, or of all."""
@@ -170,10 +168,12 @@ class Measured:
     def _starts(self, programs: Programs) -> Iterator[Row]:
         """Loading; and whole processes, from their start to the first token."""
         loads: dict[str, list[float]] = {}
+        others: dict[str, list[float]] = {}
 
         def start(name: str) -> float:
-            whole, loading = programs.start(name)
+            whole, loading, importing = programs.start(name)
             loads.setdefault(name, []).append(loading)
+            others.setdefault(name, []).append(whole - importing)
             return whole
 
         starts, _ = programs.rounds("start", start)
@@ -183,9 +183,8 @@ class Measured:
         yield from self._beside("load", {name: loads[name][1:] for name in starts}, "s")
         yield from self._beside("start", starts, "s", PROMPT, 1)
         if len(starts) > 1:
-            torch = statistics.median(_import_torch() for _ in range(programs.sizes.repeats))
-            beyond = {name: [each - torch * (name in WITH_TORCH) for each in found] for name, found in starts.items()}
-            yield from self._beside("start, without importing torch", beyond, "s", PROMPT, 1)
+            without = {name: others[name][1:] for name in starts}
+            yield from self._beside("start, without importing torch", without, "s", PROMPT, 1)
 
     def _beside(
         self,
@@ -208,9 +207,3 @@ class Measured:
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
-
-
-def _import_torch() -> float:
-    begun = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True, stdin=subprocess.DEVNULL)
-    return time.perf_counter() - begun

@@ -32,8 +32,13 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "3b": _sizes(3072, 26, 32, 9216, tie_word_embeddings=True),
     "8b": _sizes(4096, 36, 32, 12288),
     "nemo-12b": _sizes(5120, 40, 32, 14336),
+    "ministral-3b": _sizes(
+        3072, 26, 32, 9216, tie_word_embeddings=True, model_type="ministral3", max_position_embeddings=262144
+    ),
+    "small-24b": _sizes(5120, 40, 32, 32768, rope_theta=1e9, max_position_embeddings=131072),
 }
-"""1.5 billion parameters, and the sizes of Ministral 3 3B, Ministral 8B and Mistral NeMo 12B (their config.json)."""
+"""1.5 billion parameters, and the sizes of Ministral 3 3B, Ministral 8B, Mistral NeMo 12B; and, with the positions, the
+queries and the vision tower of their families, of Ministral 3 3B and Mistral Small 3 24B (their config.json)."""
 ENCODINGS = ("float32", "bfloat16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "nf4")
 """Those that random weights are made in."""
 TOWER = {
@@ -47,16 +52,26 @@ TOWER = {
     "rope_theta": 10000.0,
 }
 """Of Pixtral 12B."""
+MERGING = ("ministral-3b", "small-24b")
+"""Shapes whose tower is of Mistral 3: of smaller patches, of which four are a token."""
+MISTRAL3: Mapping[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "spatial_merge_size": 2,
+    "multimodal_projector_bias": False,
+    "vision_config": {**TOWER, "image_size": 1540, "patch_size": 14},
+}
 IMAGE_TOKEN_ID = 10
 """Of the built-in model's tokenizer, which a shape borrows."""
 
 
 def config_of(shape: str, sees: bool = False) -> dict[str, Any]:
-    """The config.json of a model of that shape; one that `sees` has Pixtral's tower before it."""
+    """The config.json of a model of that shape; one that `sees` has the tower of its family, or else Pixtral's."""
     text = {"model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2, **SHAPES[shape]}
     if not sees:
-        return {"architectures": ["MistralForCausalLM"], **text}
-    return {
+        architecture = "Ministral3ForCausalLM" if text["model_type"] == "ministral3" else "MistralForCausalLM"
+        return {"architectures": [architecture], **text}
+    seeing = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": IMAGE_TOKEN_ID,
@@ -67,3 +82,4 @@ def config_of(shape: str, sees: bool = False) -> dict[str, Any]:
         "text_config": text,
         "vision_config": dict(TOWER),
     }
+    return {**seeing, **MISTRAL3} if shape in MERGING else seeing

@@ -114,7 +114,7 @@ class BenchArguments:
             "--image",
             metavar="WIDTHxHEIGHT",
             callback=_pixels,
-            help="Measure a picture of this size too, in pixels; a shape gets Pixtral's vision tower for it.",
+            help="Measure a picture of this size too, in pixels; a shape gets the vision tower of its family for it.",
         ),
     ] = None
     repeats: Annotated[

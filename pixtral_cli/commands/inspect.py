@@ -96,6 +96,7 @@ def as_object(name: str, source: "Source", kv_cache_dtype: str = "auto") -> dict
         and {
             "image_size": images.longest_side,
             "patch_size": vision.patch_size,
+            "token_size": images.token_size,
             "layers": vision.num_layers,
             "parameters": sum(prod(t.shape) for n, t in tensors.items() if n.startswith(VISION)),
         },
@@ -131,12 +132,18 @@ def as_text(found: dict[str, Any]) -> str:
         "parameters": f"{found['parameters'] / 1e9:.2f} billion" if found["parameters"] >= 1e7 else found["parameters"],
         "context": f"{found['context']} tokens"
         + (f", beyond {found['original_context']} by YaRN" if found["original_context"] else ""),
-        "pictures": f"up to {vision['image_size']} px, in patches of {vision['patch_size']} px" if vision else "none",
+        "pictures": _pictures(vision) if vision else "none",
         "format": found["format"],
         "on disk": size(found["bytes_on_disk"]),
     }
     lines = table([(f"{label}:", value) for label, value in facts.items()], gap=" ")
     return "\n".join([*lines, "", *_weights_table(found), *_fit_tables(found)]) + "\n"
+
+
+def _pictures(vision: dict[str, Any]) -> str:
+    merged = vision["token_size"] // vision["patch_size"]
+    squares = f", a token for each {merged}x{merged} of them" if merged > 1 else ""
+    return f"up to {vision['image_size']} px, in patches of {vision['patch_size']} px{squares}"
 
 
 def _weights_table(found: dict[str, Any]) -> list[str]:

@@ -44,6 +44,7 @@ def run(
     thinking.check(request)
     pending = PendingInput(request)
     model = load(source, weights, console)
+    model.processor.tell = console.notice
     options = {**sampling.options(), **thinking.options(), "logprobs": report.logprobs}
     events = pending.finish(console, model).stream(model, **options)
     replies.tell(console.stream(events, thoughts=not report.no_reasoning), model.kernels, console, report)

@@ -50,7 +50,7 @@ def tokenize(request: RequestFlags, thinking: ThinkingFlags, source: SourceFlags
 
 
 def as_object(model: str, prompt: Prompt) -> dict[str, Any]:
-    """The object that `--json` prints. Sizes are in pixels, rows and columns in patches."""
+    """The object that `--json` prints. Sizes are in pixels, rows and columns in image tokens."""
     return {
         "model": model,
         "token_ids": list(prompt.token_ids),
@@ -61,6 +61,7 @@ def as_object(model: str, prompt: Prompt) -> dict[str, Any]:
                 "original_height": image.original_size[1],
                 "width": image.width,
                 "height": image.height,
+                "scaled_down": image.is_scaled_down,
                 "rows": image.rows,
                 "columns": image.columns,
                 "tokens": image.tokens,
@@ -75,9 +76,10 @@ def as_text(prompt: Prompt) -> str:
     lines = [" ".join(str(token) for token in prompt.token_ids)]
     for number, image in enumerate(prompt.images, start=1):
         width, height = image.original_size
+        resized = "scaled down" if image.is_scaled_down else "resized"
         lines.append(
-            f"picture {number}: {width}x{height} px, resized to {image.width}x{image.height} px, "
-            f"{counted(image.rows, 'row')} of {counted(image.columns, 'patch', 'patches')}, {image.tokens} tokens"
+            f"picture {number}: {width}x{height} px, {resized} to {image.width}x{image.height} px, "
+            f"{counted(image.rows, 'row')} of {counted(image.columns, 'token')}, {image.tokens} with row ends"
         )
     lines.append(counted(len(prompt.token_ids), "token"))
     return "\n".join(lines) + "\n"

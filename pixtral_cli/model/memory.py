@@ -7,7 +7,7 @@ head_dim, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 from pixtral_cli.encoding_choices import CHOICES, kv_encoding
@@ -23,7 +23,7 @@ from weights_cache.formats.reader import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-WORKSPACE = 256 * 2**20  # bytes; on a CPU, activations and buffers beside the weights
+WORKSPACE = 256 * 2**20  # bytes; on a CPU, activations and buffers beside the weights, but those of larger images
 LENGTHS = (4096, 32768, 131072)  # tokens
 GIB = 2**30
 FP8_SCALE = 1  # byte for the numbers of a head and token that fp8 keeps
@@ -118,9 +118,9 @@ def plan(tensors: Mapping[str, TensorInfo], placement: Placement, config: ModelC
     """What a model in `placement` takes on a CPU or a GPU."""
     token = kv_bytes(config.text, 1, kv_encoding(work.kv_cache_dtype, placement.dtype))
     weights = weight_bytes(tensors, placement)
-    if kind == "cpu":
-        return Plan(weights, 0, WORKSPACE, token, share=KV_SHARE)
     width = ENCODINGS[placement.dtype].block_bytes
+    if kind == "cpu":
+        return Plan(weights, 0, max(WORKSPACE, cpu_image_bytes(config, width)), token, share=KV_SHARE)
     return Plan(
         weights,
         card_kernel_bytes(tensors, placement),
@@ -179,6 +179,15 @@ def _numbers_of_a_patch(vision: VisionConfig, text: TextConfig) -> int:
     return vision.num_channels * vision.patch_size**2 + max(_numbers(vision), 3 * text.hidden_size)
 
 
+def cpu_image_bytes(config: ModelConfig, width: int) -> int:
+    """Bytes of the largest image's pass through the tower on a CPU, whose feed-forward layers take it in pieces."""
+    if config.vision is None or config.image_layout is None:
+        return 0
+    pixels = config.vision.num_channels * config.vision.patch_size**2
+    side = -(-config.image_layout.longest_side // config.vision.patch_size)
+    return side**2 * width * (pixels + _numbers(replace(config.vision, intermediate_size=0)))
+
+
 def graph_bytes(text: TextConfig, width: int, batch: int) -> int:
     """Bytes of the captured steps of up to `batch` sequences: they compute in the same memory, that of the largest; its
     logits are there as computed, in float32, and where they are read."""
@@ -208,7 +217,7 @@ class Need:
 
     def total(self, tokens: int) -> int:
         """Bytes for a sequence of `tokens`, one of the lengths, on any device: what only a GPU takes is not counted."""
-        return self.weights + self.cache[tokens] + WORKSPACE
+        return self.weights + self.cache[tokens] + self.plans["cpu"].passes
 
     def on(self, device: Device, tokens: int) -> int:
         """Bytes of everything that is taken of `device` for such a sequence."""

@@ -120,6 +120,11 @@ class PreparedImage:
         """Prompt tokens: a row is its columns and a break (or, at last, the end)."""
         return self.rows * (self.columns + 1)
 
+    @property
+    def is_scaled_down(self) -> bool:
+        """Whether the image came larger than the model, or a low detail, has it."""
+        return max(self.original_size) > self.spec.longest_side
+
     @cached_property
     def key(self) -> bytes:
         """SHA-256 of all that `pixels` depends on: two images with one key are the same to a model."""

@@ -109,6 +109,8 @@ class Processor:
     open_image: OpenImage = media.opened
     sizes_only: bool = False
     """Whether nobody will ask for pixels."""
+    tell: Callable[[str], None] | None = None
+    """Takes a sentence for whoever asks, about each image that is scaled down."""
 
     @classmethod
     def from_checkpoint(
@@ -163,7 +165,7 @@ class Processor:
         were_called = any(message.tool_calls or message.role == "tool" for message in conversation.messages)
         chat_format = self._format_for(bool(tools) or were_called)
         conversation = chat_format.arranged(conversation)
-        images = [self._prepared(image) for image in conversation.images]
+        images = self._prepared(conversation.images)
         ids = self._filled(chat_format.encode(conversation, tools, settings), images)
         in_text = conversation.is_continued and conversation.messages[-1].text != ""
         marks = chat_format.thought_marks(conversation)
@@ -196,7 +198,7 @@ class Processor:
             parts = [""] * len(sources) + parts
         if len(parts) != len(sources) + 1:
             raise ImagesMisplaced(len(parts) - 1, len(sources))
-        prepared = [self._prepared(ImagePart(source)) for source in sources]
+        prepared = self._prepared([ImagePart(source) for source in sources])
         ids = self._filled(self._raw_ids(parts), prepared)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
@@ -221,8 +223,19 @@ class Processor:
             marked += self.tokenizer.split_controls(part, but=mark)
         return self.tokenizer.encode_with_controls(marked)
 
-    def _prepared(self, part: ImagePart) -> PreparedImage:
-        """The image made small: the large one is let go of before the next one is opened."""
+    def _prepared(self, parts: Iterable[ImagePart]) -> list[PreparedImage]:
+        images = []
+        for number, part in enumerate(parts, start=1):
+            images.append(image := self._made_small(part))
+            if image.is_scaled_down and self.tell:
+                (width, height), resized = image.original_size, f"{image.width}x{image.height}"
+                self.tell(
+                    f"picture {number} is scaled down from {width}x{height} to {resized} px: {image.tokens} tokens."
+                )
+        return images
+
+    def _made_small(self, part: ImagePart) -> PreparedImage:
+        """The large image is let go of before the next one is opened."""
         if self.image_tokens is None:
             raise ImagesUnsupported
         with self.open_image(part.source) as opened:

@@ -53,6 +53,14 @@ def test_a_picture_goes_through_the_tower_and_the_projector():
     assert need.nbytes == 2 * (weights + vectors)
 
 
+def test_a_picture_whose_patches_are_merged_goes_through_the_projector_by_its_tokens():
+    need, patches, tokens = counts("small-24b", "q4_k", sees=True).picture(1036, 784), 74 * 56, 37 * 28
+    tower = 3 * 14 * 14 * 1024 + 24 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
+    projector = 4 * 1024 * 1024 + 1024 * 5120 + 5120 * 5120
+    assert need.multiplications == patches * (tower + 24 * 2 * patches * 1024) + tokens * projector
+    assert need.nbytes == 2 * (tower + projector + (2 * 24 + 2) * 1024)
+
+
 def test_the_least_time_is_that_of_the_slower_of_the_two():
     assert Need(1000, 10).seconds(100.0, 1000.0) == 10.0
     assert Need(10, 1000).seconds(100.0, 1000.0) == 2.0

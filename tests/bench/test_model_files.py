@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.format_builders import interleaved
+from transformers import Mistral3ForConditionalGeneration
 
 from pixtral_cli.bench import gguf_writer, hf_writer, model_files, random_weights, shapes
 from pixtral_cli.errors import ModelError
@@ -61,7 +62,9 @@ def test_every_shape_has_the_sizes_of_its_name():
         raw = shapes.config_of(shape)
         tensors = random_weights.RandomCheckpoint(raw, read_config(raw), "q4_k").tensors
         sizes[shape] = sum(np.prod(info.shape) for info in tensors.values()) / 1e9
-    assert sizes == pytest.approx({"1b": 1.54, "3b": 3.43, "8b": 8.02, "nemo-12b": 12.25}, abs=0.01)
+    assert sizes == pytest.approx(
+        {"1b": 1.54, "3b": 3.43, "8b": 8.02, "nemo-12b": 12.25, "ministral-3b": 3.43, "small-24b": 23.57}, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("encoding", [name for name in shapes.ENCODINGS if name not in ("nf4", "fp8")])
@@ -94,6 +97,27 @@ def test_both_parts_of_a_model_that_sees_read_back_as_the_same_weights(tmp_path)
     assert back.tensors.keys() == source.checkpoint.tensors.keys()
     for name in back.tensors:
         assert torch.equal(back.tensor(name).float(), source.checkpoint.tensor(name).float()), name
+
+
+def test_a_model_that_merges_patches_reads_back_as_the_same_weights_in_both_forms(tmp_path):
+    raw = shapes.config_of("small-24b", sees=True)
+    raw["text_config"] = raw["text_config"] | SMALL
+    raw["vision_config"] = raw["vision_config"] | {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 32}
+    random_weights.write(raw, "bfloat16", tmp_path / "small")
+    source = Source.open_serialized(tmp_path / "small")
+    gguf_writer.write(source.checkpoint, source.config, tmp_path / "model.gguf")
+    gguf_writer.write_pictures(source.checkpoint, source.config, tmp_path / "mmproj.gguf")
+    hf_writer.write(source.checkpoint, "bfloat16", tmp_path / "folder")
+    gguf_form = checkpoint.open(tmp_path / "model.gguf", [tmp_path / "mmproj.gguf"])
+    for back in (gguf_form, checkpoint.open(tmp_path / "folder")):
+        assert read_config(back.config).image_layout == source.config.image_layout
+        assert back.tensors.keys() == source.checkpoint.tensors.keys()
+        for name in back.tensors:
+            assert torch.equal(back.tensor(name).float(), source.checkpoint.tensor(name).float()), name
+    loaded, report = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    merger = "multi_modal_projector.patch_merger.merging_layer.weight"
+    assert loaded.get_parameter(f"model.{merger}").equal(source.checkpoint.tensor(merger))
 
 
 @pytest.mark.parametrize("attention", [{"mscale_all_dim": 1.0}, {"mscale_all_dim": 0}])

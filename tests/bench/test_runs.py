@@ -35,6 +35,8 @@ def asked(monkeypatch):
                 raise ContenderFailed(error)
             if what == "peak_memory":
                 return 2_000_000_000 if self.name == "pixtral" else 1_000_000_000
+            if what == "import_torch":
+                return 0.125 if self.name == "pixtral" else 0.0
             self.count += 1
             return {"version": "1"} if what == "about" else (1.0 if self.name == "pixtral" else 2.0) + self.count / 100
 
@@ -43,7 +45,6 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(runs, "Contender", Fake)
     monkeypatch.setattr(runs, "SETTLING", 0)
-    monkeypatch.setattr(runs, "_import_torch", lambda: 0.5)
     return Fake
 
 
@@ -78,6 +79,15 @@ def test_programs_take_turns_and_the_first_round_does_not_count(asked):
     decode = next(row for row in rows if (row.work, row.batch) == ("decode", 1))
     seconds = statistics.median([4 / rate for rate in (decode.ours_spread)])
     assert decode.ours == pytest.approx(4 / seconds, rel=1e-3) and decode.ours_spread[0] < decode.ours_spread[1]
+
+
+def test_what_importing_torch_took_in_a_program_is_taken_off_its_own_start(asked, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    rows, _ = measured("llama.cpp")
+    [whole] = [row for row in rows if row.work == "start"]
+    [beyond] = [row for row in rows if row.work == "start, without importing torch"]
+    assert whole.ours - beyond.ours == 0.125 and whole.peer == beyond.peer
 
 
 def test_without_peers_there_is_a_row_for_each_work_and_nothing_beside_it(asked):

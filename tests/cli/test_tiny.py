@@ -64,6 +64,7 @@ def test_tokenize_shows_the_ids_that_the_model_gets(program, model, picture, raw
             "original_height": 90,
             "width": 160,
             "height": 96,
+            "scaled_down": False,
             "rows": 6,
             "columns": 10,
             "tokens": 66,
@@ -95,7 +96,19 @@ def test_tokenize_says_the_same_in_words(program, picture):
     lines = program("tokenize", "--model-path", "tiny", "-i", picture, "-p", "hi").stdout.decode().splitlines()
     ids = lines[0].split()
     assert ids[:3] == ["1", "3", "10"] and ids[-1] == "4" and lines[2] == f"{len(ids)} tokens"
-    assert lines[1] == "picture 1: 150x90 px, resized to 160x96 px, 6 rows of 10 patches, 66 tokens"
+    assert lines[1] == "picture 1: 150x90 px, resized to 160x96 px, 6 rows of 10 tokens, 66 with row ends"
+
+
+def test_that_a_picture_is_scaled_down_is_said_in_a_line_with_both_sizes_and_its_tokens(program, picture, tmp_path):
+    Image.new("RGB", (2100, 50)).save(tmp_path / "wide.png")
+    images = ["-i", picture, "-i", str(tmp_path / "wide.png")]
+    done = program("run", *TINY, *images, "-p", "hi", "--max-new-tokens", "2")
+    assert done.stderr == b"pixtral: picture 2 is scaled down from 2100x50 to 1024x32 px: 130 tokens.\n"
+    assert program("run", *TINY, *images, "-p", "hi", "--max-new-tokens", "2", "--quiet").stderr == b""
+    shown = program("tokenize", "--model-path", "tiny", *images, "-p", "hi")
+    assert b"picture 2: 2100x50 px, scaled down to 1024x32 px, 2 rows of 64 tokens, 130 with row ends" in shown.stdout
+    again = json.loads(program("tokenize", "--model-path", "tiny", *images, "-p", "hi", "--json").stdout)
+    assert [image["scaled_down"] for image in again["images"]] == [False, True]
 
 
 def test_tokenize_imports_neither_torch_nor_a_downloader(picture):

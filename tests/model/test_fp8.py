@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import builders, format_builders, fp8_builders
 from support.fp8_builders import KINDS
+from support.live_bytes import LiveBytes
 
 from pixtral_cli import Pixtral
 from pixtral_cli.encoding_choices import find
@@ -71,6 +72,17 @@ def test_both_forms_have_the_weights_of_the_formula(models, form):
     for name, weight in exact.items():
         ours = name.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
         assert torch.equal(opened.tensor(ours.replace("vision_tower.transformer.", "vision_tower.")), weight), name
+
+
+@pytest.mark.parametrize("encoding", ["q4_0", "bfloat16", "fp8"])
+def test_loading_takes_hardly_more_memory_than_the_model_has_in_the_end(folder, encoding):
+    """A matrix is decoded at a time: all of them in float32 would take several times as much."""
+    source = Source.open(folder)
+    placement = source.placement(find(encoding))
+    kept, whole = memory.weight_bytes(source.checkpoint.tensors, placement), 4 * SIZES["hidden_size"] * 512
+    with LiveBytes() as live:
+        weights = [load.encoded(source.checkpoint, name, placement) for name in source.checkpoint.tensors]
+    assert kept == sum(weight.nbytes for weight in weights) and live.most <= kept + 5 * whole
 
 
 @pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "q6_k", "nf4", "bfloat16", "float32"])

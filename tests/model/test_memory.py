@@ -2,14 +2,18 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support import builders
+from support.devices import loaded
 from support.engines import run
 from support.live_bytes import LiveBytes
 
+from pixtral_cli.bench.random_weights import RandomCheckpoint
+from pixtral_cli.bench.shapes import config_of
 from pixtral_cli.encoding_choices import find
 from pixtral_cli.engine import sampler
 from pixtral_cli.engine.engine import Engine
@@ -98,6 +102,28 @@ def test_the_numbers_that_the_plan_counts_for_a_patch_are_those_that_live_at_one
     with LiveBytes() as live:
         as_on_a_card.encode_images([pixels])
     assert live.most == pytest.approx(2 * 1024 * memory._numbers_of_a_patch(config.vision, config.text), rel=0.1)
+
+
+@torch.inference_mode()
+def test_a_cpu_has_room_for_the_largest_picture_of_a_model(tmp_path):
+    builders.mistral3(tmp_path, hidden_size=256)
+    model = loaded(tmp_path)
+    config = replace(model.config, image_layout=replace(model.config.image_layout, longest_side=28 * 30))
+    pixels = torch.rand(3, 28 * 30, 28 * 30)
+    with LiveBytes() as live:
+        model.encode_images([pixels])
+    assert live.most == pytest.approx(memory.cpu_image_bytes(config, 4), rel=0.15)
+
+
+def test_pictures_that_need_more_than_the_workspace_of_a_cpu_are_planned_for():
+    small, large = (config_of(shape, sees=True) for shape in ("nemo-12b", "small-24b"))
+    passes = []
+    for raw in (small, large):
+        tensors = RandomCheckpoint(raw, config := read_config(raw), "q4_k").tensors
+        placed = place(tensors, find("float32"))
+        passes.append(memory.plan(tensors, placed, config, "cpu", Work()).passes)
+    patch = 3 * 14 * 14 + 10 * 1024 + 3 * 64
+    assert passes == [memory.WORKSPACE, 110 * 110 * 4 * patch]
 
 
 def test_a_tower_that_needs_more_than_the_decoder_decides():

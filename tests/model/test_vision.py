@@ -22,11 +22,19 @@ def pictures(grids=GRIDS):
     return [picture(*grid, seed) for seed, grid in enumerate(grids)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pixtral")
-    builders.pixtral(folder)
+FAMILIES = {"pixtral": builders.pixtral, "mistral 3": lambda folder: builders.mistral3(folder, patch_size=8)}
+"""An image token is 16 pixels wide: a patch, or a square of four."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    FAMILIES[request.param](folder)
     return folder
+
+
+def patches_a_token(model):
+    return (16 // model.config.vision.patch_size) ** 2
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +63,14 @@ def test_on_a_cpu_nobody_beside_it_changes_a_bit_of_an_image(model):
 
 
 def test_an_image_of_many_patches_goes_through_its_feed_forward_layers_in_pieces(model, monkeypatch):
-    image, sizes = picture(3, 4, 0), []
+    image, sizes, each = picture(3, 4, 0), [], patches_a_token(model)
     whole, added = alone(model, [image]), layers.GatedFeedForward._added
-    monkeypatch.setattr(layers, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(layers, "ROWS_AT_ONCE", 5 * each)
     monkeypatch.setattr(
         layers.GatedFeedForward, "_added", lambda self, rows: sizes.append(len(rows)) or added(self, rows)
     )
     assert_close(alone(model, [image]), whole, 1e-5)
-    assert sizes[:3] == [5, 5, 2]
+    assert sizes[:3] == [5 * each, 5 * each, 2 * each]
 
 
 def test_no_images_have_no_features(model):
@@ -83,15 +91,17 @@ def test_images_of_one_pass_do_not_see_each_other_and_keep_their_order(model, mo
 
 
 def test_a_pass_has_no_more_patches_than_memory_is_planned_for(model, monkeypatch, as_on_a_card):
-    monkeypatch.setattr(vision, "PATCHES", 12)
+    each = patches_a_token(model)
+    monkeypatch.setattr(vision, "PATCHES", 12 * each)
     passes, tower = [], vision.VisionTower.forward
     monkeypatch.setattr(
         vision.VisionTower, "forward", lambda self, patches, grids: passes.append(grids) or tower(self, patches, grids)
     )
     together(model, pictures())
-    lengths = [[rows * columns for rows, columns in grids] for grids in passes]
+    lengths = [[rows * columns / each for rows, columns in grids] for grids in passes]
     assert lengths == [[1, 6], [6, 6], [6], [16]]
-    assert sorted(grid for grids in passes for grid in grids) == sorted(GRIDS)
+    shown = sorted((rows * rows, columns * columns) for grids in passes for rows, columns in grids)
+    assert shown == sorted((rows * rows * each, columns * columns * each) for rows, columns in GRIDS)
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [4, 2, 2, 7]], ids=str)

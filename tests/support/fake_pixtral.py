@@ -84,7 +84,7 @@ class FakePixtral:
         if fifo := os.environ.get("FAKE_LOAD_FIFO"):
             Path(fifo).read_bytes()
         model = cls()
-        model.name, model.arguments = model_path, arguments
+        model.name, model.arguments, model.processor = model_path, arguments, SimpleNamespace()
         if arguments["progress"]:
             for done in range(0, 101, 20):
                 arguments["progress"]("weights [1/1]", done, 100)

@@ -17,6 +17,7 @@ from support.pictures import conversation, noise
 from transformers import Mistral3ForConditionalGeneration, MistralConfig
 
 from pixtral_cli import Pixtral
+from pixtral_cli.commands import inspect
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.kernels.nf4 import bitsandbytes
@@ -139,6 +140,13 @@ def test_gelu_in_a_vision_config_means_silu(models, tmp_path):
     write_newer(folder / "hf", tmp_path / "gelu")
     builders.edit_config(tmp_path / "gelu", lambda config: config["vision_config"].update(hidden_act="gelu"))
     assert_answers_as(load(tmp_path / "gelu"), oracle, processor, CONVERSATIONS["picture"])
+
+
+def test_inspect_says_how_large_pictures_may_be_and_what_becomes_a_token(models):
+    shown = inspect.as_object("some/model", Source.open(models[0] / "native"))
+    assert shown["architecture"] == "Mistral3ForConditionalGeneration"
+    assert shown["vision"].items() >= {"image_size": 1540, "patch_size": 14, "token_size": 28, "layers": 3}.items()
+    assert "up to 1540 px, in patches of 14 px, a token for each 2x2 of them" in inspect.as_text(shown)
 
 
 class TestTies:
