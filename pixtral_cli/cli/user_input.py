@@ -18,7 +18,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,6 @@ from pixtral_cli.errors import PixtralError
 if TYPE_CHECKING:
     from pixtral_cli.api import Pixtral
     from pixtral_cli.generation import TextEvent
-    from pixtral_cli.source import Source
 
 DEFAULT = "default"
 """Stands for the system prompt that a repository brings."""
@@ -85,9 +84,9 @@ class PendingInput:
         if self._messages is None and not (flags.prompt or self._text):
             raise UsageError("There is no prompt.", HOW_TO_ASK)
 
-    def finish(self, console: Console, model: Pixtral | Source) -> UserInput:
-        """The same with the text that has come by now. To be called once, when the model is loaded, which may bring the
-        system prompt. Raises ModelError if it does not."""
+    def finish(self, console: Console, own_system: Callable[[], dict[str, Any]]) -> UserInput:
+        """The same with the text that has come by now. To be called once, when the model is loaded; `own_system` gives
+        the system message that it brings, if that is asked for, and raises ModelError if there is none."""
         if self._messages is not None:
             return UserInput(messages=self._messages)
         if self._text is None and self._piped:
@@ -99,12 +98,12 @@ class PendingInput:
             return UserInput(prompt=text, images=self._images)
         images = [{"type": "image", "image": image} for image in self._images]
         content = [*images, {"type": "text", "text": text}] if images else text
-        return UserInput([*self._system(model), {"role": "user", "content": content}])
+        return UserInput([*self._system(own_system), {"role": "user", "content": content}])
 
-    def _system(self, model: Pixtral | Source) -> list[dict[str, Any]]:
+    def _system(self, own_system: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
         text = self._flags.system
         if text == DEFAULT:
-            return [model.system_message()]
+            return [own_system()]
         return [{"role": "system", "content": text}] if text else []
 
 
