@@ -14,7 +14,6 @@ from pixtral_cli.bench.ceilings import wait
 from pixtral_cli.bench.contender import PROMPT
 from pixtral_cli.engine.engine import Engine
 from pixtral_cli.engine.request import Failure, Request
-from pixtral_cli.model.free_memory import taken_bytes
 from pixtral_cli.model.kernels import native
 
 
@@ -64,11 +63,6 @@ class Program:
             model.encode_images([pixels])
             wait(device)
             return time.perf_counter() - begun
-
-    def device_memory(self) -> int | None:
-        """The most bytes that were taken of a GPU; None on a CPU."""
-        device = self._engine.model.device
-        return taken_bytes(device) if device.type == "cuda" else None
 
     def _text(self, length: int) -> tuple[int, ...]:
         """Random tokens: no two prompts begin alike, so nothing is known of one."""

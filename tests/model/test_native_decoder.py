@@ -96,3 +96,12 @@ def test_other_passes_go_layer_by_layer(folder, monkeypatch, spans, rows, dtype)
     calls = counted(monkeypatch, model)
     passed(model, spans, rows, dtype)
     assert calls == [None]
+
+
+def test_queries_that_grow_with_their_position_are_left_to_the_layers(tmp_path, monkeypatch):
+    builders.ministral3(tmp_path)  # from position 16 on
+    model = loaded(tmp_path, encoding="bfloat16")
+    calls = counted(monkeypatch, model)
+    passed(model, one_each("short"), 1)
+    passed(model, one_each("long"), 1)
+    assert calls[0] is not None and calls[1] is None

@@ -14,7 +14,12 @@ from pixtral_cli.model import native_library
 HERE = Path(__file__).parent
 SOURCES = native_library.FOLDER / "native"
 TESTS = sorted(
-    {*HERE.glob("test_native*.py"), *HERE.glob("test_cpu_*.py"), HERE.with_name("test_native_ops.py")}
+    {
+        *HERE.glob("test_native*.py"),
+        *HERE.glob("test_cpu_*.py"),
+        HERE.with_name("test_native_ops.py"),
+        HERE.with_name("test_native_decoder.py"),
+    }
     - {Path(__file__)}
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

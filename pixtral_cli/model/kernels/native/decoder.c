@@ -5,16 +5,8 @@
  * N rows, C hidden_size, H query heads, K key-value heads, D head_dim, F intermediate_size. */
 #include <string.h>
 
-#include "native.h"
-
-/* As the other files have them. */
-int pixtral_multiply(const struct matrix *, int, const void *, int, int64_t, void *, int);
-void pixtral_add_norm(int, const void *, const void *, const void *, void *, void *, long, long, float, int);
-void pixtral_rotate(int, void *, void *, const void *, const void *, long, long, long, long, long, long, long, long, int);
-void pixtral_silu_mul(int, const void *, const void *, void *, long, long, long, long, int);
-void pixtral_write(void *, void *, const int64_t *, const void *, const void *, long, long, long, long, int);
-void pixtral_attend_one(int, const void *, const void *, const void *, void *, const int32_t *, const int64_t *,
-                        const int64_t *, long, long, long, long, long, long, long, long, int);
+#include "matvec.h"
+#include "ops.h"
 
 /* ctypes has these three too (native_decoder.py). */
 struct layer {

@@ -41,6 +41,10 @@ void pixtral_avx512bf16_prepare(int encoding, const uint16_t *x, int64_t columns
 int pixtral_avx512bf16_order(int encoding);
 #endif
 
+/* In matvec.c; ctypes calls it (cpu_rows.py). */
+EXPORT int pixtral_multiply(const struct matrix *matrices, int count, const void *x, int x_encoding, int64_t n, void *y,
+                            int most_threads);
+
 static ALWAYS_INLINE uint32_t word(const uint8_t *at) {
     uint32_t found;
     memcpy(&found, at, 4);

@@ -62,6 +62,20 @@ struct operations {
     items_function *add_norm, *rotate, *silu_mul, *attend_parts, *join_parts;
 };
 
+/* What ctypes calls (native_ops.py), in ops.c: see the structures above. */
+EXPORT void pixtral_add_norm(int type, const void *x, const void *delta, const void *weight, void *total, void *normed,
+                             long rows, long columns, float epsilon, int threads);
+EXPORT void pixtral_rotate(int type, void *q, void *k, const void *cosines, const void *sines, long rows, long q_heads,
+                           long k_heads, long dim, long q_row, long q_head, long k_row, long k_head, int threads);
+EXPORT void pixtral_silu_mul(int type, const void *gate, const void *up, void *out, long rows, long columns,
+                             long gate_row, long up_row, int threads);
+EXPORT void pixtral_write(void *keys, void *values, const int64_t *slots, const void *k, const void *v, long rows,
+                          long bytes, long k_row, long v_row, int threads);
+EXPORT void pixtral_attend_one(int type, const void *q, const void *keys, const void *values, void *out,
+                               const int32_t *pages, const int64_t *starts, const int64_t *lengths, long rows,
+                               long kv_heads, long group, long dim, long q_row, long slot, long head, long window,
+                               int threads);
+
 extern const struct operations operations_portable, operations_avx2, operations_avx512;
 
 #endif
