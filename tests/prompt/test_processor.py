@@ -207,7 +207,7 @@ def test_the_longest_side_comes_from_the_preprocessor(checkpoint, byte_level_jso
 
 
 def test_merged_patches_make_fewer_tokens(checkpoint, byte_level_json):
-    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), token_size=28)
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), spec=ImageSpec(28))
     (image,) = made.complete("", [Image.new("RGB", (100, 50))]).images
     assert (image.width, image.height, image.rows, image.columns) == (112, 56, 2, 4)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: tuple[str, ...] = ("Mistral3ForConditionalGeneration",)
 MODEL_TYPE = "mistral3"
+TOWER: str | None = pixtral.TOWER
 
 # What a config.json may leave out (transformers `configuration_mistral3.py`). Those of models whose head is another
 # matrix than their embedding do not say so: what the file holds decides.
