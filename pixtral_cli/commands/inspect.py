@@ -145,7 +145,8 @@ def _pictures(vision: dict[str, Any]) -> str:
     merged = vision["token_size"] // vision["patch_size"]
     squares = f", a token for each {merged}x{merged} of them" if merged > 1 else ""
     side = vision["image_size"]
-    return f"{f'cropped to {side}x{side}' if vision['cropped'] else f'up to {side}'} px, in patches of {vision['patch_size']} px{squares}"
+    sides = f"cropped to {side}x{side}" if vision["cropped"] else f"up to {side}"
+    return f"{sides} px, in patches of {vision['patch_size']} px{squares}"
 
 
 def _weights_table(found: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ class ClipTower(Tower):
         run = max(config.feature_layers)
         self.embeddings = ClipEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ClipLayer(config) for _ in range(run))})
+        self.encoder = ClipEncoder(config, run)
         self.unread = ("post_layernorm.", *(f"encoder.layers.{index}." for index in range(run, config.num_layers)))
 
     def forward(self, patches: Tensor, grids: Sequence[Grid], attend: Attend | None = None) -> Tensor:
@@ -44,7 +44,7 @@ class ClipTower(Tower):
         images, length, _ = x.shape
         x, kept = x.flatten(0, 1), [x]
         attend = attend or attend_within_images([length] * images, x.device)
-        for index, layer in enumerate(self.encoder["layers"]):
+        for index, layer in enumerate(self.encoder.layers):
             x = layer(x, attend, index)
             kept.append(x.unflatten(0, (images, length)))
         features = torch.cat([kept[layer] for layer in self.config.feature_layers], dim=-1)
@@ -65,6 +65,14 @@ class ClipEmbeddings(nn.Module):
         x = self.patch_embedding(patches).unflatten(0, (images, -1))
         x = torch.cat([self.class_embedding.expand(images, 1, -1), x], dim=1)
         return x + self.position_embedding.weight
+
+
+class ClipEncoder(nn.Module):
+    """The first `run` layers."""
+
+    def __init__(self, config: ClipConfig, run: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(run))
 
 
 class ClipLayer(nn.Module):

@@ -1,7 +1,7 @@
 """How a model with a CLIP tower wants its images: each one square of one side, cropped out of the middle or padded.
 
-The steps are those of transformers' processors with PIL (`image_processing_pil_llava.py`, `image_transforms.py`): pad to
-a square, resize, crop.
+The steps are those of transformers' processors with PIL (`image_processing_pil_llava.py`, `image_transforms.py`): pad
+to a square, resize, crop.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ class ImageTokens:
         )
         if any(name not in tokenizer.controls for name in names):
             return None
-        return cls(*map(tokenizer.control, names))
+        patch, row_end, end = map(tokenizer.control, names)
+        return cls(patch, row_end, end)
 
     @classmethod
     def alone(cls, tokenizer: Tokenizer, image_token_id: int | None) -> ImageTokens | None:

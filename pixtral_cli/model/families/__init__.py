@@ -68,4 +68,4 @@ def _family_of(architecture: Any, tower: Any) -> Family:
     towers = [family.TOWER for family in found if family.TOWER]
     if towers and tower is not None:
         ConfigFields({"model_type": tower}, "vision_config.").only("model_type", *towers)
-    return next((family for family in found if family.TOWER == tower), found[0])
+    return next((family for family in found if tower == family.TOWER), found[0])

@@ -1,5 +1,5 @@
-"""LLaVA-1.5: a Llama's or Mistral's decoder and the tower of CLIP behind a projector. A config.json in, the sizes of both
-and the model out.
+"""LLaVA-1.5: a Llama's or Mistral's decoder and the tower of CLIP behind a projector. A config.json in, the sizes of
+both and the model out.
 
 Every image becomes one square, which is cut into patches in raster order; each of them is one <image> token, without
 rows. The features are those of a layer before the last, which is then not run.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig
+from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig, VisionConfig
 from pixtral_cli.model.families import pixtral
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def build(config: ModelConfig) -> VisionLanguageModel:
     from pixtral_cli.model.vision import MergingProjector, VisionLanguageModel, VisionTower
 
     assert isinstance(config, Mistral3Config), config
-    assert config.vision is not None, config.architecture
+    assert isinstance(config.vision, VisionConfig), config
     vision, text = config.vision, config.text
     projector = MergingProjector(
         vision.hidden_size, text.hidden_size, config.projector_bias, config.merge, text.norm_eps

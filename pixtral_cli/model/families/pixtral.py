@@ -35,7 +35,7 @@ VISION_DEFAULTS: Mapping[str, Any] = {
 def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     fields = ConfigFields({"image_token_index": raw.get("image_token_id", 10), **raw})
     vision, text = fields.object("vision_config"), fields.object("text_config")
-    ConfigFields(vision, "vision_config.").only("model_type", TOWER)
+    ConfigFields(vision, "vision_config.").only("model_type", VisionConfig.kind)
     ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral", "ministral3")
     fields.only("projector_hidden_act", "gelu")
     fields.only("vision_feature_select_strategy", "full")
@@ -53,7 +53,7 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
 def build(config: ModelConfig) -> VisionLanguageModel:
     from pixtral_cli.model.vision import Projector, VisionLanguageModel, VisionTower
 
-    assert config.vision is not None, config.architecture
+    assert isinstance(config.vision, VisionConfig), config
     projector = Projector(config.vision.hidden_size, config.text.hidden_size, config.projector_bias)
     return VisionLanguageModel(config, VisionTower(config.vision), projector)
 
