@@ -56,7 +56,7 @@ complete -c pixtral -n '__pixtral_only' -s h -l help -d 'Show this message and e
 
 complete -c pixtral -n '__pixtral_in run' -s p -l prompt -x -d 'The question'
 complete -c pixtral -n '__pixtral_in run' -s i -l image -x -a '(__pixtral_files png jpg jpeg webp gif bmp tif tiff)' -d 'A file, an http(s) URL, a data: URI, or - for standard input'
-complete -c pixtral -n '__pixtral_in run' -l system -x -d 'Instructions on how to answer (the system prompt)'
+complete -c pixtral -n '__pixtral_in run' -l system -x -d 'Instructions on how to answer (the system prompt). default: those that the model brings'
 complete -c pixtral -n '__pixtral_in run' -l messages -x -a '(__pixtral_files json)' -d 'A whole conversation: an OpenAI-style list of messages in JSON'
 complete -c pixtral -n '__pixtral_in run' -l raw -d 'Continue the text as it is, without a chat template'
 complete -c pixtral -n '__pixtral_in run' -l reasoning-effort -x -a 'none\t high\t' -d 'How hard to think before answering, for models that can be told'
@@ -136,7 +136,7 @@ complete -c pixtral -n '__pixtral_in serve' -s h -l help -d 'Show this message a
 
 complete -c pixtral -n '__pixtral_in tokenize' -s p -l prompt -x -d 'The question'
 complete -c pixtral -n '__pixtral_in tokenize' -s i -l image -x -a '(__pixtral_files png jpg jpeg webp gif bmp tif tiff)' -d 'A file, an http(s) URL, a data: URI, or - for standard input'
-complete -c pixtral -n '__pixtral_in tokenize' -l system -x -d 'Instructions on how to answer (the system prompt)'
+complete -c pixtral -n '__pixtral_in tokenize' -l system -x -d 'Instructions on how to answer (the system prompt). default: those that the model brings'
 complete -c pixtral -n '__pixtral_in tokenize' -l messages -x -a '(__pixtral_files json)' -d 'A whole conversation: an OpenAI-style list of messages in JSON'
 complete -c pixtral -n '__pixtral_in tokenize' -l raw -d 'Continue the text as it is, without a chat template'
 complete -c pixtral -n '__pixtral_in tokenize' -l reasoning-effort -x -a 'none\t high\t' -d 'How hard to think before answering, for models that can be told'

@@ -246,6 +246,10 @@ class Pixtral:
         """As `complete`, token by token. Raises at once, as `chat`."""
         return _only(self._run([self.source.complete(prompt, images)], GenerationOptions.of(options)))
 
+    def system_message(self) -> dict[str, Any]:
+        """What the repository's SYSTEM_PROMPT.txt tells its model, as a message. Raises ModelError without one."""
+        return self.source.system_message()
+
     def chat_prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, options: GenerationOptions
     ) -> Prompt:

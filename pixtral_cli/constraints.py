@@ -1,6 +1,7 @@
 """`response_format` and `tool_choice` in, the engine's constraint on an answer out. Joins prompt and engine.
 
-A forced call is written as the model writes its own: in which form, the prompt says.
+A forced call is written as the model writes its own: in which form, the prompt says. A model that thinks may do so
+before whatever its answer is bound to, unless it is asked not to.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def constraint(
     schema, tools = options.schema, _callable(prompt.tools, options)
     several = options.parallel_tool_calls and options.chosen_tool is None
     calls = CallRules(prompt, tools, several, call_marks(tokenizer)) if tools else None
+    thought, rules = _thought(prompt, options, tokenizer)
     if calls and options.must_call:
-        return calls.compile(vocabulary, "start: calls")
+        return calls.compile(vocabulary, f"start: {thought}calls{rules}")
     if prompt.call_form == "text":
         calls = None  # such a model calls only when it must
     if schema is None:
@@ -59,8 +61,24 @@ def constraint(
     grammar.check_schemas([schema], "response_format")
     answer = f"answer: {grammar.json_rule(schema)}"
     if calls:
-        return calls.compile(vocabulary, f"start: answer | calls\n{answer}", "response_format or tools")
-    return grammar.compile(vocabulary, f"start: answer\n{answer}", "response_format")
+        either = f"start: {thought}(answer | calls){rules}\n{answer}"
+        return calls.compile(vocabulary, either, "response_format or tools")
+    return grammar.compile(vocabulary, f"start: {thought}answer{rules}\n{answer}", "response_format")
+
+
+def _thought(prompt: Prompt, options: GenerationOptions, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What stands for a thought at the beginning of a rule, and its own rules: nothing where there is to be none."""
+    marks, is_open = prompt.thought_marks, prompt.thought_is_open
+    may_begin = prompt.answer_starts_text and options.reasoning_effort != "none"
+    if marks is None or not (is_open or may_begin):
+        return "", ""
+    if marks.are_controls:
+        begin, end = (f"<[{tokenizer.control(mark)}]>" for mark in (marks.begin, marks.end))
+        inside = f"THOUGHT? {end}\nTHOUGHT: /(.|\\n)+/"
+    else:
+        end = marks.end.replace("/", r"\/")
+        begin, inside = f'"{marks.begin}"', f"inside BLANKS\ninside[lazy]: /(.|\\n)*{end}/\nBLANKS: /[ \\n]*/"
+    return "thought " if is_open else "thought? ", f"\nthought: {'' if is_open else begin} {inside}"
 
 
 def _callable(tools: tuple[Tool, ...], options: GenerationOptions) -> tuple[Tool, ...]:

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from os import PathLike, fspath
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
-from pixtral_cli.errors import ModelError, PixtralError, RequestError
+from pixtral_cli.errors import ModelError, PixtralError, RequestError, reason_of
 from pixtral_cli.known_models import BUILT_IN
 from pixtral_cli.model import families, free_memory, memory, native_library
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.free_memory import Device
 from pixtral_cli.model.memory import Need
 from pixtral_cli.model.placement import Placement, place
+from pixtral_cli.prompt import system_prompt
 from pixtral_cli.prompt.cropped import CroppedSpec
 from pixtral_cli.prompt.image import ImageSpec, Recipe
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.model_settings import ModelSettings
 from pixtral_cli.prompt.processor import Processor, Prompt
+from pixtral_cli.prompt.thoughts import ThoughtMarks
 from pixtral_cli.prompt.tools import parse_tools
 from weights_cache import cache, checkpoint, file_kind, hub, weight_files
 from weights_cache.checkpoint import Checkpoint, Form, SerializedCheckpoint
@@ -259,6 +262,27 @@ class Source:
         self._check_images(len(conversation.images))
         with self._advising():
             return self.processor.chat(conversation, offered, settings)
+
+    def system_message(self) -> dict[str, Any]:
+        """What the repository's SYSTEM_PROMPT.txt tells its model, as a message, with name and date filled in.
+
+        Raises:
+            ModelError: there is none, or it cannot be read.
+        """
+        path = self.checkpoint.file(system_prompt.FILE)
+        if path is None:
+            raise ModelError(
+                f"{self.name} brings no {system_prompt.FILE}.",
+                hint="Write the text itself, or fetch the model again by --force-download if its repository has one.",
+            )
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeError) as error:
+            raise ModelError(f"{path} cannot be read: {reason_of(error)}.", hint=f"{FETCH_AGAIN}.") from error
+        marks = ThoughtMarks.controls(self.processor.tokenizer)
+        shows_thoughts = marks is not None and marks.begin == "[THINK]"
+        today = datetime.now().date()  # noqa: DTZ005  of the user
+        return system_prompt.message(text, PurePath(self.name).name, today, shows_thoughts=shows_thoughts)
 
     def complete(self, prompt: str, images: Sequence[Any] = ()) -> Prompt:
         """The prompt for a raw text after images: see `Processor.complete`. Raises PromptError or RequestError."""

@@ -34,7 +34,7 @@ def test_without_a_card_the_check_says_so(tmp_path):
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"])
+@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "fp8", "nf4"])
 def test_random_weights_are_those_of_a_sane_model_and_go_the_way_of_a_card(encoding):
     config = config_of("tiny")
     checkpoint = RandomCheckpoint(config, encoding, CPU)

@@ -43,6 +43,7 @@ SIDE_FILES = (
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "SYSTEM_PROMPT.txt",
 )
 """The small files that are fetched beside a config; the rest of a repository is left alone."""
 

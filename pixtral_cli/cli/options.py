@@ -231,7 +231,10 @@ class RequestFlags:
     system: Annotated[
         str | None,
         _request(
-            "--system", metavar="TEXT", callback=whole_text, help="Instructions on how to answer (the system prompt)."
+            "--system",
+            metavar="TEXT",
+            callback=whole_text,
+            help="Instructions on how to answer (the system prompt). default: those that the model brings.",
         ),
     ] = None
     messages: Annotated[

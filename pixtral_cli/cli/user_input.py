@@ -18,7 +18,7 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pixtral_cli.api import Pixtral
     from pixtral_cli.generation import TextEvent
 
+DEFAULT = "default"
+"""Stands for the system prompt that a repository brings."""
 GRACE = 0.5
 """Seconds, from the start, in which an inherited pipe may begin to speak."""
 PATIENCE = 10.0
@@ -82,8 +84,9 @@ class PendingInput:
         if self._messages is None and not (flags.prompt or self._text):
             raise UsageError("There is no prompt.", HOW_TO_ASK)
 
-    def finish(self, console: Console) -> UserInput:
-        """The same with the text that has come by now. To be called once, when the model is loaded."""
+    def finish(self, console: Console, own_system: Callable[[], dict[str, Any]]) -> UserInput:
+        """The same with the text that has come by now. To be called once, when the model is loaded; `own_system` gives
+        the system message that it brings, if that is asked for, and raises ModelError if there is none."""
         if self._messages is not None:
             return UserInput(messages=self._messages)
         if self._text is None and self._piped:
@@ -95,8 +98,13 @@ class PendingInput:
             return UserInput(prompt=text, images=self._images)
         images = [{"type": "image", "image": image} for image in self._images]
         content = [*images, {"type": "text", "text": text}] if images else text
-        system = [{"role": "system", "content": self._flags.system}] if self._flags.system else []
-        return UserInput([*system, {"role": "user", "content": content}])
+        return UserInput([*self._system(own_system), {"role": "user", "content": content}])
+
+    def _system(self, own_system: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+        text = self._flags.system
+        if text == DEFAULT:
+            return [own_system()]
+        return [{"role": "system", "content": text}] if text else []
 
 
 def _check(flags: RequestFlags) -> None:

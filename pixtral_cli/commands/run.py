@@ -46,5 +46,5 @@ def run(
     model = load(source, weights, console)
     model.processor.tell = console.notice
     options = {**sampling.options(), **thinking.options(), "logprobs": report.logprobs}
-    events = pending.finish(console).stream(model, **options)
+    events = pending.finish(console, model.system_message).stream(model, **options)
     replies.tell(console.stream(events, thoughts=not report.no_reasoning), model.kernels, console, report)

@@ -41,7 +41,7 @@ def tokenize(request: RequestFlags, thinking: ThinkingFlags, source: SourceFlags
             progress=progress,
         )
     model.processor.sizes_only = True
-    asked = pending.finish(console)
+    asked = pending.finish(console, model.system_message)
     if asked.messages is None:
         prompt = model.complete(asked.prompt, asked.images)
     else:

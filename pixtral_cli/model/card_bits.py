@@ -12,6 +12,7 @@ UNIT_BYTES = {
     "q5_k": 2048 + 512 + 2 * 128 + 64,  # a fifth bit
     "q6_k": 2048 + 1024 + 256 + 32,  # four bits, two bits; scales; a factor for 256 weights
     "q8_0": 2 * 2048 + 256,
+    "fp8": 2 * 2048 + 128,  # a float32 scale for 128 weights, whatever has one in a file
     "nf4": 2048 + 256,  # a float32 magnitude for 64 weights, double quantisation or not
 }
 BUFFER = 256 * 2**20

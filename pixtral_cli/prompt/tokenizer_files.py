@@ -114,7 +114,7 @@ def _from_tekken(path: Path) -> Tokenizer:
         controls = {entry["token_str"]: entry["rank"] for entry in listed}
     controls |= {f"<SPECIAL_{rank}>": rank for rank in range(len(controls), special)}
     whole = SideFile(data, str(path))
-    image = whole.section("image" if data.get("image") else "multimodal")
+    image = whole.section("multimodal" if data.get("multimodal") else "image")  # as mistral-common chooses
     return Tokenizer(
         byte_level_bpe(ids, every_merge(ids), config["pattern"], ignore_merges=True),
         {text: Control(text, id) for text, id in controls.items()},

@@ -42,7 +42,7 @@ from pixtral_cli.model.kv_cache import PAGE
 from pixtral_cli.model.memory import Work
 
 PARTS = ("decode", "prefill", "tower", "serve", "packed", "kv", "transformers")
-PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "nf4")
+PACKED = ("q4_k", "q4_0", "q6_k", "q8_0", "fp8", "nf4")
 IMAGE, BREAK = 10, 12
 GREEDY = Sampling()
 SAMPLED = {

@@ -23,6 +23,7 @@ from torch import Tensor
 from pixtral_cli.model.card_bits import UNIT_BYTES
 from pixtral_cli.model.kernels import cuda_packed, nvrtc
 from pixtral_cli.model.kernels.cuda_packed import DECODED_FROM, SLICES, CudaPackedKernel, Launch
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows
@@ -34,7 +35,7 @@ SHAPES = {
     "down": (5120, 14336),
     "head": (131072, 5120),
 }
-SWEPT = ("q4_k", "q6_k", "q8_0", "nf4", "q4_0")
+SWEPT = ("q4_k", "q6_k", "q8_0", "fp8", "nf4", "q4_0")
 FACTORS = {
     "q4_0": [(0, 2)],
     "q4_k": [(0, 2), (2, 4)],
@@ -46,8 +47,11 @@ CACHED = 200 * 2**20  # bytes that no cache of a card holds
 CARD = torch.device("cuda", 0)
 
 
-def random_weight(encoding: str, rows: int, columns: int) -> PackedRows | NF4:
+def random_weight(encoding: str, rows: int, columns: int) -> PackedRows | NF4 | FP8:
     """Random codes and small scales, made on the card."""
+    if encoding == "fp8":
+        codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, device=CARD)
+        return FP8(codes, torch.rand(rows, 1, device=CARD) * 1e-4)
     if encoding == "nf4":
         codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=CARD)
         return NF4(codes, torch.rand(rows * columns // 64, device=CARD) * 0.05)

@@ -19,6 +19,7 @@ from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.families import read_config
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.placement import FLOATS, place
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.formats.reader import TensorInfo
@@ -94,7 +95,7 @@ class RandomCheckpoint:
             weight[SPOKEN:] = 0
         return weight
 
-    def weight(self, name: str) -> Tensor | PackedRows | NF4:
+    def weight(self, name: str) -> Tensor | PackedRows | FP8 | NF4:
         """The same as it is stored."""
         info = self.tensors[name]
         if info.encoding in FLOATS:
@@ -102,6 +103,10 @@ class RandomCheckpoint:
         rows, columns = info.shape
         if info.encoding == "nf4":
             return NF4(self._bytes(rows, columns // 2), self._units(rows * columns // 64, 2 * STD).float())
+        if info.encoding == "fp8":
+            codes = self._bytes(rows, columns)
+            codes -= (codes & 127).eq(127).byte()  # those are no numbers
+            return FP8(codes, self._units(rows, STD / 107).float()[:, None])
         encoding = ENCODINGS[info.encoding]
         blocks = self._bytes(rows, columns // encoding.block, encoding.block_bytes)
         for at, unit in SCALES[info.encoding].items():

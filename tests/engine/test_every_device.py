@@ -469,7 +469,7 @@ def wide(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"])
+@pytest.mark.parametrize("encoding", ["bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "fp8", "nf4"])
 def test_scores_of_packed_weights_are_those_of_the_weights_decoded(wide, device, encoding):
     """Few rows and many take different kernels. What is left is bfloat16's rounding of activations."""
     models = loaded(wide, device, encoding), decoded(wide, encoding)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import builders, format_builders, fp8_builders
 from support.fp8_builders import KINDS
+from support.live_bytes import LiveBytes
 
 from pixtral_cli import Pixtral
 from pixtral_cli.encoding_choices import find
@@ -23,21 +24,37 @@ GATE = "language_model.layers.1.mlp.gate_proj.weight"
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+FAMILIES = {
+    "pixtral": (lambda folder: builders.pixtral(folder, **SIZES), {}),
+    "ministral 3": (
+        lambda folder: builders.mistral3(folder, text=builders.ministral3_config(**SIZES)),
+        {"patch": 14, "merge": 2, "longest": 1540},
+    ),
+}
+"""What makes a model, and what its processor is told."""
+LAYERS = "language_model.layers."
+
+
+@pytest.fixture(scope="module", params=[("ministral 3", KINDS[0]), *(("pixtral", kind) for kind in KINDS)], ids=str)
 def models(request, tmp_path_factory):
     """hf/ and native/ in FP8, and transformers' model with what its own dequantiser makes of them."""
-    folder = tmp_path_factory.mktemp("fp8")
-    oracle = builders.pixtral(folder / "hf", **SIZES)
-    processor = builders.add_processor(folder / "hf")
-    exact = fp8_builders.convert(folder / "hf", request.param, static=request.param == KINDS[0])
+    folder, (family, kind) = tmp_path_factory.mktemp("fp8"), request.param
+    make, settings = FAMILIES[family]
+    oracle = make(folder / "hf")
+    processor = builders.add_processor(folder / "hf", **settings)
+    found = fp8_builders.convert(folder / "hf", kind, static=kind == KINDS[0])
+    exact = {
+        LAYERS + name.split("layers.")[1]: found[name]
+        for name in found
+        if "language_model" in name and "layers." in name
+    }
     format_builders.native(folder / "hf", folder / "native")
     format_builders.write_tekken(folder / "hf", folder / "native")
     fp8_builders.as_native(folder / "native")
     oracle.generation_config.eos_token_id = None
-    own = {name.replace("language_model.model.", "model.language_model."): weight for name, weight in exact.items()}
-    own = {name.replace("language_model.lm_head", "lm_head"): weight for name, weight in own.items()}
-    own = {f"model.{n}" if n.startswith(("vision", "multi")) else n: weight for n, weight in own.items()}
-    oracle.load_state_dict(own)
+    with torch.no_grad():
+        for name, weight in exact.items():
+            oracle.get_parameter(f"model.{name}").copy_(weight)
     return folder, oracle, processor, exact
 
 
@@ -69,8 +86,19 @@ def test_both_forms_have_the_weights_of_the_formula(models, form):
     folder, _, _, exact = models
     opened = checkpoint.open(folder / form)
     for name, weight in exact.items():
-        ours = name.replace("language_model.model.", "language_model.").replace("language_model.lm_head", "lm_head")
-        assert torch.equal(opened.tensor(ours.replace("vision_tower.transformer.", "vision_tower.")), weight), name
+        assert torch.equal(opened.tensor(name), weight), name
+    assert {opened.tensors[name].encoding for name in exact if name.endswith("_proj.weight")} == {"fp8"}
+
+
+@pytest.mark.parametrize("encoding", ["q4_0", "bfloat16", "fp8"])
+def test_loading_takes_hardly_more_memory_than_the_model_has_in_the_end(folder, encoding):
+    """A matrix is decoded at a time: all of them in float32 would take several times as much."""
+    source = Source.open(folder)
+    placement = source.placement(find(encoding))
+    kept, whole = memory.weight_bytes(source.checkpoint.tensors, placement), 4 * SIZES["hidden_size"] * 512
+    with LiveBytes() as live:
+        weights = [load.encoded(source.checkpoint, name, placement) for name in source.checkpoint.tensors]
+    assert kept == sum(weight.nbytes for weight in weights) and live.most <= kept + 5 * whole
 
 
 @pytest.mark.parametrize("encoding", ["q4_0", "q4_k", "q6_k", "nf4", "bfloat16", "float32"])

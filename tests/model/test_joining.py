@@ -14,18 +14,22 @@ from pixtral_cli.model.kernels import nf4
 from pixtral_cli.model.load import load
 from pixtral_cli.model.placement import place
 from weights_cache import checkpoint, codecs, packed
+from weights_cache.codecs import fp8
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = (64, 32, 32), 256
 NAMES = [f"layers.0.self_attn.{part}.weight" for part in joining.JOINED["qkv_proj"]]
-ENCODINGS = ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "nf4"]
+ENCODINGS = ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "q8_0", "fp8", "nf4"]
 
 
 def encoded(encoding, rows, columns=COLUMNS):
     weight = torch.randn(rows, columns)
     if encoding in loading.DTYPES:
         return weight.to(loading.DTYPES[encoding])
+    if encoding == "fp8":
+        return fp8.encode(weight)
     if encoding.startswith("nf4"):
         return nf4.encode(weight, double=encoding == "nf4, twice")
     return PackedRows(encoding, codecs.get(encoding).encode(weight))
@@ -52,6 +56,8 @@ def test_the_rows_of_a_joined_matrix_are_those_of_its_parts(encoding):
         lambda: [encoded("q4_k", 64), encoded("bfloat16", 64)],
         lambda: [encoded("bfloat16", 64), encoded("float32", 64)],
         lambda: [encoded("q4_k", 64), encoded("nf4", 64)],
+        lambda: [encoded("q4_k", 64), encoded("fp8", 64)],
+        lambda: [encoded("fp8", 64), FP8(encoded("fp8", 64).codes, torch.ones(64, 2))],
         lambda: [nf4.encode(torch.randn(64, 256), double=True) for _ in range(2)],
         lambda: [nf4.encode(torch.randn(3, 32)) for _ in range(2)],  # the last block of each is cut off
     ],
@@ -102,7 +108,7 @@ def as_on_a_card(monkeypatch, folder, encoding):
     return usual, load(opened, config, placement, CPU), opened
 
 
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4", "nf4, twice"])
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "fp8", "nf4", "nf4, twice"])
 def test_a_model_loaded_as_on_a_card_has_the_weights_of_one_that_is_not(monkeypatch, tmp_path, encoding):
     builders.pixtral(tmp_path, hidden_size=256, intermediate_size=256)
     usual, joined, opened = as_on_a_card(monkeypatch, tmp_path, encoding)
@@ -133,7 +139,7 @@ def test_a_model_loaded_as_on_a_card_computes_what_one_does_that_is_not(monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "nf4", "nf4, twice"])
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "q4_0", "q4_k", "q6_k", "fp8", "nf4", "nf4, twice"])
 def test_a_model_on_a_card_is_saved_as_one_on_a_cpu(tmp_path, encoding):
     builders.pixtral(tmp_path, hidden_size=256, intermediate_size=256)
     opened = checkpoint.open(tmp_path)

@@ -97,7 +97,7 @@ def test_without_the_flag_neither_stands_in_for_the_other(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("encoding", ["bfloat16", "q4_k", "nf4"])
+@pytest.mark.parametrize("encoding", ["bfloat16", "q4_k", "fp8", "nf4"])
 @pytest.mark.parametrize("kept", [(EMBEDDING, HEAD), (EMBEDDING,), (HEAD,)], ids=["both", "embedding", "head"])
 def test_what_is_planned_and_saved_of_a_tied_model_is_what_is_loaded(tmp_path, monkeypatch, kept, encoding):
     monkeypatch.setenv("PIXTRAL_CACHE", str(tmp_path / "cache"))

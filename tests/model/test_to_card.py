@@ -5,6 +5,7 @@ import torch
 
 from pixtral_cli.model.to_card import LEAST, Reading, ToCard
 from weights_cache import codecs
+from weights_cache.codecs import fp8
 from weights_cache.packed import PackedRows
 
 CPU = torch.device("cpu")
@@ -61,16 +62,17 @@ def test_a_number_without_dimensions_arrives():
     assert ToCard(CPU).tensor(torch.tensor(3.5)).item() == 3.5
 
 
-@pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "q8_0", "nf4"])
+@pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "q8_0", "fp8", "nf4"])
 def test_packed_weights_arrive_with_all_their_parts(encoding):
     from pixtral_cli.model.kernels import nf4
 
     weights = torch.randn(64, 256)
-    packed = (
-        nf4.encode(weights, double=True)
-        if encoding == "nf4"
-        else PackedRows(encoding, codecs.get(encoding).encode(weights))
-    )
+    if encoding == "fp8":
+        packed = fp8.encode(weights)
+    elif encoding == "nf4":
+        packed = nf4.encode(weights, double=True)
+    else:
+        packed = PackedRows(encoding, codecs.get(encoding).encode(weights))
     arrived = ToCard(CPU, piece=100).weight(packed)
     assert type(arrived) is type(packed) and arrived.encoding == encoding
     assert arrived.tensors().keys() == packed.tensors().keys()

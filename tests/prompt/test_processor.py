@@ -8,9 +8,15 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
+from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
+from mistral_common.protocol.instruct.messages import UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from PIL import Image
+from support.tool_builders import numbered_tekken
 from transformers import PreTrainedTokenizerFast
 
 from pixtral_cli.prompt.errors import (
@@ -210,6 +216,27 @@ def test_merged_patches_make_fewer_tokens(checkpoint, byte_level_json):
     made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), spec=ImageSpec(28))
     (image,) = made.complete("", [Image.new("RGB", (100, 50))]).images
     assert (image.width, image.height, image.rows, image.columns) == (112, 56, 2, 4)
+
+
+@pytest.mark.parametrize("version", [7, 11, 13])
+def test_prompt_and_pixels_of_a_native_mistral_3_are_those_of_mistral_common(
+    tekken_file, tmp_path, checkpoint, version
+):
+    """A file has the limits of pictures under `multimodal`, which counts where both are there, or `image`."""
+    path = numbered_tekken(tekken_file, tmp_path, version)
+    data = json.loads(path.read_bytes())
+    limits = {"image_patch_size": 14, "max_image_size": 1540, "spatial_merge_size": 2}
+    path.write_text(json.dumps(data | {"image" if version > 11 else "multimodal": limits}))
+    pictures = [SMALL, Image.new("RGB", (1700, 30), "blue"), Image.new("RGB", (4000, 10)), Image.new("RGB", (57, 56))]
+    content = [ImageChunk(image=picture) for picture in pictures]
+    request = ChatCompletionRequest(messages=[UserMessage(content=[*content, TextChunk(text="What?")])])
+    theirs = MistralTokenizer.from_file(str(path)).encode_chat_completion(request)
+    made = Processor.from_checkpoint(checkpoint("native", tekken_json=path), spec=ImageSpec(28, 900))
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    prompt = made.chat(parse([{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]))
+    assert prompt.token_ids == theirs.tokens
+    for ours, expected in zip(prompt.images, theirs.images, strict=True):
+        assert np.allclose(ours.pixels(), expected, atol=0.01)
 
 
 def test_an_image_that_fails_is_named(raw):

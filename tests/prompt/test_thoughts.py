@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tool_builders import numbered_tekken
 
+from pixtral_cli import GenerationOptions, constraints
 from pixtral_cli.prompt.messages import parse
+from pixtral_cli.prompt.processor import Prompt
 from pixtral_cli.prompt.thoughts import AnswerReader, ThoughtMarks
 from pixtral_cli.prompt.tokenizer_files import load
 from pixtral_cli.prompt.tool_calls import AnswerDelta, ToolCallReader, joined
+from pixtral_cli.prompt.tools import Tool
 
 TEXT_MARKS = ThoughtMarks("<think>", "</think>", are_controls=False)
 PLAIN = parse([{"role": "user", "content": "<think> [THINK]"}])
@@ -45,9 +48,9 @@ def controlled(tokenizer, *parts):
 @settings(deadline=None)
 def test_between_control_tokens_every_letter_is_the_thoughts(thirteen, thought, said):
     marks = ThoughtMarks.of(thirteen, PLAIN)
-    ids = controlled(thirteen, "[THINK]", thought, "[/THINK]", said, "</s>")
-    told = len(thirteen.encode(thought)) + 2
-    assert read(thirteen, marks, ids) == (said, thought, (), told)
+    begin, end = (thirteen.control(mark) for mark in ("[THINK]", "[/THINK]"))
+    thoughts = [begin, *thirteen.encode(thought), end]
+    assert read(thirteen, marks, [*thoughts, *thirteen.encode(said), 2]) == (said, thought, (), len(thoughts))
 
 
 def spelled(tokenizer, text, cuts):
@@ -114,3 +117,44 @@ def test_a_model_without_marks_thinks_only_where_system_or_template_speaks_of_it
     asked = parse([{"role": "system", "content": "Write <think>thoughts</think> first."}, *[]])
     assert ThoughtMarks.of(tekken, asked) == ThoughtMarks.of(tekken, PLAIN, "… <think> …") == TEXT_MARKS
     assert ThoughtMarks.of(thirteen, asked).are_controls
+
+
+def refused(constraint, ids):
+    """The first token that the grammar does not allow, by its place; None if it allows all, and then the end."""
+    for place, id in enumerate([*ids, 2]):
+        mask = constraint.mask()
+        if mask is not None and not mask[id]:
+            return place
+        constraint.accept(id)
+    return None
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+BOUND = {
+    "a schema": {"response_format": {"type": "json_schema", "json_schema": {"schema": OBJECT}}},
+    "a call": {"tool_choice": "required"},
+    "either": {"response_format": {"type": "json_schema", "json_schema": {"schema": OBJECT}}, "tool_choice": "auto"},
+}
+
+
+@pytest.mark.parametrize("bound", BOUND)
+@pytest.mark.parametrize("in_text", [True, False])
+def test_a_thought_may_stand_before_what_an_answer_is_bound_to(thirteen, bound, in_text):
+    marks = TEXT_MARKS if in_text else ThoughtMarks.of(thirteen, PLAIN)
+    calls = ["[TOOL_CALLS]", "add", "[ARGS]", '{"a": 1}']
+    answer = controlled(thirteen, *(['{"a": 1}'] if bound == "a schema" else calls))
+    thought = controlled(thirteen, marks.begin, 'Hm {"a": </s>\n', marks.end)
+    vocabulary = constraints.vocabulary(thirteen, {2})
+
+    def result(ids, is_open=False, **more):
+        tools = () if bound == "a schema" else (Tool("add", parameters=OBJECT),)
+        prompt = Prompt([], [], True, tools, "named", thought_marks=marks, thought_is_open=is_open)
+        options = GenerationOptions(**BOUND[bound], **more)
+        return refused(constraints.constraint(prompt, options, thirteen, vocabulary), ids)
+
+    assert result(answer) is None and result([*thought, *answer]) is None
+    assert result([*thirteen.encode("Hm"), *answer]) == 0
+    assert result(thought) == len(thought)  # an answer is missing
+    assert result([*thought, *answer], reasoning_effort="none") == 0
+    within = controlled(thirteen, "so", marks.end)
+    assert result([*within, *answer], is_open=True) is None

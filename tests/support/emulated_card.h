@@ -205,6 +205,10 @@ inline uint32_t times(uint32_t word, uint32_t factor) { return word * factor; }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 inline float low_half(uint32_t word) { return emulated::half(word & 0xFFFF); }
 inline float high_half(uint32_t word) { return emulated::half(word >> 16); }
+inline uint32_t raised(uint32_t pair) {
+    const float low = emulated::bfloat16(pair & 0xFFFF), high = emulated::bfloat16(pair >> 16);
+    return emulated::rounded(low * 0x1p120f) | emulated::rounded(high * 0x1p120f) << 16;
+}
 inline uint32_t rounded_pair(float low, float high) {
     return emulated::rounded(low) | emulated::rounded(high) << 16;
 }

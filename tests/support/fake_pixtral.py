@@ -90,6 +90,9 @@ class FakePixtral:
                 arguments["progress"]("weights [1/1]", done, 100)
         return model
 
+    def system_message(self):
+        return {"role": "system", "content": "own"}
+
     def stream(self, messages, **options):
         from pixtral_cli.prompt.messages import parse
 

@@ -36,6 +36,7 @@ class Stub:
 
     def reset(self):
         self.words = ["One", " picture", " says", " more."]
+        self.thoughts = []  # what is thought before the words
         self.pause = 0.0
         self.allowed = float("inf")  # how many pieces of the stream may go out by now
         self.error = None  # (status, sentence)
@@ -83,6 +84,8 @@ class Stub:
             raise ConnectionResetError("the stub cuts the line")
 
     def events(self):
+        for thought in self.thoughts:
+            yield event({"choices": [{"index": 0, "delta": {"reasoning_content": thought}, "finish_reason": None}]})
         for word in self.words:
             yield event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
         if self.ending in ("lost", "silent"):

@@ -231,6 +231,20 @@ def _unpack_q8_0(units: Tensor) -> Tensor:
     return torch.cat([_groups_of(scales, 2).unflatten(2, (-1, 2)).flatten(1, 2), codes], -1).flatten(1)
 
 
+def pack_fp8(codes: Tensor, scales: Tensor) -> Tensor:
+    """`codes` uint8 [R, C], `scales` float32 [R, C/128] -> uint8 [T, S, 4224]."""
+    data = scales.contiguous().view(torch.uint8)
+    ordered = _ordered(codes, EIGHT, BYTES_EIGHT).flatten(2)
+    return torch.cat([ordered, _by_group(data, codes.shape[1] // COLUMNS, 4)], -1)
+
+
+def unpack_fp8(units: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse: codes [R, C] and scales [R, C/128]."""
+    data, scales = units.split([2 * PLANE, UNIT_BYTES["fp8"] - 2 * PLANE], 2)
+    codes = _in_rows(data.reshape(_sizes(EIGHT, BYTES_EIGHT, units)), BYTES_EIGHT)
+    return codes, _groups_of(scales, 4).flatten(1).view(torch.float32)
+
+
 def pack_nf4(codes: Tensor, magnitudes: Tensor) -> Tensor:
     """`codes` uint8 [R, C/2] as bitsandbytes has them, `magnitudes` float32 [R, C/64] -> uint8 [T, S, 2304]."""
     separate = torch.stack([codes >> 4, codes & 15], -1).flatten(1)

@@ -21,6 +21,8 @@ from pixtral_cli.model import card_bits
 from pixtral_cli.model.card_bits import UNIT, UNIT_BYTES
 from pixtral_cli.model.kernels import card_layout, nvrtc
 from pixtral_cli.model.kernels.nvrtc import Function
+from weights_cache.codecs import fp8
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import BLOCK, NF4
 from weights_cache.codecs.packed_rows import PackedRows
 from weights_cache.encodings import ENCODINGS
@@ -91,8 +93,9 @@ class CudaPackedKernel:
     """
 
     def __init__(self, weight: Tensor | PackedWeight, device: torch.device) -> None:
-        assert isinstance(weight, PackedRows | NF4)
+        assert isinstance(weight, PackedRows | NF4 | FP8)
         self.encoding, self.shape = weight.encoding, weight.shape
+        self._block = weight.block if isinstance(weight, FP8) else None
         self._beside: NF4 | None = None
         self._units = _units(weight, device)
         if isinstance(weight, NF4) and (weight.nested or weight.block != BLOCK):
@@ -106,11 +109,13 @@ class CudaPackedKernel:
 
     @classmethod
     def takes(cls, weight: Tensor | PackedWeight, dtype: torch.dtype, device: torch.device) -> bool:
-        if device.type != "cuda" or dtype != torch.bfloat16 or not isinstance(weight, PackedRows | NF4):
+        if device.type != "cuda" or dtype != torch.bfloat16 or not isinstance(weight, PackedRows | NF4 | FP8):
             return False
         if not card_bits.fits(weight.encoding, *weight.shape):
             return False
-        return (not isinstance(weight, NF4) or weight.block >= BLOCK) and why_not(weight.encoding, device) is None
+        if (isinstance(weight, NF4) and weight.block < BLOCK) or (isinstance(weight, FP8) and weight.block % fp8.BLOCK):
+            return False
+        return why_not(weight.encoding, device) is None
 
     @property
     def products(self) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -122,9 +127,12 @@ class CudaPackedKernel:
         return self._units.nbytes + (0 if self._beside is None else self._beside.nbytes)
 
     @property
-    def weight(self) -> PackedRows | NF4:
+    def weight(self) -> PackedRows | NF4 | FP8:
         """The weight as it came, in rows: made anew from the kernel's own order."""
         parts = self._units.split(card_layout.rows_at_once(self.shape[1]) // UNIT[0])
+        if self._block is not None:
+            codes, scales = (torch.cat(found) for found in zip(*map(card_layout.unpack_fp8, parts), strict=True))
+            return FP8(codes, scales[:, :: self._block // fp8.BLOCK].contiguous())
         if self.encoding != "nf4":
             unpack = card_layout.PACKINGS[self.encoding].unpack
             return PackedRows(self.encoding, torch.cat([unpack(part) for part in parts]))
@@ -214,10 +222,7 @@ def why_not(encoding: str, device: torch.device) -> str | None:
 def _multiplies(encoding: str, device: torch.device) -> bool:
     """Whether products and rows of a matrix of random bytes are right, but for rows that are not finite."""
     rows, columns, random = 64, 512, torch.Generator().manual_seed(0)
-    stored = (rows, columns // 2 if encoding == "nf4" else ENCODINGS[encoding].row_bytes(columns))
-    data = torch.randint(0, 256, stored, dtype=torch.uint8, generator=random)
-    magnitudes = torch.rand(rows * columns // BLOCK, generator=random)
-    weight = NF4(data, magnitudes) if encoding == "nf4" else PackedRows(encoding, data)
+    weight = _random(encoding, rows, columns, random)
     kernel, exact = CudaPackedKernel(weight, device), weight.decoded()
     finite = exact.isfinite().all(1).nonzero().flatten()
     exact = exact[finite].double()
@@ -230,6 +235,17 @@ def _multiplies(encoding: str, device: torch.device) -> bool:
     kernel.decode(0, rows, decoded)
     looked_up = kernel.look_up(finite.to(device)).cpu()
     return torch.equal(looked_up, exact.bfloat16()) and torch.equal(looked_up, decoded.cpu()[finite])
+
+
+def _random(encoding: str, rows: int, columns: int, random: torch.Generator) -> PackedRows | NF4 | FP8:
+    stored = (rows, columns // 2 if encoding == "nf4" else ENCODINGS[encoding].row_bytes(columns))
+    data = torch.randint(0, 256, stored, dtype=torch.uint8, generator=random)
+    if encoding == "nf4":
+        return NF4(data, torch.rand(rows * columns // BLOCK, generator=random))
+    if encoding == "fp8":
+        data -= (data & 127).eq(127).byte()  # those are no numbers
+        return FP8(data, torch.rand(rows, columns // fp8.BLOCK, generator=random))
+    return PackedRows(encoding, data)
 
 
 @cache
@@ -266,7 +282,7 @@ def _buffer(device: torch.device) -> Tensor:
     return buffer
 
 
-def _units(weight: PackedRows | NF4, device: torch.device) -> Tensor:
+def _units(weight: PackedRows | NF4 | FP8, device: torch.device) -> Tensor:
     """The weight in the kernel's order, uint8 [R / 16, C / 256, bytes], made on the device some rows at a time."""
     rows, columns = weight.shape
     found = torch.empty(
@@ -278,13 +294,19 @@ def _units(weight: PackedRows | NF4, device: torch.device) -> Tensor:
     return found
 
 
-def _packed(weight: PackedRows | NF4, step: int, device: torch.device) -> Iterator[Tensor]:
+def _packed(weight: PackedRows | NF4 | FP8, step: int, device: torch.device) -> Iterator[Tensor]:
     if isinstance(weight, NF4):
         rows, columns = weight.shape
         magnitudes = weight.to(device).magnitudes().repeat_interleave(weight.block // BLOCK)
         magnitudes = magnitudes[: rows * columns // BLOCK].view(rows, -1)
         for some, units in zip(weight.codes.split(step), magnitudes.split(step), strict=True):
             yield card_layout.pack_nf4(some.to(device), units)
+        return
+    if isinstance(weight, FP8):
+        each = max(1, weight.block // fp8.BLOCK)  # blocks of the card's that have one scale
+        for some, scales in zip(weight.codes.split(step), weight.scales.split(step), strict=True):
+            repeated = scales.to(device).repeat_interleave(each, 1)[:, : weight.shape[1] // fp8.BLOCK]
+            yield card_layout.pack_fp8(some.to(device), repeated)
         return
     pack = card_layout.PACKINGS[weight.encoding].pack
     for rows in weight.rows.split(step):

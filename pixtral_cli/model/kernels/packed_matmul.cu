@@ -22,7 +22,7 @@
 // vector n % V in slot n / V, and sees only the groups of its slot, for x is zero elsewhere. So a lane ends up with the
 // sums of different groups, and multiplies those of a quarter of the groups (V = 1) with their scales, not of all.
 //
-// Macros: ENCODING (Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, NF4), VECTORS (V: 1, 2, 4 or 8), N_TILES (of eight vectors, with V =
+// Macros: ENCODING (Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, FP8, NF4), VECTORS (V: 1, 2, 4 or 8), N_TILES (of eight vectors, with V =
 // 8), TILES (of 16 rows that share what is read of x), STAGES (units of a warp: the one that it multiplies with, and
 // those that are on their way). A block has no more warps than a row of W has units.
 
@@ -90,6 +90,13 @@ INLINE float low_half(u32 word) {
 INLINE float high_half(u32 word) {
     float found;
     asm("{ .reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(found) : "r"(word));
+    return found;
+}
+
+/// Two bfloat16 numbers times 2^120, subnormal ones too; less a zero, for a card before Hopper only adds to products.
+INLINE u32 raised(u32 pair) {
+    u32 found;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(pair), "r"(0x7B807B80), "r"(0x80008000));
     return found;
 }
 
@@ -453,6 +460,51 @@ struct Q8_0 : Plain {
         for (int row = 0; row < 2; ++row)
 #pragma unroll
             for (int i = 0; i < 4; ++i) found[row][i] += less[row][i];
+    }
+};
+
+/// s q: q as in Q8_0, but e4m3; then s of 128 columns, float32 [8 rows g, 2, rows g and g + 8]. With its bits moved, q is
+/// 2^-120 of itself as a bfloat16 number.
+struct FP8 : Plain {
+    static constexpr int BYTES = 4096 + 128;
+    static constexpr u32 LESS = 0;
+    u32 words[4];
+
+    INLINE void read(const u8 *unit, int group, const Lane &lane) {
+        read_16(words, unit + group * 512 + lane.index * 16);
+    }
+
+    INLINE void pairs_of(u32 (&pairs)[4], int half) const {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const u32 word = j % 2 ? words[2 * half + j / 2] : words[2 * half + j / 2] << 8;
+            pairs[j] = raised(and_or(word >> 4, 0x07F007F0, word & 0x80008000));
+        }
+    }
+
+    INLINE void multiply(int, const u32 (&x)[N_TILES][4], float (&sums)[N_TILES][4], const Lane &) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 pairs[4];
+            pairs_of(pairs, half);
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) mma(sums[n], pairs, x[n][2 * half], x[n][2 * half + 1]);
+        }
+    }
+
+    INLINE float2 scale(const u8 *unit, int group, const Lane &lane) const {
+        return *reinterpret_cast<const float2 *>(unit + 4096 + lane.g * 16 + group / 4 * 8);
+    }
+
+    INLINE void add(const u8 *unit, int round, const Lane &lane, const float (&sums)[N_TILES][4],
+                    const float (&)[N_TILES][4], float (&totals)[N_TILES][4]) {
+        add_scaled(totals, sums, round, lane, [&](int group) { return scale(unit, group, lane); });
+    }
+
+    INLINE void codes(int, int half, const Lane &, float (&found)[2][4]) const {
+        u32 pairs[4];
+        pairs_of(pairs, half);
+        codes_of(found, pairs, 0);
     }
 };
 

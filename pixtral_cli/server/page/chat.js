@@ -83,10 +83,12 @@ function take(exchange, chunk, seen) {
   if (chunk.usage) seen.usage = chunk.usage;
   const choice = chunk.choices[0];
   if (choice?.finish_reason === "length") seen.ending.push("cut off at max tokens");
-  if (!choice?.delta?.content) return;
+  const { content, reasoning_content: thought } = choice?.delta ?? {};
+  if (!content && !thought) return;
   seen.last = performance.now();
   seen.first ??= seen.last;
-  exchange.add(choice.delta.content, following);
+  if (thought) exchange.think(thought, following);
+  if (content) exchange.add(content, following);
 }
 
 // Questions that failed without a word of answer are not history: a model expects each to be answered.

@@ -8,6 +8,7 @@ const count = new Intl.NumberFormat("en");
 /** A question, `{words, pictures}`, and the answer as far as it has come. */
 export class Exchange {
   answer = "";
+  thoughts = "";
   #frame = 0;
 
   /** `retry()` and `edit()` are called when the reader wants them. */
@@ -27,11 +28,13 @@ export class Exchange {
     const parts = pictures.map((picture) => picturePart(picture.url));
     if (words) parts.push({ type: "text", text: words });
     const asked = { role: "user", content: pictures.length ? parts : words };
-    return this.answer ? [asked, { role: "assistant", content: this.answer }] : [asked];
+    const said = { role: "assistant", content: this.answer };
+    if (this.thoughts) said.reasoning_content = this.thoughts;
+    return this.answer ? [asked, said] : [asked];
   }
 
   begin() {
-    this.answer = "";
+    this.answer = this.thoughts = "";
     this.#draw();
     this.#find(".answer").setAttribute("aria-busy", "true");
     this.#find(".problem").hidden = this.#find(".after").hidden = true;
@@ -40,6 +43,16 @@ export class Exchange {
   /** More of the answer, on the page with the next frame: `around` is given what draws it. */
   add(text, around) {
     this.answer += text;
+    this.#drawSoon(around);
+  }
+
+  /** More of what is thought before the answer. */
+  think(text, around) {
+    this.thoughts += text;
+    this.#drawSoon(around);
+  }
+
+  #drawSoon(around) {
     this.#frame ||= requestAnimationFrame(() => around(() => this.#draw()));
   }
 
@@ -62,6 +75,9 @@ export class Exchange {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
     draw(this.#find(".answer"), this.answer);
+    this.#find(".thoughts").hidden = !this.thoughts;
+    this.#find(".thoughts summary").textContent = this.answer ? "Thoughts" : "Thinking…";
+    this.#find(".thoughts p").textContent = this.thoughts.trim();
   }
 
   async #copy(button) {

@@ -4,12 +4,13 @@ That its logits and tokens are transformers' in batches is in `test_against_tran
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import builders
+from support import builders, fp8_builders
 from support import format_builders as forms
 from support.devices import loaded
 from support.oracles import assert_answers_as, hf_pictures, our_logits, prompt_with
@@ -240,6 +241,24 @@ class TestNf4:
         oracle = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
         assert Source.open(tmp_path / "nf4").placement(None).label == "nf4"
         assert_answers_as(load(tmp_path / "nf4"), oracle, processor, CONVERSATIONS["picture"])
+
+
+@pytest.mark.parametrize("naming", ["older", "newer", "native"])
+def test_ministral_3_in_fp8_as_it_is_published_answers_as_its_decoded_weights_do(tmp_path, naming):
+    builders.mistral3(tmp_path / "hf", text=builders.ministral3_config())
+    processor = builders.add_processor(tmp_path / "hf", patch=14, merge=2, longest=1540)
+    shutil.copytree(tmp_path / "hf", tmp_path / "older")
+    exact = fp8_builders.convert(tmp_path / "older", fp8_builders.TENSOR)
+    if naming == "newer":
+        write_newer(tmp_path / "older", tmp_path / "newer")
+    if naming == "native":
+        forms.native(tmp_path / "older", tmp_path / "native")
+        forms.write_tekken(tmp_path / "hf", tmp_path / "native")
+        fp8_builders.as_native(tmp_path / "native")
+    save_file(exact, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    oracle = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    assert Source.open(tmp_path / naming).placement(None).label == "fp8"
+    assert_answers_as(load(tmp_path / naming), oracle, processor, CONVERSATIONS["picture"])
 
 
 def encoded(name, weight, double):

@@ -5,11 +5,12 @@ The oracle is the codec's decode, multiplied in float64. Letters: N rows of x, C
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from support import emulated_card
+from support import emulated_card, packed_bytes
 
 from pixtral_cli.model import card_bits
 from pixtral_cli.model.kernels import card_layout, cuda_packed, nf4, nvrtc
@@ -17,6 +18,8 @@ from pixtral_cli.model.kernels.cuda_packed import CudaPackedKernel, Launch, laun
 from pixtral_cli.model.kernels.nvrtc import CudaFailed
 from pixtral_cli.model.kernels.reference import PackedEmbedding
 from weights_cache import codecs
+from weights_cache.codecs import fp8
+from weights_cache.codecs.fp8 import FP8
 from weights_cache.codecs.nf4 import NF4
 from weights_cache.encodings import ENCODINGS
 from weights_cache.packed import PackedRows
@@ -37,6 +40,8 @@ def encoded(encoding, shape, double=False):
     weights = random(*shape, scale=0.05) + 0.01
     if encoding == "nf4":
         return nf4.encode(weights, double)
+    if encoding == "fp8":
+        return fp8.encode(weights)
     if encoding not in codecs.ENCODERS:
         return random_bytes(encoding, shape)
     return PackedRows(encoding, codecs.get(encoding).encode(weights))
@@ -48,6 +53,8 @@ def random_bytes(encoding, shape):
     if encoding == "nf4":
         codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, generator=generator)
         return NF4(codes, torch.rand(shape[0] * shape[1] // 64, generator=generator) + 0.1)
+    if encoding == "fp8":
+        return packed_bytes.fp8(*shape, generator)
     size = (shape[0], shape[1] // kind.block, kind.block_bytes)
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     for at in FACTORS[encoding]:
@@ -167,6 +174,20 @@ def test_extreme_codes_and_scales_are_exact(emulated):
         assert_product(CudaPackedKernel(weight, CPU).products[1](x), x, weight)
 
 
+@needs_compiler
+def test_every_code_of_fp8_and_every_scale_is_exact(emulated):
+    codes = torch.arange(256).to(torch.uint8)
+    codes = codes[(codes & 127) != 127].repeat(256).view(-1, 256)[: 15 * 16]
+    scales = torch.tensor([2.0**-120, 3e-39, 1 / 3, 2.0**110]).repeat(60, 1).flatten()[:, None]
+    weight, found = FP8(codes, scales.expand(-1, 2)[:, :1]), torch.empty(240, 256, dtype=torch.bfloat16)
+    kernel = CudaPackedKernel(weight, CPU)
+    kernel.decode(0, 240, found)
+    assert torch.equal(found, weight.decoded(torch.bfloat16))
+    ordinary = FP8(codes, torch.full((240, 1), 0.25))
+    x = random(8, 256).bfloat16()
+    assert_product(CudaPackedKernel(ordinary, CPU).products[1](x), x, ordinary)
+
+
 @pytest.mark.parametrize("encoding", IN_ROWS)
 def test_putting_rows_in_order_loses_no_bit(encoding):
     generator = torch.Generator().manual_seed(0)
@@ -184,10 +205,13 @@ def in_blocks_of_128():
 
 
 @needs_compiler
-@pytest.mark.parametrize("form", [*ENCODED, "nf4, double", "nf4, blocks of 128"])
+@pytest.mark.parametrize("form", [*ENCODED, "nf4, double", "nf4, blocks of 128", "fp8, blocks"])
 def test_the_weight_comes_back_as_it_was(emulated, monkeypatch, form):
     name, *special = form.split(", ")
-    weight = in_blocks_of_128() if "blocks of 128" in special else encoded(name, (128, 512), double=bool(special))
+    if form == "fp8, blocks":
+        weight = packed_bytes.fp8(128, 512, torch.Generator().manual_seed(0), scales=4)
+    else:
+        weight = in_blocks_of_128() if "blocks of 128" in special else encoded(name, (128, 512), double=bool(special))
     monkeypatch.setattr(card_layout, "AT_ONCE", 64 * 512)
     kernel = CudaPackedKernel(weight, CPU)
     assert_same(kernel.weight, weight)
@@ -223,6 +247,8 @@ def test_only_what_fits_is_taken(monkeypatch):
     takes = CudaPackedKernel.takes
     assert takes(fitting, torch.bfloat16, cuda)
     assert takes(encoded("nf4", (64, 512)), torch.bfloat16, cuda)
+    assert takes(encoded("fp8", (64, 512)), torch.bfloat16, cuda)
+    assert not takes(FP8(torch.zeros(64, 512, dtype=torch.uint8), torch.ones(64, 8)), torch.bfloat16, cuda)
     assert not takes(fitting, torch.bfloat16, CPU)
     assert not takes(fitting, torch.float32, cuda)
     assert not takes(random(64, 512).bfloat16(), torch.bfloat16, cuda)
@@ -361,7 +387,7 @@ def test_a_card_decodes_as_the_codec_does(encoding):
 def test_a_card_multiplies_the_largest_matrix(encoding):
     weight = random_bytes(encoding, (64, 5120))
     rows = {name: part.repeat(448, *[1] * (part.ndim - 1)) for name, part in weight.tensors().items()}
-    large = NF4(**rows) if encoding == "nf4" else PackedRows(encoding, **rows)
+    large = {"nf4": NF4, "fp8": FP8}.get(encoding, partial(PackedRows, encoding))(**rows)
     kernel, x = CudaPackedKernel(large, GPU), random(8, 5120).bfloat16().to(GPU)
     few, many = (product(x) for product in kernel.products.values())
     assert torch.equal(few, few[:, :64].repeat(1, 448))

@@ -32,6 +32,23 @@ def test_each_word_is_shown_before_the_next_is_sent(page, stub):
     page.until(page.is_idle)
 
 
+def test_thoughts_are_folded_above_the_answer_and_sent_back_apart_from_it(page, stub):
+    stub.thoughts, stub.words, stub.allowed = ["Well, ", "<b>then</b>.\n"], ["It is 3."], 2
+    page.write("Hello" + Keys.ENTER)
+    page.until(lambda: page.text(".thoughts summary") == "Thinking…")
+    assert not page.shows(".thoughts p")
+    page.find(".thoughts summary").click()
+    page.until(lambda: page.text(".thoughts p") == "Well, <b>then</b>.")
+    stub.allowed = 100
+    page.until(page.is_idle)
+    assert page.text(".thoughts summary") == "Thoughts" and page.text(".answer") == "It is 3."
+    stub.thoughts = []
+    page.ask("Again", exchange=2)
+    said = {"role": "assistant", "content": "It is 3.", "reasoning_content": "Well, <b>then</b>.\n"}
+    assert stub.asked[1]["messages"][1] == said
+    assert not page.all(".thoughts")[1].is_displayed()
+
+
 def test_the_figures_below_an_answer_are_the_server_s_counts_and_the_reader_s_clock(page, stub):
     stub.words, stub.pause = [" slow"] * 5, 0.1
     started = time.monotonic()

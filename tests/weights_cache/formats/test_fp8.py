@@ -74,7 +74,7 @@ def test_blocks_of_128_may_be_cut_off_at_the_ends(tmp_path, shape, blocks):
 
 
 @pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale", "qscale_weight"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("shape", [(), (1,), (96,), (96, 1)])
 def test_scales_have_several_names_dtypes_and_shapes(tmp_path, name, dtype, shape):
     codes, scale = weights(96, 320).to(torch.float8_e4m3fn), (weights(*shape).abs() + 0.1).to(dtype)
