@@ -77,6 +77,7 @@ class Source:
                 force=force_download,
                 progress=progress,
                 tell=notes.append,
+                accepts=families.read_config,
             )
         opened = checkpoint.open(folder, paths, weights_format, weights=weights)
         opened.note = " ".join(notes) or opened.note  # of the same choice, if both tell of one
@@ -90,12 +91,31 @@ class Source:
         if name == BUILT_IN:
             return cls.open(name)
         notes: list[str] = []
-        found = hub.fetch_headers(name, folder, form=weights_format, progress=progress, tell=notes.append)
+        found = hub.fetch_headers(
+            name, folder, form=weights_format, progress=progress, tell=notes.append, accepts=families.read_config
+        )
         if found.is_file() and file_kind.of(found) != "gguf":
             return cls.open_serialized(found, weights=False)
         opened = checkpoint.open(found, form=weights_format)
         opened.note = " ".join(notes) or opened.note
         return cls(name, opened)
+
+    @staticmethod
+    def fetch(
+        name: str,
+        *,
+        weights_format: Form | None = None,
+        force_download: bool = False,
+        progress: Progress | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> Path:
+        """The folder or file of the whole model, downloaded if need be and not opened. Raises WeightsError, and
+        ModelError for a config that cannot be run."""
+        if name == BUILT_IN:
+            return Source.open(name).checkpoint.folder
+        return hub.fetch(
+            name, form=weights_format, force=force_download, progress=progress, tell=tell, accepts=families.read_config
+        )
 
     @staticmethod
     def is_serialized(name: str) -> bool:

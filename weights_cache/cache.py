@@ -183,7 +183,7 @@ def find(
 def is_complete(folder: Path, selection: Selection, sizes: Listing, *, weights: bool) -> bool:
     """Whether `folder` holds all that is selected and, if `weights` are wanted, every weights file in full.
 
-    The downloader here writes the config after all other small files: where it is, they are.
+    What was noted of a repository says which small files it has; where nothing was, those that are here are all.
     """
     files = selection.weights if selection.form == "gguf" else selection.side
     if not all((folder / name).is_file() and has_size(folder / name, sizes.get(name)) for name in files):

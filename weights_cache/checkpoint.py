@@ -7,13 +7,13 @@ the tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cache, configs, file_kind, layout, names, quantized_elsewhere, tensors, weight_files
+from . import cache, configs, file_kind, layout, names, other_models, quantized_elsewhere, tensors, weight_files
 from .errors import PickleRefused, WeightsNotFound
 from .formats.gguf import GgufFile
 from .formats.reader import TensorInfo
@@ -158,8 +158,8 @@ def open(
     Without `weights`, nobody will ask for the folder's own, which may then be of a kind that is not read here.
 
     Raises WeightsNotFound (nothing there, no config), PickleRefused (only pickles), CheckpointCorrupt (a config or
-    GGUF that cannot be trusted), UnknownArchitecture and ModelUnsupported (of GGUF and native), QuantizedElsewhere,
-    AdapterOnly, NotYetSupported. A folder's weights are looked at when asked for.
+    GGUF that cannot be trusted), OtherModel, UnknownArchitecture and ModelUnsupported (of GGUF and native),
+    QuantizedElsewhere, AdapterOnly, NotYetSupported. A folder's weights are looked at when asked for.
     """
     weight_paths = [Path(each) for each in weight_paths]
     if path is None:
@@ -183,12 +183,40 @@ def _open_folder(folder: Path, weight_paths: list[Path], form: Form, note: str |
         raise layout.no_tokenizer(folder, present)
     for name in set(present).intersection(layout.TOKENIZERS):
         file_kind.refuse_pointer(folder / name)
-    described = read_json_object(folder / (layout.NATIVE_CONFIG if form == "native" else layout.CONFIG))
+    described = check_config(folder, folder, form, present, weights=weights)
     if weights:
-        quantized_elsewhere.refuse(folder, described, present, form)
         note = layout.joined(note, layout.index_note(folder, present, form))
     config = configs.from_native(folder / layout.NATIVE_CONFIG, described) if form == "native" else described
     return Checkpoint(folder, config, _with_vision(weight_paths, config), form=form, note=note)
+
+
+def check_config(
+    where: Path | str,
+    folder: Path,
+    form: Form,
+    names: Collection[str],
+    *,
+    weights: bool,
+    accepts: Callable[[Mapping[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """What the config in `folder` says, as it is written; `names` are the files that are, or will be, beside it.
+
+    Raises OtherModel, or what `accepts` raises of the config as Hugging Face writes it, and if `weights` are wanted
+    QuantizedElsewhere: where the model itself does not run, it is no use to say that its weights cannot be read.
+    """
+    path = folder / layout.FOLDER_FORMS[form].config
+    described = read_json_object(path)
+    if form == "native":
+        other_models.refuse_native(where, described)
+    else:
+        other_models.refuse(where, described)
+        if accepts:
+            accepts(described)
+    if weights:
+        quantized_elsewhere.refuse(where, described, names, form)
+    if form == "native" and accepts:
+        accepts(configs.from_native(path, described))
+    return described
 
 
 def _refuse_quantized(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import other_models
 from .errors import CheckpointCorrupt, FilesMismatch, ModelUnsupported, UnknownArchitecture
 from .formats.gguf import GgufFile
 from .json_fields import CheckpointFields, is_number
@@ -19,7 +20,7 @@ VISION_ROPE_THETA = 10_000.0
 
 NATIVE_ROPE_THETA = 1_000_000.0  # `self.args.rope_theta or 1000000.0`
 NATIVE_CONTEXT = 128_000  # positions that the reference prepares; older files do not say it
-NATIVE_UNKNOWN = ("moe", "q_lora_rank", "kv_lora_rank", "lora", "use_biases")
+NATIVE_UNKNOWN = ("lora", "use_biases")
 """Fields whose presence, unless they are empty or false, changes what the model computes."""
 NATIVE_MERGER = "patch_merge"
 """The one `mm_projector_id`, of models that norm patches and merge them before the projector."""
@@ -27,7 +28,6 @@ NATIVE_MERGER = "patch_merge"
 GGUF_ARCHITECTURES = ("llama", "mistral3")
 """Of text models; what runs as either has the same tensors."""
 GGUF_UNKNOWN = (
-    "expert_count",
     "attention.sliding_window_pattern",
     "attention.layer_norm_epsilon",
     "logit_scale",
@@ -116,6 +116,7 @@ def from_native(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointCorrupt (a field is missing or of the wrong kind), ModelUnsupported.
     """
+    other_models.refuse_native(path, params)
     _refuse(path, params, NATIVE_UNKNOWN)
     if params.get("model_type", "transformer") != "transformer":
         raise ModelUnsupported(path, f"model_type {str(params['model_type'])[:60]!r}")
@@ -280,6 +281,7 @@ def gguf_tokenizer(file: GgufFile) -> dict[str, Any] | None:
 def _gguf_fields(file: GgufFile) -> CheckpointFields:
     """What a text model's file says under the name of its architecture."""
     architecture = str(file.metadata.get("general.architecture", "none"))[:60]
+    other_models.refuse_gguf(file.path, architecture, file.metadata)
     if architecture not in GGUF_ARCHITECTURES:
         raise UnknownArchitecture(architecture, GGUF_ARCHITECTURES)
     return _under(file, f"{architecture}.")

@@ -24,6 +24,7 @@ WeightsError
 ├── SerializedTooNew     a serialized model that a newer version wrote
 ├── WriteFailed          a file could not be written
 ├── ModelUnsupported     a model of a known kind with a feature that is not known here
+│   ├── OtherModel           a model of another kind, which does not run here
 │   └── QuantizedElsewhere   weights that another program quantised
 └── UnknownArchitecture  a config of a model that is not known here
 """
@@ -116,6 +117,7 @@ class DiskFull(WeightsError):
     folder: Path
     needed: int
     free: int
+    advice: str | None = None
     next_step = "Make room there, or take another disk: HF_HUB_CACHE says where downloads go."
 
     def __str__(self) -> str:
@@ -330,6 +332,14 @@ class ModelUnsupported(WeightsError):
     what: str
     sentence = "{path} is a model with {what}, which is not known here."
     next_step = KNOWN_MODELS
+
+
+@dataclass(eq=False)
+class OtherModel(ModelUnsupported):
+    """`path` is `what`, a model of a kind that does not run here; `advice` says what to take instead."""
+
+    advice: str | None = None
+    sentence = "{path} is {what}, which does not run here."
 
 
 @dataclass(eq=False)

@@ -6,10 +6,11 @@ network is needed. One format is fetched, never two, and never a file that no on
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from . import cache, layout, quantized_elsewhere, weight_files
+from . import cache, checkpoint, layout, weight_files
 from .download import Download
 from .errors import AdapterOnly, DiskFull, DownloadFailed, Offline
 from .hub_errors import translated
@@ -19,6 +20,9 @@ from .progress import Progress
 from .repo_name import Repo, parse
 
 TRUE = {"1", "ON", "YES", "TRUE"}
+
+Accepts = Callable[[Mapping[str, Any]], object]
+"""Takes a config as Hugging Face writes it, and raises what keeps the model from being run."""
 
 
 def fetch(
@@ -30,6 +34,7 @@ def fetch(
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
     form: Form | None = None,
+    accepts: Accepts | None = None,
 ) -> Path:
     """What to open as the model `name`: a local folder, or a GGUF file.
 
@@ -41,13 +46,13 @@ def fetch(
     GGUF has none, so all of it is fetched, or with `headers` a file of its length that holds its header only. `tell`
     is called with a sentence when one of several was chosen.
 
-    Raises ModelNotFound, Offline (HF_HUB_OFFLINE), TokenUnusable, Gated, DownloadFailed, DiskFull, and, before anything
-    large is fetched, WeightsNotFound, PickleRefused, AdapterOnly or QuantizedElsewhere for a repository that has no
-    weights or no tokenizer that can be read.
+    Raises ModelNotFound, Offline (HF_HUB_OFFLINE), TokenUnusable, Gated, DownloadFailed, DiskFull. For a repository
+    that has no weights or no tokenizer that can be read it raises WeightsNotFound, PickleRefused, AdapterOnly, and by
+    its config, before anything else is fetched, OtherModel, QuantizedElsewhere or what `accepts` raises.
     """
     if found := _present(name, form, weights=weights, headers=headers, force=force):
         return found
-    model = _HubModel(parse(name), form, weights=weights, force=force, progress=progress, tell=tell)
+    model = _HubModel(parse(name), form, accepts, weights=weights, force=force, progress=progress, tell=tell)
     return model.fetch(headers=headers)
 
 
@@ -58,6 +63,7 @@ def fetch_headers(
     form: Form | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
+    accepts: Accepts | None = None,
 ) -> Path:
     """What to open to read all headers of the model `name`: itself if it is here, else a skeleton of it in `folder`.
 
@@ -66,7 +72,7 @@ def fetch_headers(
     """
     if found := _present(name, form):
         return found
-    return _HubModel(parse(name), form, progress=progress, tell=tell).fetch_headers(folder)
+    return _HubModel(parse(name), form, accepts, progress=progress, tell=tell).fetch_headers(folder)
 
 
 def is_offline() -> bool:
@@ -103,27 +109,27 @@ class _HubModel:
         self,
         repo: Repo,
         form: Form | None,
+        accepts: Accepts | None = None,
         *,
         weights: bool = True,
         force: bool = False,
         progress: Progress | None = None,
         tell: Callable[[str], None] | None = None,
     ):
-        self.repo, self.weights, self.force = repo, weights, force
+        self.repo, self.accepts, self.weights, self.force = repo, accepts, weights, force
         self.download = Download(repo, progress)
         self.selection = self._select(form)
         if self.selection.note and tell:
             tell(self.selection.note)
 
     def fetch(self, *, headers: bool) -> Path:
-        """Small files first, the config the last of them, then the weights; then only does the revision point here.
-
-        An index comes before all: it says which weights there are, and so how many bytes.
-        """
+        """The config first, which may end it, and an index, which says how many bytes there are; then the other small
+        files, then the weights; then only does the revision point here."""
         download, selection = self.download, self.selection
         download.cached.mark_used(download.commit)
         # Without the listing a GGUF whose mmproj file is to come would look whole.
         download.cached.write_listing(download.commit, download.sizes)
+        self._check_config()
         large = self._weight_names() if self.weights or selection.entry else []
         folder = download.folder
         if headers and selection.entry:
@@ -139,9 +145,9 @@ class _HubModel:
         """The small files, and of the weights a skeleton in `folder`."""
         download, selection = self.download, self.selection
         folder = folder / cache.SNAPSHOTS / download.commit
+        self._check_config()
         weights = self._weight_names()
         self._get(())
-        self._refuse_quantized()
         with translated(self.repo):
             for name in (*selection.side, *([selection.index] if selection.index else [])):
                 cache.link(download.folder / name, folder / name)
@@ -172,24 +178,28 @@ class _HubModel:
         return names
 
     def _get(self, weights: Iterable[str]) -> None:
-        """Fetch what is not here in full: the small files, and then, if their config lets them be read, `weights`."""
-        small, large = (
-            [name for name in names if self.force or not self.download.has(name)]
-            for names in (self.selection.side, weights)
-        )
-        self._check_room([*small, *large])
-        progress = self.download.progress([*small, *large])
-        self.download.get(small, progress, force=self.force)
-        if large:
-            self._refuse_quantized()
-            self.download.get(large, progress, force=self.force)
+        """Fetch what is not here in full: the small files, and then `weights`. The config is here."""
+        names = [name for name in self.selection.side if name != self._config] + [*weights]
+        wanted = [name for name in names if self.force or not self.download.has(name)]
+        self._check_room(wanted)
+        self.download.get(wanted, self.download.progress(wanted), force=self.force)
 
-    def _refuse_quantized(self) -> None:
-        """Raise QuantizedElsewhere by the config, which has arrived, before anything large is asked for."""
-        form, names = self.selection.form, self.download.sizes
-        if form != "gguf":
-            config = read_json_object(self.download.folder / layout.FOLDER_FORMS[form].config)
-            quantized_elsewhere.refuse(self.download.label, config, names, form)
+    @property
+    def _config(self) -> str | None:
+        """The name of the config; a GGUF has none."""
+        rule = layout.FOLDER_FORMS.get(self.selection.form)
+        return rule.config if rule else None
+
+    def _check_config(self) -> None:
+        """Fetch the config, and raise what it says that keeps the model from being read or run."""
+        download, form = self.download, self.selection.form
+        if self._config is None:
+            return
+        if self.force or not download.has(self._config):
+            download.get([self._config], force=self.force)
+        checkpoint.check_config(
+            download.label, download.folder, form, download.sizes, weights=self.weights, accepts=self.accepts
+        )
 
     def _check_room(self, names: Iterable[str]) -> None:
         needed = sum(self.download.remaining(name) for name in names)

@@ -20,6 +20,9 @@ from pixtral_cli.errors import PixtralError, RequestError
 from pixtral_cli.model import slower_paths
 from pixtral_cli.model.config import ModelConfig
 from pixtral_cli.model.kernels import native
+from weights_cache.errors import DiskFull
+
+NO_ROOM = "Make room there, or let TMPDIR name a folder on another disk."
 
 
 class Bench:
@@ -53,7 +56,11 @@ class Bench:
         for encoding in encodings:
             with TemporaryDirectory(prefix="pixtral-bench-") as folder:
                 self.doing(f"preparing {model}{f' in {encoding}' if encoding else ''}")
-                subject = make(encoding, Path(folder))
+                try:
+                    subject = make(encoding, Path(folder))
+                except DiskFull as error:
+                    error.advice = error.advice or NO_ROOM
+                    raise
                 for row in self._rows(subject, Path(folder)):
                     self.rows.append(row)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pixtral_cli import process_environment
-from pixtral_cli.errors import PixtralError
+from pixtral_cli.errors import PixtralError, is_out_of_memory
 
 OURS = "pixtral"
 MODULES = {
@@ -30,6 +30,7 @@ MODULES = {
 WITH_TORCH = (OURS, "transformers", "bitsandbytes")
 PROMPT = 16
 """Tokens before those that are decoded."""
+NO_MEMORY = "Lower --batch-sizes, --prompt-tokens or --new-tokens, or choose an encoding of fewer bits."
 ENDING = 5.0  # seconds for a process that is told to end
 
 
@@ -134,8 +135,12 @@ def serve(program: Program, questions: IO[str], answers: IO[str], importing: flo
             value = known[what]() if what in known else getattr(program, what)(**question)
             answer: dict[str, Any] = {"value": value}
         except Exception as error:  # noqa: BLE001  whoever asks tells of it
-            sentence = str(error) if getattr(error, "hint", None) is not None else f"{type(error).__name__}: {error}"
-            answer = {"error": sentence.strip() or type(error).__name__, "hint": getattr(error, "hint", None)}
+            sentence, hint = str(error), getattr(error, "hint", None)
+            if is_out_of_memory(error):
+                sentence, hint = "There is not enough memory for this.", NO_MEMORY
+            elif hint is None:
+                sentence = f"{type(error).__name__}: {error}"
+            answer = {"error": sentence, "hint": hint}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -56,7 +56,7 @@ class Subject:
 
 
 def of_shape(shape: str, encoding: str, sees: bool, folder: Path, progress: Progress | None = None) -> Subject:
-    """Random weights of one of SHAPES, with Pixtral's tower if it `sees`."""
+    """Random weights of one of SHAPES, with the tower of its family if it `sees`."""
     path = folder / f"{shape}.{encoding}"
     random_weights.write(config_of(shape, sees), encoding, path, progress)
     return _serialized(shape, path)

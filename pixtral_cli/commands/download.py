@@ -7,7 +7,6 @@ import typer
 
 from pixtral_cli.cli.completions import MODEL
 from pixtral_cli.cli.options import FetchFlags, OutputFlags
-from pixtral_cli.known_models import BUILT_IN
 
 EXAMPLES = """\
 Examples:
@@ -40,20 +39,15 @@ def download(arguments: DownloadArguments, fetch: FetchFlags, output: OutputFlag
     console = output.console()
     with console.progress(f"looking for {arguments.model}") as progress:
         notes: list[str] = []
-        if arguments.model == BUILT_IN:
-            from pixtral_cli.source import Source
+        from pixtral_cli.source import Source
 
-            path = Source.open(BUILT_IN).checkpoint.folder
-        else:
-            from weights_cache import hub
-
-            path = hub.fetch(
-                arguments.model,
-                force=fetch.force_download,
-                form=fetch.form,
-                progress=progress,
-                tell=notes.append,
-            )
+        path = Source.fetch(
+            arguments.model,
+            weights_format=fetch.form,
+            force_download=fetch.force_download,
+            progress=progress,
+            tell=notes.append,
+        )
     for note in notes:
         console.notice(note)
     console.result({"model": arguments.model, "path": str(path)}, f"{path}\n")

@@ -79,7 +79,7 @@ class AttendPaged:
         if tokens < q.shape[0]:
             mixed[tokens:] = 0
         store, window = self._kv_cache.layer(layer), self._windows[layer]
-        natively = store.key_exponents is None and native_ops.take(q, store.keys)
+        natively = store.key_exponents is None and native_ops.take(q, store.keys) and native_ops.attends(*q.shape[1:])
         for run in self._runs:
             queries, out = (x if run.end == run.first + x.shape[0] else x[run.first : run.end] for x in (q, mixed))
             if natively and run.single:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from pixtral_cli.model import native_ops
 from pixtral_cli.model.attention import AttendPaged
 from pixtral_cli.model.kernels import KernelLinear, native
 from pixtral_cli.model.kernels.cpu_rows import MANY, NARROW, CpuRowsKernel
@@ -81,11 +82,14 @@ class NativeDecoder:
 
     @classmethod
     def of(cls, decoder: Decoder) -> NativeDecoder | None:
-        """None where the library is not there, or does not read the weights of each layer."""
+        """None where the library is not there, or does not take the weights of each layer or its heads."""
+        config = decoder.config
         if not native.available() or decoder.norm.weight.dtype not in NARROW:
             return None
+        if not native_ops.attends(config.num_heads, config.head_dim):
+            return None
         blocks = cast("list[DecoderLayer]", list(decoder.layers))
-        layers = [_layer(*each) for each in zip(blocks, decoder.config.sliding_windows, strict=True)]
+        layers = [_layer(*each) for each in zip(blocks, config.sliding_windows, strict=True)]
         known = [layer for layer in layers if layer is not None]
         return cls(decoder, known) if len(known) == len(layers) else None
 

@@ -21,7 +21,7 @@ from pixtral_cli.model.kernels import native
 TYPES = {torch.float32: 0, torch.bfloat16: 30}
 """As `enum encoding` in native.h."""
 MOST_DIM, MOST_HEADS = 256, 192
-"""Of `attend_block`, as in ops.h and attention.c (BLOCK)."""
+"""Of attention, as in ops.h."""
 POINTER, NUMBER, FEW, REAL = c_void_p, c_long, c_int, c_float
 ARGUMENTS = {
     "add_norm": (FEW, *[POINTER] * 5, *[NUMBER] * 2, REAL, FEW),
@@ -93,6 +93,11 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     )  # fmt: skip
 
 
+def attends(heads: int, dim: int) -> bool:
+    """Whether attention is computed for so many query heads of that size: their scores lie on a thread's stack."""
+    return heads <= MOST_HEADS and dim <= MOST_DIM
+
+
 class PagesOf:
     """Where the tokens of N sequences lie, told to the library: made once for all layers of a pass."""
 
@@ -110,6 +115,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, pages: Page
     """The last token of each of N sequences looks back: q [N, H, D] -> out [N, H, D], keys and values [T, K, D]."""
     rows, heads, dim = q.shape
     kv_heads = keys.shape[1]
+    assert attends(heads, dim), (heads, dim)
     assert q.stride(1) == dim and q.stride(2) == keys.stride(2) == 1 and keys.stride() == values.stride()
     assert out.is_contiguous()
     _function("attend_one")(
@@ -122,8 +128,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, out: Tensor, pages: Page
 def takes_blocks(q: Tensor) -> bool:
     """Whether `attend_block` computes with such queries [N, H, D] on this processor."""
     _, heads, dim = q.shape
-    sizes = heads <= MOST_HEADS and dim <= MOST_DIM and dim % 2 == 0
-    return sizes and q.dtype == torch.bfloat16 and native.instructions() == "avx512bf16"
+    return attends(heads, dim) and dim % 2 == 0 and q.dtype == torch.bfloat16 and native.instructions() == "avx512bf16"
 
 
 def attend_block(

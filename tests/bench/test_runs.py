@@ -1,6 +1,8 @@
 """Programs take turns, medians stand beside each other, who fails is left out: with programs that compute nothing."""
 
+import json
 import statistics
+from io import StringIO
 
 import pytest
 
@@ -134,6 +136,17 @@ def test_a_program_that_ends_by_itself_is_told_with_its_last_words(monkeypatch):
             program.ask("load")
     finally:
         program.end()
+
+
+def test_a_program_without_memory_says_so_and_what_to_lower():
+    class Large:
+        def load(self):
+            raise MemoryError
+
+    answers = StringIO()
+    contender.serve(Large(), StringIO('{"what": "load"}\n'), answers)
+    found = json.loads(answers.getvalue())
+    assert found["error"] == "There is not enough memory for this." and "--batch-sizes" in found["hint"]
 
 
 def test_what_fails_in_a_program_is_a_sentence_here():

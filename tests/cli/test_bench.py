@@ -1,6 +1,7 @@
 """`pixtral bench`: a figure for every work, beside its ceiling; what is wrong is a sentence."""
 
 import json
+import shutil
 import signal
 import tempfile
 
@@ -127,6 +128,13 @@ def test_what_the_model_cannot_compute_is_refused_before_it_is_loaded(refused, m
 
     monkeypatch.setattr(runs, "Contender", None)
     assert said in refused("bench", "--model-path", "tiny", "--devices", "cpu", *arguments)
+
+
+def test_a_full_disk_names_the_folder_for_models_that_are_thrown_away(refused, monkeypatch):
+    usage = shutil.disk_usage(tempfile.gettempdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    said = refused("bench", "--model-path", "tiny", "--quantization-encoding", "q4_k", "--devices", "cpu")
+    assert "1000" in said.replace(",", "") and "TMPDIR" in said and "HF_HUB_CACHE" not in said
 
 
 def test_a_text_model_looks_at_no_picture(refused, tmp_path):

@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.functional import silu
 
 from pixtral_cli.model import fused, native_ops
+from pixtral_cli.model.attention import AttendPaged, Span
+from pixtral_cli.model.config import TextConfig
 from pixtral_cli.model.kernels import native
-from pixtral_cli.model.kv_cache import PAGE, pages_for
+from pixtral_cli.model.kv_cache import PAGE, KVCache, pages_for
 from pixtral_cli.model.native_ops import PagesOf
 
 pytestmark = compiled
@@ -213,6 +215,24 @@ def test_what_is_trained_or_of_two_dtypes_is_computed_by_torch():
     assert not native_ops.take(x, nn.Parameter(x))
     with torch.inference_mode():
         assert native_ops.take(x, nn.Parameter(x))
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim"), [(native_ops.MOST_HEADS + 1, 2), (1, native_ops.MOST_DIM + 2), (4000, 2)], ids=str
+)
+def test_more_heads_than_its_stack_has_room_for_are_left_to_torch(monkeypatch, heads, dim):
+    config = TextConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=heads, num_kv_heads=1, head_dim=dim,
+        norm_eps=1e-5, rope_theta=1e4, max_length=64, sliding_windows=(None,), tied_embeddings=False,
+    )  # fmt: skip
+    for name in ("attend_one", "attend_block"):
+        monkeypatch.setattr(native_ops, name, None)
+    qkv = random(6, heads, dim), random(6, 1, dim, seed=1), random(6, 1, dim, seed=2)
+    store, found = KVCache(config, torch.float32, torch.device("cpu"), pages=1), []
+    for begin, end in [(0, 5), (5, 6)]:
+        attend = AttendPaged(config, store, [Span([0], begin, end - begin)], torch.device("cpu"))
+        found.append(attend(0, *(x[begin:end] for x in qkv)))
+    torch.testing.assert_close(torch.cat(found).double(), dense(*qkv, seen(6, 6, None)), rtol=1e-5, atol=1e-5)
 
 
 def test_without_the_library_torch_computes(monkeypatch):

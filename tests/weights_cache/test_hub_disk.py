@@ -34,7 +34,7 @@ def shard(seed: int) -> bytes:
 @pytest.fixture
 def repo(hub, monkeypatch: pytest.MonkeyPatch):
     index = {"weight_map": {f"t{seed}": name for seed, name in enumerate(NAMES)}}
-    side = {"config.json": b"{}", "tokenizer.json": b'{"model": {}}' * 500}
+    side = {"config.json": b'{"model_type": "mistral"}', "tokenizer.json": b'{"model": {}}' * 500}
     weights = {name: shard(seed) for seed, name in enumerate(NAMES)}
     hub.repos[REPO] = side | weights | {"model.safetensors.index.json": json.dumps(index).encode()}
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
@@ -138,11 +138,12 @@ import sys; from pixtral_cli.cli.main import run_program; sys.exit(run_program([
 
 
 def test_what_does_not_fit_is_refused_before_the_first_byte(repo, monkeypatch):
-    needed = sum(map(len, repo.repos[REPO].values())) - len(repo.repos[REPO]["model.safetensors.index.json"])
+    first = {"config.json", "model.safetensors.index.json"}
+    needed = sum(len(content) for name, content in repo.repos[REPO].items() if name not in first)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(DiskFull):
         fetch(REPO)
-    assert repo.fetched() == ["model.safetensors.index.json"]  # says how much the rest is
+    assert repo.fetched() == ["config.json", "model.safetensors.index.json"]  # whether it runs; how much the rest is
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     assert fetch(REPO)
 

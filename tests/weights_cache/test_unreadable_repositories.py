@@ -132,7 +132,7 @@ def test_the_small_files_of_such_a_repository_can_be_had(hub):
 @pytest.mark.parametrize("kind", ["gptq", "sentencepiece", "lora"])
 def test_every_command_that_wants_weights_says_it_in_one_sentence(hub, capfd, tmp_path: Path, command: str, kind: str):
     hub.repos[REPO] = {
-        "gptq": hf({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        "gptq": hf({"model_type": "mistral", "quantization_config": {"quant_method": "gptq", "bits": 4}}),
         "sentencepiece": {"config.json": b"{}", "tokenizer.model": b"\n", "model.safetensors": WEIGHTS},
         "lora": {"adapter_config.json": b'{"base_model_name_or_path": "acme/base"}', "adapter_model.safetensors": b""},
     }[kind]

@@ -37,6 +37,8 @@ struct attend_block { /* q, out [N, H, D]: of a sequence of before + N tokens, t
     int causal;
 };
 
+_Static_assert(BLOCK >= MOST_HEADS, "a task has all heads that share a key head");
+
 struct block { /* what a task keeps of its rows, and of the keys at hand */
     float sums[BLOCK][MOST_DIM];
     float largest[BLOCK], weights[BLOCK];

@@ -104,7 +104,8 @@ static void multiply_block(const struct call *call, int which, int64_t first, in
         int n = (int)(call->n - from < AT_ONCE ? call->n - from : AT_ONCE);
         struct vectors x = call->prepared[which];
         x.data = (const uint8_t *)x.data + from * x.stride * (narrow_kernel(matrix->encoding) && call->narrow ? 2 : 4);
-        x.offsets += from * x.offset_stride;
+        if (x.offset_stride)
+            x.offsets += from * x.offset_stride;
         call->kernels[which](matrix, first, end, x, n, sums);
         for (int v = 0; v < n; v++)
             for (int64_t row = first; row < end; row++) {

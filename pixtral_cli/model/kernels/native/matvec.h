@@ -16,7 +16,8 @@
 struct vectors {
     const void *data; /* [N, stride] bfloat16 or float32 */
     int64_t stride;   /* numbers */
-    const float *offsets; /* [N, offset_stride]: what each block's offsets are multiplied with, if the kernel wants it */
+    const float *offsets; /* [N, offset_stride]: what each block's offsets are multiplied with; NULL or empty where the
+                             kernel wants none */
     int64_t offset_stride;
 };
 

@@ -35,8 +35,8 @@ enum { PAGE = 16 };
 /* Tokens that one row attends to in one piece of work: a multiple of PAGE. */
 enum { PART = 64 };
 
-/* The largest D. */
-enum { MOST_DIM = 256 };
+/* The largest D and the most H that attention is computed for: what belongs to them lies on the stack. */
+enum { MOST_DIM = 256, MOST_HEADS = 192 };
 
 struct store {
     const void *keys, *values;
