@@ -301,7 +301,7 @@ def engine_request(
     return Request(
         token_ids=tuple(prompt.token_ids),
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
-        images=tuple(ImageInput(image.key, image.rows * image.columns, image.pixels) for image in prompt.images),
+        images=tuple(ImageInput(image.key, image.features, image.pixels) for image in prompt.images),
         sampling=replace(sampling, logit_bias={**sampling.logit_bias, **banned}),
         end_token_ids=frozenset() if options.ignore_eos else ends,
         logprobs=options.alternatives,

@@ -19,7 +19,8 @@ from pixtral_cli.model.free_memory import Device
 from pixtral_cli.model.memory import Need
 from pixtral_cli.model.placement import Placement, place
 from pixtral_cli.prompt import system_prompt
-from pixtral_cli.prompt.image import Recipe
+from pixtral_cli.prompt.cropped import CroppedSpec
+from pixtral_cli.prompt.image import ImageSpec, Recipe
 from pixtral_cli.prompt.messages import Conversation, parse
 from pixtral_cli.prompt.model_settings import ModelSettings
 from pixtral_cli.prompt.processor import Processor, Prompt
@@ -242,8 +243,10 @@ class Source:
         processor = Processor.from_checkpoint(
             self.checkpoint,
             image_preprocessing=recipe,
-            token_size=layout.token_size,
-            image_size=layout.longest_side,
+            spec=CroppedSpec(layout.token_size, layout.longest_side, own_tokens=layout.own_tokens)
+            if layout.cropped
+            else ImageSpec(layout.token_size, layout.longest_side),
+            image_token_id=self.config.image_token_id,
         )
         tokens = processor.image_tokens
         if tokens is None or tokens.patch != self.config.image_token_id:

@@ -17,6 +17,8 @@ Part = Literal["text", "vision"]
 
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
 """Ours, of the first and the last matrix of the text model, which may be one."""
+POSITIONS = "vision_tower.embeddings.position_embedding.weight"
+"""Of CLIP's table of a vector for each place, which is added and multiplies nothing."""
 VISION = ("vision_tower.", "multi_modal_projector.")
 """What our names of the vision part's tensors begin with."""
 
@@ -29,13 +31,16 @@ HF_PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.language_model.", "language_model."),
     ("model.vision_tower.transformer.layers.", "vision_tower.layers."),
     ("model.vision_tower.", "vision_tower."),
+    # CLIP's tower, which may be a module inside its own
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("model.vision_tower.vision_model.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     # text only: MistralForCausalLM
     ("model.", "language_model."),
 )
 """Rows of (prefix in the file, prefix of ours); the longest prefix that matches decides."""
 
-DROPPED_SUFFIXES: tuple[str, ...] = (".inv_freq",)
+DROPPED_SUFFIXES: tuple[str, ...] = (".inv_freq", ".position_ids")
 """Buffers that old versions saved and that are computed anew."""
 
 NATIVE: Mapping[str, str] = {

@@ -87,6 +87,8 @@ class Bench:
         if config.vision is None or config.image_layout is None:
             raise RequestError(f"{name} is a text model and cannot look at pictures.", "Leave --image out.")
         side, most = config.image_layout.token_size, config.image_layout.longest_side
+        if config.image_layout.cropped and self.sizes.image != (most, most):
+            raise RequestError(f"{name} sees pictures of {most}x{most} pixels.", f"Write --image {most}x{most}.")
         if any(pixels % side or pixels > most for pixels in self.sizes.image):
             raise RequestError(
                 f"{name} computes pictures whose sides are multiples of {side} pixels, up to {most}; others are "

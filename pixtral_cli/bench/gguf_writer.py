@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pixtral_cli.errors import ModelError
-from pixtral_cli.model.config import ModelConfig
+from pixtral_cli.model.config import ModelConfig, VisionConfig
 from pixtral_cli.model.kernels import Weight
 from weights_cache import names, packed
 from weights_cache.checkpoint import Checkpoint
@@ -77,8 +77,9 @@ def write_pictures(checkpoint: Checkpoint, config: ModelConfig, path: Path) -> N
     from gguf import GGUFType, GGUFWriter, VisionProjectorType
 
     vision, layout = config.vision, config.image_layout
-    assert vision is not None, config.architecture
     assert layout is not None, config.architecture
+    if not isinstance(vision, VisionConfig):
+        raise ModelError("its pictures go through a tower that is not written as GGUF here.")
     writer = GGUFWriter(path, GGUF_VISION)
     writer.add_type(GGUFType.MMPROJ)
     writer.add_clip_has_vision_encoder(True)

@@ -97,6 +97,7 @@ def as_object(name: str, source: "Source", kv_cache_dtype: str = "auto") -> dict
             "image_size": images.longest_side,
             "patch_size": vision.patch_size,
             "token_size": images.token_size,
+            "cropped": images.cropped,
             "layers": vision.num_layers,
             "parameters": sum(prod(t.shape) for n, t in tensors.items() if n.startswith(VISION)),
         },
@@ -143,7 +144,9 @@ def as_text(found: dict[str, Any]) -> str:
 def _pictures(vision: dict[str, Any]) -> str:
     merged = vision["token_size"] // vision["patch_size"]
     squares = f", a token for each {merged}x{merged} of them" if merged > 1 else ""
-    return f"up to {vision['image_size']} px, in patches of {vision['patch_size']} px{squares}"
+    side = vision["image_size"]
+    sides = f"cropped to {side}x{side}" if vision["cropped"] else f"up to {side}"
+    return f"{sides} px, in patches of {vision['patch_size']} px{squares}"
 
 
 def _weights_table(found: dict[str, Any]) -> list[str]:

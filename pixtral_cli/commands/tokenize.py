@@ -76,10 +76,11 @@ def as_text(prompt: Prompt) -> str:
     lines = [" ".join(str(token) for token in prompt.token_ids)]
     for number, image in enumerate(prompt.images, start=1):
         width, height = image.original_size
+        whole = "with row ends" if image.spec.has_rows else "in all"
         resized = "scaled down" if image.is_scaled_down else "resized"
         lines.append(
             f"picture {number}: {width}x{height} px, {resized} to {image.width}x{image.height} px, "
-            f"{counted(image.rows, 'row')} of {counted(image.columns, 'token')}, {image.tokens} with row ends"
+            f"{counted(image.rows, 'row')} of {counted(image.columns, 'token')}, {image.tokens} {whole}"
         )
     lines.append(counted(len(prompt.token_ids), "token"))
     return "\n".join(lines) + "\n"

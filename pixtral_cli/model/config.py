@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pixtral_cli.errors import ModelError
 from weights_cache.json_fields import Fields
@@ -57,8 +58,10 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the Pixtral tower; lengths in pixels. `feature_layer` counts layers to run."""
+class TowerConfig:
+    """Sizes of a vision tower; lengths in pixels. `kind` is its `model_type` in config.json."""
+
+    kind: ClassVar[str]
 
     hidden_size: int
     intermediate_size: int
@@ -67,22 +70,51 @@ class VisionConfig:
     head_dim: int
     num_channels: int
     patch_size: int
+
+
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """Of the Pixtral tower. `feature_layer` counts layers to run."""
+
+    kind: ClassVar[str] = "pixtral"
+
     rope_theta: float
     feature_layer: int
     norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True)
+class ClipConfig(TowerConfig):
+    """Of the CLIP tower, which sees squares of side `image_size`. `feature_layers` are those whose outputs are put side
+    by side, counted from 1; 0 is what goes into the first. `activation` is "quick_gelu" or "gelu"."""
+
+    kind: ClassVar[str] = "clip_vision_model"
+
+    image_size: int
+    feature_layers: tuple[int, ...]
+    keeps_class: bool
+    """Whether the feature of the class token, which stands for no patch, is an image token too."""
+    activation: str
+    norm_eps: float
+
+
+@dataclass(frozen=True)
 class ImageLayout:
     """How images become tokens, in pixels: each square of side `token_size` is an image token, in raster order; an
-    image is resized so that no side is longer than `longest_side`."""
+    image is resized so that no side is longer than `longest_side`.
+
+    `cropped`: every image becomes one square of that side, and its tokens follow each other, `own_tokens` of the whole
+    image first; else rows end in tokens of text.
+    """
 
     token_size: int
     longest_side: int
+    cropped: bool = False
+    own_tokens: int = 0
 
     def tokens(self, width: int, height: int) -> int:
         """Of an image whose sides are multiples of `token_size`."""
-        return (width // self.token_size) * (height // self.token_size)
+        return (width // self.token_size) * (height // self.token_size) + self.own_tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +123,7 @@ class ModelConfig:
 
     architecture: str
     text: TextConfig
-    vision: VisionConfig | None = None
+    vision: TowerConfig | None = None
     image_layout: ImageLayout | None = None
     image_token_id: int | None = None
     projector_bias: bool = True

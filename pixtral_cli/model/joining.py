@@ -65,10 +65,13 @@ class PartOf(nn.Module):
 
 
 def groups(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names of parameters, those together whose matrices can be joined, in the order of their rows."""
+    """The names of parameters, those together whose matrices can be joined, in the order of their rows: none with a
+    bias, which would have to be added to its part."""
     left = dict.fromkeys(names)
     while left:
-        group = [each for each in _beside(next(iter(left))) if each in left]
+        name = next(iter(left))
+        beside = [name] if name.removesuffix("weight") + "bias" in left else _beside(name)
+        group = [each for each in beside if each in left]
         yield group
         for name in group:
             del left[name]

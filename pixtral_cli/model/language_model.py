@@ -24,7 +24,12 @@ Layers = Callable[[Tensor, Rotary, Attend], tuple[Tensor, Tensor] | None]
 
 
 class LanguageModel(nn.Module):
-    """A model of text; `families` has those that see."""
+    """A model of text; `families` has those that see.
+
+    `unread` are beginnings of names of tensors that a checkpoint may hold, and that nothing here computes with.
+    """
+
+    unread: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

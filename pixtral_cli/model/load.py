@@ -79,7 +79,7 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
         del shapes[HEAD]
     if missing := [name for name in shapes if name not in tensors]:
         raise TensorsMissing(missing, where)
-    if unexpected := [name for name in tensors if name not in shapes]:
+    if unexpected := [name for name in tensors if name not in shapes and not name.startswith(model.unread)]:
         raise TensorsUnexpected(unexpected, where)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from pixtral_cli.encoding_choices import CHOICES, kv_encoding
 from pixtral_cli.errors import ModelError
 from pixtral_cli.model import card_bits
-from pixtral_cli.model.config import ModelConfig, TextConfig, VisionConfig
+from pixtral_cli.model.config import ModelConfig, TextConfig, TowerConfig
 from pixtral_cli.model.free_memory import Device, Kind, free_bytes, kind_of
 from pixtral_cli.model.pass_sizes import GRAPH_ROWS, IMAGE_CACHE, PATCHES, PREFILL, SCORED
 from pixtral_cli.model.placement import Placement, place
@@ -165,7 +165,7 @@ def pass_bytes(config: ModelConfig, width: int, work: Work) -> int:
     return max(prefill, logits, PATCHES * width * _numbers_of_a_patch(config.vision, text) if config.vision else 0)
 
 
-def _numbers(config: TextConfig | VisionConfig) -> int:
+def _numbers(config: TextConfig | TowerConfig) -> int:
     """Numbers of a token or patch that live at one time in a layer: VECTORS and ROTARY, and either gate, up and their
     product, 3 F, or q, k, v and what attention makes of them, (2 H + 2 K) D."""
     kv_heads = config.num_kv_heads if isinstance(config, TextConfig) else config.num_heads
@@ -174,7 +174,7 @@ def _numbers(config: TextConfig | VisionConfig) -> int:
     return vectors + max(3 * config.intermediate_size, attention)
 
 
-def _numbers_of_a_patch(vision: VisionConfig, text: TextConfig) -> int:
+def _numbers_of_a_patch(vision: TowerConfig, text: TextConfig) -> int:
     """The same for a patch, with its pixels: in the tower, or in the projector (three vectors of the decoder)."""
     return vision.num_channels * vision.patch_size**2 + max(_numbers(vision), 3 * text.hidden_size)
 

@@ -9,7 +9,7 @@ from math import prod
 
 from weights_cache.encodings import ENCODINGS, Encoding
 from weights_cache.formats.reader import TensorInfo
-from weights_cache.names import EMBEDDING, VISION
+from weights_cache.names import EMBEDDING, POSITIONS, VISION
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -65,7 +65,7 @@ def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_v
 
 def _takes(tensor: TensorInfo, wanted: Encoding, quantize_vision: bool) -> bool:
     """Whether it is a matrix, of a part that may be packed; of embeddings bitsandbytes has no packed form."""
-    if tensor.name.startswith(VISION) and not quantize_vision:
+    if tensor.name == POSITIONS or (tensor.name.startswith(VISION) and not quantize_vision):
         return False
     return len(tensor.shape) == 2 and not (wanted.name == "nf4" and tensor.name == EMBEDDING)
 

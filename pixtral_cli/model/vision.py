@@ -1,4 +1,5 @@
-"""Pixels in, one feature an image token out: the Pixtral tower and projectors behind it. Knows no text and no files.
+"""Pixels in, one feature an image token out: what a tower is, the Pixtral tower, and projectors behind a tower. Knows
+no text and no files.
 
 Patches of all images come flattened; `attend` keeps each image to itself. Letters: N patches, M image tokens, C
 hidden_size, T that of the decoder, H heads, D head_dim, P patch_size in pixels, B images of L patches each.
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from pixtral_cli.model.attention import attend_within
-from pixtral_cli.model.config import ModelConfig, VisionConfig
+from pixtral_cli.model.config import ModelConfig, TowerConfig, VisionConfig
 from pixtral_cli.model.fused import add_norm
 from pixtral_cli.model.language_model import LanguageModel
 from pixtral_cli.model.layers import Attend, GatedFeedForward, SelfAttention
@@ -32,9 +33,10 @@ for each size of image, for 60 ms: as long as it saves on thirty images."""
 class VisionLanguageModel(LanguageModel):
     """The decoder, and the tower and projector that give it an image's features."""
 
-    def __init__(self, config: ModelConfig, tower: VisionTower, projector: Projector) -> None:
+    def __init__(self, config: ModelConfig, tower: Tower, projector: Projector) -> None:
         super().__init__(config)
         self.vision_tower = tower
+        self.unread = tuple(f"vision_tower.{name}" for name in tower.unread)
         self.multi_modal_projector = projector
 
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -78,7 +80,7 @@ class VisionLanguageModel(LanguageModel):
     def _patches(self, pixels: Tensor, grid: Grid) -> Tensor:
         """Pixels [channels, height, width] -> [rows * columns, channels * P * P], on the tower's device."""
         patch = self.vision_tower.config.patch_size
-        pixels = _sent(pixels, self.vision_tower.patch_conv.weight)
+        pixels = _sent(pixels, self.language_model.norm.weight)
         tiles = pixels.view(len(pixels), grid[0], patch, grid[1], patch)
         return tiles.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
@@ -109,7 +111,23 @@ class AttendWithinImages:
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
-class VisionTower(nn.Module):
+class Tower(nn.Module):
+    """What gives features of images. `unread`: as `LanguageModel.unread`, of its own names."""
+
+    config: TowerConfig
+    unread: tuple[str, ...] = ()
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid], attend: Attend | None = None) -> Tensor:
+        """patches [N, channels * P * P] of all images in raster order, and their grids -> features for the projector,
+        an image after the other."""
+        raise NotImplementedError
+
+
+class VisionTower(Tower):
+    """Pixtral's."""
+
+    config: VisionConfig
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -122,21 +140,22 @@ class VisionTower(nn.Module):
         config = self.config
         angles = {grid: grid_angles(*grid, config.head_dim, config.rope_theta, patches.device) for grid in set(grids)}
         rotary = cos_sin(torch.cat([angles[grid] for grid in grids]), patches.dtype)
-        attend = attend or _attend_within([rows * columns for rows, columns in grids], patches.device)
+        attend = attend or attend_within_images([rows * columns for rows, columns in grids], patches.device)
         x, delta = add_norm(self.patch_conv(patches), None, self.ln_pre)[1], None
         for index, layer in enumerate(self.layers[: config.feature_layer]):
             x, delta = layer(x, delta, rotary, attend, index)
         return x if delta is None else x + delta
 
 
-def _attend_within(lengths: list[int], device: torch.device) -> Attend:
+def attend_within_images(lengths: list[int], device: torch.device) -> Attend:
+    """How the tokens of images of these lengths, one after the other, see those of their image."""
     return AttendWithinImages(lengths) if device.type == "cuda" else partial(attend_within, lengths)
 
 
 class PatchEmbedding(nn.Module):
     """A convolution whose stride is its kernel, so one matrix over flattened patches; weight [C, channels, P, P]."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         shape = config.hidden_size, config.num_channels, config.patch_size, config.patch_size
         self.weight = nn.Parameter(torch.empty(shape))

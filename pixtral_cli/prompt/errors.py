@@ -130,11 +130,12 @@ class TemplateFailed(PromptError):
 class ImagesPassedOver(TemplateFailed):
     """The checkpoint's chat template does not write one mark for each image."""
 
-    default_hint = "Use --raw (in Python: complete) with one [IMG] for each picture."
-
-    def __init__(self, marks: int, images: int):
+    def __init__(self, marks: int, images: int, mark: str):
         given = "1 picture" if images == 1 else f"{images} pictures"
-        super().__init__(f"The model's chat template writes {marks} [IMG] for {given}.")
+        super().__init__(
+            f"The model's chat template writes {marks} {mark} for {given}.",
+            hint=f"Use --raw (in Python: complete) with one {mark} for each picture.",
+        )
 
 
 class NoChatTemplate(PromptError):
@@ -150,11 +151,11 @@ class NoChatTemplate(PromptError):
 class ImagesMisplaced(PromptError):
     """The prompt's image marks and the images given do not match."""
 
-    def __init__(self, marks: int, images: int):
+    def __init__(self, marks: int, images: int, mark: str):
         given = "1 picture was" if images == 1 else f"{images} pictures were"
         super().__init__(
-            f"The prompt has {marks} [IMG] but {given} given.",
-            hint="Write one [IMG] for each picture, or none: then the pictures come first.",
+            f"The prompt has {marks} {mark} but {given} given.",
+            hint=f"Write one {mark} for each picture, or none: then the pictures come first.",
         )
 
 

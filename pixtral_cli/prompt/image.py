@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pixtral_cli.prompt.side_file import SideFile
 
@@ -63,6 +63,25 @@ class ImageSpec:
     std: tuple[float, ...] = STD
     rescale_factor: float = 1 / 255
 
+    has_rows: ClassVar[bool] = True
+    """Whether rows of image tokens end in tokens of text."""
+
+    def features(self, rows: int, columns: int) -> int:
+        """Image tokens of so many rows and columns, without those of text."""
+        return rows * columns
+
+    def planned(self, width: int, height: int, recipe: Recipe) -> tuple[int, int]:
+        """The (width, height) in which an image of that size is seen."""
+        return plan_size(width, height, recipe, self)
+
+    def resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """The RGB image in its planned size, by the recipe `hf`."""
+        return _resized_hf(image, width, height)
+
+    def after_resizing(self) -> ImageSpec:
+        """This spec, for what `resized` gave."""
+        return self
+
     def at(self, detail: Detail) -> ImageSpec:
         """This spec for an image that is to be seen in that detail."""
         return replace(self, longest_side=min(self.longest_side, LOW_DETAIL)) if detail == "low" else self
@@ -80,11 +99,14 @@ class ImageSpec:
             side = next((size.length(key) for key in ("longest_edge", "height") if key in size), self.longest_side)
         else:
             side = config.length("size", self.longest_side)
+        return replace(self.with_colours(config), longest_side=side)
+
+    def with_colours(self, config: SideFile) -> Self:
+        """This, with what a preprocessor_config.json says of colours. Raises SideFileUnreadable."""
         normalizes = config.flag("do_normalize", True)
         rescale = config.positive("rescale_factor", 1 / 255)
         return replace(
             self,
-            longest_side=side,
             mean=config.three("image_mean", self.mean) if normalizes else (0.0,) * 3,
             std=config.three("image_std", self.std, positive=True) if normalizes else (1.0,) * 3,
             rescale_factor=rescale if config.flag("do_rescale", True) else 1.0,
@@ -116,9 +138,14 @@ class PreparedImage:
         return self.width // self.spec.token_size
 
     @property
+    def features(self) -> int:
+        """Image tokens, those that a feature replaces."""
+        return self.spec.features(self.rows, self.columns)
+
+    @property
     def tokens(self) -> int:
-        """Prompt tokens: a row is its columns and a break (or, at last, the end)."""
-        return self.rows * (self.columns + 1)
+        """Prompt tokens: the image tokens, and for each row a break (or, at last, the end) where there are rows."""
+        return self.features + self.rows * self.spec.has_rows
 
     @property
     def is_scaled_down(self) -> bool:
@@ -144,7 +171,8 @@ class PreparedImage:
         assert self.source is not None
         given, resized = self.source.width * self.source.height, self.width * self.height
         if self.recipe == "hf" and resized < given:
-            return replace(self, source=_resized_hf(self.source, self.width, self.height))
+            resized_image = self.spec.resized(self.source, self.width, self.height)
+            return replace(self, source=resized_image, spec=self.spec.after_resizing())
         if self.recipe == "native" and resized * FLOAT_PIXEL_BYTES < given * PIL_PIXEL_BYTES:
             return replace(self, source=None, made=self.pixels())
         return self
@@ -157,7 +185,7 @@ class PreparedImage:
             return self.made
         assert self.source is not None
         if self.recipe == "hf":
-            pixels = _uint8(_resized_hf(self.source, self.width, self.height)).float()
+            pixels = _uint8(self.spec.resized(self.source, self.width, self.height)).float()
         else:
             pixels = _resized_native(self.source, self.width, self.height)
         mean, std = torch.tensor(self.spec.mean), torch.tensor(self.spec.std)
@@ -166,7 +194,7 @@ class PreparedImage:
 
 def prepare(image: Image.Image, recipe: Recipe, spec: ImageSpec) -> PreparedImage:
     """Decide the size of an RGB image."""
-    width, height = plan_size(*image.size, recipe, spec)
+    width, height = spec.planned(*image.size, recipe)
     return PreparedImage(image, image.size, recipe, spec, width, height)
 
 

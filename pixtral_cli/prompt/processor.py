@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 GIVE_TEXT = 'Continue a text with complete("..."); for messages there is chat.'
 GIVE_IMAGES = 'Write images=["a.png", "b.png"].'
 IMAGE_MARK = "[IMG]"
+"""What stands for an image in a raw text, unless the image token has a name of its own."""
 ChatFormat = ChatTemplate | MistralFormat
 OpenImage = Callable[[Any], AbstractContextManager[Any]]
 """An image's source -> a context that gives an RGB PIL.Image: `media.opened`, or one that guards a server."""
@@ -67,11 +68,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The control ids of an image's patches, row ends and end; None for a text model."""
+    """The control ids of an image's patches, row ends and end; the latter are None where tokens follow each other
+    without rows. `mark` stands for an image in a raw text."""
 
     patch: int
-    row_end: int
-    end: int
+    row_end: int | None = None
+    end: int | None = None
+    mark: str = IMAGE_MARK
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, config: SideFile) -> ImageTokens | None:
@@ -83,14 +86,27 @@ class ImageTokens:
         )
         if any(name not in tokenizer.controls for name in names):
             return None
-        return cls(*map(tokenizer.control, names))
+        patch, row_end, end = map(tokenizer.control, names)
+        return cls(patch, row_end, end)
+
+    @classmethod
+    def alone(cls, tokenizer: Tokenizer, image_token_id: int | None) -> ImageTokens | None:
+        """Of a model that has only the one token, whose id its config says."""
+        names = [control.text for control in tokenizer.controls.values() if control.id == image_token_id]
+        return cls(image_token_id, mark=names[0]) if names and image_token_id is not None else None
+
+    def of_image(self, image: PreparedImage) -> list[int]:
+        """The prompt tokens of one image."""
+        return self.grid(image.rows, image.columns) if image.spec.has_rows else [self.patch] * image.features
 
     def grid(self, rows: int, columns: int) -> list[int]:
-        """The prompt tokens of one image.
+        """The prompt tokens of an image with rows.
 
         >>> ImageTokens(10, 12, 13).grid(rows=2, columns=3)
         [10, 10, 10, 12, 10, 10, 10, 13]
         """
+        assert self.row_end is not None, self
+        assert self.end is not None, self
         ids = ([self.patch] * columns + [self.row_end]) * rows
         ids[-1] = self.end
         return ids
@@ -118,16 +134,16 @@ class Processor:
         checkpoint: Checkpoint,
         *,
         image_preprocessing: Recipe | None = None,
-        token_size: int = 16,
-        image_size: int = 1024,
+        spec: ImageSpec | None = None,
+        image_token_id: int | None = None,
         open_image: OpenImage = media.opened,
     ) -> Processor:
         """Read the tokenizer, template and image settings of a checkpoint.
 
         Args:
             image_preprocessing: "hf" or "native"; by default the checkpoint's form, and "hf" for a GGUF.
-            token_size, image_size: sides of an image token and of the largest image, in pixels; the preprocessor's
-                own longest side wins.
+            spec: how the model wants its images; what the checkpoint's files say of them wins.
+            image_token_id: the one token of a model whose images have no rows.
             open_image: makes an image's source an RGB PIL.Image, for as long as it is needed.
 
         Raises:
@@ -141,14 +157,20 @@ class Processor:
         written = checkpoint.written_tokenizer
         tokenizer = gguf_tokenizer.load(written) if written else tokenizer_files.load(checkpoint.file)
         processor_config = SideFile.read(checkpoint.file("processor_config.json"))
-        spec = ImageSpec(token_size, tokenizer.longest_side or image_size)
+        spec = spec or ImageSpec()
+        if not spec.has_rows and recipe != "hf":
+            raise PromptError(f"This model's pictures are not prepared by the recipe {recipe}.", "Choose hf.")
+        if tokenizer.longest_side and spec.has_rows:
+            spec = replace(spec, longest_side=tokenizer.longest_side)
         if checkpoint.form == "hf":
             spec = spec.with_preprocessor(processor_config.section("image_processor"))
             spec = spec.with_preprocessor(SideFile.read(checkpoint.file("preprocessor_config.json")))
         return cls(
             tokenizer,
             _chat_format(checkpoint, tokenizer),
-            ImageTokens.of(tokenizer, processor_config),
+            ImageTokens.of(tokenizer, processor_config)
+            if spec.has_rows
+            else ImageTokens.alone(tokenizer, image_token_id),
             recipe,
             spec,
             open_image,
@@ -185,6 +207,7 @@ class Processor:
         Control strings such as ``[INST]`` become control tokens, as in transformers' ``tokenizer(text)``. Texts of
         strangers therefore belong in a chat, where they stay text. Each ``[IMG]`` stands for an image; with images
         and no ``[IMG]`` they come first. Without images ``[IMG]`` is text: an image token always has an image.
+        LLaVA's ``<image>`` is the same for its models.
 
         Raises:
             ImagesMisplaced: as many ``[IMG]`` as images are needed, or none.
@@ -193,11 +216,12 @@ class Processor:
         if not isinstance(text, str):
             raise PromptError(f"The text to continue should be a string, not {type(text).__name__}.", GIVE_TEXT)
         sources = _as_list(images)
-        parts = text.split(IMAGE_MARK) if sources else [text]
+        mark = self.image_tokens.mark if self.image_tokens else IMAGE_MARK
+        parts = text.split(mark) if sources else [text]
         if len(parts) == 1:
             parts = [""] * len(sources) + parts
         if len(parts) != len(sources) + 1:
-            raise ImagesMisplaced(len(parts) - 1, len(sources))
+            raise ImagesMisplaced(len(parts) - 1, len(sources), mark)
         prepared = self._prepared([ImagePart(source) for source in sources])
         ids = self._filled(self._raw_ids(parts), prepared)
         if (bos := self.tokenizer.bos_id) is not None and ids[:1] != [bos]:
@@ -249,12 +273,12 @@ class Processor:
             return ids
         marks = ids.count(tokens.patch)
         if marks != len(images):
-            raise ImagesPassedOver(marks, len(images))
+            raise ImagesPassedOver(marks, len(images), tokens.mark)
         filled: list[int] = []
         start = 0
         for image in images:
             mark = ids.index(tokens.patch, start)
-            filled += ids[start:mark] + tokens.grid(image.rows, image.columns)
+            filled += ids[start:mark] + tokens.of_image(image)
             start = mark + 1
         return filled + ids[start:]
 

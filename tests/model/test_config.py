@@ -37,7 +37,7 @@ def test_sliding_windows_come_as_a_number_a_pattern_or_layer_types():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({}, "not stated"),
-        ({**LLAVA, "vision_config": {"model_type": "clip_vision_model"}}, "clip_vision_model"),
+        ({**LLAVA, "vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
         ({**LLAVA, "text_config": {"model_type": "llama"}}, "llama"),
         ({**LLAVA, "vision_feature_select_strategy": "default"}, "vision_feature_select_strategy"),
         ({**LLAVA, "vision_feature_layer": 99}, "vision_feature_layer"),

@@ -50,7 +50,7 @@ def read_config(architecture, raw):
 
 # What would be families/granite.py.
 granite = SimpleNamespace(
-    ARCHITECTURES=("GraniteForCausalLM",), MODEL_TYPE="granite", read_config=read_config, build=ScaledModel
+    ARCHITECTURES=("GraniteForCausalLM",), MODEL_TYPE="granite", TOWER=None, read_config=read_config, build=ScaledModel
 )
 
 

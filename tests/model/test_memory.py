@@ -84,7 +84,7 @@ def as_on_a_card(monkeypatch, tmp_path):
     }
     for module, (name, form) in itertools.product((layers, language_model, vision), forms.items()):
         monkeypatch.setattr(module, name, form, raising=False)
-    monkeypatch.setattr(vision, "_attend_within", lambda *_: lambda layer, q, k, v: torch.empty_like(q))
+    monkeypatch.setattr(vision, "attend_within_images", lambda *_: lambda layer, q, k, v: torch.empty_like(q))
     return model
 
 

@@ -81,7 +81,7 @@ def test_no_images_have_no_features(model):
 def as_on_a_card(monkeypatch):
     """The way of a card, on the CPU."""
     monkeypatch.setattr(vision.VisionLanguageModel, "device", SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(vision, "_attend_within", lambda lengths, device: AttendWithinImages(lengths))
+    monkeypatch.setattr(vision, "attend_within_images", lambda lengths, device: AttendWithinImages(lengths))
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 1000])

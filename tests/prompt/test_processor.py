@@ -213,7 +213,7 @@ def test_the_longest_side_comes_from_the_preprocessor(checkpoint, byte_level_jso
 
 
 def test_merged_patches_make_fewer_tokens(checkpoint, byte_level_json):
-    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), token_size=28)
+    made = Processor.from_checkpoint(checkpoint(tokenizer_json=byte_level_json), spec=ImageSpec(28))
     (image,) = made.complete("", [Image.new("RGB", (100, 50))]).images
     assert (image.width, image.height, image.rows, image.columns) == (112, 56, 2, 4)
 
@@ -231,7 +231,7 @@ def test_prompt_and_pixels_of_a_native_mistral_3_are_those_of_mistral_common(
     content = [ImageChunk(image=picture) for picture in pictures]
     request = ChatCompletionRequest(messages=[UserMessage(content=[*content, TextChunk(text="What?")])])
     theirs = MistralTokenizer.from_file(str(path)).encode_chat_completion(request)
-    made = Processor.from_checkpoint(checkpoint("native", tekken_json=path), token_size=28, image_size=900)
+    made = Processor.from_checkpoint(checkpoint("native", tekken_json=path), spec=ImageSpec(28, 900))
     parts = [{"type": "image", "image": picture} for picture in pictures]
     prompt = made.chat(parse([{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]))
     assert prompt.token_ids == theirs.tokens

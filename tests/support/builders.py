@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Ministral3Config,
@@ -21,6 +23,8 @@ from transformers import (
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 TEXT = {
@@ -77,6 +81,20 @@ def mistral3(folder: Path, merge: int = 2, tied: bool = False, text=None, **visi
 
     edit_config(folder, as_published)
     return model
+
+
+CLIP = {**VISION, "num_hidden_layers": 4, "hidden_act": "quick_gelu", "image_size": 28, "patch_size": 14}
+LLAMA = {key: value for key, value in TEXT.items() if key != "sliding_window"}
+
+
+def llava(folder: Path, text=None, tower=(), **changes) -> LlavaForConditionalGeneration:
+    """A LLaVA whose images are two by two patches; its tower has four layers, the decoder three of Llama's."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**{**CLIP, **dict(tower)}),
+        text_config=text or LlamaConfig(**LLAMA),
+        **{"image_token_index": 10, **changes},
+    )
+    return _save(LlavaForConditionalGeneration, config, folder)
 
 
 def mistral(folder: Path, **changes) -> MistralForCausalLM:
@@ -190,12 +208,53 @@ class HfProcessor:
 
 def add_processor(folder: Path, patch: int = 16, merge: int = 1, longest: int = 1024) -> HfProcessor:
     """Give the checkpoint a byte-level tokenizer of TEXT's vocabulary, a chat template and a picture recipe."""
+    tokenizer = _add_tokenizer(folder, CONTROLS, CHAT_TEMPLATE)
+    pictures = PixtralImageProcessorPil(size={"longest_edge": longest}, patch_size={"height": patch, "width": patch})
+    pictures.save_pretrained(folder)
+    return HfProcessor(tokenizer, pictures, patch * merge)
+
+
+VICUNA_TEMPLATE = """{% for message in messages %}{% if message['role'] != 'system' %}
+{{- message['role'].upper() + ': ' }}{% endif %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}
+{%- endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+"""The turns of LLaVA-1.5."""
+
+
+def add_llava_processor(folder: Path, strategy: str = "default", kind=LlavaImageProcessorPil, **pictures):
+    """The same for a LLaVA: transformers' own processor, which is saved into the folder."""
+    tokenizer = _add_tokenizer(folder, [{"[IMG]": "<image>"}.get(name, name) for name in CONTROLS], VICUNA_TEMPLATE)
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, **pictures}
+    processor = LlavaProcessor(
+        kind(**sizes),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1,
+        chat_template=VICUNA_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return HfLlavaProcessor(processor)
+
+
+class HfLlavaProcessor:
+    """transformers' own, asked as HfProcessor is."""
+
+    def __init__(self, whole: LlavaProcessor):
+        self.whole, self.tokenizer = whole, whole.tokenizer
+
+    def __call__(self, text, pictures):
+        return dict(self.whole(images=pictures or None, text=text, return_tensors="pt"))
+
+
+def _add_tokenizer(folder: Path, controls, template: str) -> PreTrainedTokenizerFast:
     whole = Tokenizer(models.BPE())
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     whole.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TEXT["vocab_size"],
-        special_tokens=CONTROLS,
+        special_tokens=list(controls),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -203,8 +262,6 @@ def add_processor(folder: Path, patch: int = 16, merge: int = 1, longest: int = 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=whole, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    pictures = PixtralImageProcessorPil(size={"longest_edge": longest}, patch_size={"height": patch, "width": patch})
-    pictures.save_pretrained(folder)
-    return HfProcessor(tokenizer, pictures, patch * merge)
+    return tokenizer

@@ -69,7 +69,8 @@ def our_tokens(engine, requests):
 def assert_answers_as(ours, hf, processor, messages):
     """That the answer, of 24 tokens, has transformers' prompt, tokens and log-probabilities."""
     pictures = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
-    inputs = processor(processor.tokenizer.apply_chat_template(messages, tokenize=False), pictures)
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text, pictures)
     ids, vocabulary = inputs["input_ids"][0].tolist(), hf.config.get_text_config().vocab_size
     hf.generation_config.eos_token_id = None  # as ignore_eos
     with torch.no_grad():

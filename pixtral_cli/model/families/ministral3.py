@@ -12,6 +12,7 @@ from pixtral_cli.model.families.mistral import read_text_config
 
 ARCHITECTURES: tuple[str, ...] = ("Ministral3ForCausalLM",)
 MODEL_TYPE = "ministral3"
+TOWER: str | None = None
 
 
 def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:

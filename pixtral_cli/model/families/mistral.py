@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: tuple[str, ...] = ("MistralForCausalLM", "MinistralForCausalLM")
 MODEL_TYPE = "mistral"
+TOWER: str | None = None
 
 # Fields that Hugging Face configs may leave out. A nested `text_config` is written as its difference from the class of
 # its model_type, so an absent field means that class's default (transformers `configuration_mistral.py` and

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig
+from pixtral_cli.model.config import ConfigFields, ImageLayout, ModelConfig, VisionConfig
 from pixtral_cli.model.families import pixtral
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: tuple[str, ...] = ("Mistral3ForConditionalGeneration",)
 MODEL_TYPE = "mistral3"
+TOWER: str | None = pixtral.TOWER
 
 # What a config.json may leave out (transformers `configuration_mistral3.py`). Those of models whose head is another
 # matrix than their embedding do not say so: what the file holds decides.
@@ -47,7 +48,7 @@ def build(config: ModelConfig) -> VisionLanguageModel:
     from pixtral_cli.model.vision import MergingProjector, VisionLanguageModel, VisionTower
 
     assert isinstance(config, Mistral3Config), config
-    assert config.vision is not None, config.architecture
+    assert isinstance(config.vision, VisionConfig), config
     vision, text = config.vision, config.text
     projector = MergingProjector(
         vision.hidden_size, text.hidden_size, config.projector_bias, config.merge, text.norm_eps

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: tuple[str, ...] = ("LlavaForConditionalGeneration",)
 MODEL_TYPE = "llava"
+TOWER: str | None = VisionConfig.kind
 
 # The tower's sizes in Pixtral-12B; its config.json leaves most of them out.
 VISION_DEFAULTS: Mapping[str, Any] = {
@@ -34,15 +35,14 @@ VISION_DEFAULTS: Mapping[str, Any] = {
 def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
     fields = ConfigFields({"image_token_index": raw.get("image_token_id", 10), **raw})
     vision, text = fields.object("vision_config"), fields.object("text_config")
-    ConfigFields(vision, "vision_config.").only("model_type", "pixtral")
+    ConfigFields(vision, "vision_config.").only("model_type", VisionConfig.kind)
     ConfigFields(text, "text_config.").only("model_type", "mistral", "ministral", "ministral3")
     fields.only("projector_hidden_act", "gelu")
     fields.only("vision_feature_select_strategy", "full")
-    tied = fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
     tower = read_vision_config(vision, raw.get("vision_feature_layer", -1))
     return ModelConfig(
         architecture,
-        read_text_config({**text, "tie_word_embeddings": tied}),
+        read_text_config({**text, "tie_word_embeddings": tied(fields, text)}),
         tower,
         ImageLayout(tower.patch_size, _vision_fields(vision).size("image_size")),
         image_token_id=fields.size("image_token_index"),
@@ -53,9 +53,14 @@ def read_config(architecture: str, raw: Mapping[str, Any]) -> ModelConfig:
 def build(config: ModelConfig) -> VisionLanguageModel:
     from pixtral_cli.model.vision import Projector, VisionLanguageModel, VisionTower
 
-    assert config.vision is not None, config.architecture
+    assert isinstance(config.vision, VisionConfig), config
     projector = Projector(config.vision.hidden_size, config.text.hidden_size, config.projector_bias)
     return VisionLanguageModel(config, VisionTower(config.vision), projector)
+
+
+def tied(fields: ConfigFields, text: Mapping[str, Any]) -> Any:
+    """Whether the head may be the embedding: either section may say it."""
+    return fields.flag("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
 
 
 def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> VisionConfig:
@@ -76,7 +81,7 @@ def read_vision_config(raw: Mapping[str, Any], feature_layer: Any = -1) -> Visio
         num_channels=fields.size("num_channels"),
         patch_size=fields.size("patch_size"),
         rope_theta=float(fields.rope("default", "axial").number("rope_theta")),
-        feature_layer=_feature_layer(feature_layer, layers),
+        feature_layer=layers_to_run(feature_layer, layers),
     )
 
 
@@ -84,7 +89,7 @@ def _vision_fields(raw: Mapping[str, Any]) -> ConfigFields:
     return ConfigFields({**VISION_DEFAULTS, **raw}, "vision_config.")
 
 
-def _feature_layer(layer: Any, layers: int) -> int:
+def layers_to_run(layer: Any, layers: int) -> int:
     """Number of layers to run for `vision_feature_layer`, which indexes [after ln_pre, layer 1, … layer n].
 
     A list of one layer is that layer; transformers puts the features of several side by side.
