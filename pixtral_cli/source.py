@@ -314,7 +314,7 @@ class Source:
         if images and self.config.vision is None:
             raise RequestError(
                 f"{self.name} is a text model and cannot look at pictures.",
-                hint="Leave the picture out, or choose a Pixtral model.",
+                hint="Leave the picture out, or choose a model that looks at pictures.",
             )
 
     def _checked_ends(self, ends: list[Any]) -> frozenset[int]:

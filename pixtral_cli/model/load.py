@@ -25,8 +25,7 @@ from pixtral_cli.model.to_card import ToCard
 from weights_cache import codecs
 from weights_cache.checkpoint import Checkpoint
 from weights_cache.codecs import fp8
-from weights_cache.encodings import ENCODINGS
-from weights_cache.errors import CheckpointCorrupt, TensorShapeMismatch, TensorsMissing, TensorsUnexpected
+from weights_cache.errors import TensorShapeMismatch, TensorsMissing, TensorsUnexpected
 from weights_cache.names import HEAD
 from weights_cache.packed import PackedRows
 from weights_cache.progress import Progress
@@ -84,8 +83,6 @@ def check_names(model: LanguageModel, checkpoint: Checkpoint) -> list[str]:
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise TensorShapeMismatch(name, shape, tensors[name].shape)
-        if tensors[name].encoding not in (*FLOATS, *ENCODINGS):
-            raise CheckpointCorrupt(tensors[name].file, f"tensor {name} is of {tensors[name].dtype}, not of weights")
     return list(shapes)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from weights_cache.encodings import ENCODINGS, Encoding
+from weights_cache.errors import CheckpointCorrupt
 from weights_cache.formats.reader import TensorInfo
 from weights_cache.names import EMBEDDING, POSITIONS, VISION
 
@@ -48,7 +49,11 @@ def place(tensors: Mapping[str, TensorInfo], wanted: Encoding | None, quantize_v
     Without a wish, packed tensors stay as they are in the file, its mixture of types kept, and floats become
     bfloat16, or float32 where the file has nothing narrower. With a wish for a packed encoding the matrices of the
     text model take it (a file that has it already keeps its mixture); the vision part only with `quantize_vision`.
+    Raises CheckpointCorrupt for a tensor of another type, such as integers.
     """
+    for name, tensor in tensors.items():
+        if tensor.encoding not in (*FLOATS, *ENCODINGS):
+            raise CheckpointCorrupt(tensor.file, f"tensor {name} is of {tensor.dtype}, not of weights")
     if wanted is not None and not wanted.packed:
         return Placement(wanted.name, wanted.name, dict.fromkeys(tensors, wanted.name))
     stored = _label(tensors)

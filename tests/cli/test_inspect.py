@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from support import builders
+from support import builders, fp8_builders
 from support.processes import imported_by
 
 from pixtral_cli.encoding_choices import CHOICES
@@ -161,6 +161,21 @@ def test_neither_torch_nor_anything_that_reads_weights_is_imported():
 @pytest.mark.parametrize("name", ["no/such/model/here", "./nothing", "a/not-cached"])
 def test_a_model_that_is_not_here_is_a_sentence(refused, name):
     assert name in refused("inspect", name)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "float8_e5m2"])
+@pytest.mark.parametrize("command", [["inspect"], ["run", "-p", "hi", "--model-path"]])
+def test_weights_of_a_type_that_is_none_of_weights_are_a_sentence(refused, tmp_path, command, dtype):
+    import torch
+
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.weight"))
+        tensors[name] = torch.ones(tensors[name].shape).to(getattr(torch, dtype))
+
+    builders.mistral(tmp_path)
+    builders.add_processor(tmp_path)
+    fp8_builders.edit(tmp_path, change)
+    assert "q_proj.weight is of" in refused(*command, str(tmp_path), code=1)
 
 
 def test_a_text_of_every_fact_and_a_table(call):
