@@ -78,7 +78,7 @@ class NativeDecoder:
             config.intermediate_size,
         )
         heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-        self._numbers = 2 * config.hidden_size + heads + 3 * config.intermediate_size
+        self._numbers = config.hidden_size + heads + 3 * config.intermediate_size
 
     @classmethod
     def of(cls, decoder: Decoder) -> NativeDecoder | None:

@@ -31,7 +31,7 @@ struct pass {
     const int64_t *slots;         /* [tokens]: where the new ones go */
     const int32_t *pages;         /* as `attend_one` takes them */
     const int64_t *starts, *lengths;
-    char *memory; /* of N * (2 C + (2 H + 2 K) D + 3 F) numbers; x and delta are elsewhere */
+    char *memory; /* of N * (C + (2 H + 2 K) D + 3 F) numbers, for what is between */
 };
 
 EXPORT void pixtral_decoder_pass(const struct layer *layers, const struct sizes *of, const struct pass *pass, int threads) {
